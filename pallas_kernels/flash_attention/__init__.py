@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+from pallas_kernels.flash_attention.api import (
+    apply_sinks,
+    attention_backward,
+    attention_forward,
+    flash_attention,
+    row_delta,
+)
+from pallas_kernels.flash_attention.mask import NO_POSITION, PAD_POSITION, Mask
+
+__all__ = [
+    "NO_POSITION",
+    "PAD_POSITION",
+    "Mask",
+    "apply_sinks",
+    "attention_backward",
+    "attention_forward",
+    "flash_attention",
+    "row_delta",
+]

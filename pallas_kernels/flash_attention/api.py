@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flash attention: the public signature, the gradient rule, and what is checked before a backend runs.
+
+A backend is a module with `forward` and `backward` (see `reference.py`) on checked arguments. It
+never sees a sink: sinks enter the softmax's denominator once, after the last merge (`apply_sinks`).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.dispatch import resolve
+from pallas_kernels.flash_attention.mask import NO_POSITION, PAD_POSITION, Mask
+
+IMPLEMENTATIONS = ("reference", "xla", "triton", "mosaic_tpu")
+BEST = {"cpu": "xla", "gpu": "triton", "tpu": "mosaic_tpu"}
+
+
+def flash_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    q_positions: Int[Array, "B T"] | None = None,
+    kv_positions: Int[Array, "B S"] | None = None,
+    q_segment_ids: Int[Array, "B T"] | None = None,
+    kv_segment_ids: Int[Array, "B S"] | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    sinks: Float[Array, "N"] | None = None,
+    soft_cap: float | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """Exact softmax attention that never holds the score matrix; `(out, lse)`.
+
+    `lse` is the natural log of the sum of exponentials (sink included), float32; float64 in,
+    float64 out (reference and xla). A row that sees nothing gives `out = 0, lse = -inf`. `N` is
+    a multiple of `K` and query head `n` reads KV head `n // (N // K)`; nothing is repeated.
+
+    Args:
+      q_positions, kv_positions: global position of each token; default `0..T-1`, `0..S-1`.
+        `PAD_POSITION` marks a pad or an empty slot.
+      q_segment_ids, kv_segment_ids: tokens see only their own segment; both or neither.
+      causal: a key is visible when its position is not after the query's.
+      window: number of positions a query sees, its own included.
+      sinks: a logit per head that takes part in the softmax and brings no value.
+      soft_cap: scores become `soft_cap * tanh(score / soft_cap)`.
+      scale: multiplies `q @ k`; default `H ** -0.5`.
+      implementation: "reference", "xla", "triton", "mosaic_tpu"; None takes the platform's best.
+    Raises:
+      ValueError: shapes, dtypes or options that make no sense.
+      NotImplementedError: the chosen implementation cannot; the message names those that can.
+
+    Differentiable in `q`, `k`, `v` and `sinks`, through both results.
+    Source: Dao et al., FlashAttention (arXiv 2205.14135, 2307.08691).
+
+    >>> x = jax.random.normal(jax.random.key(0), (1, 128, 4, 64))
+    >>> out, lse = flash_attention(x, x[:, :, :2], x[:, :, :2], window=32)
+    >>> out.shape, lse.shape
+    ((1, 128, 4, 64), (1, 128, 4))
+    """
+    check(q, k, v, q_positions, kv_positions, q_segment_ids, kv_segment_ids, sinks, soft_cap)
+    options = dict(mask=Mask(causal=causal, window=window), soft_cap=soft_cap,
+                   scale=q.shape[-1] ** -0.5 if scale is None else float(scale))
+    if q_positions is None:
+        q_positions = default_positions(q)
+    if kv_positions is None:
+        kv_positions = default_positions(k)
+    backend = resolve("flash_attention", implementation, IMPLEMENTATIONS, BEST)
+    arrays = (q_positions, kv_positions, q_segment_ids, kv_segment_ids)
+    out, lse = _attend(backend, tuple(options.items()), q, k, v, *arrays)
+    return (out, lse) if sinks is None else apply_sinks(out, lse, sinks)
+
+
+def attention_forward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, mask, soft_cap, scale, out_dtype=None,
+                      implementation=None):
+    """The forward pass alone, for callers that write their own gradient (a ring).
+
+    Same arrays as `flash_attention`, positions given. `out_dtype` (default q's) lets partial
+    results be merged in float32.
+    """
+    backend = resolve("flash_attention", implementation, IMPLEMENTATIONS, BEST)
+    return backend.forward(q, k, v, hide_pads(q_pos), kv_pos, q_seg, kv_seg, mask=mask, soft_cap=soft_cap,
+                           scale=scale, out_dtype=q.dtype if out_dtype is None else out_dtype)
+
+
+def attention_backward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, lse, dout, delta, *, mask, soft_cap, scale,
+                       implementation=None):
+    """`(dq, dk, dv)` in float32 (float64 for float64 inputs), from the saved `lse` of the whole row.
+
+    `delta[b,t,n] = sum_h(dout * out) - dlse`. With the lse of a row's full softmax and only part
+    of its keys this is that part's exact contribution, which is what a ring adds up.
+    """
+    backend = resolve("flash_attention", implementation, IMPLEMENTATIONS, BEST)
+    return backend.backward(q, k, v, hide_pads(q_pos), kv_pos, q_seg, kv_seg, lse, dout, delta, mask=mask,
+                            soft_cap=soft_cap, scale=scale)
+
+
+def apply_sinks(out, lse, sinks):
+    """Let each head's sink logit into the denominator of finished rows. Once, after the last merge."""
+    sinks = sinks.astype(lse.dtype)
+    return (out * jax.nn.sigmoid(lse - sinks)[..., None]).astype(out.dtype), jnp.logaddexp(lse, sinks)
+
+
+def row_delta(out, dout, dlse):
+    """The row constant of the softmax gradient."""
+    acc = dlse.dtype
+    return jnp.sum(out.astype(acc) * dout.astype(acc), axis=-1) - dlse
+
+
+def default_positions(x):
+    return jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+
+
+def hide_pads(q_positions):
+    return jnp.where(q_positions == PAD_POSITION, NO_POSITION, q_positions)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(backend, options, q, k, v, q_pos, kv_pos, q_seg, kv_seg):
+    return backend.forward(q, k, v, hide_pads(q_pos), kv_pos, q_seg, kv_seg, out_dtype=q.dtype, **dict(options))
+
+
+def _attend_fwd(backend, options, q, k, v, q_pos, kv_pos, q_seg, kv_seg):
+    out, lse = _attend(backend, options, q, k, v, q_pos, kv_pos, q_seg, kv_seg)
+    return (out, lse), (q, k, v, q_pos, kv_pos, q_seg, kv_seg, out, lse)
+
+
+def _attend_bwd(backend, options, saved, grads):
+    q, k, v, q_pos, kv_pos, q_seg, kv_seg, out, lse = saved
+    dout, dlse = grads
+    delta = row_delta(out, dout, dlse)
+    dq, dk, dv = backend.backward(q, k, v, hide_pads(q_pos), kv_pos, q_seg, kv_seg, lse, dout, delta,
+                                  **dict(options))
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, None, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def check(q, k, v, q_positions, kv_positions, q_segment_ids, kv_segment_ids, sinks, soft_cap):
+    """Raise ValueError for arguments that no backend could make sense of."""
+    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
+        raise ValueError(f"q, k, v must be [batch, tokens, heads, head_dim]; got {q.shape}, {k.shape}, {v.shape}")
+    if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q [B,T,N,H], k and v [B,S,K,H] must agree in B and H; got {q.shape}, {k.shape}, {v.shape}")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"query heads must be a multiple of KV heads; got {q.shape[2]} and {k.shape[2]}")
+    if not (q.dtype == k.dtype == v.dtype) or not jnp.issubdtype(q.dtype, jnp.floating):
+        raise ValueError(f"q, k, v must share one floating dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
+    for name, x, tokens in (("q_positions", q_positions, q), ("kv_positions", kv_positions, k),
+                            ("q_segment_ids", q_segment_ids, q), ("kv_segment_ids", kv_segment_ids, k)):
+        if x is not None and (x.shape != tokens.shape[:2] or x.dtype != jnp.int32):
+            raise ValueError(f"{name} must be int32 {tokens.shape[:2]}; got {x.dtype} {x.shape}")
+    if (q_segment_ids is None) != (kv_segment_ids is None):
+        raise ValueError("give both q_segment_ids and kv_segment_ids, or neither; got one")
+    if sinks is not None and sinks.shape != (q.shape[2],):
+        raise ValueError(f"sinks must be one logit a query head, [{q.shape[2]}]; got {sinks.shape}")
+    if soft_cap is not None and soft_cap <= 0:
+        raise ValueError(f"soft_cap must be positive or None; got {soft_cap}")

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Eight emulated CPU devices for every test, and strict numerics."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # libtpu and the CUDA plugin are installed for compiling only
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def pytest_sessionstart(session):
+    assert jax.device_count() == 8, "the suite needs 8 emulated CPU devices"
+
+
+@pytest.fixture
+def mesh_of():
+    """`mesh_of(seq=4, data=2)`: enter a mesh over as many of the 8 devices as it needs."""
+    import math
+
+    import jaxcp
+
+    stack = []
+
+    def enter(**axes):
+        context = jax.set_mesh(jaxcp.make_mesh(**axes, devices=jax.devices()[: math.prod(axes.values())]))
+        context.__enter__()
+        stack.append(context)
+
+    yield enter
+    while stack:
+        stack.pop().__exit__(None, None, None)
