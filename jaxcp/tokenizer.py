@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text to token ids and back, over the `tokenizers` library. Knows no models, no templates."""
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from jaxtyping import Int32
+from tokenizers import decoders, models, pre_tokenizers
+from tokenizers.decoders import DecodeStream
+
+
+class Tokenizer:
+    """Encodes text to int32 ids and decodes ids to text; adds no special tokens by itself."""
+
+    def __init__(self, backend: tokenizers.Tokenizer):
+        self.backend = backend
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike) -> "Tokenizer":
+        """Reads a `tokenizer.json`.
+
+        Raises:
+          FileNotFoundError: there is no such file.
+          ValueError: the file is no tokenizer.
+        """
+        text = Path(path).read_text(encoding="utf-8")
+        try:
+            return cls(tokenizers.Tokenizer.from_str(text))
+        except Exception as error:  # the library raises a bare Exception
+            raise ValueError(
+                f"needed a tokenizer.json of the tokenizers library; got {path}: {error}. "
+                "Copy the file from the checkpoint again"
+            ) from error
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes a `tokenizer.json` that `from_file` reads."""
+        Path(path).write_text(self.backend.to_str(), encoding="utf-8")
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special tokens included."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> Int32[np.ndarray, " T"]:
+        """The ids of `text`. Special tokens written out in the text become their ids."""
+        return np.asarray(self.backend.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`, without special tokens; bytes that are not UTF-8 become U+FFFD."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Yields printable pieces as `ids` arrive; joined they are `decode(ids)`.
+
+        A character whose bytes are spread over several tokens is held back until it is whole.
+        """
+        decoder = DecodeStream(skip_special_tokens=True)
+        seen, emitted = [], 0
+        for i in ids:
+            seen.append(int(i))
+            piece = decoder.step(self.backend, seen[-1])
+            if piece:
+                emitted += len(piece)
+                yield piece
+        rest = self.decode(seen)[emitted:]  # a character that never became whole
+        if rest:
+            yield rest
+
+
+def byte_level() -> Tokenizer:
+    """A tokenizer of 256 ids: the id of a byte of the UTF-8 text is its value."""
+    # ByteLevel writes a byte as one printable character (GPT-2's table): a byte that prints in
+    # Latin-1 is itself, the others are counted up from U+0100.
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    vocab, shifted = {}, 0x100
+    for byte in range(256):
+        vocab[chr(byte if byte in printable else shifted)] = byte
+        shifted += byte not in printable
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return Tokenizer(backend)
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """The text of a UTF-8 file, line endings as they are.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is empty or not UTF-8.
+    """
+    data = Path(path).read_bytes()
+    if not data:
+        raise ValueError(f"needed text; got {path}, which is empty. Name a file with text in it")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"needed UTF-8 text; got {path} with byte 0x{data[error.start]:02x} at offset "
+            f"{error.start} ({error.reason}). Convert it first: iconv -f LATIN1 -t UTF-8 (name the "
+            "encoding that the file has)"
+        ) from error
