@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Context-parallel attention on global arrays: the only shard_map around attention.
+
+Needs no mesh and no specs: it reads the mesh in scope (`jax.set_mesh`) and how q is laid out.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from jaxcp.context_parallel.ring import Ring
+from jaxcp.context_parallel.strategy import Strategy
+from pallas_kernels import flash_attention
+from pallas_kernels.flash_attention import Mask, apply_sinks
+
+
+def context_parallel_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    positions: Int[Array, "B T"],
+    *,
+    strategy: Strategy | None = None,
+    axis_name: str = "seq",
+    segment_ids: Int[Array, "B T"] | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    sinks: Float[Array, "N"] | None = None,
+    soft_cap: float | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B T N H"]:
+    """Attention over a sequence that is sharded along `axis_name` of the mesh in scope.
+
+    Arrays are global, in the strategy's layout (`strategy.layout.permute`), T a multiple of the
+    number of shards. Positions are the only mask, so any layout gives the right result; the
+    strategy's own balances the work. Without a mesh, or with one shard, it is plain flash attention.
+
+    Args:
+      strategy: `Ring()`, `AllGather()`; None takes `Ring()`.
+      positions: global position of every token; `PAD_POSITION` for pads.
+      Others as in `pallas_kernels.flash_attention`.
+    Raises:
+      ValueError: the mesh has no `axis_name`, or shapes that the mesh does not divide.
+      NotImplementedError: the strategy cannot honour the mask.
+
+    >>> with jax.set_mesh(jaxcp.make_mesh(seq=8)):
+    ...     out = jax.jit(jaxcp.context_parallel_attention)(q, k, v, positions)
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        out, _ = flash_attention(
+            q, k, v, q_positions=positions, kv_positions=positions, q_segment_ids=segment_ids,
+            kv_segment_ids=segment_ids, causal=causal, window=window, sinks=sinks, soft_cap=soft_cap, scale=scale,
+            implementation=implementation,
+        )  # fmt: skip
+        return out
+    strategy = Ring() if strategy is None else strategy
+    spec = qkv_spec(q, k, axis_name)
+    tokens = P(*spec[:2])
+    mask = Mask(causal=causal, window=window)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    segments = None if segment_ids is None else tokens
+
+    def local(q, k, v, positions, segment_ids):
+        return strategy.attend(
+            q, k, v, positions, positions, segment_ids, segment_ids, axis_name=axis_name, mask=mask,
+            soft_cap=soft_cap, scale=scale, implementation=implementation,
+        )  # fmt: skip
+
+    # check_vma=False: interpreted Pallas kernels cannot say over which axes their results vary
+    attend = jax.shard_map(
+        local, in_specs=(spec, spec, spec, tokens, segments), out_specs=(spec, P(*spec[:3])), check_vma=False
+    )
+    out, lse = attend(*_placed((q, k, v, positions, segment_ids), (spec, spec, spec, tokens, segments), mesh))
+    return out if sinks is None else apply_sinks(out, lse, sinks)[0]
+
+
+def ring_attention(q, k, v, positions, *, axis_name="seq", **options):
+    """`context_parallel_attention` with `strategy=Ring()`."""
+    return context_parallel_attention(q, k, v, positions, strategy=Ring(), axis_name=axis_name, **options)
+
+
+def attention_fn(strategy: Strategy | None = None, *, axis_name: str = "seq", causal: bool = True, window=None):
+    """An `attention_fn` for stock `flax.nnx.MultiHeadAttention`: one changed line.
+
+    Tokens must lie in the strategy's layout over `axis_name`, with no pads; positions follow from
+    that. What it cannot honour (a mask array, a bias, dropout) raises NotImplementedError.
+    """
+    strategy = Ring() if strategy is None else strategy
+
+    def attend(query, key, value, bias=None, mask=None, *, dropout_rate=0.0, deterministic=True, module=None,
+               is_causal=False, **_):  # fmt: skip
+        refused = {"mask": mask is not None, "bias": bias is not None, "sow_weights": module is not None,
+                   "dropout": dropout_rate > 0 and not deterministic}  # fmt: skip
+        if any(refused.values()):
+            raise NotImplementedError(
+                f"context-parallel attention cannot honour {[k for k, v in refused.items() if v]}: masks come from "
+                "positions (attention_fn(causal=..., window=...)); call context_parallel_attention for packing"
+            )
+        if query.shape[1] != key.shape[1]:
+            raise NotImplementedError(f"decoding with Flax's cache is not supported; got {query.shape}, {key.shape}")
+        mesh = jax.sharding.get_abstract_mesh()
+        order = strategy.layout.order(query.shape[1], mesh.shape.get(axis_name, 1))
+        if order.size != query.shape[1]:
+            raise ValueError(f"{query.shape[1]} tokens do not fill the layout ({order.size} places): use layout.permute")
+        positions = jnp.broadcast_to(jnp.asarray(order, jnp.int32), query.shape[:2])
+        return context_parallel_attention(
+            query, key, value, positions, strategy=strategy, axis_name=axis_name, causal=causal or is_causal,
+            window=window,
+        )  # fmt: skip
+
+    return attend
+
+
+def qkv_spec(q, k, axis_name) -> P:
+    """How `[B, T, N, H]` lies on the mesh in scope: batch, tokens, heads."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if axis_name not in mesh.shape:
+        raise ValueError(f"the mesh has no axis {axis_name!r}; it has {mesh.axis_names}. Make it with jaxcp.make_mesh")
+    if dict(zip(mesh.axis_names, mesh.axis_types, strict=True))[axis_name] == AxisType.Manual:
+        raise ValueError("already inside shard_map: call strategy.attend on local shards")
+    batch, _, heads, _ = (*_spec_of(q), None, None, None, None)[:4]
+    heads = _used(heads, axis_name)
+    spec = P(_used(batch, axis_name), axis_name, heads, None)
+    for dim, name in ((0, "batch"), (1, "tokens"), (2, "query heads")):
+        _check_divides(q.shape[dim], spec[dim], mesh, name)
+    _check_divides(k.shape[2], heads, mesh, "KV heads")
+    return spec
+
+
+def _spec_of(x):
+    """The explicit sharding of `x`; where the mesh's axes are not explicit, our own names."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if AxisType.Explicit in mesh.axis_types:
+        return jax.typeof(x).sharding.spec
+    names = ["data" if "data" in mesh.shape else None, None, "model" if "model" in mesh.shape else None, None]
+    return P(*names)
+
+
+def _used(entry, axis_name):
+    """A spec entry without `axis_name`, which belongs to the tokens."""
+    names = entry if isinstance(entry, tuple) else (entry,)
+    names = tuple(n for n in names if n not in (None, axis_name))
+    return None if not names else names if len(names) > 1 else names[0]
+
+
+def _check_divides(size, entry, mesh, name):
+    shards = 1
+    for axis in entry if isinstance(entry, tuple) else (entry,):
+        shards *= 1 if axis is None else mesh.shape[axis]
+    if size % shards:
+        raise ValueError(f"{size} {name} do not divide over {shards} shards of mesh axis {entry!r}; pad or change the mesh")
+
+
+def _placed(arrays, specs, mesh):
+    """Arrays moved to `specs` where the mesh is explicit and they lie otherwise (the result is the same)."""
+    if AxisType.Explicit not in mesh.axis_types:
+        return arrays
+    return tuple(x if x is None else jax.sharding.reshard(x, spec) for x, spec in zip(arrays, specs, strict=True))

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every strategy is: a frozen value with one method on local shards."""
+
+import dataclasses
+
+from jaxcp.layout import Layout, Zigzag
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Strategy:
+    """How queries on one shard meet keys on the others.
+
+    `layout` is the order of tokens that suits the strategy; whoever puts tokens on devices asks
+    for it. The result is right under any layout, because only positions mask.
+    """
+
+    layout: Layout = Zigzag()
+
+    def attend(self, q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, axis_name, mask, soft_cap, scale, implementation):
+        """`(out in q's dtype, lse)` of local queries over all shards' keys. Runs inside shard_map.
+
+        Differentiable in q, k, v. Raises NotImplementedError for a mask it cannot honour.
+        """
+        raise NotImplementedError

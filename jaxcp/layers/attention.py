@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Grouped-query attention: projections, optional QK norm, optional rotary positions.
+
+Who sees whom, over which devices, and whether there is a cache is not known here: `attend` is
+given q, k, v and answers.
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxcp.layers.norm import RMSNorm
+from jaxcp.layers.parameter import constant, normal
+from jaxcp.layers.rope import rotate
+from jaxcp.sharding import tokens_spec
+
+Attend = Callable
+"""`attend(q, k, v, *, layer: int, window: int | None) -> out`, all `[B, T, heads, H]`."""
+
+
+class Attention(nnx.Module):
+    def __init__(self, embed_dim: int, num_heads: int, num_kv_heads: int, head_dim: int, *, layer: int, std: float,
+                 out_std: float, qk_norm_eps: float | None = None, qk_gain: float = 1.0, rope_theta: float | None = None,
+                 window: int | None = None, use_bias: bool = False, rngs: nnx.Rngs):  # fmt: skip
+        self.q = normal(rngs, (embed_dim, num_heads, head_dim), ("embed", "heads", "head_dim"), std)
+        self.k = normal(rngs, (embed_dim, num_kv_heads, head_dim), ("embed", "kv_heads", "head_dim"), std)
+        self.v = normal(rngs, (embed_dim, num_kv_heads, head_dim), ("embed", "kv_heads", "head_dim"), std)
+        self.o = normal(rngs, (num_heads, head_dim, embed_dim), ("heads", "head_dim", "embed"), out_std)
+        if use_bias:
+            self.q_bias = constant((num_heads, head_dim), ("heads", "head_dim"), 0.0)
+            self.k_bias = constant((num_kv_heads, head_dim), ("kv_heads", "head_dim"), 0.0)
+            self.v_bias = constant((num_kv_heads, head_dim), ("kv_heads", "head_dim"), 0.0)
+            self.o_bias = constant((embed_dim,), ("embed",), 0.0)
+        if qk_norm_eps is not None:
+            self.q_norm = RMSNorm(head_dim, eps=qk_norm_eps, axis="head_dim", gain=qk_gain)
+            self.k_norm = RMSNorm(head_dim, eps=qk_norm_eps, axis="head_dim", gain=qk_gain)
+        self.use_bias, self.qk_norm = use_bias, qk_norm_eps is not None
+        self.layer, self.rope_theta, self.window = layer, rope_theta, window
+
+    def __call__(self, x, positions, attend: Attend):
+        def project(name):
+            y = jnp.einsum("btd,dnh->btnh", x, getattr(self, name).astype(x.dtype))
+            return y + getattr(self, f"{name}_bias").astype(x.dtype) if self.use_bias else y
+
+        q, k, v = project("q"), project("k"), project("v")
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rope_theta is not None:
+            q, k = rotate(q, positions, self.rope_theta), rotate(k, positions, self.rope_theta)
+        out = attend(q, k, v, layer=self.layer, window=self.window)
+        out = jnp.einsum("btnh,nhd->btd", out, self.o.astype(x.dtype), out_sharding=tokens_spec(x))
+        return out + self.o_bias.astype(x.dtype) if self.use_bias else out

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RMSNorm and LayerNorm over the last axis, statistics in float32."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxcp.layers.parameter import constant
+
+
+class RMSNorm(nnx.Module):
+    """`x / rms(x) * scale`; rounded to x's dtype before the scale, as Llama and Hy3 do."""
+
+    def __init__(self, size: int, *, eps: float, axis: str = "embed", gain: float = 1.0):
+        self.scale = constant((size,), (axis,), gain)
+        self.eps = eps
+
+    def __call__(self, x):
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return y.astype(x.dtype) * self.scale.astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Mean and variance removed, then scale and bias."""
+
+    def __init__(self, size: int, *, eps: float):
+        self.scale = constant((size,), ("embed",), 1.0)
+        self.bias = constant((size,), ("embed",), 0.0)
+        self.eps = eps
+
+    def __call__(self, x):
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * self.scale.astype(jnp.float32) + self.bias.astype(jnp.float32)).astype(x.dtype)

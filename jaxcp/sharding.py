@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the logical axes of a parameter to mesh axes: one table, and what applies it."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+RULES: dict[str, str | None] = {
+    "heads": "model",  # attention heads are independent until the output projection sums them
+    "kv_heads": "model",
+    "mlp": "model",  # feed-forward widths, of each expert too: summed by the down projection
+    "embed": None,  # the residual stream is whole on every device, so norms need no communication
+    "head_dim": None,
+    "vocab": None,  # the loss and the sampler read whole rows
+    "experts": None,  # expert parallelism is not there yet
+    "positions": None,
+}
+
+
+def spec_of(axes: tuple[str | None, ...]) -> P:
+    """PartitionSpec of logical axes under `RULES`."""
+    return P(*(None if axis is None else RULES[axis] for axis in axes))
+
+
+def sharding_of(variable: nnx.Variable) -> P:
+    """How a parameter lies on the mesh; replicated where it names no axes."""
+    return spec_of(variable.get_metadata().get("axes") or ())
+
+
+def place(model: Any) -> Any:
+    """The model with every parameter on the mesh in scope (unchanged where there is none).
+
+    Raises:
+      ValueError: a width that the model axis does not divide, all of them listed.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return model
+    leaves, tree = jax.tree_util.tree_flatten_with_path(model, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    problems = [p for path, leaf in leaves if (p := _misfit(jax.tree_util.keystr(path), leaf, mesh))]
+    if problems:
+        raise ValueError("the mesh's model axis does not divide: " + "; ".join(problems))
+    return jax.tree.unflatten(tree, [leaf.replace(jax.device_put(leaf.get_value(), sharding_of(leaf))) for _, leaf in leaves])
+
+
+def _misfit(name, variable, mesh):
+    shape = variable.get_value().shape
+    for size, axis in zip(shape, sharding_of(variable), strict=False):
+        if axis is not None and size % mesh.shape.get(axis, 1):
+            return f"{name} {shape} by {axis}={mesh.shape[axis]}"
+    return None
+
+
+def tokens_spec(x) -> P:
+    """How the leading `[B, T]` of an explicit array lies on the mesh; None where there is no mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return None
+    spec = jax.typeof(x).sharding.spec
+    return P(*(*spec, None, None)[:2])
