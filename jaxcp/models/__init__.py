@@ -1,1 +1,68 @@
 # SPDX-License-Identifier: Apache-2.0
+"""The model families, by the `model_type` of their config.json. Imported on first use."""
+
+import dataclasses
+import importlib
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Where a family lives: `<package>.model` has the classes, `<package>.weights` the names."""
+
+    package: str
+    config: str
+    model: str
+
+    @property
+    def config_class(self) -> Any:
+        return getattr(importlib.import_module(f"{self.package}.model"), self.config)
+
+    @property
+    def model_class(self) -> Any:
+        return getattr(importlib.import_module(f"{self.package}.model"), self.model)
+
+    @property
+    def weights(self) -> ModuleType:
+        return importlib.import_module(f"{self.package}.weights")
+
+
+FAMILIES = {
+    "gpt2": Family("jaxcp.models.gpt", config="GPTConfig", model="GPT"),
+    "hy_v3": Family("jaxcp.models.hybrid_moe", config="HybridMoEConfig", model="HybridMoE"),
+}
+
+
+def family_of(config: Any) -> Family:
+    """The family of a config object.
+
+    Raises:
+      ValueError: it is no config of a known family.
+    """
+    for family in FAMILIES.values():
+        if type(config).__name__ == family.config and isinstance(config, family.config_class):
+            return family
+    known = ", ".join(family.config for family in FAMILIES.values())
+    raise ValueError(f"needed a model config ({known}); got {type(config).__name__}")
+
+
+def config_from_dict(fields: Mapping[str, Any]) -> Any:
+    """The config object for the contents of a config.json.
+
+    Raises:
+      ValueError: the model_type is unknown, or a field that the family needs is not there.
+    """
+    model_type = fields.get("model_type")
+    if model_type not in FAMILIES:
+        raise ValueError(
+            f"needed a model_type that jaxcp knows ({', '.join(FAMILIES)}); got {model_type!r}. "
+            "A new family is a folder in jaxcp/models and a line in jaxcp/models/__init__.py"
+        )
+    try:
+        return FAMILIES[model_type].config_class.from_hf(fields)
+    except KeyError as error:
+        raise ValueError(
+            f"a {model_type} config needs the field {error}; it is not there"
+        ) from error

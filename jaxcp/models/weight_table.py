@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a row of a family's weight table says, in both directions. Knows no files, no devices.
+
+A row names a checkpoint tensor, its axes, the leaf of our model, and that leaf's axes:
+
+    Row("h.{i}.attn.q.weight", "(n h) d", "layers.{i}.attention.q", "d n h")
+
+`{i}` is a layer. `{e}` is an expert: one tensor each, stacked on a leading axis `e`. Several names
+are aliases: the first is written, all are read. Several paths lie side by side in one tensor along
+its axis `join`. Where several rows fit a leaf (number of axes included), the first that the
+checkpoint has is read, and the first is written.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    names: str | tuple[str, ...]
+    axes: str
+    paths: str | tuple[str, ...]
+    leaf_axes: str
+    join: int = 0
+
+    @property
+    def all_names(self) -> tuple[str, ...]:
+        return (self.names,) if isinstance(self.names, str) else self.names
+
+    @property
+    def all_paths(self) -> tuple[str, ...]:
+        return (self.paths,) if isinstance(self.paths, str) else self.paths
+
+    @property
+    def per_expert(self) -> bool:
+        return "{e}" in self.all_names[0]
+
+    @property
+    def groups(self) -> list[list[str]]:
+        """The axes of the tensor (a stack of experts, where `{e}`), each as the leaf axes in it."""
+        found = re.findall(r"\(([^)]*)\)|(\S+)", self.axes)
+        groups = [(inner or single).split() for inner, single in found]
+        return [["e"], *groups] if self.per_expert else groups
+
+    def to_tensor(self, leaf: np.ndarray) -> np.ndarray:
+        sizes = dict(zip(self.leaf_axes.split(), leaf.shape, strict=True))
+        order = [self.leaf_axes.split().index(axis) for group in self.groups for axis in group]
+        return leaf.transpose(order).reshape(self._tensor_shape(sizes))
+
+    def to_leaf(self, tensor: np.ndarray, shape: Shape) -> np.ndarray:
+        sizes = dict(zip(self.leaf_axes.split(), shape, strict=True))
+        axes = [axis for group in self.groups for axis in group]
+        split = tensor.reshape([sizes[axis] for axis in axes])
+        return split.transpose([axes.index(axis) for axis in self.leaf_axes.split()])
+
+    def tensor_shape(self, leaf_shape: Shape) -> Shape:
+        return self._tensor_shape(dict(zip(self.leaf_axes.split(), leaf_shape, strict=True)))
+
+    def _tensor_shape(self, sizes: Mapping[str, int]) -> Shape:
+        return tuple(math.prod(sizes[axis] for axis in group) for group in self.groups)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A row at one layer: the tensors of the checkpoint, their shape, the leaves they hold."""
+
+    row: Row
+    names: tuple[str, ...]  # one; or one an expert
+    shape: Shape  # of each
+    leaves: tuple[tuple[str, Shape], ...]
+
+    def read(self, path: str, tensor: Callable[[str], np.ndarray]) -> np.ndarray:
+        """The leaf at `path`, from `tensor(name)`."""
+        stacked = [tensor(name) for name in self.names]
+        whole = np.stack(stacked) if self.row.per_expert else stacked[0]
+        start = 0
+        for leaf_path, shape in self.leaves:
+            part = self.row.tensor_shape(shape)
+            if leaf_path == path:
+                index = [slice(None)] * whole.ndim
+                index[self._join] = slice(start, start + part[self._join])
+                return self.row.to_leaf(whole[tuple(index)], shape)
+            start += part[self._join]
+        raise AssertionError(path)
+
+    def write(self, leaf: Callable[[str], np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+        """`(name, tensor)` for every tensor, from `leaf(path)`."""
+        parts = [self.row.to_tensor(leaf(path)) for path, _ in self.leaves]
+        whole = np.concatenate(parts, self._join)
+        yield from zip(self.names, whole if self.row.per_expert else [whole], strict=True)
+
+    @property
+    def _join(self) -> int:
+        return self.row.join + self.row.per_expert
+
+
+def sources(
+    table: Sequence[Row], leaves: Mapping[str, Shape], available: Iterable[str] | None = None
+) -> dict[str, Source]:
+    """For every leaf of a model (`layers.0.mlp.up` -> shape) where its values are.
+
+    Chooses among rows and aliases by the names that are `available`; None: the first of each.
+
+    Raises:
+      ValueError: the table has no row for a leaf.
+    """
+    present = frozenset(available or ())
+    chosen = {}
+    for path in leaves:
+        options = [source for row in table for source in _at(row, path, leaves)]
+        if not options:
+            raise ValueError(f"needed a row for the leaf {path} {leaves[path]}; the table has none")
+        fitting = (source for source in options if not present.isdisjoint(source.names))
+        chosen[path] = next(fitting, options[0])
+    return chosen
+
+
+def _at(row: Row, path: str, leaves: Mapping[str, Shape]) -> Iterator[Source]:
+    """`row` for the layer that `path` is in, once for each alias; nothing if it does not fit."""
+    for pattern in row.all_paths:
+        match = re.fullmatch(re.escape(pattern).replace(r"\{i\}", r"(?P<i>\d+)"), path)
+        if match and len(leaves[path]) == len(row.leaf_axes.split()):
+            break
+    else:
+        return
+    layer = match.groupdict().get("i")
+    siblings = [p.replace("{i}", layer or "") for p in row.all_paths]
+    if not all(sibling in leaves for sibling in siblings):
+        return
+    held = tuple((sibling, leaves[sibling]) for sibling in siblings)
+    shapes = [row.tensor_shape(shape) for _, shape in held]
+    join = row.join + row.per_expert
+    shape = list(shapes[0])
+    shape[join] = sum(s[join] for s in shapes)
+    experts = range(shape.pop(0)) if row.per_expert else (0,)
+    for name in row.all_names:
+        names = tuple(name.replace("{i}", layer or "").replace("{e}", str(e)) for e in experts)
+        yield Source(row, names, tuple(shape), held)

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: a folder with config.json, *.safetensors and, where there is one, tokenizer.json.
+
+Knows files and placement. Which tensor is which leaf is the family's table, models/*/weights.py.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jaxcp import models
+from jaxcp.models.weight_table import Source, sources
+from jaxcp.sharding import sharding_of
+from jaxcp.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+INDEX = f"{WEIGHTS}.index.json"
+DTYPES = ("F32", "BF16", "F16")
+LISTED = 50  # of each kind of problem: a wrong checkpoint of 47,000 tensors must stay readable
+
+
+def load(
+    path: str | os.PathLike, dtype: jax.typing.DTypeLike | None = None
+) -> tuple[nnx.Module, Tokenizer | None]:
+    """The model and the tokenizer (None when there is no tokenizer.json) of a checkpoint folder.
+
+    Under `jax.set_mesh` every leaf is put on the mesh with the model's own sharding. `dtype` is
+    that of the parameters and of the computation; None keeps each tensor's own. The router's
+    selection bias stays float32.
+
+    Raises:
+      FileNotFoundError: config.json, the safetensors or a shard that the index names is not there.
+      ValueError: a file cannot be read, the model_type is unknown, or tensors are missing, left
+        over, of a wrong shape or of a number format that is not float (all listed at once).
+    """
+    config = load_config(path)
+    if dtype is not None:
+        config = dataclasses.replace(config, dtype=jnp.dtype(dtype).name)
+    weights = models.family_of(config).weights
+    graph, state = nnx.split(abstract_model(config))
+    leaves = {".".join(map(str, keys)): leaf for keys, leaf in nnx.to_flat_state(state)}
+    with open_checkpoint(path) as checkpoint:
+        shapes = {name: leaf.shape for name, leaf in leaves.items()}
+        found = sources(weights.TABLE, shapes, checkpoint.shapes)
+        ignored = weights.left_out(checkpoint.shapes.keys(), config)
+        if ignored:
+            log.info("%s: left out %d tensors, such as %s", path, len(ignored), min(ignored))
+        _check(path, checkpoint, found, ignored, weights.COPIES)
+        read = {}
+        for keys, leaf in nnx.to_flat_state(state):
+            name = ".".join(map(str, keys))
+            value = found[name].read(name, checkpoint.read)
+            if not isinstance(leaf, nnx.Param):
+                value = value.astype(leaf.dtype)
+            elif dtype is not None:
+                value = value.astype(jnp.dtype(dtype))
+            read[keys] = leaf.replace(jax.device_put(value, sharding_of(leaf)))
+    model = nnx.merge(graph, nnx.from_flat_state(list(read.items())))
+    tokenizer = Path(path, TOKENIZER)
+    return model, Tokenizer.from_file(tokenizer) if tokenizer.exists() else None
+
+
+def load_config(path: str | os.PathLike) -> Any:
+    """The config object (`GPTConfig`, `HybridMoEConfig`) of a checkpoint folder; no weights read.
+
+    Raises:
+      FileNotFoundError: there is no config.json.
+      ValueError: config.json is no JSON object, or of a model that jaxcp does not know.
+    """
+    file = Path(path, CONFIG)
+    if not file.exists():
+        raise FileNotFoundError(
+            f"needed a checkpoint folder with {CONFIG} and *.safetensors; {file} is not there"
+        )
+    return models.config_from_dict(_read_json(file))
+
+
+def abstract_model(config: Any) -> nnx.Module:
+    """The model of `config` with `jax.ShapeDtypeStruct` leaves: to count or compile, not to run."""
+    model_class = models.family_of(config).model_class
+    return nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0)))
+
+
+def save(model: Any, out: str | os.PathLike, tokenizer: Tokenizer | None = None) -> None:
+    """Writes config.json, model.safetensors and tokenizer.json under the names `load` reads.
+
+    Atomic: files are renamed to their places when all are complete, so a save that is killed
+    leaves what was there. Into a folder that already holds a checkpoint of the same
+    configuration, the new weights replace the old ones.
+
+    Raises:
+      ValueError: `out` is a file, holds a checkpoint of another configuration or a sharded one.
+      NotImplementedError: the model is spread over several processes.
+    """
+    out = Path(os.path.abspath(out))
+    keep_config = _check_target(out, model.config)
+    # Same filesystem as `out`, and a fixed name: the next save clears what a killed one has left.
+    staging = out / ".saving" if out.is_dir() else out.parent / f".{out.name}.saving"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        if not keep_config:
+            text = json.dumps(model.config.to_hf(), indent=2, sort_keys=True)
+            Path(staging, CONFIG).write_text(text + "\n", encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save(staging / TOKENIZER)
+        save_file(_tensors(model), staging / WEIGHTS, metadata={"format": "pt"})
+        for file in staging.iterdir():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        if out.exists():
+            for name in (TOKENIZER, CONFIG, WEIGHTS):
+                if Path(staging, name).exists():
+                    os.replace(staging / name, out / name)
+        else:
+            os.rename(staging, out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _check_target(out: Path, config: Any) -> bool:
+    """Whether `out` already has this config.json. Raises where saving would destroy something."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"needed a folder to save to; {out} is a file. Name another")
+    if Path(out, INDEX).exists():
+        raise ValueError(
+            f"needed a folder without a sharded checkpoint; {out} has {INDEX}. Name another"
+        )
+    if not Path(out, CONFIG).exists():
+        return False
+    if load_config(out) != config:
+        raise ValueError(
+            f"needed a folder without a checkpoint of another configuration; {out}/{CONFIG} "
+            "differs from the model's config. Name another folder, or remove this one first"
+        )
+    return True
+
+
+def _tensors(model: Any) -> dict[str, np.ndarray]:
+    flat = nnx.to_flat_state(nnx.state(model))
+    leaves = {".".join(map(str, keys)): leaf.get_value() for keys, leaf in flat}
+    if not all(leaf.is_fully_addressable for leaf in leaves.values()):
+        raise NotImplementedError(
+            "save cannot gather a model that is spread over several processes; "
+            "bring its leaves to one process first, or use the training checkpoints"
+        )
+    table = models.family_of(model.config).weights.TABLE
+    written: dict[str, np.ndarray] = {}
+    for source in sources(table, {path: leaf.shape for path, leaf in leaves.items()}).values():
+        if source.names[0] not in written:
+            written.update(source.write(lambda path: np.asarray(leaves[path])))
+    # save_file writes the memory of an array that is not in C order as if it were: wrong values.
+    return {name: np.ascontiguousarray(tensor) for name, tensor in written.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """The open safetensors files of a folder, as one set of tensors."""
+
+    files: Mapping[str, Any]  # tensor name -> open file
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, str]
+
+    def read(self, name: str) -> np.ndarray:
+        return self.files[name].get_tensor(name)
+
+
+@contextlib.contextmanager
+def open_checkpoint(path: str | os.PathLike) -> Iterator[Checkpoint]:
+    """Opens `model.safetensors`, or the shards that `model.safetensors.index.json` names."""
+    files, shapes, dtypes = {}, {}, {}
+    with contextlib.ExitStack() as stack:
+        for file in _files(Path(path)):
+            try:
+                handle = stack.enter_context(safe_open(file, framework="numpy"))
+            except SafetensorError as error:
+                raise ValueError(
+                    f"needed a whole safetensors file; got {file} ({file.stat().st_size} bytes), "
+                    f"which is truncated or no safetensors: {error}. Copy it again"
+                ) from error
+            for name in handle.keys():
+                header = handle.get_slice(name)
+                files[name] = handle
+                shapes[name], dtypes[name] = tuple(header.get_shape()), header.get_dtype()
+        yield Checkpoint(files, shapes, dtypes)
+
+
+def _files(folder: Path) -> list[Path]:
+    if Path(folder, WEIGHTS).exists():
+        return [folder / WEIGHTS]
+    if not Path(folder, INDEX).exists():
+        raise FileNotFoundError(
+            f"needed {WEIGHTS} or {INDEX} beside {folder / CONFIG}; neither is there"
+        )
+    weight_map = _read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(
+            f"needed a weight_map (tensor name -> file) in {folder / INDEX}; it has none"
+        )
+    shards = sorted(set(weight_map.values()))
+    absent = [shard for shard in shards if not Path(folder, shard).exists()]
+    if absent:
+        raise FileNotFoundError(
+            f"{folder / INDEX} names {len(shards)} files; {len(absent)} are not there: "
+            f"{', '.join(absent)}. Copy them too"
+        )
+    return [folder / shard for shard in shards]
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise ValueError(f"needed JSON; got {file}: {error}. Copy it again") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"needed a JSON object; got {file} with a {type(fields).__name__}")
+    return fields
+
+
+def _check(
+    path: str | os.PathLike,
+    checkpoint: Checkpoint,
+    found: Mapping[str, Source],
+    ignored: frozenset[str],
+    copies: Mapping[str, str],
+) -> None:
+    """Raises one ValueError that lists everything wrong with the tensors of a checkpoint."""
+    wanted = {name: source.shape for source in found.values() for name in source.names}
+    have = checkpoint.shapes
+    problems = {
+        "missing": [f"{name} {shape}" for name, shape in wanted.items() if name not in have],
+        "left over": [
+            f"{name} {shape}"
+            for name, shape in have.items()
+            if name not in wanted and name not in ignored and name not in copies
+        ],
+        "of a wrong shape": [
+            f"{name}: expected {shape}, got {have[name]}"
+            for name, shape in wanted.items()
+            if name in have and have[name] != shape
+        ],
+        f"not in {', '.join(DTYPES)}": [
+            f"{name}: {checkpoint.dtypes[name]}"
+            for name in wanted
+            if name in have and checkpoint.dtypes[name] not in DTYPES
+        ],
+    }
+    if not any(problems.values()):
+        problems["not the tensor that the model ties it to"] = [
+            f"{name} (is not {found[leaf].names[0]})"
+            for name, leaf in copies.items()
+            if name in have
+            and not np.array_equal(checkpoint.read(name), checkpoint.read(found[leaf].names[0]))
+        ]
+    lines = [
+        "\n    ".join([f"  {len(items)} {kind}:", *items[:LISTED], *["..."][: len(items) > LISTED]])
+        for kind, items in problems.items()
+        if items
+    ]
+    if lines:
+        raise ValueError(
+            f"the tensors of {path} do not fit its {CONFIG}:\n"
+            + "\n".join(lines)
+            + f"\nUse the {CONFIG} and the safetensors of one checkpoint"
+        )
