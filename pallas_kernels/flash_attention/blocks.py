@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which block of keys a block of queries needs: none of it, all of it, or under a mask.
+
+Plain `jax.numpy` that runs before a kernel, on arrays of one number a block.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.flash_attention.mask import NO_POSITION, PAD_POSITION, Mask, bounds
+
+
+class Bounds(NamedTuple):
+    """Least and greatest position of each block (real tokens, then all) and segment id."""
+
+    real_min: jax.Array
+    real_max: jax.Array
+    min: jax.Array
+    max: jax.Array
+    segment_min: jax.Array
+    segment_max: jax.Array
+
+
+def pad_axis(x, size, axis, value=0):
+    """`x` with `axis` grown to `size`; `value="edge"` repeats the last entry."""
+    if x.shape[axis] == size:
+        return x
+    widths = [(0, size - n if i == axis else 0) for i, n in enumerate(x.shape)]
+    return (
+        jnp.pad(x, widths, mode="edge")
+        if value == "edge"
+        else jnp.pad(x, widths, constant_values=value)
+    )
+
+
+def token_ids(positions, segment_ids, size, pad):
+    """`[B, 1 or 2, size]`: positions, padded with `pad`, and the segment ids where there are any."""
+    ids = [pad_axis(positions, size, 1, pad)]
+    if segment_ids is not None:
+        ids.append(pad_axis(segment_ids, size, 1, "edge"))
+    return jnp.stack(ids, axis=1)
+
+
+def block_bounds(ids, block, pad):
+    """`Bounds` of `[B, blocks]` from `token_ids`; `pad` is the position that stands for no token."""
+    split = ids.reshape(*ids.shape[:2], -1, block)
+    positions, segments = split[:, 0], split[:, -1]
+    return Bounds(
+        *bounds(positions, pad=pad),
+        positions.min(-1),
+        positions.max(-1),
+        segments.min(-1),
+        segments.max(-1),
+    )
+
+
+def visibility(mask: Mask, q: Bounds, kv: Bounds, segmented: bool):
+    """`(some, all)`: may any query of the block see any key, does every query see every key."""
+    some = mask.may_see(q.real_min, q.real_max, kv.real_min, kv.real_max)
+    every = mask.sees_all(q.min, q.max, kv.min, kv.max)
+    if segmented:
+        some &= (q.segment_min <= kv.segment_max) & (kv.segment_min <= q.segment_max)
+        every &= (q.segment_min == kv.segment_max) & (q.segment_max == kv.segment_min)
+    return some, every
+
+
+def visible(mask: Mask, q, kv):
+    """The rule, element by element, on ids that broadcast: lists `[positions]` or `[positions, segments]`."""
+    seen = mask.sees_all(q[0], q[0], kv[0], kv[0])  # of a block of one query and one key
+    return seen & (q[1] == kv[1]) if len(q) == 2 else seen
+
+
+def block_lists(mask: Mask, q: Bounds, kv: Bounds, segmented: bool, *, along: str):
+    """The blocks that matter, those that need no mask first.
+
+    Returns `order [B, rows, columns]` and `counts [B, rows, 2]`: entries `[0, counts[0])` of a row
+    see everything, `[counts[0], counts[1])` need the mask, the rest is not to be touched. A row is
+    a query block and lists key blocks (`along="kv"`), or the other way round (`along="q"`).
+    """
+    some, every = visibility(
+        mask, Bounds(*(x[:, :, None] for x in q)), Bounds(*(x[:, None, :] for x in kv)), segmented
+    )
+    if along == "q":
+        some, every = some.swapaxes(1, 2), every.swapaxes(1, 2)
+    partly = some & ~every
+    before = jnp.stack([jnp.cumsum(x, axis=-1) for x in (every, partly, ~some)]) - 1
+    full, seen = every.sum(-1, keepdims=True), some.sum(-1, keepdims=True)
+    # a stable three-way partition; XLA's sort takes longer on a GPU than this
+    place = jnp.where(every, before[0], jnp.where(partly, full + before[1], seen + before[2]))
+    column = jax.lax.broadcasted_iota(jnp.int32, some.shape, 2)
+    order = jnp.put_along_axis(jnp.zeros_like(column), place, column, axis=-1, inplace=False)
+    return order, jnp.concatenate([full, seen], axis=-1).astype(jnp.int32)
+
+
+def unsupported(name, q):
+    """Raise for what the Pallas backends share no path for."""
+    if q.dtype not in (jnp.float32, jnp.bfloat16):
+        raise NotImplementedError(
+            f"flash_attention {name}: float32 and bfloat16 only, got {q.dtype}; use implementation='xla' or 'reference'"
+        )
+    if q.shape[-1] > 256:
+        raise NotImplementedError(
+            f"flash_attention {name}: head_dim up to 256, got {q.shape[-1]}; use implementation='xla' or 'reference'"
+        )
+
+
+__all__ = [
+    "NO_POSITION",
+    "PAD_POSITION",
+    "Bounds",
+    "block_bounds",
+    "block_lists",
+    "pad_axis",
+    "token_ids",
+    "unsupported",
+    "visibility",
+    "visible",
+]

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block sizes: one table. A chip, head dim or dtype that needs other sizes gets a row above the default."""
+
+import dataclasses
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """Queries and keys a block, and how the block is worked on.
+
+    `warps` and `stages` are Triton's; `sub` is how many keys of a block a TPU kernel turns into
+    scores at a time.
+    """
+
+    q: int
+    kv: int
+    warps: int = 4
+    stages: int = 2
+    sub: int = 512
+
+
+INTERPRETED = "interpreted"
+
+# (operation, start of the device kind, greatest head dim, bytes an element) -> Blocks; first match wins.
+# Shared memory: sm_120 has 101,376 B a block, which every GPU row here fits.
+TABLE: tuple[tuple[str, str, int, int, Blocks], ...] = (
+    # the interpreter: small, so that short tests still cross block borders
+    ("triton_forward", INTERPRETED, 256, 4, Blocks(q=64, kv=32)),
+    ("triton_dq", INTERPRETED, 256, 4, Blocks(q=64, kv=32)),
+    ("triton_dkv", INTERPRETED, 256, 4, Blocks(q=32, kv=64)),
+    ("mosaic_forward", INTERPRETED, 256, 4, Blocks(q=128, kv=128, sub=64)),
+    ("mosaic_dq", INTERPRETED, 256, 4, Blocks(q=128, kv=128, sub=64)),
+    ("mosaic_dkv", INTERPRETED, 256, 4, Blocks(q=128, kv=128, sub=64)),
+    # any NVIDIA GPU from sm_80
+    ("triton_forward", "", 64, 2, Blocks(q=128, kv=64, warps=8, stages=3)),
+    ("triton_forward", "", 128, 2, Blocks(q=128, kv=64, warps=8, stages=2)),
+    ("triton_forward", "", 256, 2, Blocks(q=64, kv=32, warps=8, stages=2)),
+    ("triton_forward", "", 128, 4, Blocks(q=64, kv=32, warps=8, stages=2)),
+    ("triton_forward", "", 256, 4, Blocks(q=32, kv=16, warps=8, stages=2)),
+    ("triton_dq", "", 128, 2, Blocks(q=64, kv=64, warps=8, stages=2)),
+    ("triton_dq", "", 256, 2, Blocks(q=32, kv=32, warps=8, stages=2)),
+    ("triton_dq", "", 128, 4, Blocks(q=32, kv=32, warps=8, stages=2)),
+    ("triton_dq", "", 256, 4, Blocks(q=16, kv=16, warps=4, stages=2)),
+    ("triton_dkv", "", 128, 2, Blocks(q=64, kv=64, warps=8, stages=2)),
+    ("triton_dkv", "", 256, 2, Blocks(q=32, kv=32, warps=8, stages=2)),
+    ("triton_dkv", "", 128, 4, Blocks(q=32, kv=32, warps=8, stages=2)),
+    ("triton_dkv", "", 256, 4, Blocks(q=16, kv=16, warps=4, stages=2)),
+    # any TPU
+    ("mosaic_forward", "", 128, 2, Blocks(q=1024, kv=1024)),
+    ("mosaic_forward", "", 256, 4, Blocks(q=512, kv=512)),
+    ("mosaic_dq", "", 128, 2, Blocks(q=512, kv=1024)),
+    ("mosaic_dq", "", 256, 4, Blocks(q=512, kv=512)),
+    ("mosaic_dkv", "", 128, 2, Blocks(q=512, kv=1024)),
+    ("mosaic_dkv", "", 256, 4, Blocks(q=512, kv=512)),
+)
+
+
+def device_kind() -> str:
+    """The chip that the code being traced is for: the mesh's (present or described), or the default one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else getattr(mesh, "abstract_device", None)
+    return getattr(device, "device_kind", None) or jax.devices()[0].device_kind
+
+
+def blocks(op: str, x: jax.Array, *, interpret: bool) -> Blocks:
+    """The row for `op` on the device in scope, for `x [..., head_dim]`."""
+    kind = INTERPRETED if interpret else device_kind()
+    for name, target, head_dim, itemsize, row in TABLE:
+        if (
+            name == op
+            and kind.startswith(target)
+            and x.shape[-1] <= head_dim
+            and x.dtype.itemsize <= itemsize
+        ):
+            return row
+    raise NotImplementedError(
+        f"{op}: no block sizes for {kind!r}, head_dim={x.shape[-1]}, {x.dtype}"
+    )
