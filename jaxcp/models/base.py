@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every language model offers, whatever its layers."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxcp.context_parallel import Strategy, context_parallel_attention
+from jaxcp.layers.attention import Attend
+from jaxcp.sharding import tokens_spec
+
+
+class LanguageModel(nnx.Module):
+    """A model is `forward` and `head_kernel`; the rest follows.
+
+    Tokens are `[B, T]`, in the strategy's layout and sharded `P("data", "seq")` under a mesh, in
+    natural order without one; `positions` says which token is which.
+    """
+
+    def forward(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], attend: Attend
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "L E"] | None]:
+        """Final hidden states, and the fraction of choices per MoE layer and expert (None without MoE)."""
+        raise NotImplementedError
+
+    def head_kernel(self) -> Float[Array, "D V"]:
+        """The matrix from hidden states to logits."""
+        raise NotImplementedError
+
+    def hidden(self, tokens, positions, *, segment_ids=None, attention: Strategy | None = None):
+        """`forward` over a whole sequence, no cache. `attention`: the strategy, default `Ring()`."""
+
+        def attend(q, k, v, *, layer, window):
+            return context_parallel_attention(
+                q, k, v, positions, strategy=attention, segment_ids=segment_ids, window=window
+            )
+
+        return self.forward(tokens, positions, attend)
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Float32 logits of hidden states, accumulated in float32."""
+        return jnp.einsum("btd,dv->btv", hidden.astype(jnp.float32), self.head_kernel().astype(jnp.float32))
+
+    def __call__(self, tokens, positions, *, segment_ids=None, attention: Strategy | None = None):
+        """Float32 logits `[B, T, V]` of a whole sequence."""
+        return self.logits(self.hidden(tokens, positions, segment_ids=segment_ids, attention=attention)[0])
+
+
+def embed(table, ids, dtype):
+    """Rows of `table`, laid out as `ids` are."""
+    spec = tokens_spec(ids)
+    sharding = None if spec is None else type(spec)(*spec, None)
+    return table.at[ids].get(mode="clip", out_sharding=sharding).astype(dtype)
