@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints load as transformers computes them, under every name, and save as they were."""
+
+import json
+import logging
+import math
+import shutil
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+from tiny_checkpoints import FIXTURES, flat, same, tensors, write
+
+from jaxcp import models, weights
+from jaxcp.layers.parameter import RouterBias
+from jaxcp.models.gpt.model import GPTConfig
+from jaxcp.models.hybrid_moe.model import HybridMoE, HybridMoEConfig
+from jaxcp.models.weight_table import Row, sources
+from jaxcp.sharding import sharding_of
+from jaxcp.tokenizer import byte_level
+
+BOTH = pytest.mark.parametrize("name", ["hy3-tiny", "gpt2-tiny"])
+
+
+def inputs(name):
+    reference = np.load(FIXTURES / name / "reference.npz")
+    tokens = jnp.asarray(reference["input_ids"], jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    return reference, tokens, positions
+
+
+# What is loaded is the model
+
+
+@BOTH
+def test_logits_are_those_of_transformers(name):
+    model, tokenizer = weights.load(FIXTURES / name)
+    reference, tokens, positions = inputs(name)
+    logits = jax.jit(lambda model: model(tokens, positions))(model)
+    np.testing.assert_allclose(logits, reference["logits"], atol=1e-4, rtol=0)
+    assert tokenizer is None
+
+
+def test_gradients_are_those_of_transformers(tmp_path):
+    model, _ = weights.load(FIXTURES / "hy3-tiny")
+    reference, tokens, positions = inputs("hy3-tiny")
+
+    def loss(parameters):
+        logits = nnx.merge(graph, parameters, rest)(tokens, positions)
+        picked = jnp.take_along_axis(
+            jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1
+        )
+        return -picked.mean()
+
+    graph, parameters, rest = nnx.split(model, nnx.Param, ...)
+    value, ours = jax.jit(jax.value_and_grad(loss))(parameters)
+    np.testing.assert_allclose(value, reference["lm_loss"], rtol=1e-5)
+    # The expected gradients bear the names of transformers in memory: a checkpoint like any other.
+    theirs = {
+        k.removeprefix("grad/"): v for k, v in np.load(FIXTURES / "hy3-tiny/grads.npz").items()
+    }
+    bias = {k: v for k, v in tensors("hy3-tiny").items() if k.endswith("expert_bias")}
+    expected, _ = weights.load(write(tmp_path / "grads", "hy3-tiny", theirs | bias))
+    expected = flat(expected)
+    ours = {".".join(map(str, k)): leaf.get_value() for k, leaf in nnx.to_flat_state(ours)}
+    assert len(ours) == len(expected) - len(bias)
+    for path, gradient in ours.items():
+        limit = 1e-4 * np.abs(expected[path]).max()
+        np.testing.assert_allclose(gradient, expected[path], atol=limit, rtol=0, err_msg=path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@BOTH
+def test_round_trip_is_exact(name, dtype, tmp_path):
+    before = {
+        k: v if k.endswith("expert_bias") else v.astype(jnp.dtype(dtype))
+        for k, v in tensors(name).items()
+    }
+    model, _ = weights.load(write(tmp_path / "in", name, before, dtype=dtype))
+    assert model.config.dtype == dtype
+    weights.save(model, tmp_path / "out", byte_level())
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert after.keys() == before.keys()
+    for k in before:
+        assert after[k].dtype == before[k].dtype and after[k].tobytes() == before[k].tobytes(), k
+    again, tokenizer = weights.load(tmp_path / "out")
+    assert again.config == model.config and same(again, model)
+    assert tokenizer.decode(tokenizer.encode("ü")) == "ü"
+
+
+@BOTH
+def test_dtype_is_that_of_parameters_and_computation(name):
+    model, _ = weights.load(FIXTURES / name, dtype=jnp.bfloat16)
+    assert model.config.dtype == "bfloat16"
+    for keys, leaf in nnx.to_flat_state(nnx.state(model)):
+        expected = jnp.float32 if isinstance(leaf, RouterBias) else jnp.bfloat16
+        assert leaf.get_value().dtype == expected, keys
+
+
+@BOTH
+def test_shards_are_one_checkpoint(name, tmp_path):
+    names = sorted(everything := tensors(name))
+    files = {f"model-{i + 1:05d}-of-00003.safetensors": names[i::3] for i in range(3)}
+    for file, held in files.items():
+        save_file({k: everything[k] for k in held}, tmp_path / file)
+    weight_map = {k: file for file, held in files.items() for k in held}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    shutil.copy(FIXTURES / name / "config.json", tmp_path)
+    assert same(weights.load(tmp_path)[0], weights.load(FIXTURES / name)[0])
+    with pytest.raises(ValueError, match="needed a folder without a sharded checkpoint"):
+        weights.save(weights.load(FIXTURES / name)[0], tmp_path)
+
+
+@BOTH
+def test_leaves_lie_on_the_mesh_as_the_model_says(name, mesh_of, tmp_path):
+    whole, _ = weights.load(FIXTURES / name)
+    mesh_of(seq=4, model=2)
+    model, _ = weights.load(FIXTURES / name)
+    spread = 0
+    for keys, leaf in nnx.to_flat_state(nnx.state(model)):
+        value = leaf.get_value()
+        assert value.sharding.spec == sharding_of(leaf), keys
+        assert len(value.sharding.device_set) == 8
+        spread += not value.is_fully_replicated
+    assert spread >= 4 * model.config.num_layers
+    assert same(model, whole)
+    weights.save(model, tmp_path / "out")
+    assert load_file(tmp_path / "out/model.safetensors").keys() == tensors(name).keys()
+    assert same(weights.load(tmp_path / "out")[0], whole)
+
+
+# Names
+
+
+def rename(contents, *pairs):
+    for old, new in pairs:
+        contents = {k.replace(old, new): v for k, v in contents.items()}
+    return contents
+
+
+def fused(contents):
+    """The experts of every layer in two tensors, as transformers holds them in memory."""
+    kept = {k: v for k, v in contents.items() if ".experts." not in k}
+    for i in (1, 2, 3):
+        prefix = f"model.layers.{i}.mlp.experts"
+        gate, up, down = (
+            np.stack([contents[f"{prefix}.{e}.{kind}_proj.weight"] for e in range(8)])
+            for kind in ("gate", "up", "down")
+        )
+        kept |= {
+            f"{prefix}.gate_up_proj": np.concatenate([gate, up], 1),
+            f"{prefix}.down_proj": down,
+        }
+    return kept
+
+
+@pytest.mark.parametrize(
+    "alias",
+    [
+        lambda t: rename(t, ("router.gate.", "gate.")),
+        lambda t: rename(t, ("router.gate.", "gate.wg.")),
+        lambda t: rename(
+            t, ("expert_bias", "e_score_correction_bias"), ("shared_mlp", "shared_experts")
+        ),
+        fused,
+    ],
+)
+def test_aliases_of_hy3(alias, tmp_path):
+    renamed = alias(tensors("hy3-tiny"))
+    assert renamed.keys() != tensors("hy3-tiny").keys()
+    model, _ = weights.load(write(tmp_path, "hy3-tiny", renamed))
+    assert same(model, weights.load(FIXTURES / "hy3-tiny")[0])
+
+
+def test_gpt2_as_openai_named_it(tmp_path):
+    contents = rename(tensors("gpt2-tiny"), ("transformer.", ""))
+    contents |= {f"h.{i}.attn.bias": np.ones((1, 1, 64, 64), np.float32) for i in range(3)}
+    contents |= {
+        "h.0.attn.masked_bias": np.float32([-1e4]),
+        "lm_head.weight": contents["wte.weight"],
+    }
+    model, _ = weights.load(write(tmp_path, "gpt2-tiny", contents))
+    assert same(model, weights.load(FIXTURES / "gpt2-tiny")[0])
+    contents["lm_head.weight"] = contents["wte.weight"] + 1
+    with pytest.raises(ValueError, match=r"lm_head\.weight \(is not wte\.weight\)"):
+        weights.load(write(tmp_path, "gpt2-tiny", contents))
+
+
+def test_draft_layer_is_left_out_knowingly(tmp_path, caplog):
+    contents = tensors("hy3-tiny")
+    draft = {k.replace(".3.", ".4."): v for k, v in contents.items() if ".layers.3." in k}
+    draft |= {"model.layers.4.eh_proj.weight": np.ones((64, 128), np.float32)}
+    with caplog.at_level(logging.INFO, "jaxcp.weights"):
+        model, _ = weights.load(write(tmp_path, "hy3-tiny", contents | draft))
+    assert same(model, weights.load(FIXTURES / "hy3-tiny")[0])
+    assert f"left out {len(draft)} tensors" in caplog.text and "model.layers.4" in caplog.text
+
+
+def test_a_layer_too_many_is_no_draft_layer(tmp_path):
+    kinds = {"num_hidden_layers": 3, "mlp_layer_types": ["dense", "sparse", "sparse"]}
+    with pytest.raises(ValueError, match=r"left over:\n    model\.layers\.3\."):
+        weights.load(write(tmp_path, "hy3-tiny", tensors("hy3-tiny"), **kinds))
+
+
+def test_table_names_all_of_hy3():
+    """The published model: names, parameters and bytes are known."""
+    fields = json.loads((FIXTURES / "hy3-tiny/config.json").read_text())
+    fields |= {
+        "vocab_size": 120832, "hidden_size": 4096, "num_hidden_layers": 80,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128,
+        "num_experts": 192, "num_experts_per_tok": 8, "intermediate_size": 13312,
+        "moe_intermediate_size": 1536, "expert_hidden_dim": 1536,
+        "mlp_layer_types": ["dense"] + ["sparse"] * 79, "dtype": "bfloat16",
+    }  # fmt: skip
+    config = models.config_from_dict(fields)
+    leaves = {path: leaf.shape for path, leaf in flat(weights.abstract_model(config)).items()}
+    found = sources(models.FAMILIES["hy_v3"].weights.TABLE, leaves)
+    named = {name: source.shape for source in found.values() for name in source.names}
+    assert len(named) == 47_138 - 593  # the hub's less the draft layer's
+    assert sum(map(math.prod, named.values())) == 298_786_140_416 - 3_752_612_096 + 79 * 192
+    assert named["model.layers.79.mlp.experts.191.down_proj.weight"] == (4096, 1536)
+    assert named["model.layers.79.self_attn.o_proj.weight"] == (4096, 8192)
+
+
+HYBRID = HybridMoEConfig(
+    vocab_size=32, num_layers=3, embed_dim=16, num_heads=4, num_kv_heads=2, head_dim=8,
+    mlp_dim=24, moe_dim=12, num_experts=3, num_experts_per_tok=2, num_shared_experts=0,
+    first_dense_layers=2, layer_pattern="LN", window=5,
+)  # fmt: skip
+
+
+def test_a_hybrid_of_ours_round_trips(tmp_path):
+    model = HybridMoE(HYBRID, rngs=nnx.Rngs(0))
+    weights.save(model, tmp_path / "out")
+    again, _ = weights.load(tmp_path / "out")
+    assert again.config == HYBRID and same(again, model)
+    assert weights.load_config(tmp_path / "out") == HYBRID
+
+
+def test_rows_without_biases():
+    config = GPTConfig(
+        vocab_size=32, max_positions=8, num_layers=1, num_heads=2, embed_dim=8, use_bias=False
+    )
+    leaves = {path: leaf.shape for path, leaf in flat(weights.abstract_model(config)).items()}
+    assert "layers.0.attention.q_bias" not in leaves
+    sources(models.FAMILIES["gpt2"].weights.TABLE, leaves)
+
+
+def test_a_leaf_without_a_row():
+    table = [Row("w", "(n h) d", "q", "d n h")]
+    with pytest.raises(ValueError, match=r"needed a row for the leaf k \(1, 2, 3\)"):
+        sources(table, {"q": (1, 2, 3), "k": (1, 2, 3)})
+    with pytest.raises(ValueError, match=r"needed a row for the leaf q \(6,\)"):
+        sources(table, {"q": (6,)})
+
+
+def test_bfloat16_survives_numpy(tmp_path):
+    """safetensors reads and writes bfloat16 through ml_dtypes, without a framework."""
+    save_file({"x": np.float32([1.5, -2]).astype(ml_dtypes.bfloat16)}, tmp_path / "x.safetensors")
+    assert load_file(tmp_path / "x.safetensors")["x"].dtype == ml_dtypes.bfloat16
