@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxcp import models
+from jaxcp.models.base import LanguageModel
 from jaxcp.models.weight_table import Source, sources
 from jaxcp.sharding import sharding_of
 from jaxcp.tokenizer import Tokenizer
@@ -37,7 +38,7 @@ LISTED = 50  # of each kind of problem: a wrong checkpoint of 47,000 tensors mus
 
 def load(
     path: str | os.PathLike, dtype: jax.typing.DTypeLike | None = None
-) -> tuple[nnx.Module, Tokenizer | None]:
+) -> tuple[LanguageModel, Tokenizer | None]:
     """The model and the tokenizer (None when there is no tokenizer.json) of a checkpoint folder.
 
     Under `jax.set_mesh` every leaf is put on the mesh with the model's own sharding. `dtype` is
@@ -47,14 +48,14 @@ def load(
     Raises:
       FileNotFoundError: config.json, the safetensors or a shard that the index names is not there.
       ValueError: a file cannot be read, the model_type is unknown, or tensors are missing, left
-        over, of a wrong shape or of a number format that is not float (all listed at once).
+        over, of a wrong shape or of a number format that is not float (all listed at once); or
+        the mesh does not divide a leaf.
     """
     config = load_config(path)
     if dtype is not None:
         config = dataclasses.replace(config, dtype=jnp.dtype(dtype).name)
     weights = models.family_of(config).weights
     graph, state = nnx.split(abstract_model(config))
-    on_mesh = not jax.sharding.get_abstract_mesh().empty
     leaves = {".".join(map(str, keys)): leaf for keys, leaf in nnx.to_flat_state(state)}
     with open_checkpoint(path) as checkpoint:
         shapes = {name: leaf.shape for name, leaf in leaves.items()}
@@ -71,10 +72,21 @@ def load(
                 value = value.astype(leaf.dtype)
             elif dtype is not None:
                 value = value.astype(jnp.dtype(dtype))
-            read[keys] = leaf.replace(jax.device_put(value, sharding_of(leaf) if on_mesh else None))
+            read[keys] = leaf.replace(_put(name, value, sharding_of(leaf)))
     model = nnx.merge(graph, nnx.from_flat_state(list(read.items())))
     tokenizer = Path(path, TOKENIZER)
     return model, Tokenizer.from_file(tokenizer) if tokenizer.exists() else None
+
+
+def _put(name: str, value: np.ndarray, spec: jax.P) -> jax.Array:
+    if jax.sharding.get_abstract_mesh().empty:
+        return jax.device_put(value)
+    try:
+        return jax.device_put(value, spec)
+    except ValueError as error:
+        raise ValueError(
+            f"needed a mesh that divides {name} {value.shape} as {spec}: {error}"
+        ) from error
 
 
 def load_config(path: str | os.PathLike) -> Any:
@@ -92,7 +104,7 @@ def load_config(path: str | os.PathLike) -> Any:
     return models.config_from_dict(_read_json(file))
 
 
-def abstract_model(config: Any) -> nnx.Module:
+def abstract_model(config: Any) -> LanguageModel:
     """The model of `config` with `jax.ShapeDtypeStruct` leaves: to count or compile, not to run."""
     model_class = models.family_of(config).model_class
 

@@ -133,6 +133,14 @@ def test_leaves_lie_on_the_mesh_as_the_model_says(name, mesh_of, tmp_path):
     assert same(weights.load(tmp_path / "out")[0], whole)
 
 
+def test_a_mesh_that_does_not_divide_the_heads(mesh_of):
+    mesh_of(model=8)
+    with pytest.raises(
+        ValueError, match=r"needed a mesh that divides layers\.0\.attention\.k \(64, 2, 16\)"
+    ):
+        weights.load(FIXTURES / "hy3-tiny")
+
+
 # Names
 
 
