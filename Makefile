@@ -1,5 +1,5 @@
 # `make demo` and `make test` need python3 (3.11 or newer) and make; they make their own environment.
-# Packages are installed once; after that no network is needed. Another Python or another place:
+# Packages are installed once (-qq: pip would name its indexes); after that no network is needed. Another Python or another place:
 #   make test PYTHON=python3.13 VENV=.venv-3.13
 
 PYTHON ?= python3
@@ -37,13 +37,13 @@ $(BIN)/python:
 
 # A marker is newer than pyproject.toml when what the file asks for is installed.
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install -q -e .
+	$(BIN)/python -m pip install -qq -e .
 	@touch $@
 
 $(VENV)/.installed-test: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install -q -e '.[test]'
+	$(BIN)/python -m pip install -qq -e '.[test]'
 	@touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install -q -e '.[dev]'
+	$(BIN)/python -m pip install -qq -e '.[dev]'
 	@touch $@ $(VENV)/.installed $(VENV)/.installed-test
