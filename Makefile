@@ -1,5 +1,5 @@
 # `make demo` and `make test` need python3 (3.11 or newer) and make; they make their own environment.
-# Packages are installed once (-qq: pip would name its indexes); after that no network is needed. Another Python or another place:
+# Packages are installed once; after that no network is needed. Another Python, another place:
 #   make test PYTHON=python3.13 VENV=.venv-3.13
 
 PYTHON ?= python3
@@ -35,6 +35,7 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "$(PYTHON) cannot make a virtual environment; on Debian: apt install python3-venv" >&2; exit 1; }
 
+# -qq: a quiet pip still warns about each index it cannot reach, by its address.
 # A marker is newer than pyproject.toml when what the file asks for is installed.
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -qq -e .
