@@ -8,9 +8,25 @@ registers (Triton). Source: Milakov and Gimelshein (arXiv 1805.02867).
 
 import math
 
+import jax
 import jax.numpy as jnp
 
 LOG2E = math.log2(math.e)
+
+
+def dot(a, b, contract):
+    """`a` and `b` contracted over one dimension of each, accumulated in float32.
+
+    float32 means float32: a GPU would take TF32 and a TPU bfloat16, unless told.
+    """
+    exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    return jax.lax.dot_general(
+        a,
+        b,
+        (((contract[0],), (contract[1],)), ((), ())),
+        precision=(exact, exact),
+        preferred_element_type=jnp.float32,
+    )
 
 
 def scores(qk, scale, soft_cap):
@@ -21,23 +37,25 @@ def scores(qk, scale, soft_cap):
     return t * (soft_cap * LOG2E), 1 - t * t
 
 
-def update(s, m, l, axis):
-    """Take one block of scores in: `(p, alpha, m, l)`; what was accumulated shrinks by `alpha`."""
+def update(s, m, total, axis):
+    """Take in a block of scores: `(p, alpha, m, total)`; what was summed before shrinks by `alpha`.
+
+    `m` is the greatest score so far, `total` the sum of exponentials relative to it.
+    """
     m_new = jnp.maximum(m, jnp.max(s, axis=axis, keepdims=True))
     # a row that has seen nothing yet has m = -inf: shift by 0, so that exp2(-inf) = 0 and not NaN
     shift = jnp.where(m_new == -jnp.inf, 0.0, m_new)
     p = jnp.exp2(s - shift)
     alpha = jnp.exp2(m - shift)
-    return p, alpha, m_new, l * alpha + jnp.sum(p, axis=axis, keepdims=True)
+    return p, alpha, m_new, total * alpha + jnp.sum(p, axis=axis, keepdims=True)
 
 
-def finish(m, l):
-    """`(1 / l, lse)` of finished rows; `(0, -inf)` where nothing was seen."""
-    seen = l > 0
-    safe = jnp.where(seen, l, 1.0)
-    return jnp.where(seen, 1 / safe, 0.0), jnp.where(
-        seen, m * (1 / LOG2E) + jnp.log(safe), -jnp.inf
-    )
+def finish(m, total):
+    """`(1 / total, lse)` of finished rows; `(0, -inf)` where nothing was seen."""
+    seen = total > 0
+    safe = jnp.where(seen, total, 1.0)
+    lse = jnp.where(seen, m * (1 / LOG2E) + jnp.log(safe), -jnp.inf)
+    return jnp.where(seen, 1 / safe, 0.0), lse
 
 
 def backward_rows(lse, delta):

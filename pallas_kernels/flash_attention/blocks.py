@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.flash_attention.mask import NO_POSITION, PAD_POSITION, Mask, bounds
+from pallas_kernels.flash_attention.mask import Mask, bounds
 
 
 class Bounds(NamedTuple):
@@ -36,7 +36,7 @@ def pad_axis(x, size, axis, value=0):
 
 
 def token_ids(positions, segment_ids, size, pad):
-    """`[B, 1 or 2, size]`: positions, padded with `pad`, and the segment ids where there are any."""
+    """`[B, 1 or 2, size]`: positions, padded with `pad`, and segment ids where there are any."""
     ids = [pad_axis(positions, size, 1, pad)]
     if segment_ids is not None:
         ids.append(pad_axis(segment_ids, size, 1, "edge"))
@@ -44,16 +44,12 @@ def token_ids(positions, segment_ids, size, pad):
 
 
 def block_bounds(ids, block, pad):
-    """`Bounds` of `[B, blocks]` from `token_ids`; `pad` is the position that stands for no token."""
+    """`Bounds` of `[B, blocks]` from `token_ids`; `pad` is the position that means no token."""
     split = ids.reshape(*ids.shape[:2], -1, block)
     positions, segments = split[:, 0], split[:, -1]
-    return Bounds(
-        *bounds(positions, pad=pad),
-        positions.min(-1),
-        positions.max(-1),
-        segments.min(-1),
-        segments.max(-1),
-    )
+    real_min, real_max = bounds(positions, pad=pad)
+    every = positions.min(-1), positions.max(-1)
+    return Bounds(real_min, real_max, *every, segments.min(-1), segments.max(-1))
 
 
 def visibility(mask: Mask, q: Bounds, kv: Bounds, segmented: bool):
@@ -67,7 +63,7 @@ def visibility(mask: Mask, q: Bounds, kv: Bounds, segmented: bool):
 
 
 def visible(mask: Mask, q, kv):
-    """The rule, element by element, on ids that broadcast: lists `[positions]` or `[positions, segments]`."""
+    """The rule on ids that broadcast: lists `[positions]` or `[positions, segment ids]`."""
     seen = mask.sees_all(q[0], q[0], kv[0], kv[0])  # of a block of one query and one key
     return seen & (q[1] == kv[1]) if len(q) == 2 else seen
 
@@ -95,26 +91,10 @@ def block_lists(mask: Mask, q: Bounds, kv: Bounds, segmented: bool, *, along: st
 
 
 def unsupported(name, q):
-    """Raise for what the Pallas backends share no path for."""
-    if q.dtype not in (jnp.float32, jnp.bfloat16):
-        raise NotImplementedError(
-            f"flash_attention {name}: float32 and bfloat16 only, got {q.dtype}; use implementation='xla' or 'reference'"
-        )
-    if q.shape[-1] > 256:
-        raise NotImplementedError(
-            f"flash_attention {name}: head_dim up to 256, got {q.shape[-1]}; use implementation='xla' or 'reference'"
-        )
-
-
-__all__ = [
-    "NO_POSITION",
-    "PAD_POSITION",
-    "Bounds",
-    "block_bounds",
-    "block_lists",
-    "pad_axis",
-    "token_ids",
-    "unsupported",
-    "visibility",
-    "visible",
-]
+    """Raise NotImplementedError for a dtype or head dim that no Pallas backend has a path for."""
+    if q.dtype in (jnp.float32, jnp.bfloat16) and q.shape[-1] <= 256:
+        return
+    raise NotImplementedError(
+        f"flash_attention {name}: float32 or bfloat16 and head_dim up to 256; got {q.dtype} and "
+        f"head_dim={q.shape[-1]}; use implementation='xla' or 'reference'"
+    )

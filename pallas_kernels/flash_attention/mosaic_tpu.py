@@ -10,6 +10,7 @@ needs the caller's `check_vma=False`.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from pallas_kernels.dispatch import target_platform
 from pallas_kernels.flash_attention import blocks as tiles
 from pallas_kernels.flash_attention import tuning
 from pallas_kernels.flash_attention.mask import NO_POSITION, PAD_POSITION
+from pallas_kernels.online_softmax import dot
 
 LANES = 128
 
@@ -29,14 +31,16 @@ def forward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, mask, soft_cap, scale, out
     tiles.unsupported("mosaic_tpu", q)
     b, t, n, h = q.shape
     call = _Call("mosaic_forward", q, k, mask, q_pos, kv_pos, q_seg, kv_seg, queries_inner=False)
-    kernel = functools.partial(_forward_kernel, soft_cap=soft_cap, scale=scale)
     out, lse = call(
-        kernel,
-        [(call.queries(q), call.q_spec), (call.keys(k), call.kv_spec), (call.keys(v), call.kv_spec)],
-        [((b, call.t, n * call.h), out_dtype, call.q_spec), ((b, n, 1, call.t), jnp.float32, call.row_spec)],
+        functools.partial(_forward_kernel, soft_cap=soft_cap, scale=scale),
+        [call.queries(q), call.keys(k), call.keys(v)],
+        [
+            ((b, call.t, n * call.h), out_dtype, call.q_spec),
+            ((b, n, 1, call.t), None, call.row_spec),
+        ],
         [(call.h, call.q), (1, call.q), (1, call.q)],
     )
-    return out.reshape(b, call.t, n, call.h)[:, :t, :, :h], lse[:, :, 0, :t].swapaxes(1, 2)
+    return _apart(out, n, t, h), lse[:, :, 0, :t].swapaxes(1, 2)
 
 
 def backward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, lse, dout, delta, *, mask, soft_cap, scale):
@@ -45,32 +49,27 @@ def backward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, lse, dout, delta, *, mask, s
     lse, delta = online_softmax.backward_rows(lse, delta)
     dout = dout.astype(q.dtype)
 
-    def run(op, kernel, outs, scratch, *, queries_inner):
+    def run(op, kernel, queries_inner, outs, scratch):
         call = _Call(op, q, k, mask, q_pos, kv_pos, q_seg, kv_seg, queries_inner=queries_inner)
-        return call(
-            functools.partial(kernel, soft_cap=soft_cap, scale=scale),
-            [(call.queries(q), call.q_spec), (call.keys(k), call.kv_spec), (call.keys(v), call.kv_spec),
-             (call.queries(dout), call.q_spec), (call.rows(lse), call.row_spec), (call.rows(delta), call.row_spec)],
-            outs(call), scratch(call),
-        )  # fmt: skip
+        kernel = functools.partial(kernel, soft_cap=soft_cap, scale=scale)
+        inputs = [call.queries(q), call.keys(k), call.keys(v), call.queries(dout)]
+        return call(kernel, [*inputs, call.rows(lse), call.rows(delta)], outs(call), scratch(call))
 
     (dq,) = run(
-        "mosaic_dq", _dq_kernel,
-        lambda call: [((b, call.t, n * call.h), jnp.float32, call.q_spec)],
+        "mosaic_dq",
+        _dq_kernel,
+        False,
+        lambda call: [((b, call.t, n * call.h), None, call.q_spec)],
         lambda call: [(call.h, call.q)],
-        queries_inner=False,
-    )  # fmt: skip
+    )
     dk, dv = run(
-        "mosaic_dkv", _dkv_kernel,
-        lambda call: [((b, call.s, kv_heads * call.h), jnp.float32, call.kv_spec)] * 2,
+        "mosaic_dkv",
+        _dkv_kernel,
+        True,
+        lambda call: [((b, call.s, kv_heads * call.h), None, call.kv_spec)] * 2,
         lambda call: [(call.kv, call.h)] * 2,
-        queries_inner=True,
-    )  # fmt: skip
-
-    def unpack(x, heads, tokens):
-        return x.reshape(b, x.shape[1], heads, -1)[:, :tokens, :, :h]
-
-    return unpack(dq, n, t), unpack(dk, kv_heads, s), unpack(dv, kv_heads, s)
+    )
+    return _apart(dq, n, t, h), _apart(dk, kv_heads, s, h), _apart(dv, kv_heads, s, h)
 
 
 class _Call:
@@ -95,12 +94,15 @@ class _Call:
         self.kv_ids = tiles.token_ids(kv_pos, kv_seg, self.s, PAD_POSITION)
         self.scalars = [  # flat: an SMEM array's minor axis would be padded
             jnp.stack(tiles.block_bounds(ids, block, pad), axis=1).reshape(-1)
-            for ids, block, pad in ((self.q_ids, self.q, NO_POSITION), (self.kv_ids, self.kv, PAD_POSITION))
+            for ids, block, pad in (
+                (self.q_ids, self.q, NO_POSITION),
+                (self.kv_ids, self.kv, PAD_POSITION),
+            )
         ]
         # inside shard_map an output varies over the axes that the inputs vary over
         self.varies = jax.typeof(q).manual_axis_type
         if queries_inner:
-            self.grid = (self.batch, kv_heads, self.nk, self.group, self.nq)
+            self.grid: tuple[int, ...] = (self.batch, kv_heads, self.nk, self.group, self.nq)
         else:
             self.grid = (self.batch, heads, self.nq, self.nk)
         self.q_spec = self._spec((None, self.q, self.h), lambda at: (at.b, at.i, at.head))
@@ -108,20 +110,24 @@ class _Call:
         self.row_spec = self._spec((None, None, 1, self.q), lambda at: (at.b, at.head, 0, at.i))
 
     def queries(self, x):
-        return _side_by_side(x, self.t, self.h)
+        return _side_by_side(x, self.t, self.h), self.q_spec
 
     def keys(self, x):
-        return _side_by_side(x, self.s, self.h)
+        return _side_by_side(x, self.s, self.h), self.kv_spec
 
     def rows(self, x):
-        return tiles.pad_axis(x.swapaxes(1, 2), self.t, 2)[:, :, None]
+        return tiles.pad_axis(x.swapaxes(1, 2), self.t, 2)[:, :, None], self.row_spec
 
     def _spec(self, shape, where):
-        return pl.BlockSpec(shape, lambda *index: where(self.at(index[:-2], index[-2:], fetch=True)))
+        return pl.BlockSpec(
+            shape, lambda *index: where(self.at(index[:-2], index[-2:], fetch=True))
+        )
 
     def at(self, index, scalars, *, fetch=False):
-        """Where a grid step works. With `fetch`, a step that will be skipped asks for a block already
-        there or soon needed, instead of its own."""
+        """Where a grid step works.
+
+        With `fetch`, a step to be skipped asks for a block that is there or soon needed instead.
+        """
         if self.queries_inner:
             b, kv_head, j, g, i = index
             head = kv_head * self.group + g
@@ -136,21 +142,22 @@ class _Call:
         return _At(b, head, kv_head, i, j, some, every)
 
     def visibility(self, scalars, b, i, j):
-        q, kv = (
-            tiles.Bounds(*(ref[(b * len(tiles.Bounds._fields) + row) * n + block]
-                           for row in range(len(tiles.Bounds._fields))))
-            for ref, n, block in zip(scalars, (self.nq, self.nk), (i, j), strict=True)
-        )  # fmt: skip
+        rows = range(len(tiles.Bounds._fields))
+
+        def block_of(ref, blocks, block):
+            return tiles.Bounds(*(ref[(b * len(rows) + row) * blocks + block] for row in rows))
+
+        q, kv = block_of(scalars[0], self.nq, i), block_of(scalars[1], self.nk, j)
         return tiles.visibility(self.mask, q, kv, self.segmented)
 
     def __call__(self, kernel, inputs, outs, scratch):
+        """`outs`: shape, dtype (None is float32) and block of each; `scratch`: float32 shapes."""
         c = self.q_ids.shape[1]
         ids = [
             (self.q_ids, self._spec((None, c, self.q), lambda at: (at.b, 0, at.i))),
             (self.kv_ids, self._spec((None, c, self.kv), lambda at: (at.b, 0, at.j))),
         ]
         arrays, in_specs = zip(*ids, *inputs, strict=True)
-        parallel = 3
         return pl.pallas_call(
             functools.partial(_entry, call=self, kernel=kernel),
             grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -160,21 +167,29 @@ class _Call:
                 out_specs=[spec for _, _, spec in outs],
                 scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
             ),
-            out_shape=[jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=self.varies) for shape, dtype, _ in outs],
+            out_shape=[
+                jax.ShapeDtypeStruct(shape, dtype or jnp.float32, manual_axis_type=self.varies)
+                for shape, dtype, _ in outs
+            ],
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel",) * parallel + ("arbitrary",) * (len(self.grid) - parallel)
+                dimension_semantics=(pltpu.PARALLEL,) * 3
+                + (pltpu.ARBITRARY,) * (len(self.grid) - 3)
             ),
             interpret=self.interpret,
             name=f"flash_attention{kernel.func.__name__.removesuffix('_kernel')}",
         )(*self.scalars, *arrays)
 
 
-class _At:
+class _At(NamedTuple):
     """One grid step: batch, heads, blocks, and whether any or every pair in it is visible."""
 
-    def __init__(self, b, head, kv_head, i, j, some, every):
-        self.b, self.head, self.kv_head, self.i, self.j = b, head, kv_head, i, j
-        self.some, self.every = some, every
+    b: jax.Array
+    head: jax.Array
+    kv_head: jax.Array
+    i: jax.Array
+    j: jax.Array
+    some: jax.Array
+    every: jax.Array
 
 
 def _lanes(size):
@@ -186,22 +201,16 @@ def _side_by_side(x, tokens, h):
     return x.reshape(x.shape[0], tokens, -1)
 
 
-def _dot(a, b, contract):
-    # a TPU multiplies float32 as bfloat16, unless told
-    exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    return jax.lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())),
-                               precision=(exact, exact), preferred_element_type=jnp.float32)  # fmt: skip
+def _apart(x, heads, tokens, h):
+    return x.reshape(*x.shape[:2], heads, -1)[:, :tokens, :, :h]
 
 
 def _entry(q_scalars, kv_scalars, q_ids_ref, kv_ids_ref, *refs, call, kernel):
-    """Start the accumulators, work on the block with or without its mask, write them out at the end."""
-    axes = range(len(call.grid))
-    index = [pl.program_id(axis) for axis in axes]
+    """Start the accumulators, work on the block with or without its mask, write them at the end."""
+    index = [pl.program_id(axis) for axis in range(len(call.grid))]
     at = call.at(index, (q_scalars, kv_scalars))
-    inner = index[3:]
-    last = [size - 1 for size in call.grid[3:]]
+    inner = list(zip(index[3:], call.grid[3:], strict=True))
     start, step, finish = kernel(*refs)
-    pl.when(functools.reduce(jnp.logical_and, [i == 0 for i in inner]))(start)
 
     def work(masked):
         for begin in range(0, call.kv, call.sub):
@@ -213,49 +222,59 @@ def _entry(q_scalars, kv_scalars, q_ids_ref, kv_ids_ref, *refs, call, kernel):
                 hidden = jnp.where(tiles.visible(call.mask, q, kv), 0.0, -jnp.inf)
             step(keys, hidden)
 
+    pl.when(functools.reduce(jnp.logical_and, [i == 0 for i, _ in inner]))(start)
     pl.when(at.every)(lambda: work(False))
     pl.when(at.some & ~at.every)(lambda: work(True))
-    pl.when(functools.reduce(jnp.logical_and, [i == n for i, n in zip(inner, last, strict=True)]))(finish)
+    pl.when(functools.reduce(jnp.logical_and, [i == size - 1 for i, size in inner]))(finish)
 
 
-def _forward_kernel(q_ref, k_ref, v_ref, out_ref, lse_ref, acc_ref, m_ref, sum_ref, *, soft_cap, scale):
+# A kernel gives what to do first, for some keys of a block (`hidden` is 0 or -inf, keys x queries,
+# or None), and last.
+
+
+def _forward_kernel(
+    q_ref, k_ref, v_ref, out_ref, lse_ref, acc_ref, m_ref, total_ref, *, soft_cap, scale
+):
     def start():
         acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
         m_ref[...] = jnp.full(m_ref.shape, -jnp.inf, jnp.float32)
-        sum_ref[...] = jnp.zeros(sum_ref.shape, jnp.float32)
+        total_ref[...] = jnp.zeros(total_ref.shape, jnp.float32)
 
     def step(keys, hidden):
-        s, _ = online_softmax.scores(_dot(k_ref[keys, :], q_ref[...], (1, 1)), scale, soft_cap)
+        s, _ = online_softmax.scores(dot(k_ref[keys, :], q_ref[...], (1, 1)), scale, soft_cap)
         if hidden is not None:
             s += hidden
-        p, alpha, m_ref[...], sum_ref[...] = online_softmax.update(s, m_ref[...], sum_ref[...], axis=0)
-        acc_ref[...] = acc_ref[...] * alpha + _dot(v_ref[keys, :], p.astype(v_ref.dtype), (0, 0))
+        p, alpha, m, total = online_softmax.update(s, m_ref[...], total_ref[...], axis=0)
+        m_ref[...], total_ref[...] = m, total
+        acc_ref[...] = acc_ref[...] * alpha + dot(v_ref[keys, :], p.astype(v_ref.dtype), (0, 0))
 
     def finish():
-        inverse, lse_ref[...] = online_softmax.finish(m_ref[...], sum_ref[...])
+        inverse, lse_ref[...] = online_softmax.finish(m_ref[...], total_ref[...])
         out_ref[...] = (acc_ref[...] * inverse).T.astype(out_ref.dtype)
 
     return start, step, finish
 
 
-def _probabilities(q_ref, k, v, dout_ref, lse_ref, delta_ref, hidden, soft_cap, scale):
-    """`(p, ds)`, keys x queries, without the scale that `ds` still lacks."""
-    s, slope = online_softmax.scores(_dot(k, q_ref[...], (1, 1)), scale, soft_cap)
+def _gradients(q_ref, k, v, dout_ref, lse_ref, delta_ref, hidden, soft_cap, scale):
+    """`(p, ds)`, keys x queries; `ds` still lacks the scale."""
+    s, slope = online_softmax.scores(dot(k, q_ref[...], (1, 1)), scale, soft_cap)
     if hidden is not None:
         s += hidden
     p = jnp.exp2(s - lse_ref[...])
-    ds = p * (_dot(v, dout_ref[...], (1, 1)) - delta_ref[...])
+    ds = p * (dot(v, dout_ref[...], (1, 1)) - delta_ref[...])
     return p, ds if slope is None else ds * slope
 
 
-def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, dq_ref, acc_ref, *, soft_cap, scale):
+def _dq_kernel(
+    q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, dq_ref, acc_ref, *, soft_cap, scale
+):
     def start():
         acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
 
     def step(keys, hidden):
-        k = k_ref[keys, :]
-        _, ds = _probabilities(q_ref, k, v_ref[keys, :], dout_ref, lse_ref, delta_ref, hidden, soft_cap, scale)
-        acc_ref[...] += _dot(k, ds.astype(k.dtype), (0, 0))
+        k, rows = k_ref[keys, :], (dout_ref, lse_ref, delta_ref)
+        _, ds = _gradients(q_ref, k, v_ref[keys, :], *rows, hidden, soft_cap, scale)
+        acc_ref[...] += dot(k, ds.astype(k.dtype), (0, 0))
 
     def finish():
         dq_ref[...] = (acc_ref[...] * scale).T
@@ -263,17 +282,19 @@ def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, dq_ref, acc_re
     return start, step, finish
 
 
-def _dkv_kernel(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, dk_ref, dv_ref, dk_acc, dv_acc, *,
-                soft_cap, scale):  # fmt: skip
+def _dkv_kernel(
+    q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, dk_ref, dv_ref, dk_acc, dv_acc, *,
+    soft_cap, scale,
+):  # fmt: skip
     def start():
         dk_acc[...] = jnp.zeros(dk_acc.shape, jnp.float32)
         dv_acc[...] = jnp.zeros(dv_acc.shape, jnp.float32)
 
     def step(keys, hidden):
-        p, ds = _probabilities(q_ref, k_ref[keys, :], v_ref[keys, :], dout_ref, lse_ref, delta_ref, hidden,
-                               soft_cap, scale)  # fmt: skip
-        dv_acc[keys, :] += _dot(p.astype(q_ref.dtype), dout_ref[...], (1, 0))
-        dk_acc[keys, :] += _dot(ds.astype(q_ref.dtype), q_ref[...], (1, 0))
+        k, rows = k_ref[keys, :], (dout_ref, lse_ref, delta_ref)
+        p, ds = _gradients(q_ref, k, v_ref[keys, :], *rows, hidden, soft_cap, scale)
+        dv_acc[keys, :] += dot(p.astype(q_ref.dtype), dout_ref[...], (1, 0))
+        dk_acc[keys, :] += dot(ds.astype(q_ref.dtype), q_ref[...], (1, 0))
 
     def finish():
         dk_ref[...] = dk_acc[...] * scale

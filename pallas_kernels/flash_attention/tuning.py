@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block sizes: one table. A chip, head dim or dtype that needs other sizes gets a row above the default."""
+"""Block sizes, one table: a chip, head dim or dtype that needs others gets a row further up."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ class Blocks:
 
 INTERPRETED = "interpreted"
 
-# (operation, start of the device kind, greatest head dim, bytes an element) -> Blocks; first match wins.
+# operation, start of the device kind, most head dim, most bytes an element; the first match wins
 # Shared memory: sm_120 has 101,376 B a block, which every GPU row here fits.
 TABLE: tuple[tuple[str, str, int, int, Blocks], ...] = (
     # the interpreter: small, so that short tests still cross block borders
@@ -58,7 +58,7 @@ TABLE: tuple[tuple[str, str, int, int, Blocks], ...] = (
 
 
 def device_kind() -> str:
-    """The chip that the code being traced is for: the mesh's (present or described), or the default one."""
+    """The chip that the code being traced is for: the mesh's, or the default backend's."""
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh.empty else getattr(mesh, "abstract_device", None)
     return getattr(device, "device_kind", None) or jax.devices()[0].device_kind
