@@ -1,21 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every language model offers, whatever its layers."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxcp.context_parallel import Strategy, context_parallel_attention
+from jaxcp.context_parallel.kv_cache import KVCache, empty_cache
 from jaxcp.layers.attention import Attend
 from jaxcp.sharding import tokens_spec
 
 
 class LanguageModel(nnx.Module):
-    """A model is `forward` and `head_kernel`; the rest follows.
+    """A model is `config`, `forward` and `head_kernel`; the rest follows.
 
     Tokens are `[B, T]`, in the strategy's layout and sharded `P("data", "seq")` under a mesh, in
     natural order without one; `positions` says which token is which.
     """
+
+    config: Any
 
     def forward(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], attend: Attend
@@ -26,6 +31,22 @@ class LanguageModel(nnx.Module):
     def head_kernel(self) -> Float[Array, "D V"]:
         """The matrix from hidden states to logits."""
         raise NotImplementedError
+
+    def cache_shape(self) -> dict[str, int]:
+        """`layers`, `num_kv_heads` and `head_dim` of the cache."""
+        c = self.config
+        return {"layers": c.num_layers, "num_kv_heads": c.num_kv_heads, "head_dim": c.head_dim}
+
+    def init_cache(self, batch_size: int, max_len: int) -> KVCache:
+        """An empty cache for `max_len` tokens a row, sharded over the mesh in scope.
+
+        Raises:
+          ValueError: the model has fewer positions than `max_len`.
+        """
+        limit = getattr(self.config, "max_positions", max_len)
+        if max_len > limit:
+            raise ValueError(f"the model has {limit} positions; got max_len={max_len}")
+        return empty_cache(batch_size=batch_size, max_len=max_len, dtype=self.config.dtype, **self.cache_shape())
 
     def hidden(self, tokens, positions, *, segment_ids=None, attention: Strategy | None = None):
         """`forward` over a whole sequence, no cache. `attention`: the strategy, default `Ring()`."""

@@ -103,6 +103,10 @@ class GPT(LanguageModel):
             x = block(layer, x, positions, attend)
         return self.final_norm(x), None
 
+    def cache_shape(self):
+        c = self.config
+        return {"layers": c.num_layers, "num_kv_heads": c.num_heads, "head_dim": c.embed_dim // c.num_heads}
+
     def head_kernel(self):
         return self.embed.get_value().T
 
