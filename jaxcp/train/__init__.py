@@ -1,1 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Training: `train(TrainConfig(...))`."""
+
+from jaxcp.train.config import OptimizerConfig, TrainConfig, load_run
+from jaxcp.train.data import BatchSource, TextSource, TokenFiles
+from jaxcp.train.loop import Result, train
+from jaxcp.train.metrics import Callback, ProgressBar, plot_loss, read_metrics
+
+__all__ = [
+    "BatchSource",
+    "Callback",
+    "OptimizerConfig",
+    "ProgressBar",
+    "Result",
+    "TextSource",
+    "TokenFiles",
+    "TrainConfig",
+    "load_run",
+    "plot_loss",
+    "read_metrics",
+    "train",
+]

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training run is: frozen values, checked when they are made; a run is a Python file."""
+
+import dataclasses
+import importlib.util
+import math
+import pathlib
+import re
+from typing import Any, Literal
+
+from jaxcp.mesh import MeshConfig
+from jaxcp.train.data import BatchSource
+
+
+def _positive(config: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name} must be positive; got {name}={getattr(config, name)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW for everything, or Muon for the matrices inside layers where `muon_learning_rate` is
+    given. Both rates follow one schedule: linear warm-up, level, decay over the last
+    `decay_fraction` of the steps to `final_fraction` of the peak."""
+
+    learning_rate: float = 6e-4
+    muon_learning_rate: float | None = None
+    warmup_steps: int = 100
+    decay: Literal["cosine", "linear"] = "cosine"
+    decay_fraction: float = 1.0
+    final_fraction: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    momentum: float = 0.95
+    """Of Muon."""
+    weight_decay: float = 0.1
+    clip_norm: float | None = 1.0
+    router_bias_rate: float = 1e-3
+    """What a step adds to (or takes from) the selection bias of an expert that is chosen too
+    seldom (too often). Source: DeepSeek-V3 (arXiv 2412.19437)."""
+
+    def __post_init__(self):
+        _positive(self, "learning_rate", "eps")
+        if self.muon_learning_rate is not None:
+            _positive(self, "muon_learning_rate")
+        if self.clip_norm is not None:
+            _positive(self, "clip_norm")
+        for name in ("warmup_steps", "weight_decay", "router_bias_rate"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0; got {name}={getattr(self, name)}")
+        for name in ("decay_fraction", "final_fraction", "beta1", "beta2", "momentum"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1]; got {name}={getattr(self, name)}")
+        if self.decay not in ("cosine", "linear"):
+            raise ValueError(f"decay must be 'cosine' or 'linear'; got decay={self.decay!r}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run. Compute runs in `model.dtype`, recomputes layers where `model.remat` says
+    so; parameters and optimizer state are float32."""
+
+    model: Any
+    """A `GPTConfig` or `HybridMoEConfig`."""
+    seq_len: int
+    """Tokens of a row, targets not counted; any number, the layout pads."""
+    batch_size: int
+    """Rows of an optimizer step, over all devices and all accumulated pieces."""
+    steps: int
+    """Optimizer steps of the whole run: the length of the schedule."""
+    data: str | BatchSource
+    """A glob of `.bin` token files, or a source (`TokenFiles`, `TextSource`, your own)."""
+    out_dir: str | pathlib.Path
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    attention: Any = None
+    """A strategy such as `Ring()`; None leaves the choice to the model."""
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    accumulate: int = 1
+    """Pieces a batch is cut into, whose gradients are summed before one update."""
+    seed: int = 0
+    stop_after: int | None = None
+    """Stop (and save) after this step of `steps`; run again with more, or None, to go on."""
+    max_seconds: float = math.inf
+    """Stop (and save) after so many seconds in `train`, compilation included."""
+    checkpoint_every: int = 1000
+    keep: int = 2
+    """Checkpoints that stay; older ones are deleted."""
+    log_every: int = 10
+    loss_chunk: int = 1024
+    """Tokens whose logits a device holds at once."""
+
+    def __post_init__(self):
+        _positive(self, "seq_len", "batch_size", "steps", "accumulate", "max_seconds")
+        _positive(self, "checkpoint_every", "keep", "log_every", "loss_chunk")
+        if self.stop_after is not None:
+            _positive(self, "stop_after")
+        pieces = self.accumulate * self.mesh.data
+        if self.batch_size % pieces:
+            raise ValueError(
+                f"batch_size must divide by accumulate x mesh.data = {self.accumulate} x "
+                f"{self.mesh.data}; got batch_size={self.batch_size}"
+            )
+        if not isinstance(self.data, str | BatchSource):
+            raise ValueError(
+                "data must be a glob of token files or an object with batch(step, rows, length); "
+                f"got {self.data!r}"
+            )
+        limit = getattr(self.model, "max_positions", self.seq_len)
+        if self.seq_len > limit:
+            raise ValueError(
+                f"the model has {limit} positions; got seq_len={self.seq_len}. Raise max_positions"
+            )
+
+
+def identity(config: TrainConfig) -> dict[str, Any]:
+    """What decides the numbers of a run, as JSON values: a checkpoint may only be continued by a
+    config that agrees on these. Mesh, strategy, logging and saving may change."""
+    model = {key: value for key, value in _plain(config.model).items() if key != "remat"}
+    names = ("seq_len", "batch_size", "steps", "data", "optimizer", "seed")
+    return {"model": model} | {name: _plain(getattr(config, name)) for name in names}
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """`field: old -> new` for each leaf on which two identities differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [
+            line
+            for key in keys
+            for line in differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+        ]
+    return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
+
+
+def load_run(path_or_name: str | pathlib.Path) -> TrainConfig:
+    """The run in a Python file with `def config() -> TrainConfig`: a path, or the name of a file in
+    `configs/` of the working directory or of the source tree.
+
+    Raises:
+      ValueError: no such file, naming those that exist; or a file without `config()`.
+    """
+    folders = [pathlib.Path("configs"), pathlib.Path(__file__).parents[2] / "configs"]
+    candidates = [
+        pathlib.Path(path_or_name),
+        *(folder / f"{path_or_name}.py" for folder in folders),
+    ]
+    path = next((p for p in candidates if p.suffix == ".py" and p.is_file()), None)
+    if path is None:
+        names = sorted({p.stem for folder in folders for p in folder.glob("[!_]*.py")})
+        raise ValueError(
+            f"no run {str(path_or_name)!r}: give a path to a .py file or one of {names}"
+        )
+    spec = importlib.util.spec_from_file_location(f"jaxcp_run_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "config"):
+        raise ValueError(f"{path} must define config() -> TrainConfig")
+    run = module.config()
+    if not isinstance(run, TrainConfig):
+        raise ValueError(f"config() of {path} must return a TrainConfig; got {type(run).__name__}")
+    return run
+
+
+def _plain(value: Any) -> Any:
+    """JSON values: dataclasses by their fields and type, the rest by repr without addresses."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"type": type(value).__name__} | fields
+    if isinstance(value, dict):
+        return {str(key): _plain(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(x) for x in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run reports: a line of JSON a logged step, a progress bar, a picture of the loss."""
+
+import json
+import os
+import pathlib
+from typing import Any, Protocol
+
+Record = dict[str, Any]
+"""`step, loss` (nats), `lr, grad_norm, tokens` (since step 0), `tokens_per_second` (None until
+there are two steps to time), `seconds` (of this process)."""
+
+
+class Callback(Protocol):
+    """What `train` tells a caller, after each step that it logs."""
+
+    def start(self, *, step: int, steps: int) -> None: ...
+
+    def log(self, record: Record) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+def read_metrics(path: str | pathlib.Path) -> list[Record]:
+    """The records of a metrics file; a last line that a killed process left torn is passed over.
+
+    Raises:
+      ValueError: another line is no JSON object.
+    """
+    lines = pathlib.Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
+    records = []
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+    return records
+
+
+class MetricsFile:
+    """Appends records to a JSONL file, from which steps after `resumed_at` are taken out first."""
+
+    def __init__(self, path: pathlib.Path, *, resumed_at: int):
+        self.path = path
+        kept = read_metrics(path) if path.exists() else []
+        self.records = [record for record in kept if record["step"] <= resumed_at]
+        fresh = path.with_name(path.name + ".new")
+        fresh.write_text(
+            "".join(json.dumps(record) + "\n" for record in self.records), encoding="utf-8"
+        )
+        os.replace(fresh, path)
+
+    def write(self, record: Record) -> None:
+        self.records.append(record)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+class ProgressBar:
+    """A rich progress bar: steps, loss, tokens/s, time left."""
+
+    def __init__(self) -> None:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        self.bar = Progress(
+            TextColumn("train"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+        )
+
+    def start(self, *, step: int, steps: int) -> None:
+        self.bar.start()
+        self.task = self.bar.add_task("compiling", total=steps, completed=step)
+
+    def log(self, record: Record) -> None:
+        speed = record["tokens_per_second"]
+        text = f"loss {record['loss']:.3f}" + (f"  {speed:,.0f} tok/s" if speed else "")
+        self.bar.update(self.task, completed=record["step"], description=text)
+
+    def stop(self) -> None:
+        self.bar.stop()
+
+
+def plot_loss(metrics_path: str | pathlib.Path, out_png: str | pathlib.Path) -> None:
+    """Draw loss against tokens as a PNG.
+
+    Raises:
+      ValueError: the file holds no record.
+    """
+    records = read_metrics(metrics_path)
+    if not records:
+        raise ValueError(f"{metrics_path} holds no record yet; train for more than log_every steps")
+    from matplotlib.figure import Figure  # not pyplot: no backend, no window, no global state
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(
+        [r["tokens"] for r in records],
+        [r["loss"] for r in records],
+        marker="." * (len(records) < 30),
+    )
+    axes.set(
+        xlabel="tokens", ylabel="loss (nats a token)", title=f"{records[-1]['loss']:.3f} at the end"
+    )
+    axes.grid(alpha=0.3)
+    figure.savefig(out_png, dpi=120)
