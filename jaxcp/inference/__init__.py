@@ -1,1 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Long prompts in, answers out."""
+
+from jaxcp.inference.engine import Engine
+from jaxcp.inference.session import Session, Stats
+from jaxcp.inference.steps import decode_step, logits, prefill
+
+__all__ = ["Engine", "Session", "Stats", "decode_step", "logits", "prefill"]
