@@ -3,6 +3,7 @@
 
 from jaxcp.plan.compile import Report, compile_for, on_mesh
 from jaxcp.plan.hlo import Collective, collectives, kernel_calls
+from jaxcp.plan.inference import decode_program, prefill_program
 from jaxcp.plan.target import Target, parse_target, topology
 
 __all__ = [
@@ -11,8 +12,10 @@ __all__ = [
     "Target",
     "collectives",
     "compile_for",
+    "decode_program",
     "kernel_calls",
     "on_mesh",
     "parse_target",
+    "prefill_program",
     "topology",
 ]

@@ -2,6 +2,7 @@
 """Compile a program for a mesh, present or described, and say what it will cost there."""
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from jaxcp.plan.hlo import Collective, collectives, kernel_calls
 from pallas_kernels.devices import find
 
 MIB = 1 << 20
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,6 +23,7 @@ class Report:
 
     `total_bytes` is what must be there at once: arguments, outputs and temporaries, less what is
     donated. `hbm_bytes` is the device's memory, None for one that is not in the table.
+    `collectives` and `kernels` are None where this jaxlib cannot read what the compiler wrote.
     """
 
     target: str
@@ -30,8 +33,8 @@ class Report:
     total_bytes: int
     hbm_bytes: int | None
     compile_seconds: float
-    collectives: tuple[Collective, ...]
-    kernels: int
+    collectives: tuple[Collective, ...] | None
+    kernels: int | None
 
     def __str__(self):
         sizes = [self.argument_bytes, self.output_bytes, self.temp_bytes, self.total_bytes]
@@ -41,6 +44,9 @@ class Report:
         if self.hbm_bytes:
             share = self.total_bytes / self.hbm_bytes
             lines[-1] += f" = {share:.1%} of {self.hbm_bytes / MIB / 1024:,.0f} GiB"
+        if self.collectives is None:
+            unread = "collectives and kernels: not known, this jaxlib cannot read the program"
+            return "\n".join([*lines, "", f"{unread}; a newer jax can"])
         lines += ["", f"{'collectives per step':<22} {'count':>12} {'MiB per device':>16}"]
         for c in self.collectives:
             lines.append(
@@ -82,7 +88,7 @@ def compile_for(
         lowered = traced.lower(lowering_platforms=(platform,))
     compiled = lowered.compile(compiler_options=dict(compiler_options or {}))
     seconds = time.perf_counter() - start
-    memory, text = compiled.memory_analysis(), compiled.as_text()
+    memory, text = compiled.memory_analysis(), _text(compiled)
     sizes = (
         memory.argument_size_in_bytes,
         memory.output_size_in_bytes,
@@ -98,9 +104,20 @@ def compile_for(
         total_bytes=sum(sizes) - memory.alias_size_in_bytes,
         hbm_bytes=chip.hbm_bytes_per_device if chip else None,
         compile_seconds=seconds,
-        collectives=tuple(collectives(text)),
-        kernels=kernel_calls(text),
+        collectives=None if text is None else tuple(collectives(text)),
+        kernels=None if text is None else kernel_calls(text),
     )
+
+
+def _text(compiled: jax.stages.Compiled) -> str | None:
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        # Some programs of libtpu 0.0.52 hold an async-update that the jaxlib of jax 0.10 refuses.
+        if "RET_CHECK" not in str(error):
+            raise
+        logger.warning("this jaxlib cannot read the compiled program: %s", error)
+        return None
 
 
 def on_mesh(tree: Any, mesh: Mesh) -> Any:

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The programs that an `Engine` runs, with shapes in the place of arrays: for `compile_for`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxcp.context_parallel import Ring, Strategy
+from jaxcp.inference import steps
+from jaxcp.sharding import sharding_of
+
+
+def prefill_program(
+    model: Any,
+    mesh: Mesh,
+    *,
+    tokens: int,
+    max_len: int | None = None,
+    batch_size: int = 1,
+    attention: Strategy | None = None,
+) -> tuple[Callable, tuple]:
+    """What `jaxcp.prefill` runs on `[batch_size, tokens]` and an empty cache for `max_len` tokens.
+
+    Args:
+      model: `jaxcp.abstract_model(config)`.
+      max_len: default `tokens`.
+
+    >>> fn, args = prefill_program(jaxcp.abstract_model(config), mesh, tokens=131_072)
+    >>> print(compile_for(fn, args, mesh))
+    """
+    strategy = Ring() if attention is None else attention
+    cache = _cache(model, mesh, batch_size, tokens if max_len is None else max_len)
+    text = np.zeros((batch_size, tokens), np.int32)
+    positions = np.broadcast_to(np.arange(tokens, dtype=np.int32), text.shape)
+    empty = np.zeros(cache.shards, np.int32)
+    spread, _, counts = steps._spread(strategy, cache, text, positions, empty)
+    used = min(steps._bucket(spread.shape[1] // cache.shards), cache.slots)
+    shards = NamedSharding(mesh, P("data", "seq"))
+    ids = jax.ShapeDtypeStruct(spread.shape, jnp.int32, sharding=shards)
+    row = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    fn = steps._jitted(steps._prefill, True)
+    return fn, (_model(model, mesh), cache, ids, ids, row, row, counts, strategy, used)
+
+
+def decode_program(
+    model: Any, mesh: Mesh, *, max_len: int, batch_size: int = 1
+) -> tuple[Callable, tuple]:
+    """What `jaxcp.decode_step` runs with a cache for `max_len` tokens."""
+    cache = _cache(model, mesh, batch_size, max_len)
+    token = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    return steps._jitted(steps._decode, True), (_model(model, mesh), cache, token)
+
+
+def _model(model, mesh: Mesh):
+    def placed(leaf):
+        value, sharding = leaf.get_value(), NamedSharding(mesh, sharding_of(leaf))
+        return leaf.replace(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding))
+
+    return jax.tree.map(placed, model, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def _cache(model, mesh: Mesh, batch_size: int, max_len: int):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return jax.eval_shape(lambda: model.init_cache(batch_size, max_len))
