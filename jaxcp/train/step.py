@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The state of a run and the one program that advances it."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxcp.layout import Zigzag
+from jaxcp.models import family_of
+from jaxcp.sharding import place, sharding_of
+from jaxcp.train.config import OptimizerConfig, TrainConfig
+from jaxcp.train.loss import chunked_cross_entropy
+from jaxcp.train.optimizer import make_optimizer, schedule
+
+State = dict[str, Any]
+"""`params` and `others` (variables without a gradient), flat dicts by name; `opt_state`; `step`,
+which is the position in the data too; `rng`, the key of the run (no layer draws from it yet)."""
+
+
+class Skeleton(NamedTuple):
+    """A model without its arrays."""
+
+    names: tuple[str, ...]
+    learnt: frozenset[str]
+    structure: jax.tree_util.PyTreeDef
+
+
+@functools.lru_cache(maxsize=8)
+def skeleton(model_config: Any) -> Skeleton:
+    model = nnx.eval_shape(lambda: _new_model(model_config, 0))
+    variables = _variables(model)
+    learnt = frozenset(
+        name for name, variable in variables.items() if isinstance(variable, nnx.Param)
+    )
+    return Skeleton(tuple(variables), learnt, jax.tree.structure(model))
+
+
+def join(model_config: Any, state: State) -> Any:
+    """The model with the arrays of a state."""
+    bones = skeleton(model_config)
+    arrays = state["params"] | state["others"]
+    return jax.tree.unflatten(bones.structure, [arrays[name] for name in bones.names])
+
+
+def init_state(config: TrainConfig) -> State:
+    """A fresh state on the mesh in scope."""
+    learnt = skeleton(config.model).learnt
+    arrays = {
+        name: v.get_value()
+        for name, v in _variables(place(_new_model(config.model, config.seed))).items()
+    }
+    params = {name: x.astype(jnp.float32) for name, x in arrays.items() if name in learnt}
+    state = {
+        "params": params,
+        "others": {name: x for name, x in arrays.items() if name not in learnt},
+        "opt_state": jax.jit(make_optimizer(config.optimizer, config.steps).init)(params),
+        "step": jnp.int32(0),
+        "rng": jax.random.key_data(jax.random.key(config.seed)),
+    }
+    return jax.tree.map(_on_mesh, state)
+
+
+def abstract_inputs(config: TrainConfig, mesh: Mesh) -> tuple[State, dict[str, Any]]:
+    """Shapes and shardings of a state and a batch on `mesh`, whose devices need not be there:
+    with `make_step`, what `jaxcp.plan.compile_for` takes."""
+    abstract_mesh = mesh.abstract_mesh
+
+    def leaf(shape, dtype, spec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(abstract_mesh, spec))
+
+    def fresh(params):
+        key = jax.random.key_data(jax.random.key(config.seed))
+        optimizer = make_optimizer(config.optimizer, config.steps)
+        return {"opt_state": optimizer.init(params), "step": jnp.int32(0), "rng": key}
+
+    learnt = skeleton(config.model).learnt
+    params, others = {}, {}
+    model = nnx.eval_shape(lambda: _new_model(config.model, config.seed))
+    for name, variable in _variables(model).items():
+        dtype = jnp.float32 if name in learnt else variable.dtype
+        (params if name in learnt else others)[name] = leaf(
+            variable.shape, dtype, sharding_of(variable)
+        )
+    with jax.sharding.use_abstract_mesh(abstract_mesh):
+        state = jax.eval_shape(fresh, params) | {"params": params, "others": others}
+    layout = getattr(config.attention, "layout", Zigzag())
+    length = layout.padded_length(config.seq_len, mesh.shape["seq"])
+    shape = (config.accumulate, config.batch_size // config.accumulate, length)
+    dtypes = dict.fromkeys(("tokens", "targets", "positions"), jnp.int32) | {"weights": jnp.float32}
+    return state, {name: leaf(shape, x, P(None, "data", "seq")) for name, x in dtypes.items()}
+
+
+def _new_model(model_config: Any, seed: int) -> Any:
+    return family_of(model_config).model_class(model_config, rngs=nnx.Rngs(seed))
+
+
+def _variables(model: Any) -> dict[str, nnx.Variable]:
+    leaves = jax.tree_util.tree_leaves_with_path(
+        model, is_leaf=lambda x: isinstance(x, nnx.Variable)
+    )
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): variable
+        for path, variable in leaves
+    }
+
+
+def _on_mesh(x: jax.Array) -> jax.Array:
+    """What was made on one device becomes replicated; what has a sharding keeps it."""
+    mesh = jax.sharding.get_mesh()
+    if isinstance(x.sharding, NamedSharding) and x.sharding.mesh == mesh:
+        return x
+    return jax.device_put(x, NamedSharding(mesh, P()))
+
+
+@functools.lru_cache(maxsize=8)
+def make_step(
+    model_config: Any,
+    attention: Any,
+    optimizer_config: OptimizerConfig,
+    steps: int,
+    loss_chunk: int,
+) -> Callable[[State, Any], tuple[State, dict]]:
+    """`train_step(state, batch) -> (state, {"loss", "lr", "grad_norm"})`, jitted; donates `state`.
+
+    `batch` leaves are `[accumulate, B, T]` as `data.put` makes them. Kept by its arguments, so that
+    a run which goes on in the same process does not compile again.
+    """
+    optimizer = make_optimizer(optimizer_config, steps)
+    rate = schedule(optimizer_config, optimizer_config.learning_rate, steps)
+
+    def loss(params, state, piece):
+        model = join(model_config, state | {"params": params})
+        x, load = model.hidden(
+            piece["tokens"],
+            piece["positions"],
+            segment_ids=piece.get("segment_ids"),
+            attention=attention,
+        )
+        total, weight = chunked_cross_entropy(
+            x, model.head_kernel(), piece["targets"], piece["weights"], chunk=loss_chunk
+        )
+        return total, (weight, load)
+
+    def sums(state, batch):
+        """Loss, weight, expert load and gradient, summed over the pieces."""
+        grad = jax.value_and_grad(loss, has_aux=True)
+        first = jax.tree.map(lambda x: x[0], batch)
+        if batch["tokens"].shape[0] == 1:
+            return grad(state["params"], state, first)
+
+        def add(total, piece):
+            return jax.tree.map(jnp.add, total, grad(state["params"], state, piece)), None
+
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(grad, state["params"], state, first))
+        return jax.lax.scan(add, zeros, batch)[0]
+
+    def step(state: State, batch) -> tuple[State, dict]:
+        (total, (weight, load)), grads = sums(state, batch)
+        weight = jnp.maximum(weight, 1e-9)
+        grads = jax.tree.map(lambda g: g / weight, grads)
+        # optax mixes int32 counts with floats, which strict promotion refuses
+        with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"):
+            lr = rate(state["step"])
+            updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+            params = optax.apply_updates(state["params"], updates)
+        others = state["others"]
+        if load is not None:
+            others = balance(others, load, optimizer_config.router_bias_rate)
+        new = {
+            "params": params,
+            "others": others,
+            "opt_state": opt_state,
+            "step": state["step"] + 1,
+        }
+        return state | new, {"loss": total / weight, "lr": lr, "grad_norm": optax.tree.norm(grads)}
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def balance(others: dict[str, jax.Array], load: jax.Array, rate: float) -> dict[str, jax.Array]:
+    """Move the selection bias of every expert by `rate` towards even load (auxiliary-loss-free
+    balancing, DeepSeek-V3, arXiv 2412.19437). `load` is `[moe layers, experts]`."""
+    names = [name for name in others if name.endswith("router_bias")]  # in the order of the layers
+    assert len(names) == load.shape[0], (names, load.shape)
+    moved = {}
+    for name, row in zip(names, load, strict=True):
+        moved[name] = others[name] + rate * jnp.sign(row.mean() - row)
+    return others | moved
