@@ -1,20 +1,62 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Long-context hybrid-MoE language models in JAX, the sequence spread over many chips."""
+"""Long-context hybrid-MoE language models in JAX, the sequence spread over many chips.
 
-from jaxcp.context_parallel import AllGather, Ring, attention_fn, context_parallel_attention, ring_attention
-from jaxcp.layout import Contiguous, Striped, Zigzag
-from jaxcp.mesh import MeshConfig, emulate_devices, make_mesh
+Names are imported on first use, so that `import jaxcp` and `jaxcp --help` need no jax.
+"""
 
-__all__ = [
-    "AllGather",
-    "Contiguous",
-    "MeshConfig",
-    "Ring",
-    "Striped",
-    "Zigzag",
-    "attention_fn",
-    "context_parallel_attention",
-    "emulate_devices",
-    "make_mesh",
-    "ring_attention",
-]
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxcp.context_parallel import AllGather as AllGather
+    from jaxcp.context_parallel import Ring as Ring
+    from jaxcp.context_parallel import attention_fn as attention_fn
+    from jaxcp.context_parallel import context_parallel_attention as context_parallel_attention
+    from jaxcp.context_parallel import ring_attention as ring_attention
+    from jaxcp.inference import Engine as Engine
+    from jaxcp.inference import decode_step as decode_step
+    from jaxcp.inference import logits as logits
+    from jaxcp.inference import prefill as prefill
+    from jaxcp.layout import Contiguous as Contiguous
+    from jaxcp.layout import Striped as Striped
+    from jaxcp.layout import Zigzag as Zigzag
+    from jaxcp.mesh import MeshConfig as MeshConfig
+    from jaxcp.mesh import emulate_devices as emulate_devices
+    from jaxcp.mesh import make_mesh as make_mesh
+    from jaxcp.models.gpt.model import GPT as GPT
+    from jaxcp.models.gpt.model import GPTConfig as GPTConfig
+    from jaxcp.models.hybrid_moe.model import HybridMoE as HybridMoE
+    from jaxcp.models.hybrid_moe.model import HybridMoEConfig as HybridMoEConfig
+    from jaxcp.train import OptimizerConfig as OptimizerConfig
+    from jaxcp.train import TrainConfig as TrainConfig
+    from jaxcp.train import train as train
+    from jaxcp.weights import abstract_model as abstract_model
+    from jaxcp.weights import load as load
+    from jaxcp.weights import load_config as load_config
+    from jaxcp.weights import save as save
+
+_HOME = {
+    "jaxcp.context_parallel": (
+        "AllGather", "Ring", "attention_fn", "context_parallel_attention", "ring_attention",
+    ),
+    "jaxcp.inference": ("Engine", "decode_step", "logits", "prefill"),
+    "jaxcp.layout": ("Contiguous", "Striped", "Zigzag"),
+    "jaxcp.mesh": ("MeshConfig", "emulate_devices", "make_mesh"),
+    "jaxcp.models.gpt.model": ("GPT", "GPTConfig"),
+    "jaxcp.models.hybrid_moe.model": ("HybridMoE", "HybridMoEConfig"),
+    "jaxcp.train": ("OptimizerConfig", "TrainConfig", "train"),
+    "jaxcp.weights": ("abstract_model", "load", "load_config", "save"),
+}  # fmt: skip
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+__all__ = sorted(_MODULE_OF)  # noqa: PLE0605
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'jaxcp' has no attribute {name!r}")
+    # not kept: `jaxcp.train` is a function and a package, and importing the package rebinds the name
+    return getattr(importlib.import_module(_MODULE_OF[name]), name)
+
+
+def __dir__():
+    return __all__

@@ -1,1 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""What a checkpoint can do, measured."""
+
+from jaxcp.evaluate.needle import evaluate_needle, plot_heat_map
+
+__all__ = ["evaluate_needle", "plot_heat_map"]

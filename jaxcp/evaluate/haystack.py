@@ -90,6 +90,15 @@ def _new_key(rng: np.random.Generator, keys: list[int], *, similar: bool) -> int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """From step `start` on: bytes of a document, and of text between two needle lines (log-uniform)."""
+
+    start: int = 0
+    document_length: int = 256
+    spacing: tuple[int, int] = (26, 300)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class NeedleSource:
     """Training rows: documents of real text with needle lines, most of which repeat an earlier one.
 
@@ -97,22 +106,29 @@ class NeedleSource:
     digits of a repeat 1, text 0.3, the line's frame 0.1, digits that nothing before tells 0.
     """
 
-    stages: tuple[tuple[int, int], ...] = ((0, 256),)
-    """`(from this step, document length)`, ascending."""
+    stages: tuple[Stage, ...] = (Stage(),)
+    """In order of `start`; the first starts at 0."""
     seed: int = 0
     repeat: float = 0.6
+    """Chance that a line repeats an earlier key and its value."""
     similar: float = 0.3
-    spacing: tuple[int, int] = (26, 300)
+    """Chance that a new key differs from an old one in one digit only."""
 
-    def document_length(self, step: int) -> int:
-        return next(length for start, length in reversed(self.stages) if step >= start)
+    def __post_init__(self):
+        starts = [stage.start for stage in self.stages]
+        if not starts or starts[0] != 0 or starts != sorted(set(starts)):
+            raise ValueError(f"stages must start at 0 and ascend; they start at {starts}")
+
+    def stage(self, step: int) -> "Stage":
+        return next(stage for stage in reversed(self.stages) if step >= stage.start)
 
     def batch(self, step: int, rows: int, length: int) -> dict[str, np.ndarray]:
         """A pure function of the step: `{tokens, targets, positions, segment_ids, weights}` `[rows, length]`."""
-        size = min(self.document_length(step), length)
+        stage = self.stage(step)
+        size = min(stage.document_length, length)
         count = -(-length // size)
         rng = np.random.default_rng((self.seed, step))
-        documents = [self._document(rng, size + 1) for _ in range(rows * count)]
+        documents = [self._document(rng, size + 1, stage.spacing) for _ in range(rows * count)]
         tokens = np.stack([d for d, _ in documents])
         weights = np.stack([w for _, w in documents])
 
@@ -128,12 +144,12 @@ class NeedleSource:
             "segment_ids": np.broadcast_to(segments, (rows, length)),
         }
 
-    def _document(self, rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
+    def _document(self, rng: np.random.Generator, size: int, spacing) -> tuple[np.ndarray, np.ndarray]:
         """Bytes and their loss weights."""
         text = corpus()
         text = text[: int(len(text) * (1 - HELD_OUT))]
         start = int(rng.integers(len(text) - size))
-        low, high = map(math.log, self.spacing)
+        low, high = map(math.log, spacing)
         pieces: list[bytes] = []
         weights: list[np.ndarray] = []
         known: dict[int, int] = {}

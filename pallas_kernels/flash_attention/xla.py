@@ -128,15 +128,24 @@ def _dot(equation, x, y):
 
 
 def _block_kinds(queries, keys, mask):
-    """What each (query block, key block) pair needs: `[query blocks, key blocks]` of SKIP, FULL, PARTIAL."""
+    """SKIP, FULL or PARTIAL for each (query block, key block): `[query blocks, key blocks]`."""
     q, kv = queries["pos"], keys["pos"]
     q_low, q_high = (x[:, None] for x in bounds(q, pad=NO_POSITION))
     kv_low, kv_high = (x[None] for x in bounds(kv, pad=PAD_POSITION))
-    some = mask.may_see(q_low, q_high, kv_low, kv_high).any(-1)
+    some = mask.may_see(q_low, q_high, kv_low, kv_high)
+    q_low, q_high = _extremes(q, 1)
+    kv_low, kv_high = _extremes(kv, 0)
+    every = mask.sees_all(q_low, q_high, kv_low, kv_high)
     if "seg" in queries:
-        return jnp.where(some, PARTIAL, SKIP)
-    every = mask.sees_all(q.min(-1)[:, None], q.max(-1)[:, None], kv.min(-1)[None], kv.max(-1)[None]).all(-1)
-    return jnp.where(every, FULL, jnp.where(some, PARTIAL, SKIP))
+        (q_low, q_high), (kv_low, kv_high) = _extremes(queries["seg"], 1), _extremes(keys["seg"], 0)
+        some &= (q_low <= kv_high) & (kv_low <= q_high)
+        every &= (q_low == kv_high) & (kv_low == q_high)
+    return jnp.where(every.all(-1), FULL, jnp.where(some.any(-1), PARTIAL, SKIP))
+
+
+def _extremes(x, axis):
+    """`(min, max)` over a block of `[blocks, B, block]`, to broadcast against the other side's."""
+    return jnp.expand_dims(x.min(-1), axis), jnp.expand_dims(x.max(-1), axis)
 
 
 def _split(x, block, value):
@@ -151,7 +160,10 @@ def _query_blocks(x, positions, segment_ids, kv_heads):
     blocks = _split(x, block, 0)  # [blocks, B, block, N, H]
     count, b, _, n, h = blocks.shape
     blocks = blocks.reshape(count, b, block, kv_heads, n // kv_heads, h).transpose(0, 1, 3, 4, 2, 5)
-    out = {"q": blocks.reshape(count, b, kv_heads, -1, h), "pos": _split(positions, block, NO_POSITION)}
+    out = {
+        "q": blocks.reshape(count, b, kv_heads, -1, h),
+        "pos": _split(positions, block, NO_POSITION),
+    }
     if segment_ids is not None:
         out["seg"] = _split(segment_ids, block, -1)
     return out
