@@ -34,7 +34,9 @@ class Layout:
     def order(self, length: int, shards: int) -> np.ndarray:
         """Natural index of the token at each place `[padded_length]`; pads are `>= length`."""
         if shards < 1 or length < 1:
-            raise ValueError(f"a layout needs shards >= 1 and length >= 1; got shards={shards}, length={length}")
+            raise ValueError(
+                f"a layout needs shards >= 1 and length >= 1; got shards={shards}, length={length}"
+            )
         chunks = self.chunks(shards)
         size = self.padded_length(length, shards) // chunks.size
         return (chunks.reshape(-1, 1) * size + np.arange(size)).reshape(-1)
@@ -52,7 +54,9 @@ class Layout:
         leaves = jax.tree_util.tree_leaves(tree)
         lengths = {np.shape(x)[1] for x in leaves}
         if len(lengths) != 1:
-            raise ValueError(f"all leaves must be [B, T, ...] with one T; got T in {sorted(lengths)}")
+            raise ValueError(
+                f"all leaves must be [B, T, ...] with one T; got T in {sorted(lengths)}"
+            )
         length = lengths.pop()
         order = self.order(length, shards)
 
@@ -72,7 +76,9 @@ class Layout:
         def one(x):
             x = np.asarray(x)
             if x.shape[1] != order.size:
-                raise ValueError(f"length {length} over {shards} shards is {order.size} places; got {x.shape[1]}")
+                raise ValueError(
+                    f"length {length} over {shards} shards is {order.size} places; got {x.shape[1]}"
+                )
             return x[:, back]
 
         return jax.tree.map(one, tree)

@@ -14,7 +14,7 @@ AXES = ("data", "seq", "model", "expert")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each axis. `data`: batch rows; `seq`: tokens of a row; `model`: heads and widths."""
+    """Devices along each axis: `data` rows, `seq` tokens of a row, `model` heads and widths."""
 
     data: int = 1
     seq: int = 1
@@ -40,7 +40,12 @@ class MeshConfig:
 
 
 def make_mesh(
-    *, data: int = 1, seq: int = 1, model: int = 1, expert: int = 1, devices: Sequence[jax.Device] | None = None
+    *,
+    data: int = 1,
+    seq: int = 1,
+    model: int = 1,
+    expert: int = 1,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
     """A mesh with explicit axes `data, seq, model, expert` over `devices` (default: all there are).
 
@@ -54,8 +59,9 @@ def make_mesh(
     available = list(jax.devices() if devices is None else devices)
     if config.size != len(available):
         raise ValueError(
-            f"mesh data={data} x seq={seq} x model={model} x expert={expert} needs {config.size} devices; got "
-            f"{len(available)} ({available[0].device_kind}). Change an axis, pass devices=jax.devices()[:{config.size}], "
+            f"mesh data={data} x seq={seq} x model={model} x expert={expert} needs {config.size} "
+            f"devices; got {len(available)} ({available[0].device_kind}). Change an axis, "
+            f"pass devices=jax.devices()[:{config.size}], "
             f"or on CPU call jaxcp.emulate_devices({config.size}) before anything else uses jax"
         )
     shape = tuple(getattr(config, axis) for axis in AXES)
@@ -71,7 +77,9 @@ def emulate_devices(count: int) -> None:
     Raises:
       RuntimeError: jax has already been used with another number of devices.
     """
-    if jax._src.xla_bridge.backends_are_initialized():  # private: no public way to ask; jax 0.10 to 0.12
+    if (
+        jax._src.xla_bridge.backends_are_initialized()
+    ):  # private: no public way to ask; jax 0.10 to 0.12
         if jax.default_backend() != "cpu" or jax.device_count() != count:
             raise RuntimeError(
                 f"emulate_devices({count}) came after jax was first used with {jax.device_count()} "

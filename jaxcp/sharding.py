@@ -38,11 +38,17 @@ def place(model: Any) -> Any:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return model
-    leaves, tree = jax.tree_util.tree_flatten_with_path(model, is_leaf=lambda x: isinstance(x, nnx.Variable))
-    problems = [p for path, leaf in leaves if (p := _misfit(jax.tree_util.keystr(path), leaf, mesh))]
+    leaves, tree = jax.tree_util.tree_flatten_with_path(
+        model, is_leaf=lambda x: isinstance(x, nnx.Variable)
+    )
+    problems = [
+        p for path, leaf in leaves if (p := _misfit(jax.tree_util.keystr(path), leaf, mesh))
+    ]
     if problems:
         raise ValueError("the mesh's model axis does not divide: " + "; ".join(problems))
-    return jax.tree.unflatten(tree, [leaf.replace(jax.device_put(leaf.get_value(), sharding_of(leaf))) for _, leaf in leaves])
+    placed = [jax.device_put(leaf.get_value(), sharding_of(leaf)) for _, leaf in leaves]
+    new = [leaf.replace(value) for (_, leaf), value in zip(leaves, placed, strict=True)]
+    return jax.tree.unflatten(tree, new)
 
 
 def _misfit(name, variable, mesh):
@@ -53,8 +59,8 @@ def _misfit(name, variable, mesh):
     return None
 
 
-def tokens_spec(x) -> P:
-    """How the leading `[B, T]` of an explicit array lies on the mesh; None where there is no mesh."""
+def tokens_spec(x) -> P | None:
+    """How the leading `[B, T]` of an explicit array lies on the mesh; None without a mesh."""
     if jax.sharding.get_abstract_mesh().empty:
         return None
     spec = jax.typeof(x).sharding.spec

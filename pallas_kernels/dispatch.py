@@ -19,16 +19,20 @@ def target_platform() -> str:
     return "gpu" if platform in ("cuda", "rocm", "gpu") else platform
 
 
-def resolve(op: str, implementation: str | None, names: tuple[str, ...], best: dict[str, str]) -> ModuleType:
+def resolve(
+    op: str, implementation: str | None, names: tuple[str, ...], best: dict[str, str]
+) -> ModuleType:
     """The module of `pallas_kernels.<op>` that implements it.
 
     Args:
-      implementation: a name in `names`, or None for `best[target_platform()]` ("xla" where there is none).
+      implementation: a name in `names`, or None for `best[target_platform()]`, else "xla".
     Raises:
       ValueError: the name is unknown.
     """
     if implementation is None:
         implementation = best.get(target_platform(), "xla")
     if implementation not in names:
-        raise ValueError(f"{op}: implementation must be one of {names} or None; got {implementation!r}")
+        raise ValueError(
+            f"{op}: implementation must be one of {names} or None; got {implementation!r}"
+        )
     return importlib.import_module(f"pallas_kernels.{op}.{implementation}")

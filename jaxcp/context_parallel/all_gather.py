@@ -19,12 +19,19 @@ from pallas_kernels import flash_attention
 class AllGather(Strategy):
     """K/V gathered once; every mask is honoured."""
 
-    def attend(self, q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, axis_name, mask, soft_cap, scale, implementation):
+    def attend(self, q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, axis_name, mask, **options):
         def gather(x):
             return None if x is None else lax.all_gather(x, axis_name, axis=1, tiled=True)
 
         return flash_attention(
-            q, gather(k), gather(v), q_positions=q_pos, kv_positions=gather(kv_pos), q_segment_ids=q_seg,
-            kv_segment_ids=gather(kv_seg), causal=mask.causal, window=mask.window, soft_cap=soft_cap, scale=scale,
-            implementation=implementation,
-        )  # fmt: skip
+            q,
+            gather(k),
+            gather(v),
+            q_positions=q_pos,
+            kv_positions=gather(kv_pos),
+            q_segment_ids=q_seg,
+            kv_segment_ids=gather(kv_seg),
+            causal=mask.causal,
+            window=mask.window,
+            **options,
+        )

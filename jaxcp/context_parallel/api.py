@@ -36,7 +36,7 @@ def context_parallel_attention(
 
     Arrays are global, in the strategy's layout (`strategy.layout.permute`), T a multiple of the
     number of shards. Positions are the only mask, so any layout gives the right result; the
-    strategy's own balances the work. Without a mesh, or with one shard, it is plain flash attention.
+    strategy's own balances the work. Without a mesh it is plain flash attention.
 
     Args:
       strategy: `Ring()`, `AllGather()`; None takes `Ring()`.
@@ -52,10 +52,20 @@ def context_parallel_attention(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         out, _ = flash_attention(
-            q, k, v, q_positions=positions, kv_positions=positions, q_segment_ids=segment_ids,
-            kv_segment_ids=segment_ids, causal=causal, window=window, sinks=sinks, soft_cap=soft_cap, scale=scale,
+            q,
+            k,
+            v,
+            q_positions=positions,
+            kv_positions=positions,
+            q_segment_ids=segment_ids,
+            kv_segment_ids=segment_ids,
+            causal=causal,
+            window=window,
+            sinks=sinks,
+            soft_cap=soft_cap,
+            scale=scale,
             implementation=implementation,
-        )  # fmt: skip
+        )
         return out
     strategy = Ring() if strategy is None else strategy
     spec = qkv_spec(q, k, axis_name)
@@ -66,24 +76,43 @@ def context_parallel_attention(
 
     def local(q, k, v, positions, segment_ids):
         return strategy.attend(
-            q, k, v, positions, positions, segment_ids, segment_ids, axis_name=axis_name, mask=mask,
-            soft_cap=soft_cap, scale=scale, implementation=implementation,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            positions,
+            positions,
+            segment_ids,
+            segment_ids,
+            axis_name=axis_name,
+            mask=mask,
+            soft_cap=soft_cap,
+            scale=scale,
+            implementation=implementation,
+        )
 
     # check_vma=False: interpreted Pallas kernels cannot say over which axes their results vary
     attend = jax.shard_map(
-        local, in_specs=(spec, spec, spec, tokens, segments), out_specs=(spec, P(*spec[:3])), check_vma=False
+        local,
+        in_specs=(spec, spec, spec, tokens, segments),
+        out_specs=(spec, P(*spec[:3])),
+        check_vma=False,
     )
-    out, lse = attend(*_placed((q, k, v, positions, segment_ids), (spec, spec, spec, tokens, segments), mesh))
+    out, lse = attend(
+        *_placed((q, k, v, positions, segment_ids), (spec, spec, spec, tokens, segments), mesh)
+    )
     return out if sinks is None else apply_sinks(out, lse, sinks)[0]
 
 
 def ring_attention(q, k, v, positions, *, axis_name="seq", **options):
     """`context_parallel_attention` with `strategy=Ring()`."""
-    return context_parallel_attention(q, k, v, positions, strategy=Ring(), axis_name=axis_name, **options)
+    return context_parallel_attention(
+        q, k, v, positions, strategy=Ring(), axis_name=axis_name, **options
+    )
 
 
-def attention_fn(strategy: Strategy | None = None, *, axis_name: str = "seq", causal: bool = True, window=None):
+def attention_fn(
+    strategy: Strategy | None = None, *, axis_name: str = "seq", causal: bool = True, window=None
+):
     """An `attention_fn` for stock `flax.nnx.MultiHeadAttention`: one changed line.
 
     Tokens must lie in the strategy's layout over `axis_name`, with no pads; positions follow from
@@ -91,26 +120,53 @@ def attention_fn(strategy: Strategy | None = None, *, axis_name: str = "seq", ca
     """
     strategy = Ring() if strategy is None else strategy
 
-    def attend(query, key, value, bias=None, mask=None, *, dropout_rate=0.0, deterministic=True, module=None,
-               is_causal=False, **_):  # fmt: skip
-        refused = {"mask": mask is not None, "bias": bias is not None, "sow_weights": module is not None,
-                   "dropout": dropout_rate > 0 and not deterministic}  # fmt: skip
+    def attend(
+        query,
+        key,
+        value,
+        bias=None,
+        mask=None,
+        *,
+        dropout_rate=0.0,
+        deterministic=True,
+        module=None,
+        is_causal=False,
+        **_,
+    ):
+        refused = {
+            "mask": mask is not None,
+            "bias": bias is not None,
+            "sow_weights": module is not None,
+            "dropout": dropout_rate > 0 and not deterministic,
+        }
         if any(refused.values()):
             raise NotImplementedError(
-                f"context-parallel attention cannot honour {[k for k, v in refused.items() if v]}: masks come from "
-                "positions (attention_fn(causal=..., window=...)); call context_parallel_attention for packing"
+                f"context-parallel attention cannot honour {[k for k, v in refused.items() if v]}: "
+                "masks come from positions (attention_fn(causal=..., window=...)); "
+                "call context_parallel_attention for packing"
             )
         if query.shape[1] != key.shape[1]:
-            raise NotImplementedError(f"decoding with Flax's cache is not supported; got {query.shape}, {key.shape}")
+            raise NotImplementedError(
+                f"decoding with Flax's cache is not supported; got {query.shape}, {key.shape}"
+            )
         mesh = jax.sharding.get_abstract_mesh()
         order = strategy.layout.order(query.shape[1], mesh.shape.get(axis_name, 1))
         if order.size != query.shape[1]:
-            raise ValueError(f"{query.shape[1]} tokens do not fill the layout ({order.size} places): use layout.permute")
+            raise ValueError(
+                f"{query.shape[1]} tokens do not fill the layout ({order.size} places): "
+                "use layout.permute"
+            )
         positions = jnp.broadcast_to(jnp.asarray(order, jnp.int32), query.shape[:2])
         return context_parallel_attention(
-            query, key, value, positions, strategy=strategy, axis_name=axis_name, causal=causal or is_causal,
+            query,
+            key,
+            value,
+            positions,
+            strategy=strategy,
+            axis_name=axis_name,
+            causal=causal or is_causal,
             window=window,
-        )  # fmt: skip
+        )
 
     return attend
 
@@ -119,7 +175,10 @@ def qkv_spec(q, k, axis_name) -> P:
     """How `[B, T, N, H]` lies on the mesh in scope: batch, tokens, heads."""
     mesh = jax.sharding.get_abstract_mesh()
     if axis_name not in mesh.shape:
-        raise ValueError(f"the mesh has no axis {axis_name!r}; it has {mesh.axis_names}. Make it with jaxcp.make_mesh")
+        raise ValueError(
+            f"the mesh has no axis {axis_name!r}; it has {mesh.axis_names}. "
+            "Make it with jaxcp.make_mesh"
+        )
     if dict(zip(mesh.axis_names, mesh.axis_types, strict=True))[axis_name] == AxisType.Manual:
         raise ValueError("already inside shard_map: call strategy.attend on local shards")
     batch, _, heads, _ = (*_spec_of(q), None, None, None, None)[:4]
@@ -136,7 +195,12 @@ def _spec_of(x):
     mesh = jax.sharding.get_abstract_mesh()
     if AxisType.Explicit in mesh.axis_types:
         return jax.typeof(x).sharding.spec
-    names = ["data" if "data" in mesh.shape else None, None, "model" if "model" in mesh.shape else None, None]
+    names = [
+        "data" if "data" in mesh.shape else None,
+        None,
+        "model" if "model" in mesh.shape else None,
+        None,
+    ]
     return P(*names)
 
 
@@ -152,11 +216,17 @@ def _check_divides(size, entry, mesh, name):
     for axis in entry if isinstance(entry, tuple) else (entry,):
         shards *= 1 if axis is None else mesh.shape[axis]
     if size % shards:
-        raise ValueError(f"{size} {name} do not divide over {shards} shards of mesh axis {entry!r}; pad or change the mesh")
+        raise ValueError(
+            f"{size} {name} do not divide over {shards} shards of mesh axis {entry!r}; "
+            "pad or change the mesh"
+        )
 
 
 def _placed(arrays, specs, mesh):
-    """Arrays moved to `specs` where the mesh is explicit and they lie otherwise (the result is the same)."""
+    """Arrays moved to `specs`, where the mesh is explicit. The result is the same."""
     if AxisType.Explicit not in mesh.axis_types:
         return arrays
-    return tuple(x if x is None else jax.sharding.reshard(x, spec) for x, spec in zip(arrays, specs, strict=True))
+    return tuple(
+        x if x is None else jax.sharding.reshard(x, spec)
+        for x, spec in zip(arrays, specs, strict=True)
+    )

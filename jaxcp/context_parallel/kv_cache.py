@@ -30,8 +30,9 @@ AXIS = "seq"
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["k", "v", "positions", "fill", "lengths"], meta_fields=["max_len"],
-)  # fmt: skip
+    data_fields=["k", "v", "positions", "fill", "lengths"],
+    meta_fields=["max_len"],
+)
 @dataclasses.dataclass(frozen=True)
 class KVCache:
     """Keys and values of every layer, sharded over slots. S = shards * slots per shard."""
@@ -57,10 +58,14 @@ class KVCache:
         return sum(x.addressable_shards[0].data.nbytes for x in (*self.k, *self.v))
 
 
-def empty_cache(*, layers: int, batch_size: int, max_len: int, num_kv_heads: int, head_dim: int, dtype) -> KVCache:
+def empty_cache(
+    *, layers: int, batch_size: int, max_len: int, num_kv_heads: int, head_dim: int, dtype
+) -> KVCache:
     """A cache for `max_len` tokens a row, on the mesh in scope."""
     if batch_size < 1 or max_len < 1:
-        raise ValueError(f"a cache needs batch_size >= 1 and max_len >= 1; got {batch_size} and {max_len}")
+        raise ValueError(
+            f"a cache needs batch_size >= 1 and max_len >= 1; got {batch_size} and {max_len}"
+        )
     shards = _shards()
     slots = -(-max_len // shards) + (SLACK if shards > 1 else 2 * SLACK)
     shape = (batch_size, shards * slots, num_kv_heads, head_dim)
@@ -68,14 +73,20 @@ def empty_cache(*, layers: int, batch_size: int, max_len: int, num_kv_heads: int
     @jax.jit
     def make():
         def zeros():
-            return tuple(_on_mesh(jnp.zeros(shape, dtype), P("data", AXIS, "model", None)) for _ in range(layers))
+            return tuple(
+                _on_mesh(jnp.zeros(shape, dtype), P("data", AXIS, "model", None))
+                for _ in range(layers)
+            )
 
         positions = jnp.full(shape[:2], PAD_POSITION, jnp.int32)
         return KVCache(
-            k=zeros(), v=zeros(), positions=_on_mesh(positions, P("data", AXIS)),
+            k=zeros(),
+            v=zeros(),
+            positions=_on_mesh(positions, P("data", AXIS)),
             fill=_on_mesh(jnp.zeros(shards, jnp.int32), P(None)),
-            lengths=_on_mesh(jnp.zeros(batch_size, jnp.int32), P("data")), max_len=max_len,
-        )  # fmt: skip
+            lengths=_on_mesh(jnp.zeros(batch_size, jnp.int32), P("data")),
+            max_len=max_len,
+        )
 
     return make()
 
@@ -98,9 +109,8 @@ class Prefill:
         heads, tokens = P("data", AXIS, "model", None), P("data", AXIS)
         local = functools.partial(self._local, mask=Mask(window=window))
         run = _on_shards(local, (heads,) * 5 + (tokens, tokens, P(None)), (heads,) * 3)
-        out, self.k[layer], self.v[layer] = run(
-            q, k, v, self.k[layer], self.v[layer], self.positions, self.kv_positions, self.cache.fill
-        )
+        state = self.k[layer], self.v[layer], self.positions, self.kv_positions, self.cache.fill
+        out, self.k[layer], self.v[layer] = run(q, k, v, *state)
         return out
 
     def _local(self, q, k, v, cache_k, cache_v, q_pos, kv_pos, fill, *, mask):
@@ -109,7 +119,9 @@ class Prefill:
         kv_pos = kv_pos[:, : self.used]
         options = {"soft_cap": None, "scale": q.shape[-1] ** -0.5, "implementation": None}
         if jax.sharding.get_abstract_mesh().empty:
-            out, _ = flash_attention(q, seen_k, seen_v, q_positions=q_pos, kv_positions=kv_pos, window=mask.window)
+            out, _ = flash_attention(
+                q, seen_k, seen_v, q_positions=q_pos, kv_positions=kv_pos, window=mask.window
+            )
         else:
             out, _ = self.strategy.attend(
                 q, seen_k, seen_v, q_pos, kv_pos, None, None, axis_name=AXIS, mask=mask, **options
@@ -118,24 +130,22 @@ class Prefill:
 
     def filled(self, added, counts) -> KVCache:
         """The cache after all layers: `added [B]` tokens a row, `counts [shards]` slots a shard."""
-        cache = self.cache
-        return dataclasses.replace(
-            cache, k=tuple(self.k), v=tuple(self.v), positions=self.kv_positions,
-            fill=cache.fill + counts, lengths=cache.lengths + added,
-        )  # fmt: skip
+        return _after(self, added, counts)
 
 
 class Extend:
-    """Attention of a few new tokens `[B, T]`, replicated over `seq`, over the cache, which they join.
+    """Attention of a few new tokens `[B, T]` over the cache, which they join.
 
-    Their keys are dealt out one by one, the emptiest shard first. One all-gather a layer carries
-    the partial results: `shards * B * T * N * (H + 1)` float32.
+    The tokens are the same on every shard; their keys are dealt out one by one, the emptiest shard
+    first. One all-gather a layer carries the partial results: `shards * B * T * N * (H + 1)`
+    float32.
     """
 
     def __init__(self, cache: KVCache, positions):
         self.cache, self.positions = cache, positions
         self.k, self.v = list(cache.k), list(cache.v)
-        self.turn = jnp.argsort(jnp.argsort(cache.fill)).astype(jnp.int32)  # the emptiest shard's is 0
+        # the order in which shards receive: the emptiest is 0
+        self.turn = jnp.argsort(jnp.argsort(cache.fill)).astype(jnp.int32)
         tokens = P("data", AXIS)
         local = functools.partial(_deal, pad=PAD_POSITION)
         write = _on_shards(local, (tokens, P("data"), P(None), P(None)), tokens)
@@ -144,18 +154,17 @@ class Extend:
     def __call__(self, q, k, v, *, layer, window):
         sharded, whole = P("data", AXIS, "model", None), P("data", None, "model", None)
         local = functools.partial(self._local, mask=Mask(window=window))
-        specs = (whole, whole, whole, sharded, sharded, P("data"), P("data", AXIS), P(None), P(None))
-        out, self.k[layer], self.v[layer] = _on_shards(local, specs, (whole, sharded, sharded))(
-            q, k, v, self.k[layer], self.v[layer], self.positions, self.kv_positions, self.cache.fill, self.turn
-        )
+        specs = (*[whole] * 3, *[sharded] * 2, P("data"), P("data", AXIS), P(None), P(None))
+        run = _on_shards(local, specs, (whole, sharded, sharded))
+        state = self.k[layer], self.v[layer], self.positions, self.kv_positions, self.cache.fill
+        out, self.k[layer], self.v[layer] = run(q, k, v, *state, self.turn)
         return out
 
     def _local(self, q, k, v, cache_k, cache_v, q_pos, kv_pos, fill, turn, *, mask):
         cache_k, cache_v = _deal(cache_k, k, fill, turn), _deal(cache_v, v, fill, turn)
-        out, lse = attention_forward(
-            q, cache_k.astype(q.dtype), cache_v.astype(q.dtype), q_pos, kv_pos, None, None, mask=mask,
-            soft_cap=None, scale=q.shape[-1] ** -0.5, out_dtype=jnp.float32,
-        )  # fmt: skip
+        arrays = q, cache_k.astype(q.dtype), cache_v.astype(q.dtype), q_pos, kv_pos, None, None
+        options = {"mask": mask, "soft_cap": None, "scale": q.shape[-1] ** -0.5}
+        out, lse = attention_forward(*arrays, **options, out_dtype=jnp.float32)
         if not jax.sharding.get_abstract_mesh().empty:
             packed = lax.all_gather(jnp.concatenate([out, lse[..., None]], axis=-1), AXIS)
             out, lse = merge_stacked(packed[..., :-1], packed[..., -1])
@@ -163,12 +172,21 @@ class Extend:
 
     def extended(self, added) -> KVCache:
         """The cache after all layers, with `added [B]` tokens a row."""
-        cache, shards = self.cache, self.cache.shards
-        dealt = (added.max() - self.turn + shards - 1) // shards
-        return dataclasses.replace(
-            cache, k=tuple(self.k), v=tuple(self.v), positions=self.kv_positions,
-            fill=cache.fill + dealt, lengths=cache.lengths + added,
-        )  # fmt: skip
+        shards = self.cache.shards
+        return _after(self, added, (added.max() - self.turn + shards - 1) // shards)
+
+
+def _after(step: Prefill | Extend, added, slots) -> KVCache:
+    """The cache that `step` leaves: `added [B]` tokens a row in `slots [shards]` new slots."""
+    cache = step.cache
+    return dataclasses.replace(
+        cache,
+        k=tuple(step.k),
+        v=tuple(step.v),
+        positions=step.kv_positions,
+        fill=cache.fill + slots,
+        lengths=cache.lengths + added,
+    )
 
 
 def _write(cache, new, fill):
@@ -207,7 +225,7 @@ def _on_shards(local, in_specs, out_specs):
         return local
 
     def call(*args):
-        args = [jax.sharding.reshard(x, spec) for x, spec in zip(args, in_specs, strict=True)]
-        return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*args)
+        moved = [jax.sharding.reshard(x, spec) for x, spec in zip(args, in_specs, strict=True)]
+        return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*moved)
 
     return call

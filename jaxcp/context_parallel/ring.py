@@ -25,34 +25,38 @@ from pallas_kernels.flash_attention import attention_backward, attention_forward
 class Ring(Strategy):
     """K/V rotate n-1 times; every mask is honoured."""
 
-    def attend(self, q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, axis_name, mask, soft_cap, scale, implementation):
-        options = {"mask": mask, "soft_cap": soft_cap, "scale": scale, "implementation": implementation}
-        return _ring(axis_name, tuple(options.items()), q, k, v, q_pos, kv_pos, q_seg, kv_seg)
+    def attend(self, q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, axis_name, mask, **options):
+        static = tuple({"mask": mask, **options}.items())
+        return _ring(axis_name, static, q, k, v, q_pos, kv_pos, q_seg, kv_seg)
 
 
 def _rotate(tree, axis_name):
     n = lax.axis_size(axis_name)
-    return jax.tree.map(lambda x: lax.ppermute(x, axis_name, [(i, (i + 1) % n) for i in range(n)]), tree)
+    hops = [(i, (i + 1) % n) for i in range(n)]
+    return jax.tree.map(lambda x: lax.ppermute(x, axis_name, hops), tree)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _ring(axis_name, options, q, k, v, q_pos, kv_pos, q_seg, kv_seg):
     n = lax.axis_size(axis_name)
     acc = jnp.promote_types(q.dtype, jnp.float32)
-    attend = functools.partial(attention_forward, out_dtype=acc, **dict(options))
 
     def partial(kv):
         k, v, pos, seg = kv
-        return attend(q, k, v, q_pos, pos, q_seg, seg)
+        arrays = q, k, v, q_pos, pos, q_seg, seg
+        return attention_forward(*arrays, out_dtype=acc, **dict(options))
 
     def step(_, carry):
         done, kv = carry
-        following = _rotate(kv, axis_name)  # issued before the kernel, and independent of it: they overlap
+        # issued before the kernel, and independent of it: they overlap
+        following = _rotate(kv, axis_name)
         return merge(done, partial(kv)), following
 
     done = (jnp.zeros(q.shape, acc), jnp.full(q.shape[:3], -jnp.inf, acc))
-    # a fori_loop and not a Python loop: XLA would hoist unrolled permutes and hold every shard at once
-    done, kv = lax.fori_loop(0, n - 1, step, (done, (k, v, kv_pos, kv_seg))) if n > 1 else (done, (k, v, kv_pos, kv_seg))
+    # a fori_loop: XLA would hoist the permutes of a Python loop and hold every shard at once
+    kv = k, v, kv_pos, kv_seg
+    if n > 1:
+        done, kv = lax.fori_loop(0, n - 1, step, (done, kv))
     out, lse = merge(done, partial(kv))
     return out.astype(q.dtype), lse
 
@@ -70,7 +74,9 @@ def _ring_bwd(axis_name, options, saved, grads):
 
     def partial(kv):
         k, v, pos, seg = kv
-        dq, dk, dv = attention_backward(q, k, v, q_pos, pos, q_seg, seg, lse, dout, delta, **dict(options))
+        dq, dk, dv = attention_backward(
+            q, k, v, q_pos, pos, q_seg, seg, lse, dout, delta, **dict(options)
+        )
         return dq, (dk, dv)
 
     def add(a, b):

@@ -14,10 +14,12 @@ class Strategy:
     for it. The result is right under any layout, because only positions mask.
     """
 
-    layout: Layout = Zigzag()
+    layout: Layout = dataclasses.field(default_factory=Zigzag)
 
-    def attend(self, q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, axis_name, mask, soft_cap, scale, implementation):
+    def attend(self, q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, axis_name, mask, **options):
         """`(out in q's dtype, lse)` of local queries over all shards' keys. Runs inside shard_map.
+
+        `options`: `soft_cap`, `scale` and `implementation`, as `flash_attention` takes them.
 
         Differentiable in q, k, v. Raises NotImplementedError for a mask it cannot honour.
         """

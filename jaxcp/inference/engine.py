@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine is a model ready to talk: tokenizer, length, strategy, and the mesh it was made under."""
+"""A model ready to talk: with its tokenizer, length, strategy, and the mesh it was made under."""
 
 import contextlib
 from typing import Any
@@ -26,11 +26,20 @@ class Engine:
     >>> answer = "".join(engine.session().send("The needle is"))
     """
 
-    def __init__(self, model: Any, tokenizer: Tokenizer | None, *, max_len: int, attention: Strategy | None = None,
-                 stop_tokens: tuple[int, ...] = ()):  # fmt: skip
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Tokenizer | None,
+        *,
+        max_len: int,
+        attention: Strategy | None = None,
+        stop_tokens: tuple[int, ...] = (),
+    ):
         limit = getattr(model.config, "max_positions", max_len)
         if not 1 <= max_len <= limit:
-            raise ValueError(f"max_len must be in 1..{limit} (the model's positions); got {max_len}")
+            raise ValueError(
+                f"max_len must be in 1..{limit} (the model's positions); got {max_len}"
+            )
         self.model, self.tokenizer, self.max_len = model, tokenizer, max_len
         self.attention = Ring() if attention is None else attention
         self.stop_tokens = tuple(stop_tokens)

@@ -60,9 +60,14 @@ class Session:
         self.stats = Stats(cache_bytes_per_device=self._cache.bytes_per_device())
 
     def send(
-        self, text: str | Sequence[int], *, max_new_tokens: int = 256, temperature: float = 0.0,
-        top_k: int | None = None, top_p: float = 1.0,
-    ) -> Iterator[Any]:  # fmt: skip
+        self,
+        text: str | Sequence[int],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+    ) -> Iterator[Any]:
         """Append `text` to the conversation and yield the answer in pieces as it is made.
 
         Pieces are text that never splits a character; token ids where the engine has no
@@ -79,15 +84,16 @@ class Session:
         needed = self.stats.tokens + len(self._pending) + len(ids) + max_new_tokens - 1
         if needed > self.engine.max_len:
             raise ValueError(
-                f"the conversation would hold {needed} tokens: {self.stats.tokens} in the cache, {len(ids)} of the "
-                f"prompt, up to {max_new_tokens} of the answer; max_len={self.engine.max_len}. Shorten the prompt, "
+                f"the conversation would hold {needed} tokens: {self.stats.tokens} in the cache, "
+                f"{len(ids)} of the prompt, up to {max_new_tokens} of the answer; "
+                f"max_len={self.engine.max_len}. Shorten the prompt, "
                 "ask for fewer new tokens, or make the engine with a larger max_len"
             )
         tokens = self._generate([*self._pending, *ids], max_new_tokens, sampler)
         return tokens if self.engine.tokenizer is None else self.engine.tokenizer.stream(tokens)
 
     def fork(self) -> "Session":
-        """A second conversation with the same past. Copies nothing; whoever goes on first copies."""
+        """A second conversation with the same past. Copies nothing; the first to go on copies."""
         child = object.__new__(Session)
         child.__dict__.update(self.__dict__)
         child._pending, child.stats = list(self._pending), dataclasses.replace(self.stats)
@@ -109,7 +115,9 @@ class Session:
         stats.turns, stats.reused, stats.prefilled = stats.turns + 1, stats.tokens, len(ids)
         stats.generated, stats.decode_seconds = 0, 0.0
         start = time.perf_counter()
-        token = self._step(prefill, np.asarray([ids], np.int32), sampler, attention=self.engine.attention)
+        token = self._step(
+            prefill, np.asarray([ids], np.int32), sampler, attention=self.engine.attention
+        )
         stats.prefill_seconds = time.perf_counter() - start
         for number in range(count):
             if number:
@@ -125,7 +133,9 @@ class Session:
     def _step(self, step, tokens: np.ndarray, sampler: Sampler, **options) -> int:
         """Run one step over `tokens`; the next token."""
         with self.engine.on_mesh():
-            logits, self._cache = step(self.engine.model, self._cache, tokens, donate=not self._shared, **options)
+            logits, self._cache = step(
+                self.engine.model, self._cache, tokens, donate=not self._shared, **options
+            )
             self._shared, self._pending = False, []
             self.stats.tokens += tokens.size
             self._key, key = jax.random.split(self._key)

@@ -22,7 +22,13 @@ EXTEND_SIZES = (1, 8, 32, 64)
 
 
 def prefill(
-    model: Any, cache: KVCache, tokens: Any, *, lengths: Any = None, attention: Strategy | None = None, donate=True
+    model: Any,
+    cache: KVCache,
+    tokens: Any,
+    *,
+    lengths: Any = None,
+    attention: Strategy | None = None,
+    donate=True,
 ) -> tuple[jax.Array, KVCache]:
     """Append tokens to the cache; `(logits [B, V] after each row's last real token, cache)`.
 
@@ -37,10 +43,11 @@ def prefill(
       ValueError: no tokens, rows that do not fit the cache, ids out of range.
     """
     tokens = np.asarray(tokens)
-    batch, lengths = _check_tokens(model, cache, tokens, lengths)
+    lengths = _check_tokens(model, cache, tokens, lengths)
     start, fill = np.asarray(cache.lengths), np.asarray(cache.fill)
     offsets = np.arange(tokens.shape[1], dtype=np.int32)
-    positions = np.where(offsets < lengths[:, None], start[:, None] + offsets, PAD_POSITION).astype(np.int32)
+    real = offsets < lengths[:, None]
+    positions = np.where(real, start[:, None] + offsets, PAD_POSITION).astype(np.int32)
     if fill.max() > 0 and tokens.shape[1] <= EXTEND_SIZES[-1]:
         width = next(size for size in EXTEND_SIZES if size >= tokens.shape[1])
         pad = [(0, 0), (0, width - tokens.shape[1])]
@@ -54,11 +61,20 @@ def prefill(
     used = min(_bucket(int(fill.max()) + width), cache.slots)
     last = (start + lengths - 1).astype(np.int32)
     return _jitted(_prefill, donate)(
-        model, cache, *_put((tokens, positions), P("data", "seq")), last, lengths, counts, strategy, used
+        model,
+        cache,
+        *_put((tokens, positions), P("data", "seq")),
+        last,
+        lengths,
+        counts,
+        strategy,
+        used,
     )
 
 
-def decode_step(model: Any, cache: KVCache, next_token: Any, *, donate: bool = True) -> tuple[jax.Array, KVCache]:
+def decode_step(
+    model: Any, cache: KVCache, next_token: Any, *, donate: bool = True
+) -> tuple[jax.Array, KVCache]:
     """One token a row `[B]` joins the cache; `(logits [B, V] for the one after it, cache)`.
 
     Raises:
@@ -66,15 +82,19 @@ def decode_step(model: Any, cache: KVCache, next_token: Any, *, donate: bool = T
     """
     longest = int(np.asarray(cache.lengths).max())
     if longest >= cache.max_len:
-        raise ValueError(f"the cache is full: {longest} of max_len={cache.max_len} tokens; make a longer one")
+        raise ValueError(
+            f"the cache is full: {longest} of max_len={cache.max_len} tokens; make a longer one"
+        )
     token = jnp.asarray(next_token, jnp.int32)
     if token.shape != cache.lengths.shape:
-        raise ValueError(f"next_token must be [{cache.lengths.shape[0]}], one a row; got {token.shape}")
+        raise ValueError(
+            f"next_token must be [{cache.lengths.shape[0]}], one a row; got {token.shape}"
+        )
     return _jitted(_decode, donate)(model, cache, token)
 
 
 def logits(model: Any, tokens: Any, *, attention: Strategy | None = None) -> jax.Array:
-    """Float32 logits `[B, T, V]` of every token, in natural order, on the host. For tests and scoring."""
+    """Float32 logits `[B, T, V]` of every token, in natural order, on the host."""
     tokens = np.asarray(tokens, np.int32)
     if tokens.ndim != 2 or not tokens.size:
         raise ValueError(f"tokens must be [B, T] with at least one token; got {tokens.shape}")
@@ -136,7 +156,9 @@ def _spread(strategy, cache, tokens, positions, fill):
     by_shard = {name: x.reshape(x.shape[0], shards, -1) for name, x in batch.items()}
     counts = (by_shard["positions"] != PAD_POSITION).any(0).sum(-1)
     place = np.empty(shards, int)  # place[s]: which of the layout's shards lies on device s
-    place[np.argsort(fill, kind="stable")] = np.argsort(-counts, kind="stable") if fill.max() else np.arange(shards)
+    place[np.argsort(fill, kind="stable")] = (
+        np.argsort(-counts, kind="stable") if fill.max() else np.arange(shards)
+    )
     width = by_shard["tokens"].shape[-1]
     room = cache.slots - int(fill.max())
     pad = [(0, 0), (0, 0), (0, max(0, min(_bucket(width), room) - width))]
@@ -147,7 +169,7 @@ def _spread(strategy, cache, tokens, positions, fill):
 
 
 def _bucket(size: int) -> int:
-    """The next size of which there are eight between powers of two: few compilations, little padding."""
+    """The next of eight sizes between powers of two: few compilations, little padding."""
     step = max(1, 1 << max(0, size.bit_length() - 4))
     return -(-size // step) * step
 
@@ -169,18 +191,24 @@ def _check_tokens(model, cache, tokens, lengths):
     needed = int((np.asarray(cache.lengths) + lengths).max())
     if needed > cache.max_len:
         raise ValueError(
-            f"{needed} tokens do not fit max_len={cache.max_len} ({tokens.shape[1]} new ones); shorten the prompt or "
-            "make the engine or cache with a larger max_len"
+            f"{needed} tokens do not fit max_len={cache.max_len} ({tokens.shape[1]} new ones); "
+            "shorten the prompt or make the engine or cache with a larger max_len"
         )
-    return batch, lengths.astype(np.int32)
+    return lengths.astype(np.int32)
 
 
 def _check_ids(model, tokens):
     vocab = model.config.vocab_size
     if tokens.min() < 0 or tokens.max() >= vocab:
-        raise ValueError(f"token ids must lie in 0..{vocab - 1}; got {tokens.min()}..{tokens.max()}. Is it another tokenizer's?")
+        raise ValueError(
+            f"token ids must lie in 0..{vocab - 1}; got {tokens.min()}..{tokens.max()}. "
+            "Is it another tokenizer's?"
+        )
 
 
 def _check_room(needed, cache):
     if needed > cache.slots:
-        raise ValueError(f"a shard needs {needed} slots and has {cache.slots}; make the cache with a larger max_len")
+        raise ValueError(
+            f"a shard needs {needed} slots and has {cache.slots}; "
+            "make the cache with a larger max_len"
+        )

@@ -20,13 +20,33 @@ Attend = Callable
 
 
 class Attention(nnx.Module):
-    def __init__(self, embed_dim: int, num_heads: int, num_kv_heads: int, head_dim: int, *, layer: int, std: float,
-                 out_std: float, qk_norm_eps: float | None = None, qk_gain: float = 1.0, rope_theta: float | None = None,
-                 window: int | None = None, use_bias: bool = False, rngs: nnx.Rngs):  # fmt: skip
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        layer: int,
+        std: float,
+        out_std: float,
+        qk_norm_eps: float | None = None,
+        qk_gain: float = 1.0,
+        rope_theta: float | None = None,
+        window: int | None = None,
+        use_bias: bool = False,
+        rngs: nnx.Rngs,
+    ):
         self.q = normal(rngs, (embed_dim, num_heads, head_dim), ("embed", "heads", "head_dim"), std)
-        self.k = normal(rngs, (embed_dim, num_kv_heads, head_dim), ("embed", "kv_heads", "head_dim"), std)
-        self.v = normal(rngs, (embed_dim, num_kv_heads, head_dim), ("embed", "kv_heads", "head_dim"), std)
-        self.o = normal(rngs, (num_heads, head_dim, embed_dim), ("heads", "head_dim", "embed"), out_std)
+        self.k = normal(
+            rngs, (embed_dim, num_kv_heads, head_dim), ("embed", "kv_heads", "head_dim"), std
+        )
+        self.v = normal(
+            rngs, (embed_dim, num_kv_heads, head_dim), ("embed", "kv_heads", "head_dim"), std
+        )
+        self.o = normal(
+            rngs, (num_heads, head_dim, embed_dim), ("heads", "head_dim", "embed"), out_std
+        )
         if use_bias:
             self.q_bias = constant((num_heads, head_dim), ("heads", "head_dim"), 0.0)
             self.k_bias = constant((num_kv_heads, head_dim), ("kv_heads", "head_dim"), 0.0)

@@ -17,8 +17,17 @@ ACTIVATIONS = {
 class MLP(nnx.Module):
     """`down(activation(up(x)))` with biases: GPT-2."""
 
-    def __init__(self, embed_dim: int, mlp_dim: int, *, activation: str, use_bias: bool, std: float, out_std: float,
-                 rngs: nnx.Rngs):  # fmt: skip
+    def __init__(
+        self,
+        embed_dim: int,
+        mlp_dim: int,
+        *,
+        activation: str,
+        use_bias: bool,
+        std: float,
+        out_std: float,
+        rngs: nnx.Rngs,
+    ):
         self.up = normal(rngs, (embed_dim, mlp_dim), ("embed", "mlp"), std)
         self.down = normal(rngs, (mlp_dim, embed_dim), ("mlp", "embed"), out_std)
         if use_bias:
@@ -45,4 +54,9 @@ class GatedMLP(nnx.Module):
     def __call__(self, x):
         gate = jnp.einsum("btd,df->btf", x, self.gate.astype(x.dtype))
         up = jnp.einsum("btd,df->btf", x, self.up.astype(x.dtype))
-        return jnp.einsum("btf,fd->btd", jax.nn.silu(gate) * up, self.down.astype(x.dtype), out_sharding=tokens_spec(x))
+        return jnp.einsum(
+            "btf,fd->btd",
+            jax.nn.silu(gate) * up,
+            self.down.astype(x.dtype),
+            out_sharding=tokens_spec(x),
+        )

@@ -18,37 +18,53 @@ from pallas_kernels import grouped_matmul
 
 
 class MoE(nnx.Module):
-    def __init__(self, embed_dim: int, moe_dim: int, *, num_experts: int, num_experts_per_tok: int,
-                 num_shared_experts: int, route_norm: bool, route_scale: float, std: float, out_std: float,
-                 rngs: nnx.Rngs):  # fmt: skip
+    def __init__(
+        self,
+        embed_dim: int,
+        moe_dim: int,
+        *,
+        num_experts: int,
+        num_experts_per_tok: int,
+        num_shared_experts: int,
+        route_norm: bool,
+        route_scale: float,
+        std: float,
+        out_std: float,
+        rngs: nnx.Rngs,
+    ):
         self.router = normal(rngs, (embed_dim, num_experts), ("embed", "experts"), std)
         self.router_bias = RouterBias(jnp.zeros((num_experts,), jnp.float32), axes=("experts",))
-        self.gate = normal(rngs, (num_experts, embed_dim, moe_dim), ("experts", "embed", "mlp"), std)
+        self.gate = normal(
+            rngs, (num_experts, embed_dim, moe_dim), ("experts", "embed", "mlp"), std
+        )
         self.up = normal(rngs, (num_experts, embed_dim, moe_dim), ("experts", "embed", "mlp"), std)
-        self.down = normal(rngs, (num_experts, moe_dim, embed_dim), ("experts", "mlp", "embed"), out_std)
+        self.down = normal(
+            rngs, (num_experts, moe_dim, embed_dim), ("experts", "mlp", "embed"), out_std
+        )
         if num_shared_experts:
-            self.shared = GatedMLP(embed_dim, num_shared_experts * moe_dim, std=std, out_std=out_std, rngs=rngs)
+            self.shared = GatedMLP(
+                embed_dim, num_shared_experts * moe_dim, std=std, out_std=out_std, rngs=rngs
+            )
         self.num_experts_per_tok, self.num_shared_experts = num_experts_per_tok, num_shared_experts
         self.route_norm, self.route_scale = route_norm, route_scale
 
     def __call__(self, x):
-        """`(y [B, T, D], load [E])`: load is the fraction of all choices that fell on each expert."""
+        """`(y [B, T, D], load [E])`: load is the fraction of choices that fell on each expert."""
         weights = [w.astype(x.dtype) for w in (self.gate, self.up, self.down)]
         router = self.router.astype(jnp.float32), self.router_bias.astype(jnp.float32)
-        mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty:
+        spec = tokens_spec(x)
+        if spec is None:
             y, load = self._routed(x, *router, *weights, axes=(), model_axis=None)
         else:
-            tokens = P(*tokens_spec(x), None)
-            axes = tuple(a for entry in tokens for a in (entry if isinstance(entry, tuple) else (entry,)) if a)
+            tokens = P(*spec, None)
+            axes = tuple(jax.tree.leaves(tuple(spec)))
             wide = P(None, None, "model"), P(None, None, "model"), P(None, "model", None)
 
             def local(*args):
                 return self._routed(*args, axes=axes, model_axis="model")
 
-            y, load = jax.shard_map(local, in_specs=(tokens, P(), P(), *wide), out_specs=(tokens, P()))(
-                x, *router, *weights
-            )
+            ins, outs = (tokens, P(), P(), *wide), (tokens, P())
+            y, load = jax.shard_map(local, in_specs=ins, out_specs=outs)(x, *router, *weights)
         return (y + self.shared(x) if self.num_shared_experts else y), load
 
     def _routed(self, x, router, bias, gate, up, down, *, axes, model_axis):
@@ -67,13 +83,15 @@ class MoE(nnx.Module):
         load = sizes.astype(jnp.float32) / (b * t * k)
         if model_axis is not None:
             y = lax.psum(y, model_axis)
-        for axis in axes:
-            load = lax.pmean(load, axis)
+        if axes:
+            load = lax.pmean(load, axes)
         return y.astype(x.dtype).reshape(b, t, d), load
 
     def _route(self, x, router, bias):
         """Top-k experts `[M, k]` and their float32 weights. The bias selects and does not weigh."""
-        logits = jnp.einsum("md,de->me", x.astype(jnp.float32), router, precision=lax.Precision.HIGHEST)
+        logits = jnp.einsum(
+            "md,de->me", x.astype(jnp.float32), router, precision=lax.Precision.HIGHEST
+        )
         scores = jax.nn.sigmoid(logits)
         _, chosen = lax.top_k(lax.stop_gradient(scores + bias), self.num_experts_per_tok)
         weights = jnp.take_along_axis(scores, chosen, axis=-1)

@@ -25,7 +25,7 @@ class LanguageModel(nnx.Module):
     def forward(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], attend: Attend
     ) -> tuple[Float[Array, "B T D"], Float[Array, "L E"] | None]:
-        """Final hidden states, and the fraction of choices per MoE layer and expert (None without MoE)."""
+        """Final hidden states, and the fraction of choices per MoE layer and expert, if any."""
         raise NotImplementedError
 
     def head_kernel(self) -> Float[Array, "D V"]:
@@ -46,10 +46,12 @@ class LanguageModel(nnx.Module):
         limit = getattr(self.config, "max_positions", max_len)
         if max_len > limit:
             raise ValueError(f"the model has {limit} positions; got max_len={max_len}")
-        return empty_cache(batch_size=batch_size, max_len=max_len, dtype=self.config.dtype, **self.cache_shape())
+        return empty_cache(
+            batch_size=batch_size, max_len=max_len, dtype=self.config.dtype, **self.cache_shape()
+        )
 
     def hidden(self, tokens, positions, *, segment_ids=None, attention: Strategy | None = None):
-        """`forward` over a whole sequence, no cache. `attention`: the strategy, default `Ring()`."""
+        """`forward` over a whole sequence, no cache; `attention` defaults to `Ring()`."""
 
         def attend(q, k, v, *, layer, window):
             return context_parallel_attention(
@@ -60,11 +62,15 @@ class LanguageModel(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Float32 logits of hidden states, accumulated in float32."""
-        return jnp.einsum("btd,dv->btv", hidden.astype(jnp.float32), self.head_kernel().astype(jnp.float32))
+        return jnp.einsum(
+            "btd,dv->btv", hidden.astype(jnp.float32), self.head_kernel().astype(jnp.float32)
+        )
 
     def __call__(self, tokens, positions, *, segment_ids=None, attention: Strategy | None = None):
         """Float32 logits `[B, T, V]` of a whole sequence."""
-        return self.logits(self.hidden(tokens, positions, segment_ids=segment_ids, attention=attention)[0])
+        return self.logits(
+            self.hidden(tokens, positions, segment_ids=segment_ids, attention=attention)[0]
+        )
 
 
 def embed(table, ids, dtype):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flash attention: the public signature, the gradient rule, and what is checked before a backend runs.
+"""Flash attention: the public signature, the gradient rule, and the checks before a backend runs.
 
 A backend is a module with `forward` and `backward` (see `reference.py`) on checked arguments. It
 never sees a sink: sinks enter the softmax's denominator once, after the last merge (`apply_sinks`).
@@ -63,8 +63,11 @@ def flash_attention(
     ((1, 128, 4, 64), (1, 128, 4))
     """
     check(q, k, v, q_positions, kv_positions, q_segment_ids, kv_segment_ids, sinks, soft_cap)
-    options = dict(mask=Mask(causal=causal, window=window), soft_cap=soft_cap,
-                   scale=q.shape[-1] ** -0.5 if scale is None else float(scale))
+    options = dict(
+        mask=Mask(causal=causal, window=window),
+        soft_cap=soft_cap,
+        scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+    )
     if q_positions is None:
         q_positions = default_positions(q)
     if kv_positions is None:
@@ -75,34 +78,88 @@ def flash_attention(
     return (out, lse) if sinks is None else apply_sinks(out, lse, sinks)
 
 
-def attention_forward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, mask, soft_cap, scale, out_dtype=None,
-                      implementation=None):
+def attention_forward(
+    q,
+    k,
+    v,
+    q_pos,
+    kv_pos,
+    q_seg,
+    kv_seg,
+    *,
+    mask,
+    soft_cap,
+    scale,
+    out_dtype=None,
+    implementation=None,
+):
     """The forward pass alone, for callers that write their own gradient (a ring).
 
     Same arrays as `flash_attention`, positions given. `out_dtype` (default q's) lets partial
     results be merged in float32.
     """
     backend = resolve("flash_attention", implementation, IMPLEMENTATIONS, BEST)
-    return backend.forward(q, k, v, hide_pads(q_pos), kv_pos, q_seg, kv_seg, mask=mask, soft_cap=soft_cap,
-                           scale=scale, out_dtype=q.dtype if out_dtype is None else out_dtype)
+    return backend.forward(
+        q,
+        k,
+        v,
+        hide_pads(q_pos),
+        kv_pos,
+        q_seg,
+        kv_seg,
+        mask=mask,
+        soft_cap=soft_cap,
+        scale=scale,
+        out_dtype=q.dtype if out_dtype is None else out_dtype,
+    )
 
 
-def attention_backward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, lse, dout, delta, *, mask, soft_cap, scale,
-                       implementation=None):
-    """`(dq, dk, dv)` in float32 (float64 for float64 inputs), from the saved `lse` of the whole row.
+def attention_backward(
+    q,
+    k,
+    v,
+    q_pos,
+    kv_pos,
+    q_seg,
+    kv_seg,
+    lse,
+    dout,
+    delta,
+    *,
+    mask,
+    soft_cap,
+    scale,
+    implementation=None,
+):
+    """`(dq, dk, dv)` in float32 (float64 for float64), from the saved `lse` of the whole row.
 
     `delta[b,t,n] = sum_h(dout * out) - dlse`. With the lse of a row's full softmax and only part
     of its keys this is that part's exact contribution, which is what a ring adds up.
     """
     backend = resolve("flash_attention", implementation, IMPLEMENTATIONS, BEST)
-    return backend.backward(q, k, v, hide_pads(q_pos), kv_pos, q_seg, kv_seg, lse, dout, delta, mask=mask,
-                            soft_cap=soft_cap, scale=scale)
+    return backend.backward(
+        q,
+        k,
+        v,
+        hide_pads(q_pos),
+        kv_pos,
+        q_seg,
+        kv_seg,
+        lse,
+        dout,
+        delta,
+        mask=mask,
+        soft_cap=soft_cap,
+        scale=scale,
+    )
 
 
 def apply_sinks(out, lse, sinks):
-    """Let each head's sink logit into the denominator of finished rows. Once, after the last merge."""
+    """Let each head's sink into the denominator of finished rows. Once, after the last merge."""
     sinks = sinks.astype(lse.dtype)
-    return (out * jax.nn.sigmoid(lse - sinks)[..., None]).astype(out.dtype), jnp.logaddexp(lse, sinks)
+    return (out * jax.nn.sigmoid(lse - sinks)[..., None]).astype(out.dtype), jnp.logaddexp(
+        lse, sinks
+    )
 
 
 def row_delta(out, dout, dlse):
@@ -121,7 +178,9 @@ def hide_pads(q_positions):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend(backend, options, q, k, v, q_pos, kv_pos, q_seg, kv_seg):
-    return backend.forward(q, k, v, hide_pads(q_pos), kv_pos, q_seg, kv_seg, out_dtype=q.dtype, **dict(options))
+    return backend.forward(
+        q, k, v, hide_pads(q_pos), kv_pos, q_seg, kv_seg, out_dtype=q.dtype, **dict(options)
+    )
 
 
 def _attend_fwd(backend, options, q, k, v, q_pos, kv_pos, q_seg, kv_seg):
@@ -133,8 +192,9 @@ def _attend_bwd(backend, options, saved, grads):
     q, k, v, q_pos, kv_pos, q_seg, kv_seg, out, lse = saved
     dout, dlse = grads
     delta = row_delta(out, dout, dlse)
-    dq, dk, dv = backend.backward(q, k, v, hide_pads(q_pos), kv_pos, q_seg, kv_seg, lse, dout, delta,
-                                  **dict(options))
+    dq, dk, dv = backend.backward(
+        q, k, v, hide_pads(q_pos), kv_pos, q_seg, kv_seg, lse, dout, delta, **dict(options)
+    )
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, None, None
 
 
@@ -144,15 +204,28 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 def check(q, k, v, q_positions, kv_positions, q_segment_ids, kv_segment_ids, sinks, soft_cap):
     """Raise ValueError for arguments that no backend could make sense of."""
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
-        raise ValueError(f"q, k, v must be [batch, tokens, heads, head_dim]; got {q.shape}, {k.shape}, {v.shape}")
+        raise ValueError(
+            f"q, k, v must be [batch, tokens, heads, head_dim]; got {q.shape}, {k.shape}, {v.shape}"
+        )
     if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"q [B,T,N,H], k and v [B,S,K,H] must agree in B and H; got {q.shape}, {k.shape}, {v.shape}")
+        raise ValueError(
+            "q [B,T,N,H], k and v [B,S,K,H] must agree in B and H; "
+            f"got {q.shape}, {k.shape}, {v.shape}"
+        )
     if q.shape[2] % k.shape[2]:
-        raise ValueError(f"query heads must be a multiple of KV heads; got {q.shape[2]} and {k.shape[2]}")
+        raise ValueError(
+            f"query heads must be a multiple of KV heads; got {q.shape[2]} and {k.shape[2]}"
+        )
     if not (q.dtype == k.dtype == v.dtype) or not jnp.issubdtype(q.dtype, jnp.floating):
-        raise ValueError(f"q, k, v must share one floating dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
-    for name, x, tokens in (("q_positions", q_positions, q), ("kv_positions", kv_positions, k),
-                            ("q_segment_ids", q_segment_ids, q), ("kv_segment_ids", kv_segment_ids, k)):
+        raise ValueError(
+            f"q, k, v must share one floating dtype; got {q.dtype}, {k.dtype}, {v.dtype}"
+        )
+    for name, x, tokens in (
+        ("q_positions", q_positions, q),
+        ("kv_positions", kv_positions, k),
+        ("q_segment_ids", q_segment_ids, q),
+        ("kv_segment_ids", kv_segment_ids, k),
+    ):
         if x is not None and (x.shape != tokens.shape[:2] or x.dtype != jnp.int32):
             raise ValueError(f"{name} must be int32 {tokens.shape[:2]}; got {x.dtype} {x.shape}")
     if (q_segment_ids is None) != (kv_segment_ids is None):

@@ -63,7 +63,9 @@ class Mask:
 
         The bounds are plain minimum and maximum, pads included.
         """
-        seen = (kv_max <= q_min) if self.causal else (kv_max != PAD_POSITION) & (q_min != NO_POSITION)
+        seen = (
+            (kv_max <= q_min) if self.causal else (kv_max != PAD_POSITION) & (q_min != NO_POSITION)
+        )
         if self.window is not None:
             seen &= q_max - kv_min < self.window
             if not self.causal:

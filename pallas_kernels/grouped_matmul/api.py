@@ -25,9 +25,15 @@ def grouped_matmul(
     >>> grouped_matmul(jnp.ones((4, 2)), jnp.ones((3, 2, 5)), jnp.array([1, 0, 3])).shape
     (4, 5)
     """
-    if lhs.ndim != 2 or rhs.ndim != 3 or lhs.shape[1] != rhs.shape[1] or group_sizes.shape != rhs.shape[:1]:
+    if (
+        lhs.ndim != 2
+        or rhs.ndim != 3
+        or lhs.shape[1] != rhs.shape[1]
+        or group_sizes.shape != rhs.shape[:1]
+    ):
         raise ValueError(
-            f"needs lhs [M,D], rhs [E,D,F], group_sizes [E]; got {lhs.shape}, {rhs.shape}, {group_sizes.shape}"
+            "needs lhs [M,D], rhs [E,D,F], group_sizes [E]; "
+            f"got {lhs.shape}, {rhs.shape}, {group_sizes.shape}"
         )
     backend = resolve("grouped_matmul", implementation, IMPLEMENTATIONS, {})
     return backend.forward(lhs, rhs, group_sizes)

@@ -9,4 +9,6 @@ def forward(lhs, rhs, group_sizes):
     group = jnp.searchsorted(ends, jnp.arange(lhs.shape[0]), side="right")
     mine = group[:, None] == jnp.arange(rhs.shape[0])
     acc = jnp.promote_types(lhs.dtype, jnp.float32)
-    return jnp.einsum("me,md,edf->mf", mine.astype(lhs.dtype), lhs, rhs, preferred_element_type=acc).astype(lhs.dtype)
+    return jnp.einsum(
+        "me,md,edf->mf", mine.astype(lhs.dtype), lhs, rhs, preferred_element_type=acc
+    ).astype(lhs.dtype)

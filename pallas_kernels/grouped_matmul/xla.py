@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""XLA's own ragged dot; on CPU, where that one multiplies every row by every matrix, tiles instead."""
+"""XLA's own ragged dot; tiles on CPU, where that one multiplies every row by every matrix."""
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +26,17 @@ def _tiled(lhs, rhs, group_sizes, tiles):
     tile_ends = jnp.cumsum(-(-group_sizes // TILE))
     first_tile = jnp.concatenate([jnp.zeros(1, tile_ends.dtype), tile_ends[:-1]])
     place = first_tile[group] * TILE + jnp.arange(rows) - (ends - group_sizes)[group]
-    padded = jnp.zeros((tiles * TILE, lhs.shape[1]), lhs.dtype).at[place].set(lhs, unique_indices=True)
-    group_of_tile = jnp.minimum(jnp.searchsorted(tile_ends, jnp.arange(tiles), side="right"), groups - 1)
+    padded = (
+        jnp.zeros((tiles * TILE, lhs.shape[1]), lhs.dtype).at[place].set(lhs, unique_indices=True)
+    )
+    group_of_tile = jnp.minimum(
+        jnp.searchsorted(tile_ends, jnp.arange(tiles), side="right"), groups - 1
+    )
     acc = jnp.promote_types(lhs.dtype, jnp.float32)
     out = jnp.einsum(
-        "ntd,ndf->ntf", padded.reshape(tiles, TILE, -1), rhs[group_of_tile], preferred_element_type=acc
+        "ntd,ndf->ntf",
+        padded.reshape(tiles, TILE, -1),
+        rhs[group_of_tile],
+        preferred_element_type=acc,
     )
     return out.reshape(tiles * TILE, -1).astype(lhs.dtype)[place]

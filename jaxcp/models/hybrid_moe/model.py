@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hy3's architecture (model_type hy_v3): QK-normed grouped-query attention, dense first layers, then
-mixture of experts; plus a layer pattern for sliding windows and for layers without positions.
+"""Hy3's architecture (model_type hy_v3), plus a layer pattern.
+
+QK-normed grouped-query attention, dense first layers, then mixture of experts. The pattern adds
+layers with a sliding window and layers without rotary positions.
 """
 
 import dataclasses
@@ -23,8 +25,10 @@ OURS = {"layer_pattern": "layer_pattern", "sliding_window": "window"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HybridMoEConfig:
-    """`layer_pattern` is cycled over the layers: G full attention with rotary positions (Hy3: all G),
-    L sliding window with rotary positions, N full attention without positions.
+    """`layer_pattern` is cycled over the layers.
+
+    G: full attention with rotary positions (all of Hy3), L: sliding window with rotary positions,
+    N: full attention without positions.
     """
 
     vocab_size: int
@@ -54,11 +58,16 @@ class HybridMoEConfig:
         if "L" in self.layer_pattern and (self.window is None or self.window < 1):
             raise ValueError(f"a pattern with L needs window >= 1; got window={self.window}")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_kv_heads must divide num_heads; got {self.num_kv_heads} and {self.num_heads}")
+            raise ValueError(
+                f"num_kv_heads must divide num_heads; got {self.num_kv_heads} and {self.num_heads}"
+            )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions; got {self.head_dim}")
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
-            raise ValueError(f"needs 1 <= num_experts_per_tok <= num_experts; got {self.num_experts_per_tok} of {self.num_experts}")
+            raise ValueError(
+                "needs 1 <= num_experts_per_tok <= num_experts; "
+                f"got {self.num_experts_per_tok} of {self.num_experts}"
+            )
 
     def kind(self, layer: int) -> str:
         """G, L or N."""
@@ -71,49 +80,89 @@ class HybridMoEConfig:
         types = d.get("mlp_layer_types")
         dense = d.get("first_k_dense_replace", 1) if types is None else types.count("dense")
         if types is not None and types != ["dense"] * dense + ["sparse"] * (len(types) - dense):
-            raise NotImplementedError(f"hy_v3: dense layers must come first; got mlp_layer_types={types}")
+            raise NotImplementedError(
+                f"hy_v3: dense layers must come first; got mlp_layer_types={types}"
+            )
         rope = d.get("rope_parameters") or d.get("rope_scaling") or {}
         if rope.get("rope_type", "default") != "default":
-            raise NotImplementedError(f"hy_v3: rope_type must be default; got {rope['rope_type']!r}")
+            raise NotImplementedError(
+                f"hy_v3: rope_type must be default; got {rope['rope_type']!r}"
+            )
         return cls(
-            vocab_size=d["vocab_size"], num_layers=d["num_hidden_layers"], embed_dim=d["hidden_size"],
-            num_heads=d["num_attention_heads"], num_kv_heads=d["num_key_value_heads"], head_dim=d["head_dim"],
-            mlp_dim=d["intermediate_size"], moe_dim=d.get("moe_intermediate_size") or d["expert_hidden_dim"],
-            num_experts=d["num_experts"], num_experts_per_tok=d["num_experts_per_tok"],
-            num_shared_experts=d.get("num_shared_experts", 1), first_dense_layers=dense,
-            route_scale=d.get("router_scaling_factor", 1.0), route_norm=d.get("route_norm", True),
-            rope_theta=rope.get("rope_theta", d.get("rope_theta", 10_000.0)), norm_eps=d["rms_norm_eps"],
+            vocab_size=d["vocab_size"],
+            num_layers=d["num_hidden_layers"],
+            embed_dim=d["hidden_size"],
+            num_heads=d["num_attention_heads"],
+            num_kv_heads=d["num_key_value_heads"],
+            head_dim=d["head_dim"],
+            mlp_dim=d["intermediate_size"],
+            moe_dim=d.get("moe_intermediate_size") or d["expert_hidden_dim"],
+            num_experts=d["num_experts"],
+            num_experts_per_tok=d["num_experts_per_tok"],
+            num_shared_experts=d.get("num_shared_experts", 1),
+            first_dense_layers=dense,
+            route_scale=d.get("router_scaling_factor", 1.0),
+            route_norm=d.get("route_norm", True),
+            rope_theta=rope.get("rope_theta", d.get("rope_theta", 10_000.0)),
+            norm_eps=d["rms_norm_eps"],
             dtype=d.get("dtype") or d.get("torch_dtype") or "float32",
             **{field: d[key] for key, field in OURS.items() if d.get(key) is not None},
-        )  # fmt: skip
+        )
 
     def to_hf(self) -> dict[str, Any]:
         """What `from_hf` reads."""
         sparse = self.num_layers - self.first_dense_layers
         d = {
-            "architectures": ["HYV3ForCausalLM"], "model_type": "hy_v3", "vocab_size": self.vocab_size,
-            "num_hidden_layers": self.num_layers, "hidden_size": self.embed_dim,
-            "num_attention_heads": self.num_heads, "num_key_value_heads": self.num_kv_heads, "head_dim": self.head_dim,
-            "intermediate_size": self.mlp_dim, "moe_intermediate_size": self.moe_dim, "expert_hidden_dim": self.moe_dim,
-            "num_experts": self.num_experts, "num_experts_per_tok": self.num_experts_per_tok,
-            "num_shared_experts": self.num_shared_experts, "first_k_dense_replace": self.first_dense_layers,
+            "architectures": ["HYV3ForCausalLM"],
+            "model_type": "hy_v3",
+            "vocab_size": self.vocab_size,
+            "num_hidden_layers": self.num_layers,
+            "hidden_size": self.embed_dim,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "intermediate_size": self.mlp_dim,
+            "moe_intermediate_size": self.moe_dim,
+            "expert_hidden_dim": self.moe_dim,
+            "num_experts": self.num_experts,
+            "num_experts_per_tok": self.num_experts_per_tok,
+            "num_shared_experts": self.num_shared_experts,
+            "first_k_dense_replace": self.first_dense_layers,
             "mlp_layer_types": ["dense"] * self.first_dense_layers + ["sparse"] * sparse,
-            "router_scaling_factor": self.route_scale, "route_norm": self.route_norm, "qk_norm": True,
-            "moe_router_use_sigmoid": True, "moe_router_enable_expert_bias": True, "hidden_act": "silu",
+            "router_scaling_factor": self.route_scale,
+            "route_norm": self.route_norm,
+            "qk_norm": True,
+            "moe_router_use_sigmoid": True,
+            "moe_router_enable_expert_bias": True,
+            "hidden_act": "silu",
             "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
-            "rms_norm_eps": self.norm_eps, "tie_word_embeddings": False, "enable_lm_head_fp32": True,
+            "rms_norm_eps": self.norm_eps,
+            "tie_word_embeddings": False,
+            "enable_lm_head_fp32": True,
             "dtype": self.dtype,
-        }  # fmt: skip
-        return d | ({} if self.layer_pattern == "G" else {key: getattr(self, field) for key, field in OURS.items()})
+        }
+        return d | (
+            {}
+            if self.layer_pattern == "G"
+            else {key: getattr(self, field) for key, field in OURS.items()}
+        )
 
 
 def _refuse(d: dict[str, Any]) -> None:
     """Raise for options that a hy_v3 config may carry and this model does not have."""
-    wanted = {"qk_norm": True, "moe_router_use_sigmoid": True, "hidden_act": "silu", "tie_word_embeddings": False,
-              "attention_bias": False, "mlp_bias": False}  # fmt: skip
+    wanted = {
+        "qk_norm": True,
+        "moe_router_use_sigmoid": True,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+    }
     wrong = {k: d[k] for k, v in wanted.items() if d.get(k, v) != v}
     if wrong:
-        raise NotImplementedError(f"hy_v3: supported are {({k: wanted[k] for k in wrong})}; got {wrong}")
+        raise NotImplementedError(
+            f"hy_v3: supported are { ({k: wanted[k] for k in wrong}) }; got {wrong}"
+        )
 
 
 class Block(nnx.Module):
@@ -122,17 +171,37 @@ class Block(nnx.Module):
         std = c.embed_dim**-0.5
         out_std = std * (2 * c.num_layers) ** -0.5
         self.attention_norm = RMSNorm(c.embed_dim, eps=c.norm_eps)
-        self.attention = Attention(c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim, layer=layer, std=std,
-                                   out_std=out_std, qk_norm_eps=c.norm_eps, qk_gain=1.2 if kind == "L" else 1.5,
-                                   rope_theta=None if kind == "N" else c.rope_theta,
-                                   window=c.window if kind == "L" else None, rngs=rngs)  # fmt: skip
+        self.attention = Attention(
+            c.embed_dim,
+            c.num_heads,
+            c.num_kv_heads,
+            c.head_dim,
+            layer=layer,
+            std=std,
+            out_std=out_std,
+            qk_norm_eps=c.norm_eps,
+            qk_gain=1.2 if kind == "L" else 1.5,
+            rope_theta=None if kind == "N" else c.rope_theta,
+            window=c.window if kind == "L" else None,
+            rngs=rngs,
+        )
         self.mlp_norm = RMSNorm(c.embed_dim, eps=c.norm_eps)
+        self.mlp: GatedMLP | MoE
         if layer < c.first_dense_layers:
             self.mlp = GatedMLP(c.embed_dim, c.mlp_dim, std=std, out_std=out_std, rngs=rngs)
         else:
-            self.mlp = MoE(c.embed_dim, c.moe_dim, num_experts=c.num_experts, num_experts_per_tok=c.num_experts_per_tok,
-                           num_shared_experts=c.num_shared_experts, route_norm=c.route_norm, route_scale=c.route_scale,
-                           std=std, out_std=out_std, rngs=rngs)  # fmt: skip
+            self.mlp = MoE(
+                c.embed_dim,
+                c.moe_dim,
+                num_experts=c.num_experts,
+                num_experts_per_tok=c.num_experts_per_tok,
+                num_shared_experts=c.num_shared_experts,
+                route_norm=c.route_norm,
+                route_scale=c.route_scale,
+                std=std,
+                out_std=out_std,
+                rngs=rngs,
+            )
 
     def __call__(self, x, positions, attend):
         x = x + self.attention(self.attention_norm(x), positions, attend)
