@@ -45,8 +45,10 @@ class Report:
             share = self.total_bytes / self.hbm_bytes
             lines[-1] += f" = {share:.1%} of {self.hbm_bytes / MIB / 1024:,.0f} GiB"
         if self.collectives is None:
-            unread = "collectives and kernels: not known, this jaxlib cannot read the program"
-            return "\n".join([*lines, "", f"{unread}; a newer jax can"])
+            unread = (
+                "collectives and kernels: not known, this jaxlib cannot read this libtpu's program"
+            )
+            return "\n".join([*lines, "", unread, "install the libtpu that jax pins: jax[tpu]"])
         lines += ["", f"{'collectives per step':<22} {'count':>12} {'MiB per device':>16}"]
         for c in self.collectives:
             lines.append(
@@ -113,7 +115,8 @@ def _text(compiled: jax.stages.Compiled) -> str | None:
     try:
         return compiled.as_text()
     except jax.errors.JaxRuntimeError as error:
-        # Some programs of libtpu 0.0.52 hold an async-update that the jaxlib of jax 0.10 refuses.
+        # Some programs of libtpu 0.0.52 hold an async-update that the jaxlib of jax 0.10 refuses;
+        # libtpu 0.0.42, which that jax pins, writes none.
         if "RET_CHECK" not in str(error):
             raise
         logger.warning("this jaxlib cannot read the compiled program: %s", error)
