@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints that come with the package."""
+
+import pathlib
+
+NEEDLE = pathlib.Path(__file__).parent / "needle"
+"""0.8 M parameters, byte-level; finds needles at 128K. Made by `configs/needle.py`."""

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: each command builds a few values and calls one public function.
+
+Nothing here imports jax at module level, so that `--help` is quick.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import pathlib
+import sys
+from typing import Annotated, Literal
+
+import tyro
+
+from jaxcp.checkpoints import NEEDLE
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Devices:
+    """How the devices are used. On a machine with CPUs only, as many are emulated as it takes."""
+
+    seq: int = 1
+    """Shards of the sequence."""
+    model: int = 1
+    """Shards of heads and widths."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen. Greedy unless the temperature is positive."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    seed: int = 0
+
+
+def demo(out: pathlib.Path = pathlib.Path("out/demo"), *, smoke: bool = False) -> None:
+    """The main job on what the package ships: long contexts over eight emulated devices, then training.
+
+    Args:
+        out: folder for the two pictures, the table and the training run.
+        smoke: the same path with short contexts and seconds of training.
+    """
+    from jaxcp.demo import run
+
+    run(out, smoke=smoke)
+
+
+def generate(
+    *,
+    prompt: str | None = None,
+    prompt_file: pathlib.Path | None = None,
+    checkpoint: pathlib.Path = NEEDLE,
+    max_len: int | None = None,
+    devices: Devices = Devices(),
+    sampling: Sampling = Sampling(),
+) -> None:
+    """Continue a text.
+
+    Args:
+        prompt: the text, or what follows the text of the file.
+        prompt_file: a UTF-8 file.
+        checkpoint: folder with config.json, *.safetensors and tokenizer.json.
+        max_len: tokens that fit, prompt and answer; default: just enough.
+        devices: how the devices are used.
+        sampling: how tokens are chosen.
+    """
+    from jaxcp.tokenizer import read_text
+
+    text = (read_text(prompt_file) if prompt_file else "") + (prompt or "")
+    with _loaded(checkpoint, devices) as (model, tokenizer):
+        from jaxcp.inference import Engine
+
+        needed = len(tokenizer.encode(text)) + sampling.max_new_tokens
+        session = Engine(model, tokenizer, max_len=max_len or needed).session(seed=sampling.seed)
+        _answer(session, text, sampling)
+
+
+def chat(
+    *,
+    checkpoint: pathlib.Path = NEEDLE,
+    max_len: int = 32_768,
+    devices: Devices = Devices(),
+    sampling: Sampling = Sampling(max_new_tokens=128),
+) -> None:
+    """Talk turn by turn; each turn prefills only itself. An empty line or end of file ends it.
+
+    Args:
+        checkpoint: folder with config.json, *.safetensors and tokenizer.json.
+        max_len: tokens that the conversation may hold.
+        devices: how the devices are used.
+        sampling: how tokens are chosen.
+    """
+    with _loaded(checkpoint, devices) as (model, tokenizer):
+        from jaxcp.inference import Engine
+
+        session = Engine(model, tokenizer, max_len=max_len).session(seed=sampling.seed)
+        while text := _read_line():
+            try:
+                _answer(session, text, sampling)
+            except ValueError as error:
+                print(f"! {error}", file=sys.stderr)
+
+
+def train(
+    run: Annotated[str, tyro.conf.Positional],
+    *,
+    out: pathlib.Path | None = None,
+    max_seconds: float | None = None,
+    export_dtype: Literal["float32", "bfloat16"] = "float32",
+) -> None:
+    """Run a config: a name in configs/ or the path of a Python file with `config() -> TrainConfig`.
+
+    Run it again to go on from its newest checkpoint. A finished run leaves a checkpoint in
+    OUT/model that `generate`, `chat` and `eval` read, and OUT/loss.png.
+
+    Args:
+        run: "needle", "gpt_cpu", "gpt2_124m", or a path.
+        out: folder of the run; default: the config's.
+        max_seconds: stop after so long, saved.
+        export_dtype: number format of the exported weights.
+    """
+    from jaxcp.training.config import load_run
+
+    config = load_run(run)
+    changes = {"out_dir": out, "max_seconds": max_seconds}
+    config = dataclasses.replace(config, **{k: v for k, v in changes.items() if v is not None})
+    _want_devices(config.mesh.size)
+    from jaxcp.training import plot_loss
+    from jaxcp.training import train as run_training
+    from jaxcp.training.export import export
+
+    result = run_training(config, progress=True)
+    folder = pathlib.Path(config.out_dir)
+    plot_loss(result.metrics_path, folder / "loss.png")
+    print(f"step {result.steps}, loss {result.final_loss:.4f}, {folder / 'loss.png'}")
+    if result.steps >= config.steps:
+        print(f"checkpoint: {export(result, config, folder / 'model', dtype=export_dtype)}")
+
+
+def eval_needle(
+    *,
+    checkpoint: pathlib.Path = NEEDLE,
+    lengths: tuple[int, ...] = (2_048, 8_192, 32_768, 131_072),
+    needles: int = 20,
+    haystacks: int = 1,
+    seed: int = 0,
+    out: pathlib.Path = pathlib.Path("out/needle"),
+    devices: Devices = Devices(),
+) -> None:
+    """Find needles in real text; prints exact match and draws a heat map (length x depth).
+
+    Args:
+        checkpoint: folder with config.json, *.safetensors and tokenizer.json.
+        lengths: haystacks, in bytes.
+        needles: needles, and questions, a haystack.
+        haystacks: haystacks a length.
+        seed: of the haystacks.
+        out: folder for needle.png and needle.json.
+        devices: how the devices are used.
+    """
+    with _loaded(checkpoint, devices) as (model, tokenizer):
+        from rich.progress import Progress
+
+        from jaxcp.evaluate.needle import evaluate_needle, plot_heat_map
+
+        with Progress(transient=True) as bar:
+            task = bar.add_task("needles", total=len(lengths) * haystacks * needles)
+            result = evaluate_needle(
+                model, tokenizer, lengths=lengths, needles=needles, haystacks=haystacks, seed=seed,
+                on_answer=lambda _: bar.advance(task),
+            )  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    plot_heat_map(result, out / "needle.png")
+    (out / "needle.json").write_text(json.dumps(result.as_json(), indent=1))
+    for length in result.lengths():
+        asked = sum(answer.length == length for answer in result.answers)
+        print(f"{length:>9,} bytes  {100 * result.accuracy(length):6.2f} % of {asked}")
+    print(out / "needle.png")
+
+
+@contextlib.contextmanager
+def _loaded(checkpoint: pathlib.Path, devices: Devices):
+    """The model and tokenizer of a checkpoint, on a mesh over the devices asked for."""
+    count = devices.seq * devices.model
+    _want_devices(count)
+    import jax
+
+    import jaxcp
+
+    chosen = jax.devices() if jax.device_count() == count else jax.devices()[:count]
+    with jax.set_mesh(jaxcp.make_mesh(seq=devices.seq, model=devices.model, devices=chosen)):
+        model, tokenizer = jaxcp.load(checkpoint)
+        if tokenizer is None:
+            raise ValueError(f"{checkpoint} has no tokenizer.json; the command line talks in text")
+        yield model, tokenizer
+
+
+def _want_devices(count: int) -> None:
+    """Where there are only CPUs, emulate `count` devices; accelerators stay as they are."""
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", count)
+
+
+def _answer(session, text: str, sampling: Sampling) -> None:
+    for piece in session.send(
+        text, max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature,
+        top_k=sampling.top_k, top_p=sampling.top_p,
+    ):  # fmt: skip
+        print(piece, end="", flush=True)
+    stats = session.stats
+    print(
+        f"\n[{stats.prefilled:,} tokens prefilled in {stats.prefill_seconds:.2f} s, {stats.reused:,} reused; "
+        f"{stats.generated} generated, {stats.decode_tokens_per_second:.1f} a second; "
+        f"{stats.cache_bytes_per_device / 2**20:.1f} MiB of cache a device]",
+        file=sys.stderr,
+    )
+
+
+def _read_line() -> str:
+    try:
+        return input("> ")
+    except EOFError:
+        return ""
+
+
+def main() -> None:
+    """Entry point of `jaxcp`."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    app, evaluations = tyro.extras.SubcommandApp(), tyro.extras.SubcommandApp()
+    for command in (demo, generate, chat, train):
+        app.command(command)
+    evaluations.command(eval_needle, name="needle")
+    app.command(evaluations, name="eval", help="Measure what a checkpoint can do.")
+    try:
+        app.cli(prog="jaxcp")
+    except (ValueError, NotImplementedError, FileNotFoundError) as error:
+        sys.exit(f"jaxcp: {error}")
+
+
+if __name__ == "__main__":
+    main()

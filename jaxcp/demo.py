@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`jaxcp demo`: the main job on what the package ships, over eight emulated devices.
+
+Every number it prints was measured while it ran.
+"""
+
+import dataclasses
+import json
+import pathlib
+import time
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import jaxcp
+from jaxcp.checkpoints import NEEDLE
+from jaxcp.evaluate.needle import Result, evaluate_needle, plot_heat_map
+from jaxcp.mesh import emulate_devices
+from jaxcp.training import OptimizerConfig, TextSource, TrainConfig, plot_loss, train
+from jaxcp.training.loop import Result as Trained
+
+DEVICES = 8
+ROWS, ROW = 8, 512  # of a training batch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Size:
+    lengths: tuple[int, ...]
+    needles: int
+    train_seconds: float
+
+
+FULL = Size(lengths=(32_768, 131_072), needles=10, train_seconds=30)
+SMOKE = Size(lengths=(1_024, 2_048), needles=2, train_seconds=6)
+
+
+def run(out: pathlib.Path, *, smoke: bool = False) -> None:
+    """Find needles in long text, then train a small GPT; a table and two pictures in `out`."""
+    console, size = Console(), SMOKE if smoke else FULL
+    out.mkdir(parents=True, exist_ok=True)
+    begin = time.perf_counter()
+    emulate_devices(DEVICES)
+    console.print(f"[bold]jaxcp demo[/bold]: {DEVICES} emulated devices, {jax.devices()[0].device_kind}, jax {jax.__version__}")
+    found = _find_needles(console, size)
+    plot_heat_map(found, out / "needle.png")
+    first, resumed = _train(console, size, out)
+    plot_loss(resumed.metrics_path, out / "loss.png")
+    console.print(_table(found, first, resumed))
+    (out / "demo.json").write_text(json.dumps(found.as_json() | {"final_loss": resumed.final_loss}, indent=1))
+    console.print(f"pictures: {out / 'needle.png'}, {out / 'loss.png'}   ({time.perf_counter() - begin:.0f} s in all)")
+
+
+def _find_needles(console: Console, size: Size) -> Result:
+    with jax.set_mesh(jaxcp.make_mesh(seq=DEVICES)):
+        model, tokenizer = jaxcp.load(NEEDLE)
+        parameters = sum(x.size for x in jax.tree.leaves(model))
+        console.print(
+            f"\n[bold]1. Long context[/bold]: a hybrid MoE of {parameters:,} parameters reads CPython's documentation, "
+            f"the sequence zigzag over seq={DEVICES}, by ring attention"
+        )
+        bar = Progress(TextColumn("   {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
+        results = []
+        with bar:
+            for length in size.lengths:
+                task = bar.add_task(f"{length:>7,} bytes: needles", total=size.needles)
+                results.append(
+                    evaluate_needle(model, tokenizer, lengths=[length], needles=size.needles,
+                                    attention=jaxcp.Ring(), on_answer=lambda _, task=task: bar.advance(task))
+                )  # fmt: skip
+    result = Result(answers=sum((r.answers for r in results), ()), reads=sum((r.reads for r in results), ()))
+    shown = next(a for a in result.answers if a.length == size.lengths[-1])
+    read = result.reads[-1]
+    console.print(
+        f"   \"\\[key {shown.key:04d} is\" -> {shown.answered} "
+        f"({'right' if shown.correct else f'wrong, it is {shown.expected}'}; {100 * shown.depth:.0f} % deep)"
+    )
+    console.print(
+        f"   a later question of the same conversation prefilled {read.later_prefilled} tokens and reused {read.reused:,}"
+    )
+    return result
+
+
+def _train(console: Console, size: Size, out: pathlib.Path) -> tuple[Trained, Trained]:
+    """Half of the time, then a fresh call that resumes, until the time is over."""
+    console.print(
+        f"\n[bold]2. Training[/bold]: a GPT on the same text, seq=4 x data=2, {size.train_seconds:.0f} s, resumed once"
+    )
+    config = TrainConfig(
+        model=jaxcp.GPTConfig(vocab_size=256, max_positions=ROW, num_layers=4, num_heads=4, embed_dim=128),
+        mesh=jaxcp.MeshConfig(seq=4, data=2),
+        attention=jaxcp.Ring(),
+        seq_len=ROW,
+        batch_size=ROWS,
+        steps=100_000,
+        data=TextSource(),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20),
+        out_dir=_fresh(out / "train"),
+        checkpoint_every=1_000_000,
+        log_every=1,
+        max_seconds=size.train_seconds / 2,
+    )
+    first = train(config, progress=True)
+    resumed = train(config, progress=True)
+    console.print(f"   stopped and saved at step {first.steps}; resumed from step {resumed.resumed_from}")
+    return first, resumed
+
+
+def _fresh(folder: pathlib.Path) -> pathlib.Path:
+    """A folder name that holds no earlier run, so that every demo trains from the start."""
+    number = 1
+    while (numbered := folder.with_name(f"{folder.name}-{number}")).exists():
+        number += 1
+    return numbered
+
+
+def _table(found: Result, first: Trained, resumed: Trained) -> Table:
+    table = Table(title="measured in this run")
+    columns = ("", "tokens", "seconds", "tokens/s", "cache MiB/device", "reused tokens", "decode tok/s", "exact match")
+    for name in columns:
+        table.add_column(name, justify="left" if not name else "right")
+    for read in found.reads:
+        table.add_row(
+            f"prefill {read.length:,} bytes", f"{read.tokens:,}", f"{read.prefill_seconds:.1f}",
+            f"{read.tokens / read.prefill_seconds:,.0f}", f"{read.cache_bytes_per_device / 2**20:.1f}",
+            f"{read.reused:,}", f"{read.decode_tokens_per_second:.1f}", f"{100 * found.accuracy(read.length):.0f} %",
+        )  # fmt: skip
+    tokens = resumed.steps * ROWS * ROW
+    seconds = first.seconds + resumed.seconds
+    table.add_row(
+        f"train to loss {resumed.final_loss:.2f}", f"{tokens:,}", f"{seconds:.1f}", f"{tokens / seconds:,.0f}", "", "", "", ""
+    )
+    return table
