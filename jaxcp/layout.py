@@ -3,11 +3,11 @@
 
 `permute` takes NumPy trees of `[B, T, ...]` in natural order and returns them in the order in
 which equal slices along axis 1 are what each shard holds. It pads any T; a pad masks itself by
-its position.
+its position. On every shard the real tokens come first, in natural order.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -20,15 +20,18 @@ PAD_VALUES = {"positions": PAD_POSITION, "segment_ids": -1, "targets": -1}
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Order of tokens over shards. Subclasses say how many chunks a shard holds and which."""
+    """Order of tokens over shards. A subclass says which places a shard holds."""
 
-    def chunks(self, shards: int) -> np.ndarray:
-        """Chunk numbers `[shards, chunks a shard]`, in the order in which they lie."""
+    pieces: ClassVar[int] = 1
+    """Pieces of equal length that a shard holds; the padded length is a multiple of them all."""
+
+    def places(self, padded: int, shards: int) -> np.ndarray:
+        """`[shards, padded / shards]`: what each shard holds of `0..padded - 1`."""
         raise NotImplementedError
 
     def padded_length(self, length: int, shards: int) -> int:
-        """Tokens after padding: the next multiple of the number of chunks."""
-        count = self.chunks(shards).size
+        """Tokens after padding: the next multiple of the number of pieces."""
+        count = self.pieces * shards
         return -(-length // count) * count
 
     def order(self, length: int, shards: int) -> np.ndarray:
@@ -37,9 +40,11 @@ class Layout:
             raise ValueError(
                 f"a layout needs shards >= 1 and length >= 1; got shards={shards}, length={length}"
             )
-        chunks = self.chunks(shards)
-        size = self.padded_length(length, shards) // chunks.size
-        return (chunks.reshape(-1, 1) * size + np.arange(size)).reshape(-1)
+        padded = self.padded_length(length, shards)
+        # Pads take the places before token 0, where causal balance feels them least; the modulus
+        # numbers them from `length` on, and sorting puts a shard's real tokens first.
+        natural = (self.places(padded, shards) - (padded - length)) % padded
+        return np.sort(natural, axis=1).reshape(-1)
 
     def permute(self, tree: Any, shards: int, fill: dict[str, Any] | None = None) -> Any:
         """Tree of `[B, T, ...]` -> `[B, padded T, ...]`, in shard order, on the host.
@@ -93,29 +98,30 @@ def _key(path) -> str:
 class Contiguous(Layout):
     """Shard r holds the r-th of n equal pieces. Causal work is uneven: the last shard does most."""
 
-    def chunks(self, shards):
-        return np.arange(shards).reshape(shards, 1)
+    def places(self, padded, shards):
+        return np.arange(padded).reshape(shards, -1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Zigzag(Layout):
     """Shard r holds pieces r and 2n-1-r of 2n: every shard has equal causal work.
 
+    Exactly equal where 2n divides the length. With p pads (less than 2n), and pieces no shorter
+    than p, the busiest shard has `1 + (n - 1) * p * (p - 1) / (T * (T + 1))` times the mean.
+
     Source: zhuzilin/ring-flash-attention; Llama 3 (arXiv 2407.21783) head/tail sharding.
     """
 
-    def chunks(self, shards):
-        head = np.arange(shards)
-        return np.stack([head, 2 * shards - 1 - head], axis=1)
+    pieces = 2
+
+    def places(self, padded, shards):
+        pieces = np.arange(padded).reshape(2 * shards, -1)
+        return np.concatenate([pieces[:shards], pieces[::-1][:shards]], axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Striped(Layout):
     """Shard r holds tokens r, r+n, r+2n, ... Source: Striped Attention (arXiv 2311.09431)."""
 
-    def chunks(self, shards):
-        return np.arange(shards).reshape(shards, 1)
-
-    def order(self, length, shards):
-        order = super().order(length, shards)
-        return order.reshape(-1, shards).T.reshape(-1)
+    def places(self, padded, shards):
+        return np.arange(padded).reshape(-1, shards).T

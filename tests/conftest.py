@@ -5,12 +5,16 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # libtpu and the CUDA plugin are installed for compiling only
 
+import hypothesis
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
+# The same examples every time and no deadline: a loaded machine must not fail a test.
+hypothesis.settings.register_profile("jaxcp", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("jaxcp")
 
 
 def pytest_sessionstart(session):
@@ -27,7 +31,9 @@ def mesh_of():
     stack = []
 
     def enter(**axes):
-        context = jax.set_mesh(jaxcp.make_mesh(**axes, devices=jax.devices()[: math.prod(axes.values())]))
+        context = jax.set_mesh(
+            jaxcp.make_mesh(**axes, devices=jax.devices()[: math.prod(axes.values())])
+        )
         context.__enter__()
         stack.append(context)
 
