@@ -58,9 +58,10 @@ def make_mesh(
     config = MeshConfig(data=data, seq=seq, model=model, expert=expert)
     available = list(jax.devices() if devices is None else devices)
     if config.size != len(available):
+        kind = available[0].device_kind if available else "none"
         raise ValueError(
             f"mesh data={data} x seq={seq} x model={model} x expert={expert} needs {config.size} "
-            f"devices; got {len(available)} ({available[0].device_kind}). Change an axis, "
+            f"devices; got {len(available)} ({kind}). Change an axis, "
             f"pass devices=jax.devices()[:{config.size}], "
             f"or on CPU call jaxcp.emulate_devices({config.size}) before anything else uses jax"
         )
@@ -77,14 +78,13 @@ def emulate_devices(count: int) -> None:
     Raises:
       RuntimeError: jax has already been used with another number of devices.
     """
-    if (
-        jax._src.xla_bridge.backends_are_initialized()
-    ):  # private: no public way to ask; jax 0.10 to 0.12
-        if jax.default_backend() != "cpu" or jax.device_count() != count:
-            raise RuntimeError(
-                f"emulate_devices({count}) came after jax was first used with {jax.device_count()} "
-                f"{jax.default_backend()} device(s); call it before any other jax call"
-            )
-        return
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError as error:
+        if jax.default_backend() == "cpu" and jax.device_count() == count:
+            return
+        raise RuntimeError(
+            f"emulate_devices({count}) came after jax was first used with {jax.device_count()} "
+            f"{jax.default_backend()} device(s); call it before any other jax call"
+        ) from error
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", count)
