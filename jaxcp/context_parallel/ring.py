@@ -14,6 +14,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxcp.context_parallel.merge import merge
@@ -39,7 +40,7 @@ def _rotate(tree, axis_name):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _ring(axis_name, options, q, k, v, q_pos, kv_pos, q_seg, kv_seg):
     n = lax.axis_size(axis_name)
-    acc = jnp.promote_types(q.dtype, jnp.float32)
+    acc = np.promote_types(q.dtype, np.float32)
 
     def partial(kv):
         k, v, pos, seg = kv

@@ -7,13 +7,14 @@ caller enables it, and the fastest one for short sequences on CPU.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def _scores(q, k, soft_cap, scale):
     """`[B, K, G, T, S]` from q `[B, T, N, H]` and k `[B, S, K, H]`, N = K * G."""
     b, t, n, h = q.shape
     q = q.reshape(b, t, k.shape[2], n // k.shape[2], h)
-    acc = jnp.promote_types(q.dtype, jnp.float32)
+    acc = np.promote_types(q.dtype, np.float32)
     s = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=acc) * scale
     return s if soft_cap is None else soft_cap * jnp.tanh(s / soft_cap)
 
@@ -38,7 +39,7 @@ def backward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, lse, dout, delta, *, mask, s
     b, t, n, h = q.shape
     kv_heads = k.shape[2]
     group = (b, t, kv_heads, n // kv_heads)
-    acc = jnp.promote_types(q.dtype, jnp.float32)
+    acc = np.promote_types(q.dtype, np.float32)
     s = _scores(q, k, soft_cap, scale)
     seen = mask.visible(q_pos, kv_pos, q_seg, kv_seg)[:, None, None]
 

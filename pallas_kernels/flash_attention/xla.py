@@ -7,6 +7,7 @@ one `[G * block_q, H] x [H, block_k]` product per KV head.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels.flash_attention.mask import NO_POSITION, PAD_POSITION, bounds
@@ -19,7 +20,7 @@ def forward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, mask, soft_cap, scale, out
     b, t, n, _ = q.shape
     queries, keys = _query_blocks(q, q_pos, q_seg, k.shape[2]), _key_blocks(k, v, kv_pos, kv_seg)
     kinds = _block_kinds(queries, keys, mask)
-    acc_dtype = jnp.promote_types(q.dtype, jnp.float32)
+    acc_dtype = np.promote_types(q.dtype, np.float32)
 
     def one_query_block(args):
         query, kinds = args
@@ -57,7 +58,7 @@ def backward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, lse, dout, delta, *, mask, s
         queries[name] = _query_blocks(x, q_pos, None, kv_heads)["q"]
     keys = _key_blocks(k, v, kv_pos, kv_seg)
     kinds = _block_kinds(queries, keys, mask)
-    acc_dtype = jnp.promote_types(q.dtype, jnp.float32)
+    acc_dtype = np.promote_types(q.dtype, np.float32)
 
     def one_key_block(dq, args):
         key, kinds = args
@@ -123,7 +124,7 @@ def _scores(query, key, mask, soft_cap, scale):
 
 def _dot(equation, x, y):
     exact = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    acc = jnp.promote_types(x.dtype, jnp.float32)
+    acc = np.promote_types(x.dtype, np.float32)
     return jnp.einsum(equation, x, y, precision=exact, preferred_element_type=acc)
 
 

@@ -3,6 +3,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.dispatch import target_platform
 
@@ -14,7 +15,7 @@ def forward(lhs, rhs, group_sizes):
     tiles = lhs.shape[0] // TILE + rhs.shape[0]
     if target_platform() == "cpu" and tiles * rhs.shape[1] * rhs.shape[2] <= MOST_GATHERED:
         return _tiled(lhs, rhs, group_sizes, tiles)
-    acc = jnp.promote_types(lhs.dtype, jnp.float32)
+    acc = np.promote_types(lhs.dtype, np.float32)
     return jax.lax.ragged_dot(lhs, rhs, group_sizes, preferred_element_type=acc).astype(lhs.dtype)
 
 
@@ -32,7 +33,7 @@ def _tiled(lhs, rhs, group_sizes, tiles):
     group_of_tile = jnp.minimum(
         jnp.searchsorted(tile_ends, jnp.arange(tiles), side="right"), groups - 1
     )
-    acc = jnp.promote_types(lhs.dtype, jnp.float32)
+    acc = np.promote_types(lhs.dtype, np.float32)
     out = jnp.einsum(
         "ntd,ndf->ntf",
         padded.reshape(tiles, TILE, -1),
