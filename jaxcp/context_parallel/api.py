@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from jaxcp.context_parallel.ring import Ring
 from jaxcp.context_parallel.strategy import Strategy
 from pallas_kernels import flash_attention
-from pallas_kernels.flash_attention import Mask, apply_sinks
+from pallas_kernels.flash_attention import Mask, apply_sinks, check
 
 
 def context_parallel_attention(
@@ -49,6 +49,7 @@ def context_parallel_attention(
     >>> with jax.set_mesh(jaxcp.make_mesh(seq=8)):
     ...     out = jax.jit(jaxcp.context_parallel_attention)(q, k, v, positions)
     """
+    check(q, k, v, positions, positions, segment_ids, segment_ids, sinks, soft_cap)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         out, _ = flash_attention(

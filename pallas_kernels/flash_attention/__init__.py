@@ -3,6 +3,7 @@ from pallas_kernels.flash_attention.api import (
     apply_sinks,
     attention_backward,
     attention_forward,
+    check,
     flash_attention,
     row_delta,
 )
@@ -15,6 +16,7 @@ __all__ = [
     "apply_sinks",
     "attention_backward",
     "attention_forward",
+    "check",
     "flash_attention",
     "row_delta",
 ]

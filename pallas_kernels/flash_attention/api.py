@@ -157,9 +157,8 @@ def attention_backward(
 def apply_sinks(out, lse, sinks):
     """Let each head's sink into the denominator of finished rows. Once, after the last merge."""
     sinks = sinks.astype(lse.dtype)
-    return (out * jax.nn.sigmoid(lse - sinks)[..., None]).astype(out.dtype), jnp.logaddexp(
-        lse, sinks
-    )
+    kept = jax.nn.sigmoid(lse - sinks)[..., None]
+    return (out.astype(lse.dtype) * kept).astype(out.dtype), jnp.logaddexp(lse, sinks)
 
 
 def row_delta(out, dout, dlse):

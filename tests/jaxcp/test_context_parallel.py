@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every strategy is dense attention, forward and backward, and sends what it says it sends."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from dense_attention import dense
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import jaxcp
+from jaxcp.context_parallel import STRATEGIES
+from jaxcp.layout import Contiguous, Striped, Zigzag
+from pallas_kernels import PAD_POSITION
+
+B, T, N, K, H = 2, 45, 4, 2, 8  # T: no number of shards but 1 and 3 divides it
+EVERYTHING = {"window": 17, "soft_cap": 2.0, "scale": 0.4}
+LAYOUTS = (Zigzag(), Contiguous(), Striped())
+TOLERANCE = 2e-6  # float32, relative to the greatest entry (at least 1)
+HEADS, TOKENS = P("data", "seq", "model"), P("data", "seq")
+SPECS = {"q": HEADS, "k": HEADS, "v": HEADS, "dout": HEADS, "sinks": P("model")}
+SPECS |= {"positions": TOKENS, "segment_ids": TOKENS}
+
+
+@functools.cache
+def problem():
+    """Natural order: three documents a row of uneven lengths, each with positions from 0."""
+    rng = np.random.default_rng(0)
+
+    def draw(heads):
+        return rng.normal(size=(B, T, heads, H)).astype(np.float32)
+
+    ends = np.array([[11, 30], [20, 21]])
+    segment_ids = (np.arange(T) >= ends[..., None]).sum(1).astype(np.int32)
+    starts = np.concatenate([np.zeros((B, 1), int), ends], axis=1)
+    positions = (np.arange(T) - np.take_along_axis(starts, segment_ids, axis=1)).astype(np.int32)
+    return {
+        "q": draw(N), "k": draw(K), "v": draw(K), "positions": positions,
+        "segment_ids": segment_ids, "dout": draw(N), "sinks": rng.normal(size=N).astype(np.float32),
+    }  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def with_gradients(strategy, options, x):
+    """`(out, dq, dk, dv, dsinks)` for the cotangent `x["dout"]`."""
+
+    def attend(q, k, v, sinks):
+        return jaxcp.context_parallel_attention(
+            q, k, v, x["positions"], strategy=strategy, segment_ids=x.get("segment_ids"),
+            sinks=sinks, **dict(options),
+        )  # fmt: skip
+
+    out, pull = jax.vjp(attend, x["q"], x["k"], x["v"], x.get("sinks"))
+    return out, *pull(x["dout"])
+
+
+def check(strategy, layout, shards, x, options, *, tolerance=TOLERANCE, implementation=None):
+    """Under the mesh in scope, against the float64 reference, in natural order."""
+    sinks = {k: x[k] for k in ("sinks",) if k in x}
+    there = layout.permute({k: v for k, v in x.items() if k != "sinks"}, shards) | sinks
+    pads = there["positions"] == PAD_POSITION
+    there = {k: jax.device_put(v, SPECS[k]) for k, v in there.items()}
+    *found, dsinks = with_gradients(
+        strategy, tuple({**options, "implementation": implementation}.items()), there
+    )
+    expected = dense(**x, **options)
+    assert (np.asarray(found[0])[pads] == 0).all()
+    found = [*layout.inverse(found, shards, x["q"].shape[1]), dsinks]
+    for name, ours, theirs in zip(
+        ("out", "dq", "dk", "dv", "dsinks"), found, expected, strict=True
+    ):
+        if ours is not None:
+            limit = tolerance * max(1.0, np.abs(theirs).max())
+            np.testing.assert_allclose(ours, theirs, atol=limit, rtol=0, err_msg=name)
+
+
+# Equal to dense attention
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_everything_at_once(strategy, shards, mesh_of):
+    """Packing, window, sinks, soft cap, GQA, pads, in every layout; one compilation for three."""
+    mesh_of(seq=shards)
+    for layout in LAYOUTS:
+        check(strategy(), layout, shards, problem(), EVERYTHING)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_plain_causal(strategy, mesh_of):
+    mesh_of(seq=4)
+    plain = {k: v for k, v in problem().items() if k not in ("segment_ids", "sinks")}
+    plain["positions"] = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+    for layout in LAYOUTS:
+        check(strategy(), layout, 4, plain, {})
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_beside_data_and_model_axes(strategy, mesh_of):
+    mesh_of(data=2, seq=2, model=2)
+    check(strategy(), Zigzag(), 2, problem(), EVERYTHING)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_rows_with_nothing_to_see(strategy, mesh_of):
+    """A batch row of pads alone, and keys that lie after most queries: zero, and no NaN."""
+    mesh_of(seq=4)
+    x = {k: v for k, v in problem().items() if k != "segment_ids"}
+    positions = np.stack([np.full(T, PAD_POSITION), np.arange(T)]).astype(np.int32)
+    positions[1, :30] = PAD_POSITION
+    check(strategy(), Zigzag(), 4, x | {"positions": positions}, {"window": 17})
+
+
+def test_not_causal(mesh_of):
+    mesh_of(seq=3)
+    check(jaxcp.Ring(), Zigzag(), 3, problem(), {"causal": False, "window": 6})
+
+
+def test_bfloat16(mesh_of):
+    """Partial results are merged in float32, so more shards round no more."""
+    mesh_of(seq=8)
+    x = {
+        k: v.astype(jnp.bfloat16) if k in ("q", "k", "v", "dout") else v
+        for k, v in problem().items()
+    }
+    check(jaxcp.Ring(), Zigzag(), 8, x, {"window": 17}, tolerance=2e-2)
+
+
+@pytest.mark.parametrize("implementation", ["triton", "mosaic_tpu"])
+def test_pallas_kernels_inside_the_ring(implementation, mesh_of):
+    """In interpret mode; `tests/pallas_kernels` compiles them for real."""
+    mesh_of(seq=2)
+    x = {k: v if k == "sinks" else v[:1, :20] for k, v in problem().items()}
+    options = {"window": 9, "soft_cap": 2.0}
+    check(jaxcp.Ring(), Zigzag(), 2, x, options, tolerance=1e-5, implementation=implementation)
+
+
+def test_without_a_mesh():
+    x = {k: v for k, v in problem().items() if k != "dout"}
+    out = jax.jit(functools.partial(jaxcp.context_parallel_attention, **EVERYTHING))(**x)
+    np.testing.assert_allclose(out, dense(**x, **EVERYTHING), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("axis_name", ["seq", "cp"])
+def test_a_mesh_whose_axes_are_auto(axis_name):
+    """Somebody else's mesh: no explicit sharding, other names."""
+    mesh = jax.make_mesh((2, 4), ("data", axis_name), axis_types=(AxisType.Auto,) * 2)
+    x = Zigzag().permute(
+        {k: v for k, v in problem().items() if k in ("q", "k", "v", "positions")}, 4
+    )
+    with jax.set_mesh(mesh):
+        out = jax.jit(functools.partial(jaxcp.ring_attention, axis_name=axis_name))(**x)
+    out = Zigzag().inverse(out, 4, T)
+    natural = {k: problem()[k] for k in ("q", "k", "v", "positions")}
+    np.testing.assert_allclose(out, dense(**natural), atol=2e-6, rtol=0)

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each strategy sends, counted on the compiled program."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import jaxcp
+from jaxcp.plan import collectives
+
+TOKENS, HEADS, KV_HEADS, HEAD_DIM = 8, 4, 2, 16  # a shard's
+KEYS = TOKENS * KV_HEADS * HEAD_DIM  # elements of K, and of V, on a shard
+ROTATED = (
+    2 * KEYS + TOKENS
+) * 4  # bytes: K, V and positions (XLA on CPU sends bfloat16 as float32)
+GRADIENTS = 2 * KEYS * 4  # bytes: dK and dV in float32
+
+
+def sent(strategy, shards, *, backward):
+    """{kind: (count, bytes)} that a device sends in one call."""
+
+    def like(heads):
+        shape, spec = (1, TOKENS * shards, heads, HEAD_DIM), P(None, "seq")
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=spec)
+
+    def forward(q, k, v, positions):
+        return jaxcp.context_parallel_attention(q, k, v, positions, strategy=strategy)
+
+    def both(q, k, v, positions, dout):
+        return jax.vjp(lambda *qkv: forward(*qkv, positions), q, k, v)[1](dout)
+
+    positions = jax.ShapeDtypeStruct((1, TOKENS * shards), jnp.int32, sharding=P(None, "seq"))
+    arrays = like(HEADS), like(KV_HEADS), like(KV_HEADS), positions
+    program = (
+        jax.jit(both).lower(*arrays, like(HEADS)) if backward else jax.jit(forward).lower(*arrays)
+    )
+    text = program.compile().as_text()
+    for line in text.splitlines():  # shard_map sums gradients over the mesh's axes of size one
+        if re.search(r" all-reduce(-start)?\(", line):
+            assert re.search(r"replica_groups=(\{\{\d+\}(,\{\d+\})*\}|\[\d+,1\]<=)", line), line
+    found = {c.kind: (c.count, c.bytes) for c in collectives(text)}
+    found.pop("all-reduce", None)
+    return found
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, 8])
+def test_ring_rotates_n_minus_1_times(shards, mesh_of):
+    """Forward K, V and positions; backward the same again, and dK and dV as often."""
+    mesh_of(seq=shards)
+    turns = shards - 1
+    forward = {"collective-permute": (3 * turns, turns * ROTATED)} if turns else {}
+    assert sent(jaxcp.Ring(), shards, backward=False) == forward
+    # over two shards XLA sees that the one rotation of K and V is the same in both passes
+    again = turns if shards > 2 else 0
+    count = 3 * (turns + again) + 2 * turns
+    size = ROTATED * (turns + again) + GRADIENTS * turns
+    both = {"collective-permute": (count, size)} if turns else {}
+    assert sent(jaxcp.Ring(), shards, backward=True) == both
+
+
+@pytest.mark.parametrize("shards", [2, 8])
+def test_all_gather_gathers_once_and_scatters_once(shards, mesh_of):
+    mesh_of(seq=shards)
+    gathered = {"all-gather": (3, shards * ROTATED)}
+    assert sent(jaxcp.AllGather(), shards, backward=False) == gathered
+    kinds = sent(jaxcp.AllGather(), shards, backward=True)
+    assert kinds.pop("reduce-scatter")[0] == 2
+    assert kinds == gathered
+
+
+def test_ring_holds_two_shards_of_keys(mesh_of):
+    """The rotations stay in a loop: unrolled, XLA hoists them and holds every shard at once."""
+
+    def temporaries(shards):
+        mesh = jaxcp.make_mesh(seq=shards, devices=jax.devices()[:shards])
+        with jax.set_mesh(mesh):
+            shape = (1, 512 * shards, 2, 64)
+            x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=P(None, "seq"))
+            positions = jax.ShapeDtypeStruct(shape[:2], jnp.int32, sharding=P(None, "seq"))
+            compiled = jax.jit(jaxcp.ring_attention).lower(x, x, x, positions).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    keys = 512 * 2 * 64 * 4
+    assert temporaries(8) - temporaries(3) < keys
