@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Programs are compiled for machines that are not there, and what they send is counted exactly."""
 
+import dataclasses
 import importlib.util
 import os
 import subprocess
@@ -286,6 +287,14 @@ def test_what_is_donated_is_counted_once():
     plain = compile_for(lambda x: x * 2, (rows(mesh),), mesh)
     donated = compile_for(jax.jit(lambda x: x * 2, donate_argnums=0), (rows(mesh),), mesh)
     assert plain.total_bytes - donated.total_bytes == BYTES
+
+
+def test_a_program_that_cannot_be_read_says_so():
+    mesh = mesh_of("v6e:2x4", seq=8)
+    report = compile_for(lambda x: x * 2, (rows(mesh),), mesh)
+    assert "none" in str(report)
+    unread = dataclasses.replace(report, collectives=None, kernels=None)
+    assert "not known" in str(unread) and "jax[tpu]" in str(unread) and "none" not in str(unread)
 
 
 def test_compiling_starts_no_backend_and_needs_no_variables():
