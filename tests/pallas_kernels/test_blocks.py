@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The block plan drops no visible pair, and skips what it can."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.flash_attention import NO_POSITION, PAD_POSITION, Mask, blocks, tuning
+
+QUERIES, KEYS = 16, 8  # a block
+
+
+def plan(mask, q, kv, q_seg=None, kv_seg=None, *, along):
+    """`(full, partial)` sets of (query block, key block) that the lists name."""
+    q, kv = jnp.where(q == PAD_POSITION, NO_POSITION, q)[None], kv[None]
+    q_seg, kv_seg = (None if x is None else x[None] for x in (q_seg, kv_seg))
+    q_bounds = blocks.block_bounds(
+        blocks.token_ids(q, q_seg, q.shape[1], NO_POSITION), QUERIES, NO_POSITION
+    )
+    kv_bounds = blocks.block_bounds(
+        blocks.token_ids(kv, kv_seg, kv.shape[1], PAD_POSITION), KEYS, PAD_POSITION
+    )
+    order, counts = blocks.block_lists(mask, q_bounds, kv_bounds, q_seg is not None, along=along)
+    full, partial = set(), set()
+    for row, (columns, (first, last)) in enumerate(zip(order[0], counts[0], strict=True)):
+        assert sorted(columns.tolist()) == list(range(len(columns)))
+        for group, names in ((full, columns[:first]), (partial, columns[first:last])):
+            group |= {(row, int(c)) if along == "kv" else (int(c), row) for c in names}
+    return full, partial
+
+
+@pytest.mark.parametrize("along", ["q", "kv"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 1, 20])
+@pytest.mark.parametrize("documents", [1, 3])
+def test_against_every_pair(along, causal, window, documents):
+    rng = np.random.default_rng(0)
+    mask = Mask(causal=causal, window=window)
+    for trial in range(6):
+        positions = np.arange(96) if trial % 2 else rng.permutation(96)
+        q, kv = positions[:64].astype(np.int32), positions.astype(np.int32)
+        segments = np.sort(rng.integers(0, documents, 96)).astype(np.int32)
+        if trial > 3:
+            q[rng.integers(0, 64, 20)] = PAD_POSITION
+            kv[rng.integers(0, 96, 40)] = kv[:KEYS] = PAD_POSITION
+        ids = () if documents == 1 else (jnp.asarray(segments[:64]), jnp.asarray(segments))
+        full, partial = plan(mask, jnp.asarray(q), jnp.asarray(kv), *ids, along=along)
+        hidden = np.where(q == PAD_POSITION, NO_POSITION, q)
+        seen = np.asarray(mask.visible(jnp.asarray(hidden), jnp.asarray(kv), *ids))
+        tiles = seen.reshape(64 // QUERIES, QUERIES, 96 // KEYS, KEYS).swapaxes(1, 2)
+        for i, j in np.ndindex(tiles.shape[:2]):
+            if (i, j) in full:
+                assert tiles[i, j].all()
+            elif (i, j) not in partial:
+                assert not tiles[i, j].any()
+        assert not full & partial
+
+
+def test_work_is_what_the_mask_leaves():
+    """Causal over n blocks of queries: the blocks on the diagonal are partial, none is wasted."""
+    line = jnp.arange(128, dtype=jnp.int32)
+    full, partial = plan(Mask(), line, line, along="kv")
+    assert (len(full), len(partial)) == (2 * (0 + 1 + 2 + 3 + 4 + 5 + 6 + 7), 2 * 8)
+    full, partial = plan(Mask(window=1), line, line, along="q")
+    assert (len(full), len(partial)) == (0, 2 * 8)
+    documents = line // 32  # each is two blocks of queries, four of keys
+    full, partial = plan(Mask(causal=False), line, line, documents, documents, along="kv")
+    assert (len(full), len(partial)) == (4 * 2 * 4, 0)
+
+
+def test_a_row_of_the_table_is_found_for_all_that_is_supported():
+    for op in ("triton_forward", "triton_dq", "triton_dkv"):
+        for head_dim in (16, 64, 65, 128, 256):
+            for dtype in (jnp.bfloat16, jnp.float32):
+                x = jnp.zeros((1, head_dim), dtype)
+                found = tuning.blocks(op, x, interpret=False)
+                assert found.q >= 16 and found.kv >= 16
+    with pytest.raises(NotImplementedError, match="head_dim=512"):
+        tuning.blocks("triton_dq", jnp.zeros((1, 512)), interpret=False)

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention kernels become machine code for chips that are not there.
+
+Compiling proves what the interpreter cannot: tiling, shared memory and VMEM, and that no score
+matrix is left. That the machine code computes the right thing takes the chip.
+"""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxcp.plan import compile_for, parse_target
+from pallas_kernels import flash_attention
+from pallas_kernels.flash_attention import tuning
+
+# 2026-11: jax 0.11 and later warn when Pallas-Triton is used; it works through 0.12.
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+
+TOKENS = 4096  # a device's share
+TARGETS = {
+    "rtx-pro-6000:1": "triton",
+    "h200:1": "triton",
+    "v5e:2x2": "mosaic_tpu",
+    "v5p:2x2x1": "mosaic_tpu",
+    "v6e:2x2": "mosaic_tpu",
+    "tpu7x:2x2x1": "mosaic_tpu",
+}
+
+
+def compiled(target, head_dim, dtype="bfloat16", *, heads=4, soft_cap=None):
+    """Forward and backward of one device's attention to its own tokens, under `shard_map`."""
+    mesh = parse_target(target).mesh(seq=parse_target(target).size)
+    by_tokens = P(None, "seq")
+
+    def array(*shape, dtype=dtype):
+        shape = (1, TOKENS * mesh.size, *shape)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, by_tokens))
+
+    def local(q, k, v, positions, segments):
+        return flash_attention(
+            q,
+            k,
+            v,
+            q_positions=positions,
+            kv_positions=positions,
+            q_segment_ids=segments,
+            kv_segment_ids=segments,
+            window=1000,
+            soft_cap=soft_cap,
+        )
+
+    def loss(q, k, v, positions, segments):
+        out, lse = jax.shard_map(local, out_specs=(by_tokens,) * 2)(q, k, v, positions, segments)
+        return out.astype(jnp.float32).sum() + lse.sum()
+
+    ids = array(dtype=jnp.int32), array(dtype=jnp.int32)
+    kv = array(2, head_dim)
+    step = jax.value_and_grad(loss, (0, 1, 2))
+    return compile_for(step, (array(heads, head_dim), kv, kv, *ids), mesh)
+
+
+def assert_holds(report, heads=4):
+    assert report.kernels == 3, "forward, dq and dkv, with nothing replaced and nothing repeated"
+    assert report.temp_bytes < heads * TOKENS * TOKENS * 4 / 4, "a quarter of the score matrix"
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("target", TARGETS)
+def test_forward_and_backward_compile(target, head_dim):
+    assert_holds(compiled(target, head_dim))
+
+
+@pytest.mark.parametrize("target", ["rtx-pro-6000:1", "v6e:2x2"])
+def test_float32_soft_cap_and_an_odd_group_compile(target):
+    assert_holds(compiled(target, 80, "float32", heads=6, soft_cap=20.0), heads=6)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_described_chip_picks_the_backend_and_its_blocks(target):
+    from pallas_kernels.dispatch import target_platform
+    from pallas_kernels.flash_attention.api import BEST
+
+    mesh = parse_target(target).mesh(seq=parse_target(target).size)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        assert BEST[target_platform()] == TARGETS[target]
+        assert tuning.device_kind() == mesh.devices.flat[0].device_kind
