@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training states on disk: one directory a step, which exists completely or not at all.
 
-Orbax writes into a temporary directory and renames it; a process that dies while saving leaves
-nothing that counts. A directory that was damaged later is found out when it is read, and the one
-before it is used.
+Orbax writes into a temporary directory and renames it; then `files.json`, the sizes of its files,
+makes it count. A process that dies while saving leaves nothing that counts. A directory that was
+damaged later is found out when it is read, and the one before it is used.
 """
 
+import json
 import logging
 import pathlib
 import shutil
@@ -15,6 +16,8 @@ import jax
 import orbax.checkpoint as ocp
 
 logger = logging.getLogger(__name__)
+
+FILES = "files.json"
 
 
 class Restored(NamedTuple):
@@ -26,19 +29,27 @@ def steps(folder: pathlib.Path) -> list[int]:
     """The steps that were saved completely, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit())
+    names = (path.parent.name for path in folder.glob(f"*/{FILES}"))
+    return sorted(int(name) for name in names if name.isdigit())
 
 
 def save(folder: pathlib.Path, step: int, state: Any, *, keep: int) -> pathlib.Path:
-    """Write a tree of arrays as `folder/<step>`, then delete all but the newest `keep`.
+    """Write a tree of arrays as `folder/<step>`, then delete all but the newest `keep`
+    and what dead processes left.
 
     Returns when the files are in place: the caller may donate `state` to the next step.
     """
     target = folder.resolve() / str(step)
+    if target.exists() and not (target / FILES).exists():
+        shutil.rmtree(target)  # a process died between the renaming and the list
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:
         writer.save(target, args=ocp.args.StandardSave(_flat(state)))
-    for old in steps(folder)[:-keep]:
-        shutil.rmtree(folder / str(old))
+    fresh = folder / f"{step}.{FILES}"
+    fresh.write_text(json.dumps(_sizes(target), indent=1))
+    fresh.replace(target / FILES)
+    old = [folder / str(step) for step in steps(folder)[:-keep]]
+    for path in [*old, *folder.glob("*.orbax-checkpoint-tmp*")]:
+        shutil.rmtree(path)
     return target
 
 
@@ -47,7 +58,7 @@ def restore(folder: pathlib.Path, like: Any) -> Restored | None:
 
     `like` is a tree of arrays or of `ShapeDtypeStruct` with shardings; the mesh that saved may have
     been another one. Directories that cannot be read are set aside as `<step>.unreadable` once an
-    older one took their place.
+    older one has taken their place.
 
     Raises:
       ValueError: there are checkpoints, and none can be read. Nothing is deleted or moved.
@@ -58,11 +69,12 @@ def restore(folder: pathlib.Path, like: Any) -> Restored | None:
     failed: dict[int, Exception] = {}
     for step in reversed(steps(folder)):
         try:
+            _check_sizes(folder / str(step))
             with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
                 flat = reader.restore(
                     folder.resolve() / str(step), args=ocp.args.StandardRestore(_flat(abstract))
                 )
-        except Exception as error:  # orbax and tensorstore raise bare Exception for a damaged file
+        except Exception as error:  # tensorstore raises bare Exception for a damaged file
             logger.warning(
                 "checkpoint %s cannot be read (%s); trying the one before",
                 folder / str(step),
@@ -81,6 +93,23 @@ def restore(folder: pathlib.Path, like: Any) -> Restored | None:
             f"no checkpoint in {folder} can be read ({reasons}). Move the folder away to start anew"
         )
     return None
+
+
+def _sizes(folder: pathlib.Path) -> dict[str, int]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def _check_sizes(folder: pathlib.Path) -> None:
+    # Before orbax: on a file that is missing or cut off it fails in threads that nobody waits for.
+    needed, found = json.loads((folder / FILES).read_text()), _sizes(folder)
+    wrong = [
+        f"{name} has {found.get(name, 0)} of {size} bytes"
+        for name, size in needed.items()
+        if found.get(name) != size
+    ]
+    if wrong:
+        raise ValueError("; ".join(wrong))
 
 
 def _flat(tree: Any) -> dict[str, Any]:

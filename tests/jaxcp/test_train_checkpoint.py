@@ -78,11 +78,21 @@ def test_what_a_killed_save_leaves_does_not_count(tmp_path):
     assert checkpoint.restore(tmp_path, state()).step == 1
     checkpoint.save(tmp_path, 2, state(2), keep=3)
     assert checkpoint.restore(tmp_path, state()).step == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
+
+
+def test_what_dies_before_the_list_of_files_does_not_count(tmp_path):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, state(step), keep=3)
+    (tmp_path / "2" / "files.json").unlink()
+    assert checkpoint.restore(tmp_path, state()).step == 1
+    checkpoint.save(tmp_path, 2, state(2), keep=3)
+    assert checkpoint.restore(tmp_path, state()).step == 2
 
 
 def test_nothing_readable_is_an_error_and_not_a_fresh_start(tmp_path):
     checkpoint.save(tmp_path, 1, state(1), keep=3)
     shutil.rmtree(tmp_path / "1" / "ocdbt.process_0")
-    with pytest.raises(ValueError, match="no checkpoint in .* can be read"):
+    with pytest.raises(ValueError, match=r"no checkpoint in .* can be read"):
         checkpoint.restore(tmp_path, state())
     assert checkpoint.steps(tmp_path) == [1]
