@@ -142,6 +142,7 @@ def save(model: Any, out: str | os.PathLike, tokenizer: Tokenizer | None = None)
             tokenizer.save(staging / TOKENIZER)
         save_file(_tensors(model), staging / WEIGHTS, metadata={"format": "pt"})
         for file in staging.iterdir():
+            file.chmod(0o644)  # safetensors writes for the owner only
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
         if out.exists():

@@ -19,7 +19,11 @@ from jaxcp.layers.norm import RMSNorm
 from jaxcp.layers.parameter import normal
 from jaxcp.models.base import LanguageModel, embed
 
-OURS = {"layer_pattern": "layer_pattern", "sliding_window": "window"}
+OURS = {
+    "layer_pattern": "layer_pattern",
+    "sliding_window": "window",
+    "full_attention_heads": "full_num_heads",
+}
 """config.json keys that Hy3's own lacks -> our fields. A plain Hy3 has none of them."""
 
 
@@ -49,6 +53,8 @@ class HybridMoEConfig:
     norm_eps: float = 1e-5
     layer_pattern: str = "G"
     window: int | None = None
+    full_num_heads: int | None = None
+    """Query heads of G and N layers where they are not `num_heads`: full attention pays for each."""
     dtype: str = "float32"
     remat: bool = False
 
@@ -61,6 +67,10 @@ class HybridMoEConfig:
             raise ValueError(
                 f"num_kv_heads must divide num_heads; got {self.num_kv_heads} and {self.num_heads}"
             )
+        if self.full_num_heads is not None and self.full_num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads must divide full_num_heads; got {self.num_kv_heads} and {self.full_num_heads}"
+            )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions; got {self.head_dim}")
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
@@ -72,6 +82,9 @@ class HybridMoEConfig:
     def kind(self, layer: int) -> str:
         """G, L or N."""
         return self.layer_pattern[layer % len(self.layer_pattern)]
+
+    def query_heads(self, layer: int) -> int:
+        return self.num_heads if self.kind(layer) == "L" else self.full_num_heads or self.num_heads
 
     @classmethod
     def from_hf(cls, d: dict[str, Any]) -> "HybridMoEConfig":
@@ -143,7 +156,7 @@ class HybridMoEConfig:
         }
         return d | (
             {}
-            if self.layer_pattern == "G"
+            if self.layer_pattern == "G" and self.full_num_heads is None
             else {key: getattr(self, field) for key, field in OURS.items()}
         )
 
@@ -173,7 +186,7 @@ class Block(nnx.Module):
         self.attention_norm = RMSNorm(c.embed_dim, eps=c.norm_eps)
         self.attention = Attention(
             c.embed_dim,
-            c.num_heads,
+            c.query_heads(layer),
             c.num_kv_heads,
             c.head_dim,
             layer=layer,
