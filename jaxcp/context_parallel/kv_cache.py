@@ -23,8 +23,11 @@ from jaxcp.context_parallel.strategy import Strategy
 from pallas_kernels import PAD_POSITION, flash_attention
 from pallas_kernels.flash_attention import Mask, attention_forward
 
-SLACK = 128
-"""Slots a shard has beyond its share of `max_len`: pads of the newest turn, and uneven turns."""
+SLACK = 64
+"""Slots a shard has beyond its share of `max_len`, for the pads of a short turn.
+
+`2 * shards` come on top: so far ahead of another may it be (see `jaxcp.inference.steps`).
+"""
 AXIS = "seq"
 
 
@@ -67,7 +70,7 @@ def empty_cache(
             f"a cache needs batch_size >= 1 and max_len >= 1; got {batch_size} and {max_len}"
         )
     shards = _shards()
-    slots = -(-max_len // shards) + (SLACK if shards > 1 else 2 * SLACK)
+    slots = -(-max_len // shards) + SLACK + 2 * shards
     shape = (batch_size, shards * slots, num_kv_heads, head_dim)
 
     @jax.jit

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from jaxcp.inference.steps import decode_step, prefill
+from jaxcp.inference.steps import check_ids, decode_step, prefill
 from jaxcp.sampling import Sampler
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ class Session:
             self._key = jax.random.key(seed)
         self._pending: list[int] = []  # answered, not yet in the cache
         self._shared = False
+        self._turn: object = None  # the latest `send`
         self.stats = Stats(cache_bytes_per_device=self._cache.bytes_per_device())
 
     def send(
@@ -75,7 +76,8 @@ class Session:
         conversation then holds what was yielded. Greedy unless `temperature` is positive.
 
         Raises (at the call, not at the first piece):
-          ValueError: an empty prompt, or more tokens than `max_len` leaves room for.
+          ValueError: an empty prompt, ids out of range, or more tokens than `max_len` leaves
+            room for.
         """
         sampler = Sampler(temperature=temperature, top_k=top_k, top_p=top_p)
         ids = self._encode(text)
@@ -89,7 +91,8 @@ class Session:
                 f"max_len={self.engine.max_len}. Shorten the prompt, "
                 "ask for fewer new tokens, or make the engine with a larger max_len"
             )
-        tokens = self._generate([*self._pending, *ids], max_new_tokens, sampler)
+        self._turn = turn = object()
+        tokens = self._generate(turn, [*self._pending, *ids], max_new_tokens, sampler)
         return tokens if self.engine.tokenizer is None else self.engine.tokenizer.stream(tokens)
 
     def fork(self) -> "Session":
@@ -108,9 +111,13 @@ class Session:
         ids = [int(i) for i in text]
         if not ids:
             raise ValueError("the prompt is empty; send at least one token")
+        check_ids(self.engine.model, np.asarray(ids))
         return ids
 
-    def _generate(self, ids: list[int], count: int, sampler: Sampler) -> Iterator[int]:
+    def _generate(
+        self, turn: object, ids: list[int], count: int, sampler: Sampler
+    ) -> Iterator[int]:
+        self._check_turn(turn)
         stats = self.stats
         stats.turns, stats.reused, stats.prefilled = stats.turns + 1, stats.tokens, len(ids)
         stats.generated, stats.decode_seconds = 0, 0.0
@@ -121,6 +128,7 @@ class Session:
         stats.prefill_seconds = time.perf_counter() - start
         for number in range(count):
             if number:
+                self._check_turn(turn)
                 start = time.perf_counter()
                 token = self._step(decode_step, np.asarray([token], np.int32), sampler)
                 stats.decode_seconds += time.perf_counter() - start
@@ -129,6 +137,13 @@ class Session:
                 return
             stats.generated += 1
             yield token
+
+    def _check_turn(self, turn: object) -> None:
+        if turn is not self._turn:
+            raise RuntimeError(
+                "an answer cannot go on after a later send: its tokens would enter the "
+                "conversation twice. Read an answer to the end, or leave it, before the next send"
+            )
 
     def _step(self, step, tokens: np.ndarray, sampler: Sampler, **options) -> int:
         """Run one step over `tokens`; the next token."""

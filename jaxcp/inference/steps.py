@@ -78,27 +78,29 @@ def decode_step(
     """One token a row `[B]` joins the cache; `(logits [B, V] for the one after it, cache)`.
 
     Raises:
-      ValueError: the cache is full.
+      ValueError: the cache is full, ids out of range.
     """
     longest = int(np.asarray(cache.lengths).max())
     if longest >= cache.max_len:
         raise ValueError(
             f"the cache is full: {longest} of max_len={cache.max_len} tokens; make a longer one"
         )
-    token = jnp.asarray(next_token, jnp.int32)
+    token = np.asarray(next_token)
     if token.shape != cache.lengths.shape:
         raise ValueError(
             f"next_token must be [{cache.lengths.shape[0]}], one a row; got {token.shape}"
         )
-    return _jitted(_decode, donate)(model, cache, token)
+    check_ids(model, token)
+    _check_room(int(np.asarray(cache.fill).max()) + 1, cache)
+    return _jitted(_decode, donate)(model, cache, token.astype(np.int32))
 
 
 def logits(model: Any, tokens: Any, *, attention: Strategy | None = None) -> jax.Array:
     """Float32 logits `[B, T, V]` of every token, in natural order, on the host."""
-    tokens = np.asarray(tokens, np.int32)
+    tokens = np.asarray(tokens)
     if tokens.ndim != 2 or not tokens.size:
         raise ValueError(f"tokens must be [B, T] with at least one token; got {tokens.shape}")
-    _check_ids(model, tokens)
+    check_ids(model, tokens)
     limit = getattr(model.config, "max_positions", tokens.shape[1])
     if tokens.shape[1] > limit:
         raise ValueError(f"the model has {limit} positions; got {tokens.shape[1]} tokens")
@@ -149,16 +151,15 @@ def _spread(strategy, cache, tokens, positions, fill):
     """Tokens and positions in shard order, and how many slots each shard gains.
 
     The shard with most new tokens is the emptiest one: positions mask, so any shard may hold any
-    chunk, and the cache stays balanced over turns.
+    chunk. So over any number of turns no shard is further ahead of another than one turn can put
+    it, which is less than `2 * shards` slots: the pads of a layout.
     """
     shards = cache.shards
     batch = strategy.layout.permute({"tokens": tokens, "positions": positions}, shards)
     by_shard = {name: x.reshape(x.shape[0], shards, -1) for name, x in batch.items()}
     counts = (by_shard["positions"] != PAD_POSITION).any(0).sum(-1)
     place = np.empty(shards, int)  # place[s]: which of the layout's shards lies on device s
-    place[np.argsort(fill, kind="stable")] = (
-        np.argsort(-counts, kind="stable") if fill.max() else np.arange(shards)
-    )
+    place[np.argsort(fill, kind="stable")] = np.argsort(-counts, kind="stable")
     width = by_shard["tokens"].shape[-1]
     room = cache.slots - int(fill.max())
     pad = [(0, 0), (0, 0), (0, max(0, min(_bucket(width), room) - width))]
@@ -184,7 +185,7 @@ def _check_tokens(model, cache, tokens, lengths):
     batch = cache.lengths.shape[0]
     if tokens.ndim != 2 or tokens.shape[0] != batch or tokens.shape[1] < 1:
         raise ValueError(f"tokens must be [{batch}, T] with at least one token; got {tokens.shape}")
-    _check_ids(model, tokens)
+    check_ids(model, tokens)
     lengths = np.full(batch, tokens.shape[1]) if lengths is None else np.asarray(lengths)
     if lengths.shape != (batch,) or lengths.min() < 1 or lengths.max() > tokens.shape[1]:
         raise ValueError(f"lengths must be [{batch}] in 1..{tokens.shape[1]}; got {lengths}")
@@ -197,8 +198,11 @@ def _check_tokens(model, cache, tokens, lengths):
     return lengths.astype(np.int32)
 
 
-def _check_ids(model, tokens):
+def check_ids(model: Any, tokens: np.ndarray) -> None:
+    """Raise ValueError for ids that the model has no embedding of."""
     vocab = model.config.vocab_size
+    if not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(f"token ids must be integers; got {tokens.dtype}")
     if tokens.min() < 0 or tokens.max() >= vocab:
         raise ValueError(
             f"token ids must lie in 0..{vocab - 1}; got {tokens.min()}..{tokens.max()}. "
