@@ -81,7 +81,8 @@ def abstract_inputs(config: TrainConfig, mesh: Mesh) -> tuple[State, dict[str, A
         return {"opt_state": optimizer.init(params), "step": jnp.int32(0), "rng": key}
 
     learnt = skeleton(config.model).learnt
-    params, others = {}, {}
+    params: dict[str, Any] = {}
+    others: dict[str, Any] = {}
     model = nnx.eval_shape(lambda: _new_model(config.model, config.seed))
     for name, variable in _variables(model).items():
         dtype = jnp.float32 if name in learnt else variable.dtype
