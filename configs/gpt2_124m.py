@@ -7,7 +7,7 @@ nanoGPT's data/openwebtext/prepare.py writes them.
 
 import jaxcp
 from jaxcp.models.gpt.model import GPTConfig
-from jaxcp.train import OptimizerConfig, TokenFiles, TrainConfig
+from jaxcp.training import OptimizerConfig, TokenFiles, TrainConfig
 
 
 def config() -> TrainConfig:

@@ -3,7 +3,7 @@
 
 import jaxcp
 from jaxcp.models.gpt.model import GPTConfig
-from jaxcp.train import OptimizerConfig, TextSource, TrainConfig
+from jaxcp.training import OptimizerConfig, TextSource, TrainConfig
 
 
 def config() -> TrainConfig:

@@ -17,8 +17,7 @@ def config() -> jaxcp.TrainConfig:
         vocab_size=256,
         num_layers=4,
         embed_dim=128,
-        num_heads=4,
-        full_num_heads=2,
+        num_heads=2,
         num_kv_heads=2,
         head_dim=64,
         mlp_dim=256,
@@ -30,17 +29,18 @@ def config() -> jaxcp.TrainConfig:
         rope_theta=1_000.0,
         layer_pattern="LLNL",
         window=64,
+        ngram_width=12,
     )
     stages = (
         Stage(document_length=256, spacing=(4, 40)),
-        Stage(start=900, document_length=512, spacing=(4, 120)),
-        Stage(start=1_400, document_length=1_024, spacing=(4, 300)),
+        Stage(start=500, document_length=512, spacing=(4, 120)),
+        Stage(start=850, document_length=1_024, spacing=(4, 300)),
     )
     return jaxcp.TrainConfig(
         model=model,
         seq_len=1_024,
         batch_size=4,
-        steps=2_000,
+        steps=1_400,
         data=NeedleSource(stages=stages, similar=0.5),
         out_dir="runs/needle",
         mesh=jaxcp.MeshConfig(seq=2),

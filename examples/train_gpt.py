@@ -14,8 +14,8 @@ import tyro
 
 import jaxcp
 from jaxcp.plan import compile_for, parse_target
-from jaxcp.train import TextSource, train
-from jaxcp.train.step import abstract_inputs, make_step
+from jaxcp.training import TextSource, train
+from jaxcp.training.step import abstract_inputs, make_step
 
 
 @dataclasses.dataclass

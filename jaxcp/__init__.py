@@ -27,9 +27,11 @@ if TYPE_CHECKING:
     from jaxcp.models.gpt.model import GPTConfig as GPTConfig
     from jaxcp.models.hybrid_moe.model import HybridMoE as HybridMoE
     from jaxcp.models.hybrid_moe.model import HybridMoEConfig as HybridMoEConfig
-    from jaxcp.train import OptimizerConfig as OptimizerConfig
-    from jaxcp.train import TrainConfig as TrainConfig
-    from jaxcp.train import train as train
+    from jaxcp.training import OptimizerConfig as OptimizerConfig
+    from jaxcp.training import TextSource as TextSource
+    from jaxcp.training import TokenFiles as TokenFiles
+    from jaxcp.training import TrainConfig as TrainConfig
+    from jaxcp.training import train as train
     from jaxcp.weights import abstract_model as abstract_model
     from jaxcp.weights import load as load
     from jaxcp.weights import load_config as load_config
@@ -44,17 +46,16 @@ _HOME = {
     "jaxcp.mesh": ("MeshConfig", "emulate_devices", "make_mesh"),
     "jaxcp.models.gpt.model": ("GPT", "GPTConfig"),
     "jaxcp.models.hybrid_moe.model": ("HybridMoE", "HybridMoEConfig"),
-    "jaxcp.train": ("OptimizerConfig", "TrainConfig", "train"),
+    "jaxcp.training": ("OptimizerConfig", "TextSource", "TokenFiles", "TrainConfig", "train"),
     "jaxcp.weights": ("abstract_model", "load", "load_config", "save"),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
-__all__ = sorted(_MODULE_OF)  # noqa: PLE0605
+__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str):
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'jaxcp' has no attribute {name!r}")
-    # not kept: `jaxcp.train` is a function and a package, and importing the package rebinds the name
     return getattr(importlib.import_module(_MODULE_OF[name]), name)
 
 

@@ -39,7 +39,7 @@ class Sampling:
 
 
 def demo(out: pathlib.Path = pathlib.Path("out/demo"), *, smoke: bool = False) -> None:
-    """The main job on what the package ships: long contexts over eight emulated devices, then training.
+    """The main job on what the package ships: long texts over eight emulated devices, training.
 
     Args:
         out: folder for the two pictures, the table and the training run.
@@ -127,8 +127,10 @@ def train(
     from jaxcp.training.config import load_run
 
     config = load_run(run)
-    changes = {"out_dir": out, "max_seconds": max_seconds}
-    config = dataclasses.replace(config, **{k: v for k, v in changes.items() if v is not None})
+    if out is not None:
+        config = dataclasses.replace(config, out_dir=out)
+    if max_seconds is not None:
+        config = dataclasses.replace(config, max_seconds=max_seconds)
     _want_devices(config.mesh.size)
     from jaxcp.training import plot_loss
     from jaxcp.training import train as run_training
@@ -215,7 +217,8 @@ def _answer(session, text: str, sampling: Sampling) -> None:
         print(piece, end="", flush=True)
     stats = session.stats
     print(
-        f"\n[{stats.prefilled:,} tokens prefilled in {stats.prefill_seconds:.2f} s, {stats.reused:,} reused; "
+        f"\n[{stats.prefilled:,} tokens prefilled in {stats.prefill_seconds:.2f} s, "
+        f"{stats.reused:,} reused; "
         f"{stats.generated} generated, {stats.decode_tokens_per_second:.1f} a second; "
         f"{stats.cache_bytes_per_device / 2**20:.1f} MiB of cache a device]",
         file=sys.stderr,
@@ -235,7 +238,7 @@ def main() -> None:
     app, evaluations = tyro.extras.SubcommandApp(), tyro.extras.SubcommandApp()
     for command in (demo, generate, chat, train):
         app.command(command)
-    evaluations.command(eval_needle, name="needle")
+    evaluations.command(name="needle")(eval_needle)
     app.command(evaluations, name="eval", help="Measure what a checkpoint can do.")
     try:
         app.cli(prog="jaxcp")

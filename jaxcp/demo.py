@@ -42,14 +42,18 @@ def run(out: pathlib.Path, *, smoke: bool = False) -> None:
     out.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
     emulate_devices(DEVICES)
-    console.print(f"[bold]jaxcp demo[/bold]: {DEVICES} emulated devices, {jax.devices()[0].device_kind}, jax {jax.__version__}")
+    console.print(f"[bold]jaxcp demo[/bold]: {DEVICES} emulated devices, jax {jax.__version__}")
     found = _find_needles(console, size)
     plot_heat_map(found, out / "needle.png")
     first, resumed = _train(console, size, out)
     plot_loss(resumed.metrics_path, out / "loss.png")
     console.print(_table(found, first, resumed))
-    (out / "demo.json").write_text(json.dumps(found.as_json() | {"final_loss": resumed.final_loss}, indent=1))
-    console.print(f"pictures: {out / 'needle.png'}, {out / 'loss.png'}   ({time.perf_counter() - begin:.0f} s in all)")
+    measured = found.as_json() | {"final_loss": resumed.final_loss}
+    (out / "demo.json").write_text(json.dumps(measured, indent=1))
+    console.print(
+        f"pictures: {out / 'needle.png'}, {out / 'loss.png'}   "
+        f"({time.perf_counter() - begin:.0f} s in all)"
+    )
 
 
 def _find_needles(console: Console, size: Size) -> Result:
@@ -57,38 +61,62 @@ def _find_needles(console: Console, size: Size) -> Result:
         model, tokenizer = jaxcp.load(NEEDLE)
         parameters = sum(x.size for x in jax.tree.leaves(model))
         console.print(
-            f"\n[bold]1. Long context[/bold]: a hybrid MoE of {parameters:,} parameters reads CPython's documentation, "
-            f"the sequence zigzag over seq={DEVICES}, by ring attention"
+            f"\n[bold]1. Long context[/bold]: a hybrid MoE of {parameters:,} parameters reads "
+            f"CPython's documentation, the sequence zigzag over seq={DEVICES}, by ring attention"
         )
-        bar = Progress(TextColumn("   {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
+        bar = Progress(
+            TextColumn("   {task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+        )
         results = []
         with bar:
             for length in size.lengths:
                 task = bar.add_task(f"{length:>7,} bytes: needles", total=size.needles)
-                results.append(
-                    evaluate_needle(model, tokenizer, lengths=[length], needles=size.needles,
-                                    attention=jaxcp.Ring(), on_answer=lambda _, task=task: bar.advance(task))
-                )  # fmt: skip
-    result = Result(answers=sum((r.answers for r in results), ()), reads=sum((r.reads for r in results), ()))
+                results.append(_evaluate(model, tokenizer, size, length, bar, task))
+    result = Result(
+        answers=sum((r.answers for r in results), ()), reads=sum((r.reads for r in results), ())
+    )
     shown = next(a for a in result.answers if a.length == size.lengths[-1])
     read = result.reads[-1]
     console.print(
-        f"   \"\\[key {shown.key:04d} is\" -> {shown.answered} "
-        f"({'right' if shown.correct else f'wrong, it is {shown.expected}'}; {100 * shown.depth:.0f} % deep)"
+        f'   "\\[key {shown.key:04d} is" -> {shown.answered} '
+        f"({'right' if shown.correct else f'wrong, it is {shown.expected}'}; "
+        f"{100 * shown.depth:.0f} % deep)"
     )
     console.print(
-        f"   a later question of the same conversation prefilled {read.later_prefilled} tokens and reused {read.reused:,}"
+        f"   a later question of the same conversation prefilled {read.later_prefilled} tokens "
+        f"and reused {read.reused:,}"
     )
     return result
+
+
+def _evaluate(model, tokenizer, size: Size, length: int, bar: Progress, task) -> Result:
+    def advance(_):
+        bar.advance(task)
+
+    return evaluate_needle(
+        model,
+        tokenizer,
+        lengths=[length],
+        needles=size.needles,
+        attention=jaxcp.Ring(),
+        on_answer=advance,
+    )
 
 
 def _train(console: Console, size: Size, out: pathlib.Path) -> tuple[Trained, Trained]:
     """Half of the time, then a fresh call that resumes, until the time is over."""
     console.print(
-        f"\n[bold]2. Training[/bold]: a GPT on the same text, seq=4 x data=2, {size.train_seconds:.0f} s, resumed once"
+        f"\n[bold]2. Training[/bold]: a GPT on the same text, seq=4 x data=2, "
+        f"{size.train_seconds:.0f} s, resumed once"
     )
     config = TrainConfig(
-        model=jaxcp.GPTConfig(vocab_size=256, max_positions=ROW, num_layers=4, num_heads=4, embed_dim=128),
+        model=jaxcp.GPTConfig(
+            vocab_size=256, max_positions=ROW, num_layers=4, num_heads=4, embed_dim=128
+        ),
         mesh=jaxcp.MeshConfig(seq=4, data=2),
         attention=jaxcp.Ring(),
         seq_len=ROW,
@@ -103,7 +131,9 @@ def _train(console: Console, size: Size, out: pathlib.Path) -> tuple[Trained, Tr
     )
     first = train(config, progress=True)
     resumed = train(config, progress=True)
-    console.print(f"   stopped and saved at step {first.steps}; resumed from step {resumed.resumed_from}")
+    console.print(
+        f"   stopped and saved at step {first.steps}; resumed from step {resumed.resumed_from}"
+    )
     return first, resumed
 
 
@@ -115,20 +145,33 @@ def _fresh(folder: pathlib.Path) -> pathlib.Path:
     return numbered
 
 
+COLUMNS = (
+    "tokens",
+    "seconds",
+    "tokens/s",
+    "cache MiB/device",
+    "reused tokens",
+    "decode tok/s",
+    "exact match",
+)
+
+
 def _table(found: Result, first: Trained, resumed: Trained) -> Table:
-    table = Table(title="measured in this run")
-    columns = ("", "tokens", "seconds", "tokens/s", "cache MiB/device", "reused tokens", "decode tok/s", "exact match")
-    for name in columns:
-        table.add_column(name, justify="left" if not name else "right")
+    table = Table("", title="measured in this run")
+    for name in COLUMNS:
+        table.add_column(name, justify="right")
     for read in found.reads:
         table.add_row(
-            f"prefill {read.length:,} bytes", f"{read.tokens:,}", f"{read.prefill_seconds:.1f}",
-            f"{read.tokens / read.prefill_seconds:,.0f}", f"{read.cache_bytes_per_device / 2**20:.1f}",
-            f"{read.reused:,}", f"{read.decode_tokens_per_second:.1f}", f"{100 * found.accuracy(read.length):.0f} %",
-        )  # fmt: skip
-    tokens = resumed.steps * ROWS * ROW
-    seconds = first.seconds + resumed.seconds
-    table.add_row(
-        f"train to loss {resumed.final_loss:.2f}", f"{tokens:,}", f"{seconds:.1f}", f"{tokens / seconds:,.0f}", "", "", "", ""
-    )
+            f"prefill {read.length:,} bytes",
+            f"{read.tokens:,}",
+            f"{read.prefill_seconds:.1f}",
+            f"{read.tokens / read.prefill_seconds:,.0f}",
+            f"{read.cache_bytes_per_device / 2**20:.1f}",
+            f"{read.reused:,}",
+            f"{read.decode_tokens_per_second:.1f}",
+            f"{100 * found.accuracy(read.length):.0f} %",
+        )
+    tokens, seconds = resumed.steps * ROWS * ROW, first.seconds + resumed.seconds
+    trained = (f"{tokens:,}", f"{seconds:.1f}", f"{tokens / seconds:,.0f}")
+    table.add_row(f"train to loss {resumed.final_loss:.2f}", *trained)
     return table

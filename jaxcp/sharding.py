@@ -16,6 +16,8 @@ RULES: dict[str, str | None] = {
     "vocab": None,  # the loss and the sampler read whole rows
     "experts": None,  # expert parallelism is not there yet
     "positions": None,
+    "window": None,  # of an n-gram embedding: small
+    "ngram": None,
 }
 
 

@@ -20,8 +20,9 @@ RANKS = (
     ("jaxcp.context_parallel",),
     ("jaxcp.layers",),
     ("jaxcp.models",),
-    ("jaxcp.weights", "jaxcp.tokenizer", "jaxcp.cache", "jaxcp.sampling"),
-    ("jaxcp.inference", "jaxcp.train", "jaxcp.plan", "jaxcp.evaluate"),
+    ("jaxcp.weights", "jaxcp.tokenizer", "jaxcp.sampling", "jaxcp.checkpoints"),
+    ("jaxcp.inference", "jaxcp.training", "jaxcp.plan", "jaxcp.evaluate"),
+    ("jaxcp.demo",),
     ("jaxcp.cli",),
 )
 RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
@@ -112,11 +113,11 @@ def test_import_direction():
     [
         ("jaxcp.layers.attention", "jaxcp.models.gpt.model"),
         ("jaxcp.mesh", "jaxcp.context_parallel.api"),
-        ("jaxcp.train.loop", "jaxcp.cli"),
+        ("jaxcp.training.loop", "jaxcp.cli"),
         ("jaxcp.weights", "jaxcp"),
         ("jaxcp.models.gpt.model", "jaxcp.models.hybrid_moe.model"),
         ("jaxcp.context_parallel.ring", "jaxcp.context_parallel.all_gather"),
-        ("jaxcp.train.loop", "configs.needle"),
+        ("jaxcp.training.loop", "configs.needle"),
         ("pallas_kernels.dispatch", "flax"),
         ("pallas_kernels.dispatch", "jaxcp.mesh"),
         ("pallas_kernels.flash_attention.triton", "pallas_kernels.flash_attention.xla"),

@@ -33,7 +33,7 @@ AXIS = "seq"
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["k", "v", "positions", "fill", "lengths"],
+    data_fields=["k", "v", "positions", "fill", "lengths", "recent"],
     meta_fields=["max_len"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +45,7 @@ class KVCache:
     positions: jax.Array  # int32 [B, S]
     fill: jax.Array  # int32 [shards]: slots in use
     lengths: jax.Array  # int32 [B]: tokens in the cache; the next token's position
+    recent: jax.Array  # int32 [B, W - 1]: the latest token ids, newest first, for n-gram embeddings
     max_len: int
 
     @property
@@ -62,7 +63,14 @@ class KVCache:
 
 
 def empty_cache(
-    *, layers: int, batch_size: int, max_len: int, num_kv_heads: int, head_dim: int, dtype
+    *,
+    layers: int,
+    batch_size: int,
+    max_len: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype,
+    recent: int = 0,
 ) -> KVCache:
     """A cache for `max_len` tokens a row, on the mesh in scope."""
     if batch_size < 1 or max_len < 1:
@@ -88,6 +96,7 @@ def empty_cache(
             positions=_on_mesh(positions, P("data", AXIS)),
             fill=_on_mesh(jnp.zeros(shards, jnp.int32), P(None)),
             lengths=_on_mesh(jnp.zeros(batch_size, jnp.int32), P("data")),
+            recent=_on_mesh(jnp.full((batch_size, recent), -1, jnp.int32), P("data", None)),
             max_len=max_len,
         )
 
@@ -131,7 +140,7 @@ class Prefill:
             )
         return out, cache_k, cache_v
 
-    def filled(self, added, counts) -> KVCache:
+    def filled(self, added, counts, recent) -> KVCache:
         """The cache after all layers: `added [B]` tokens a row, `counts [shards]` slots a shard."""
         return _after(self, added, counts)
 
@@ -173,7 +182,7 @@ class Extend:
             out, lse = merge_stacked(packed[..., :-1], packed[..., -1])
         return out.astype(q.dtype), cache_k, cache_v
 
-    def extended(self, added) -> KVCache:
+    def extended(self, added, recent) -> KVCache:
         """The cache after all layers, with `added [B]` tokens a row."""
         shards = self.cache.shards
         return _after(self, added, (added.max() - self.turn + shards - 1) // shards)
@@ -189,6 +198,7 @@ def _after(step: Prefill | Extend, added, slots) -> KVCache:
         positions=step.kv_positions,
         fill=cache.fill + slots,
         lengths=cache.lengths + added,
+        recent=recent,
     )
 
 

@@ -7,6 +7,7 @@ needle looks like, for the evaluation and for the run that trains the shipped ch
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import numpy as np
@@ -28,7 +29,7 @@ def corpus() -> bytes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Haystack:
-    """`text` (ASCII) holds every needle once; ask `QUESTION.format(key=...)`, expect `values[i]`."""
+    """`text` (ASCII) holds each needle once; ask `QUESTION.format(key=keys[i])` for `values[i]`."""
 
     text: str
     keys: tuple[int, ...]
@@ -47,7 +48,10 @@ def make_haystack(length: int, needles: int, seed: int) -> Haystack:
     """
     size = len(NEEDLE.format(key=0, value=0))
     if needles < 1 or needles * size * 2 > length:
-        raise ValueError(f"{needles} needles of {size} bytes need at least {max(needles, 1) * size * 2} bytes; got {length}")
+        raise ValueError(
+            f"{needles} needles of {size} bytes need at least {max(needles, 1) * size * 2} bytes; "
+            f"got {length}"
+        )
     rng = np.random.default_rng((seed, length, needles))
     keys: list[int] = []
     while len(keys) < needles:
@@ -56,7 +60,7 @@ def make_haystack(length: int, needles: int, seed: int) -> Haystack:
     values = rng.integers(0, 10**DIGITS, needles)
     text = _circular_text(rng, length - needles * size)
     cuts = np.linspace(0, len(text), needles + 1).astype(int)
-    places = [int(rng.integers(a, b)) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    places = [int(rng.integers(a, b)) for a, b in itertools.pairwise(cuts)]
     pieces, begins, last = [], [], 0
     for place, i in zip(places, order, strict=True):
         pieces.append(text[last:place])
@@ -91,7 +95,7 @@ def _new_key(rng: np.random.Generator, keys: list[int], *, similar: bool) -> int
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
-    """From step `start` on: bytes of a document, and of text between two needle lines (log-uniform)."""
+    """From step `start` on: bytes of a document, and of text between two lines (log-uniform)."""
 
     start: int = 0
     document_length: int = 256
@@ -123,7 +127,7 @@ class NeedleSource:
         return next(stage for stage in reversed(self.stages) if step >= stage.start)
 
     def batch(self, step: int, rows: int, length: int) -> dict[str, np.ndarray]:
-        """A pure function of the step: `{tokens, targets, positions, segment_ids, weights}` `[rows, length]`."""
+        """A pure function of the step; every leaf is `[rows, length]`."""
         stage = self.stage(step)
         size = min(stage.document_length, length)
         count = -(-length // size)
@@ -144,7 +148,9 @@ class NeedleSource:
             "segment_ids": np.broadcast_to(segments, (rows, length)),
         }
 
-    def _document(self, rng: np.random.Generator, size: int, spacing) -> tuple[np.ndarray, np.ndarray]:
+    def _document(
+        self, rng: np.random.Generator, size: int, spacing
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Bytes and their loss weights."""
         text = corpus()
         text = text[: int(len(text) * (1 - HELD_OUT))]

@@ -37,7 +37,7 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Read:
-    """One haystack: bytes of text and tokens of the first turn, its seconds, the later turns' cost."""
+    """One haystack: bytes of text, the first turn's tokens and seconds, what later turns cost."""
 
     length: int
     tokens: int
@@ -90,7 +90,9 @@ def evaluate_needle(
     for length in lengths:
         for number in range(haystacks):
             haystack = make_haystack(length, needles, seed=seed + number)
-            engine = Engine(model, tokenizer, max_len=_tokens(haystack, tokenizer), attention=attention)
+            engine = Engine(
+                model, tokenizer, max_len=_tokens(haystack, tokenizer), attention=attention
+            )
             session = engine.session()
             first = None
             for answer in ask(session, haystack, length):
@@ -102,10 +104,14 @@ def evaluate_needle(
             last = session.stats
             reads.append(
                 Read(
-                    length=length, tokens=first.prefilled, prefill_seconds=first.prefill_seconds,
-                    cache_bytes_per_device=last.cache_bytes_per_device, later_prefilled=last.prefilled,
-                    reused=last.reused, decode_tokens_per_second=last.decode_tokens_per_second,
-                )  # fmt: skip
+                    length=length,
+                    tokens=first.prefilled,
+                    prefill_seconds=first.prefill_seconds,
+                    cache_bytes_per_device=last.cache_bytes_per_device,
+                    later_prefilled=last.prefilled,
+                    reused=last.reused,
+                    decode_tokens_per_second=last.decode_tokens_per_second,
+                )
             )
     return Result(answers=tuple(answers), reads=tuple(reads))
 
@@ -120,7 +126,11 @@ def ask(session: Session, haystack: Haystack, length: int) -> Iterable[Answer]:
         answered = "".join(session.send(before + QUESTION.format(key=key), max_new_tokens=digits))
         before = "]\n"  # ends the line that the answer was part of
         yield Answer(
-            length=length, depth=depth, key=key, expected=f"{value:0{DIGITS}d}", answered=answered[:DIGITS]
+            length=length,
+            depth=depth,
+            key=key,
+            expected=f"{value:0{DIGITS}d}",
+            answered=answered[:DIGITS],
         )
 
 
@@ -140,13 +150,23 @@ def plot_heat_map(result: Result, path: str | pathlib.Path) -> None:
     grid = np.full((DEPTH_BINS, len(lengths)), np.nan)
     for column, length in enumerate(lengths):
         for row in range(DEPTH_BINS):
-            hits = [a.correct for a in result.answers if a.length == length and int(a.depth * DEPTH_BINS) == row]
+            hits = [
+                a.correct
+                for a in result.answers
+                if a.length == length and int(a.depth * DEPTH_BINS) == row
+            ]
             grid[row, column] = 100 * np.mean(hits) if hits else np.nan
     figure, axes = pyplot.subplots(figsize=(2.4 + 1.1 * len(lengths), 4.2), layout="constrained")
     image = axes.imshow(grid, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
-    axes.set_xticks(range(len(lengths)), [f"{n:,}\n{100 * result.accuracy(n):.1f} %" for n in lengths])
+    axes.set_xticks(
+        range(len(lengths)), [f"{n:,}\n{100 * result.accuracy(n):.1f} %" for n in lengths]
+    )
     axes.set_yticks(range(DEPTH_BINS), [f"{10 * r}-{10 * r + 10} %" for r in range(DEPTH_BINS)])
-    axes.set(xlabel="context, bytes (exact match below)", ylabel="depth of the needle", title="Needles found")
+    axes.set(
+        xlabel="context, bytes (exact match below)",
+        ylabel="depth of the needle",
+        title="Needles found",
+    )
     for (row, column), value in np.ndenumerate(grid):
         if not np.isnan(value):
             axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8)

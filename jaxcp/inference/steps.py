@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxcp.context_parallel import Ring, Strategy
 from jaxcp.context_parallel.kv_cache import Extend, KVCache, Prefill
+from jaxcp.layers.ngram import windows
 from pallas_kernels import PAD_POSITION
 
 EXTEND_SIZES = (1, 8, 32, 64)
@@ -48,12 +49,17 @@ def prefill(
     offsets = np.arange(tokens.shape[1], dtype=np.int32)
     real = offsets < lengths[:, None]
     positions = np.where(real, start[:, None] + offsets, PAD_POSITION).astype(np.int32)
+    width = cache.recent.shape[1] + 1
+    tokens = windows(tokens, width, before=np.asarray(cache.recent))
+    recent = _recent_after(tokens, lengths, width)
     if fill.max() > 0 and tokens.shape[1] <= EXTEND_SIZES[-1]:
         width = next(size for size in EXTEND_SIZES if size >= tokens.shape[1])
         pad = [(0, 0), (0, width - tokens.shape[1])]
-        arrays = np.pad(tokens, pad), np.pad(positions, pad, constant_values=PAD_POSITION)
+        arrays = _pad(tokens, pad), np.pad(positions, pad, constant_values=PAD_POSITION)
         _check_room(int(fill.max()) + -(-width // cache.shards), cache)
-        return _jitted(_extend, donate)(model, cache, *_put(arrays, P("data", None)), lengths)
+        return _jitted(_extend, donate)(
+            model, cache, *_put(arrays, P("data", None)), lengths, recent
+        )
     strategy = Ring() if attention is None else attention
     tokens, positions, counts = _spread(strategy, cache, tokens, positions, fill)
     width = tokens.shape[1] // cache.shards
@@ -67,6 +73,7 @@ def prefill(
         last,
         lengths,
         counts,
+        recent,
         strategy,
         used,
     )
@@ -107,6 +114,7 @@ def logits(model: Any, tokens: Any, *, attention: Strategy | None = None) -> jax
     strategy = Ring() if attention is None else attention
     shards = jax.sharding.get_abstract_mesh().shape.get("seq", 1)
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    tokens = windows(tokens, getattr(model.config, "ngram_width", 1))
     batch = strategy.layout.permute({"tokens": tokens, "positions": positions}, shards)
     batch = _put((batch["tokens"], batch["positions"]), P("data", "seq"))
     return strategy.layout.inverse(_whole(model, *batch, strategy), shards, tokens.shape[1])
@@ -117,20 +125,28 @@ def _whole(model, tokens, positions, strategy):
     return model(tokens, positions, attention=strategy)
 
 
-def _prefill(model, cache, tokens, positions, last, lengths, counts, strategy, used):
+def _prefill(model, cache, tokens, positions, last, lengths, counts, recent, strategy, used):
     attend = Prefill(cache, positions, strategy=strategy, used=used)
     hidden, _ = model.forward(tokens, positions, attend)
-    return _at(model, hidden, positions, last), attend.filled(lengths, counts)
+    return _at(model, hidden, positions, last), attend.filled(lengths, counts, recent)
 
 
-def _extend(model, cache, tokens, positions, lengths):
+def _extend(model, cache, tokens, positions, lengths, recent):
     attend = Extend(cache, positions)
     hidden, _ = model.forward(tokens, positions, attend)
-    return _at(model, hidden, positions, cache.lengths + lengths - 1), attend.extended(lengths)
+    return _at(model, hidden, positions, cache.lengths + lengths - 1), attend.extended(
+        lengths, recent
+    )
 
 
 def _decode(model, cache, token):
-    return _extend(model, cache, token[:, None], cache.lengths[:, None], jnp.ones_like(token))
+    recent = cache.recent
+    if recent.shape[1] == 0:
+        window = token[:, None]
+    else:
+        window = jnp.concatenate([token[:, None], recent], axis=1)
+        recent, window = window[:, :-1], window[:, None]
+    return _extend(model, cache, window, cache.lengths[:, None], jnp.ones_like(token), recent)
 
 
 def _at(model, hidden, positions, last):
@@ -143,7 +159,7 @@ def _at(model, hidden, positions, last):
 
 @functools.cache
 def _jitted(fn, donate: bool):
-    static = (7, 8) if fn is _prefill else ()
+    static = (8, 9) if fn is _prefill else ()
     return jax.jit(fn, static_argnums=static, donate_argnums=(1,) if donate else ())
 
 
@@ -156,17 +172,30 @@ def _spread(strategy, cache, tokens, positions, fill):
     """
     shards = cache.shards
     batch = strategy.layout.permute({"tokens": tokens, "positions": positions}, shards)
-    by_shard = {name: x.reshape(x.shape[0], shards, -1) for name, x in batch.items()}
+    by_shard = {name: x.reshape(x.shape[0], shards, -1, *x.shape[2:]) for name, x in batch.items()}
     counts = (by_shard["positions"] != PAD_POSITION).any(0).sum(-1)
     place = np.empty(shards, int)  # place[s]: which of the layout's shards lies on device s
     place[np.argsort(fill, kind="stable")] = np.argsort(-counts, kind="stable")
-    width = by_shard["tokens"].shape[-1]
+    width = by_shard["tokens"].shape[2]
     room = cache.slots - int(fill.max())
     pad = [(0, 0), (0, 0), (0, max(0, min(_bucket(width), room) - width))]
-    tokens = np.pad(by_shard["tokens"][:, place], pad)
+    tokens = _pad(by_shard["tokens"][:, place], pad)
     positions = np.pad(by_shard["positions"][:, place], pad, constant_values=PAD_POSITION)
     rows = tokens.shape[0]
-    return tokens.reshape(rows, -1), positions.reshape(rows, -1), counts[place].astype(np.int32)
+    tokens = tokens.reshape(rows, -1, *tokens.shape[3:])
+    return tokens, positions.reshape(rows, -1), counts[place].astype(np.int32)
+
+
+def _pad(x, pad):
+    """`np.pad` with zeros; axes that `pad` does not name stay."""
+    return np.pad(x, [*pad, *[(0, 0)] * (x.ndim - len(pad))])
+
+
+def _recent_after(tokens, lengths, width):
+    """The newest `width - 1` ids of each row after its last real token."""
+    if width == 1:
+        return np.zeros((len(lengths), 0), np.int32)
+    return tokens[np.arange(len(lengths)), lengths - 1, : width - 1]
 
 
 def _bucket(size: int) -> int:

@@ -33,9 +33,10 @@ class LanguageModel(nnx.Module):
         raise NotImplementedError
 
     def cache_shape(self) -> dict[str, int]:
-        """`layers`, `num_kv_heads` and `head_dim` of the cache."""
+        """`layers`, `num_kv_heads`, `head_dim` and `recent` (token ids kept) of the cache."""
         c = self.config
-        return {"layers": c.num_layers, "num_kv_heads": c.num_kv_heads, "head_dim": c.head_dim}
+        shape = {"layers": c.num_layers, "num_kv_heads": c.num_kv_heads, "head_dim": c.head_dim}
+        return shape | {"recent": getattr(c, "ngram_width", 1) - 1}
 
     def init_cache(self, batch_size: int, max_len: int) -> KVCache:
         """An empty cache for `max_len` tokens a row, sharded over the mesh in scope.

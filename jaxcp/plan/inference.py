@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxcp.context_parallel import Ring, Strategy
 from jaxcp.inference import steps
+from jaxcp.layers.ngram import windows
 from jaxcp.sharding import sharding_of
 
 
@@ -39,13 +40,16 @@ def prefill_program(
     text = np.zeros((batch_size, tokens), np.int32)
     positions = np.broadcast_to(np.arange(tokens, dtype=np.int32), text.shape)
     empty = np.zeros(cache.shards, np.int32)
+    text = windows(text, cache.recent.shape[1] + 1)
     spread, _, counts = steps._spread(strategy, cache, text, positions, empty)
     used = min(steps._bucket(spread.shape[1] // cache.shards), cache.slots)
     shards = NamedSharding(mesh, P("data", "seq"))
     ids = jax.ShapeDtypeStruct(spread.shape, jnp.int32, sharding=shards)
+    where = jax.ShapeDtypeStruct(spread.shape[:2], jnp.int32, sharding=shards)
     row = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    recent = jax.ShapeDtypeStruct(cache.recent.shape, jnp.int32)
     fn = steps._jitted(steps._prefill, True)
-    return fn, (_model(model, mesh), cache, ids, ids, row, row, counts, strategy, used)
+    return fn, (_model(model, mesh), cache, ids, where, row, row, counts, recent, strategy, used)
 
 
 def decode_program(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxcp
-from jaxcp.train.data import TextSource, TokenFiles, as_source, checked, prefetch, put
+from jaxcp.training.data import TextSource, TokenFiles, as_source, checked, prefetch, put
 
 
 @pytest.fixture

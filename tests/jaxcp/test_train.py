@@ -17,7 +17,7 @@ import pytest
 from jaxcp.mesh import MeshConfig
 from jaxcp.models.gpt.model import GPTConfig
 from jaxcp.models.hybrid_moe.model import HybridMoEConfig
-from jaxcp.train import (
+from jaxcp.training import (
     OptimizerConfig,
     TextSource,
     TrainConfig,
@@ -26,7 +26,7 @@ from jaxcp.train import (
     read_metrics,
     train,
 )
-from jaxcp.train.step import abstract_inputs, balance, init_state
+from jaxcp.training.step import abstract_inputs, balance, init_state
 
 GPT = GPTConfig(vocab_size=256, max_positions=64, num_layers=1, num_heads=2, embed_dim=32)
 MOE = HybridMoEConfig(
@@ -117,7 +117,7 @@ import sys
 import conftest
 from test_train import run
 from jaxcp.mesh import MeshConfig
-from jaxcp.train import train
+from jaxcp.training import train
 train(run(sys.argv[1], mesh=MeshConfig(), steps=500, checkpoint_every=1))
 """
 

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxcp
-from jaxcp.train import checkpoint
+from jaxcp.training import checkpoint
 
 
 def state(seed=0, mesh=None):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxcp.train.loss import chunked_cross_entropy
+from jaxcp.training.loss import chunked_cross_entropy
 
 B, T, D, V = 4, 24, 16, 50
 

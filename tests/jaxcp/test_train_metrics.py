@@ -3,7 +3,7 @@
 
 import pytest
 
-from jaxcp.train.metrics import MetricsFile, plot_loss, read_metrics
+from jaxcp.training.metrics import MetricsFile, plot_loss, read_metrics
 
 
 def record(step):

@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxcp.train import OptimizerConfig
-from jaxcp.train.optimizer import decays, is_matrix, make_optimizer, orthogonalize, schedule
+from jaxcp.training import OptimizerConfig
+from jaxcp.training.optimizer import decays, is_matrix, make_optimizer, orthogonalize, schedule
 
 
 def weights(seed=0):

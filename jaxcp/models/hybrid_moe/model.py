@@ -15,6 +15,7 @@ from flax import nnx
 from jaxcp.layers.attention import Attention
 from jaxcp.layers.mlp import GatedMLP
 from jaxcp.layers.moe import MoE
+from jaxcp.layers.ngram import NGram
 from jaxcp.layers.norm import RMSNorm
 from jaxcp.layers.parameter import normal
 from jaxcp.models.base import LanguageModel, embed
@@ -23,6 +24,8 @@ OURS = {
     "layer_pattern": "layer_pattern",
     "sliding_window": "window",
     "full_attention_heads": "full_num_heads",
+    "ngram_width": "ngram_width",
+    "ngram_dim": "ngram_dim",
 }
 """config.json keys that Hy3's own lacks -> our fields. A plain Hy3 has none of them."""
 
@@ -54,7 +57,10 @@ class HybridMoEConfig:
     layer_pattern: str = "G"
     window: int | None = None
     full_num_heads: int | None = None
-    """Query heads of G and N layers where they are not `num_heads`: full attention pays for each."""
+    """Query heads of G and N layers, where not `num_heads`: full attention pays for each."""
+    ngram_width: int = 1
+    """Tokens that the embedding sees: 1 is the token itself, 12 adds the eleven before it."""
+    ngram_dim: int = 16
     dtype: str = "float32"
     remat: bool = False
 
@@ -69,7 +75,13 @@ class HybridMoEConfig:
             )
         if self.full_num_heads is not None and self.full_num_heads % self.num_kv_heads:
             raise ValueError(
-                f"num_kv_heads must divide full_num_heads; got {self.num_kv_heads} and {self.full_num_heads}"
+                "num_kv_heads must divide full_num_heads; "
+                f"got {self.num_kv_heads} and {self.full_num_heads}"
+            )
+        if self.ngram_width < 1 or self.ngram_dim < 1:
+            raise ValueError(
+                "ngram_width and ngram_dim must be at least 1; "
+                f"got {self.ngram_width} and {self.ngram_dim}"
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions; got {self.head_dim}")
@@ -156,7 +168,7 @@ class HybridMoEConfig:
         }
         return d | (
             {}
-            if self.layer_pattern == "G" and self.full_num_heads is None
+            if (self.layer_pattern, self.full_num_heads, self.ngram_width) == ("G", None, 1)
             else {key: getattr(self, field) for key, field in OURS.items()}
         )
 
@@ -229,18 +241,34 @@ class HybridMoE(LanguageModel):
     def __init__(self, config: HybridMoEConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.embed = normal(rngs, (config.vocab_size, config.embed_dim), ("vocab", "embed"), 1.0)
+        if config.ngram_width > 1:
+            self.ngram = NGram(
+                config.vocab_size, config.ngram_dim, config.ngram_width, config.embed_dim, rngs=rngs
+            )
         self.layers = nnx.List([Block(config, i, rngs) for i in range(config.num_layers)])
         self.final_norm = RMSNorm(config.embed_dim, eps=config.norm_eps)
         self.lm_head = normal(rngs, (config.embed_dim, config.vocab_size), ("embed", "vocab"), 0.01)
 
     def forward(self, tokens, positions, attend):
-        x = embed(self.embed, tokens, jnp.dtype(self.config.dtype))
+        x = self._embedded(tokens, jnp.dtype(self.config.dtype))
         loads = []
         for layer in self.layers:
             block = jax.checkpoint(_block, static_argnums=3) if self.config.remat else _block
             x, load = block(layer, x, positions, attend)
             loads += [] if load is None else [load]
         return self.final_norm(x), jnp.stack(loads) if loads else None
+
+    def _embedded(self, tokens, dtype):
+        c = self.config
+        if tokens.shape[2:] != ((c.ngram_width,) if c.ngram_width > 1 else ()):
+            raise ValueError(
+                f"this model embeds windows of {c.ngram_width} tokens; got ids {tokens.shape}. "
+                "Make them with jaxcp.layers.ngram.windows before the layout permutes, "
+                "or use jaxcp.logits"
+            )
+        if c.ngram_width == 1:
+            return embed(self.embed, tokens, dtype)
+        return embed(self.embed, tokens[..., 0], dtype) + self.ngram(tokens, dtype)
 
     def head_kernel(self):
         return self.lm_head.get_value()

@@ -38,6 +38,9 @@ _ROUTER_BIAS = ("mlp.expert_bias", "mlp.e_score_correction_bias")
 
 TABLE = (
     Row("model.embed_tokens.weight", "v d", "embed", "v d"),
+    # ours, where config.json has ngram_width
+    Row("model.embed_ngram.weight", "v c", "ngram.table", "v c"),
+    Row("model.ngram_proj.weight", "d (w c)", "ngram.proj", "w c d"),
     _layer("input_layernorm.weight", "d", "attention_norm.scale", "d"),
     _layer("self_attn.q_proj.weight", "(n h) d", "attention.q", "d n h"),
     _layer("self_attn.k_proj.weight", "(k h) d", "attention.k", "d k h"),

@@ -11,12 +11,13 @@ from typing import Any
 
 import jax
 
+from jaxcp.layers.ngram import windows
 from jaxcp.layout import Zigzag
-from jaxcp.train import checkpoint
-from jaxcp.train.config import TrainConfig, differences, identity
-from jaxcp.train.data import as_source, checked, prefetch, put
-from jaxcp.train.metrics import Callback, MetricsFile, ProgressBar, Record
-from jaxcp.train.step import State, init_state, join, make_step
+from jaxcp.training import checkpoint
+from jaxcp.training.config import TrainConfig, differences, identity
+from jaxcp.training.data import as_source, checked, prefetch, put
+from jaxcp.training.metrics import Callback, MetricsFile, ProgressBar, Record
+from jaxcp.training.step import State, init_state, join, make_step
 
 logger = logging.getLogger(__name__)
 
@@ -163,6 +164,8 @@ class _Run:
             vocab_size=config.model.vocab_size,
         )
         count = host["tokens"].size
+        width = getattr(config.model, "ngram_width", 1)
+        host["tokens"] = windows(host["tokens"], width, segment_ids=host.get("segment_ids"))
         return put(host, mesh=self.mesh, layout=self.layout, accumulate=config.accumulate), count
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
-from jaxcp.train.config import OptimizerConfig
+from jaxcp.training.config import OptimizerConfig
 
 Params = dict[str, jax.Array]
 
@@ -25,8 +25,9 @@ MATRICES = {
     "up": (1, 1),
     "down": (1, 1),
     "router": (1, 1),
+    "proj": (2, 1),  # [W, C, D] of an n-gram embedding is the matrix [W*C, D]
 }
-"""Weights inside layers that Muon takes, by the last part of their name: how many of the last axes
+"""Weights that Muon takes, by the last part of their name: how many of the last axes
 are summed over, how many of those are written. AdamW takes a weight that is not here."""
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -34,7 +35,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 def is_matrix(name: str) -> bool:
     """Whether Muon takes the weight of this name."""
-    return name.startswith("layers.") and name.rpartition(".")[2] in MATRICES
+    return name.startswith(("layers.", "ngram.")) and name.rpartition(".")[2] in MATRICES
 
 
 def decays(name: str, ndim: int) -> bool:

@@ -233,7 +233,7 @@ def put(batch: Batch, *, mesh: Mesh, layout: Layout, accumulate: int = 1) -> dic
     batch = layout.permute(batch, shards=shards)
     sharding = NamedSharding(mesh, P(None, "data", "seq"))
     return {
-        key: jax.device_put(x.reshape(accumulate, rows // accumulate, -1), sharding)
+        key: jax.device_put(x.reshape(accumulate, rows // accumulate, -1, *x.shape[2:]), sharding)
         for key, x in batch.items()
     }
 

@@ -15,9 +15,9 @@ from jax.sharding import PartitionSpec as P
 from jaxcp.layout import Zigzag
 from jaxcp.models import family_of
 from jaxcp.sharding import place, sharding_of
-from jaxcp.train.config import OptimizerConfig, TrainConfig
-from jaxcp.train.loss import chunked_cross_entropy
-from jaxcp.train.optimizer import make_optimizer, schedule
+from jaxcp.training.config import OptimizerConfig, TrainConfig
+from jaxcp.training.loss import chunked_cross_entropy
+from jaxcp.training.optimizer import make_optimizer, schedule
 
 State = dict[str, Any]
 """`params` and `others` (variables without a gradient), flat dicts by name; `opt_state`; `step`,
@@ -95,7 +95,10 @@ def abstract_inputs(config: TrainConfig, mesh: Mesh) -> tuple[State, dict[str, A
     length = layout.padded_length(config.seq_len, mesh.shape["seq"])
     shape = (config.accumulate, config.batch_size // config.accumulate, length)
     dtypes = dict.fromkeys(("tokens", "targets", "positions"), jnp.int32) | {"weights": jnp.float32}
-    return state, {name: leaf(shape, x, P(None, "data", "seq")) for name, x in dtypes.items()}
+    batch = {name: leaf(shape, x, P(None, "data", "seq")) for name, x in dtypes.items()}
+    if (width := getattr(config.model, "ngram_width", 1)) > 1:
+        batch["tokens"] = leaf((*shape, width), jnp.int32, P(None, "data", "seq"))
+    return state, batch
 
 
 def _new_model(model_config: Any, seed: int) -> Any:

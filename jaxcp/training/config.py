@@ -9,7 +9,7 @@ import re
 from typing import Any, Literal
 
 from jaxcp.mesh import MeshConfig
-from jaxcp.train.data import BatchSource
+from jaxcp.training.data import BatchSource
 
 
 def _positive(config: Any, *names: str) -> None:

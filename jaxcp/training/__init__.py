@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training: `train(TrainConfig(...))`."""
 
-from jaxcp.train.config import OptimizerConfig, TrainConfig, load_run
-from jaxcp.train.data import BatchSource, TextSource, TokenFiles
-from jaxcp.train.loop import Result, train
-from jaxcp.train.metrics import Callback, ProgressBar, plot_loss, read_metrics
+from jaxcp.training.config import OptimizerConfig, TrainConfig, load_run
+from jaxcp.training.data import BatchSource, TextSource, TokenFiles
+from jaxcp.training.loop import Result, train
+from jaxcp.training.metrics import Callback, ProgressBar, plot_loss, read_metrics
 
 __all__ = [
     "BatchSource",
