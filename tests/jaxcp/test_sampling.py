@@ -18,7 +18,7 @@ def distribution(logits, temperature, top_k, top_p):
     """The definition: sort, keep k, then the fewest whose probability reaches p."""
     order = np.argsort(-logits, kind="stable")
     p = np.exp((logits - logits.max()).astype(np.float64) / temperature)[order]
-    p[top_k:] = 0
+    p[V if top_k is None else top_k :] = 0
     p /= p.sum()
     p[np.cumsum(p) - p >= top_p] = 0
     return (p / p.sum())[np.argsort(order)]

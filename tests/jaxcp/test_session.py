@@ -85,7 +85,7 @@ def test_leaving_an_answer_early(engine):
 
 def test_an_answer_that_was_never_read(engine):
     session = engine.session()
-    unread = session.send([1] * 70)
+    unread = session.send([1] * 70, max_new_tokens=4)
     assert say(session, PROMPT) == say(engine.session(), PROMPT)
     with pytest.raises(RuntimeError, match="after a later send"):
         next(unread)
