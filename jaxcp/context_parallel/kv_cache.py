@@ -142,7 +142,7 @@ class Prefill:
 
     def filled(self, added, counts, recent) -> KVCache:
         """The cache after all layers: `added [B]` tokens a row, `counts [shards]` slots a shard."""
-        return _after(self, added, counts)
+        return _after(self, added, counts, recent)
 
 
 class Extend:
@@ -185,10 +185,11 @@ class Extend:
     def extended(self, added, recent) -> KVCache:
         """The cache after all layers, with `added [B]` tokens a row."""
         shards = self.cache.shards
-        return _after(self, added, (added.max() - self.turn + shards - 1) // shards)
+        dealt = (added.max() - self.turn + shards - 1) // shards
+        return _after(self, added, dealt, recent)
 
 
-def _after(step: Prefill | Extend, added, slots) -> KVCache:
+def _after(step: Prefill | Extend, added, slots, recent) -> KVCache:
     """The cache that `step` leaves: `added [B]` tokens a row in `slots [shards]` new slots."""
     cache = step.cache
     return dataclasses.replace(

@@ -134,19 +134,14 @@ def _prefill(model, cache, tokens, positions, last, lengths, counts, recent, str
 def _extend(model, cache, tokens, positions, lengths, recent):
     attend = Extend(cache, positions)
     hidden, _ = model.forward(tokens, positions, attend)
-    return _at(model, hidden, positions, cache.lengths + lengths - 1), attend.extended(
-        lengths, recent
-    )
+    last = cache.lengths + lengths - 1
+    return _at(model, hidden, positions, last), attend.extended(lengths, recent)
 
 
 def _decode(model, cache, token):
-    recent = cache.recent
-    if recent.shape[1] == 0:
-        window = token[:, None]
-    else:
-        window = jnp.concatenate([token[:, None], recent], axis=1)
-        recent, window = window[:, :-1], window[:, None]
-    return _extend(model, cache, window, cache.lengths[:, None], jnp.ones_like(token), recent)
+    window = jnp.concatenate([token[:, None], cache.recent], axis=1)
+    tokens, positions = window[:, None] if window.shape[1] > 1 else window, cache.lengths[:, None]
+    return _extend(model, cache, tokens, positions, jnp.ones_like(token), window[:, :-1])
 
 
 def _at(model, hidden, positions, last):
