@@ -32,16 +32,17 @@ def config() -> jaxcp.TrainConfig:
         ngram_width=12,
     )
     stages = (
-        Stage(document_length=256, spacing=(4, 40)),
-        Stage(start=500, document_length=512, spacing=(4, 120)),
-        Stage(start=850, document_length=1_024, spacing=(4, 300)),
+        Stage(document_length=256, spacing=(2, 16)),
+        Stage(start=450, document_length=256, spacing=(4, 60)),
+        Stage(start=600, document_length=512, spacing=(4, 120)),
+        Stage(start=800, document_length=1_024, spacing=(4, 300)),
     )
     return jaxcp.TrainConfig(
         model=model,
         seq_len=1_024,
         batch_size=4,
-        steps=1_400,
-        data=NeedleSource(stages=stages, similar=0.5),
+        steps=1_200,
+        data=NeedleSource(stages=stages, similar=0.5, repeat=0.7, text_weight=0.1),
         out_dir="runs/needle",
         mesh=jaxcp.MeshConfig(seq=2),
         attention=jaxcp.Ring(),
@@ -55,6 +56,7 @@ def config() -> jaxcp.TrainConfig:
             beta2=0.99,
             weight_decay=0.0,
         ),
+        seed=1,
         checkpoint_every=500,
         log_every=20,
     )

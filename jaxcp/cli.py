@@ -192,11 +192,12 @@ def _loaded(checkpoint: pathlib.Path, devices: Devices):
     _want_devices(count)
     import jax
 
-    import jaxcp
+    from jaxcp.mesh import make_mesh
+    from jaxcp.weights import load
 
     chosen = jax.devices() if jax.device_count() == count else jax.devices()[:count]
-    with jax.set_mesh(jaxcp.make_mesh(seq=devices.seq, model=devices.model, devices=chosen)):
-        model, tokenizer = jaxcp.load(checkpoint)
+    with jax.set_mesh(make_mesh(seq=devices.seq, model=devices.model, devices=chosen)):
+        model, tokenizer = load(checkpoint)
         if tokenizer is None:
             raise ValueError(f"{checkpoint} has no tokenizer.json; the command line talks in text")
         yield model, tokenizer

@@ -14,12 +14,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-import jaxcp
 from jaxcp.checkpoints import NEEDLE
+from jaxcp.context_parallel import Ring
 from jaxcp.evaluate.needle import Result, evaluate_needle, plot_heat_map
-from jaxcp.mesh import emulate_devices
+from jaxcp.mesh import MeshConfig, emulate_devices, make_mesh
+from jaxcp.models.gpt.model import GPTConfig
 from jaxcp.training import OptimizerConfig, TextSource, TrainConfig, plot_loss, train
 from jaxcp.training.loop import Result as Trained
+from jaxcp.weights import load
 
 DEVICES = 8
 ROWS, ROW = 8, 512  # of a training batch
@@ -57,8 +59,8 @@ def run(out: pathlib.Path, *, smoke: bool = False) -> None:
 
 
 def _find_needles(console: Console, size: Size) -> Result:
-    with jax.set_mesh(jaxcp.make_mesh(seq=DEVICES)):
-        model, tokenizer = jaxcp.load(NEEDLE)
+    with jax.set_mesh(make_mesh(seq=DEVICES)):
+        model, tokenizer = load(NEEDLE)
         parameters = sum(x.size for x in jax.tree.leaves(model))
         console.print(
             f"\n[bold]1. Long context[/bold]: a hybrid MoE of {parameters:,} parameters reads "
@@ -102,7 +104,7 @@ def _evaluate(model, tokenizer, size: Size, length: int, bar: Progress, task) ->
         tokenizer,
         lengths=[length],
         needles=size.needles,
-        attention=jaxcp.Ring(),
+        attention=Ring(),
         on_answer=advance,
     )
 
@@ -114,11 +116,11 @@ def _train(console: Console, size: Size, out: pathlib.Path) -> tuple[Trained, Tr
         f"{size.train_seconds:.0f} s, resumed once"
     )
     config = TrainConfig(
-        model=jaxcp.GPTConfig(
+        model=GPTConfig(
             vocab_size=256, max_positions=ROW, num_layers=4, num_heads=4, embed_dim=128
         ),
-        mesh=jaxcp.MeshConfig(seq=4, data=2),
-        attention=jaxcp.Ring(),
+        mesh=MeshConfig(seq=4, data=2),
+        attention=Ring(),
         seq_len=ROW,
         batch_size=ROWS,
         steps=100_000,

@@ -4,6 +4,8 @@
 Needs no mesh and no specs: it reads the mesh in scope (`jax.set_mesh`) and how q is laid out.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
@@ -50,8 +52,7 @@ def context_parallel_attention(
     ...     out = jax.jit(jaxcp.context_parallel_attention)(q, k, v, positions)
     """
     check(q, k, v, positions, positions, segment_ids, segment_ids, sinks, soft_cap)
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if jax.sharding.get_abstract_mesh().empty:
         out, _ = flash_attention(
             q,
             k,
@@ -68,40 +69,31 @@ def context_parallel_attention(
             implementation=implementation,
         )
         return out
-    strategy = Ring() if strategy is None else strategy
-    spec = qkv_spec(q, k, axis_name)
-    tokens = P(*spec[:2])
-    mask = Mask(causal=causal, window=window)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    segments = None if segment_ids is None else tokens
+    local = functools.partial(
+        (Ring() if strategy is None else strategy).attend,
+        axis_name=axis_name,
+        mask=Mask(causal=causal, window=window),
+        soft_cap=soft_cap,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        implementation=implementation,
+    )
+    out, lse = _over_shards(local, q, k, v, positions, segment_ids, axis_name)
+    return out if sinks is None else apply_sinks(out, lse, sinks)[0]
+
+
+def _over_shards(attend, q, k, v, positions, segment_ids, axis_name):
+    """`attend` on every device's shards; `(out, lse)`, global."""
+    heads = qkv_spec(q, k, axis_name)
+    tokens = P(*heads[:2])
+    specs = (heads, heads, heads, tokens, None if segment_ids is None else tokens)
 
     def local(q, k, v, positions, segment_ids):
-        return strategy.attend(
-            q,
-            k,
-            v,
-            positions,
-            positions,
-            segment_ids,
-            segment_ids,
-            axis_name=axis_name,
-            mask=mask,
-            soft_cap=soft_cap,
-            scale=scale,
-            implementation=implementation,
-        )
+        return attend(q, k, v, positions, positions, segment_ids, segment_ids)
 
+    mesh = jax.sharding.get_abstract_mesh()
     # check_vma=False: interpreted Pallas kernels cannot say over which axes their results vary
-    attend = jax.shard_map(
-        local,
-        in_specs=(spec, spec, spec, tokens, segments),
-        out_specs=(spec, P(*spec[:3])),
-        check_vma=False,
-    )
-    out, lse = attend(
-        *_placed((q, k, v, positions, segment_ids), (spec, spec, spec, tokens, segments), mesh)
-    )
-    return out if sinks is None else apply_sinks(out, lse, sinks)[0]
+    run = jax.shard_map(local, in_specs=specs, out_specs=(heads, P(*heads[:3])), check_vma=False)
+    return run(*_placed((q, k, v, positions, segment_ids), specs, mesh))
 
 
 def ring_attention(q, k, v, positions, *, axis_name="seq", **options):

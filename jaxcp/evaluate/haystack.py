@@ -106,8 +106,9 @@ class Stage:
 class NeedleSource:
     """Training rows: documents of real text with needle lines, most of which repeat an earlier one.
 
-    A row packs `length / document_length` documents, told apart by segment ids. Loss weights: value
-    digits of a repeat 1, text 0.3, the line's frame 0.1, digits that nothing before tells 0.
+    A row packs `length / document_length` documents, told apart by segment ids. Loss weights:
+    value digits of a repeat 1, text `text_weight`, the line's frame 0.1, and 0 for digits that
+    nothing before tells.
     """
 
     stages: tuple[Stage, ...] = (Stage(),)
@@ -117,6 +118,8 @@ class NeedleSource:
     """Chance that a line repeats an earlier key and its value."""
     similar: float = 0.3
     """Chance that a new key differs from an old one in one digit only."""
+    text_weight: float = 0.3
+    """Loss weight of a byte of text; a digit that an earlier line tells weighs 1."""
 
     def __post_init__(self):
         starts = [stage.start for stage in self.stages]
@@ -164,7 +167,7 @@ class NeedleSource:
             gap = int(math.exp(rng.uniform(low, high)))
             pieces.append(text[start : start + gap])
             start = (start + gap) % (len(text) - 400)
-            weights.append(np.full(len(pieces[-1]), 0.3, np.float32))
+            weights.append(np.full(len(pieces[-1]), self.text_weight, np.float32))
             again = bool(known) and rng.random() < self.repeat
             if again:
                 key = list(known)[int(rng.integers(len(known)))]

@@ -39,7 +39,7 @@ def test_same_seed_same_haystack():
 
 @pytest.mark.parametrize(("length", "needles"), [(100, 20), (1_000, 0)])
 def test_needles_that_do_not_fit(length, needles):
-    with pytest.raises(ValueError, match="needles of 26 bytes need at least"):
+    with pytest.raises(ValueError, match="needles of 22 bytes need at least"):
         make_haystack(length, needles, seed=0)
 
 
