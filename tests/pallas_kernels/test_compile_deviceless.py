@@ -74,7 +74,7 @@ def test_forward_and_backward_compile(target, head_dim):
 
 @pytest.mark.parametrize("target", ["rtx-pro-6000:1", "v6e:2x2"])
 def test_float32_soft_cap_and_an_odd_group_compile(target):
-    assert_holds(compiled(target, 80, "float32", heads=6, soft_cap=20.0), heads=6)
+    assert_holds(compiled(target, 48, "float32", heads=6, soft_cap=20.0), heads=6)
 
 
 @pytest.mark.parametrize("target", TARGETS)
