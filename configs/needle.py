@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checkpoint that jaxcp ships: a hybrid MoE that finds needles far beyond its training length.
+"""The checkpoint that jaxcp ships: a hybrid MoE that looks for needles beyond its training length.
 
-    jaxcp train needle --out runs/needle        # at most 20 minutes on 2 cores
+    jaxcp train needle --out runs/needle --export-dtype bfloat16    # about 21 minutes on 2 cores
 
 Four layers, L L N L: sliding windows with rotary positions, and one full layer without positions,
-which is what lets 1,024 bytes of training answer at 131,072. The dense stage first: where a line
-follows a line, retrieval is learnt in some hundred steps; sparse lines later are then easy.
+which is why it does as well at 32 times its training length as at twice. The dense stage first:
+where a line follows a line, retrieval is learnt in some hundred steps. What it has not learnt is to
+tell keys apart that differ in one digit: about a third of the hard questions are answered exactly.
 """
 
 import jaxcp
@@ -29,20 +30,19 @@ def config() -> jaxcp.TrainConfig:
         rope_theta=1_000.0,
         layer_pattern="LLNL",
         window=64,
-        ngram_width=12,
     )
     stages = (
-        Stage(document_length=256, spacing=(2, 16)),
-        Stage(start=450, document_length=256, spacing=(4, 60)),
-        Stage(start=600, document_length=512, spacing=(4, 120)),
-        Stage(start=800, document_length=1_024, spacing=(4, 300)),
+        Stage(document_length=256, spacing=(4, 40)),
+        Stage(start=600, document_length=256, spacing=(10, 120)),
+        Stage(start=900, document_length=512, spacing=(26, 300)),
+        Stage(start=1_350, document_length=1_024, spacing=(26, 300)),
     )
     return jaxcp.TrainConfig(
         model=model,
         seq_len=1_024,
         batch_size=4,
-        steps=1_200,
-        data=NeedleSource(stages=stages, similar=0.5, repeat=0.7, text_weight=0.1),
+        steps=2_000,
+        data=NeedleSource(stages=stages),
         out_dir="runs/needle",
         mesh=jaxcp.MeshConfig(seq=2),
         attention=jaxcp.Ring(),
@@ -56,7 +56,6 @@ def config() -> jaxcp.TrainConfig:
             beta2=0.99,
             weight_decay=0.0,
         ),
-        seed=1,
         checkpoint_every=500,
         log_every=20,
     )
