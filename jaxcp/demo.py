@@ -151,20 +151,21 @@ COLUMNS = (
     "tokens",
     "seconds",
     "tokens/s",
-    "cache MiB/device",
-    "reused tokens",
-    "decode tok/s",
-    "exact match",
+    "MiB/device",
+    "reused",
+    "decode/s",
+    "exact",
 )
 
 
 def _table(found: Result, first: Trained, resumed: Trained) -> Table:
-    table = Table("", title="measured in this run")
+    title = "measured in this run (MiB/device: cache; reused: tokens; decode/s: tokens)"
+    table = Table("", title=title)
     for name in COLUMNS:
         table.add_column(name, justify="right")
     for read in found.reads:
         table.add_row(
-            f"prefill {read.length:,} bytes",
+            f"{read.length // 1024}K bytes",
             f"{read.tokens:,}",
             f"{read.prefill_seconds:.1f}",
             f"{read.tokens / read.prefill_seconds:,.0f}",
@@ -175,5 +176,5 @@ def _table(found: Result, first: Trained, resumed: Trained) -> Table:
         )
     tokens, seconds = resumed.steps * ROWS * ROW, first.seconds + resumed.seconds
     trained = (f"{tokens:,}", f"{seconds:.1f}", f"{tokens / seconds:,.0f}")
-    table.add_row(f"train to loss {resumed.final_loss:.2f}", *trained)
+    table.add_row(f"loss {resumed.final_loss:.2f}", *trained)
     return table
