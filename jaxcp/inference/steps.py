@@ -139,7 +139,11 @@ def _extend(model, cache, tokens, positions, lengths, recent):
 
 
 def _decode(model, cache, token):
-    window = jnp.concatenate([token[:, None], cache.recent], axis=1)
+    recent = cache.recent
+    if not jax.sharding.get_abstract_mesh().empty:  # both come from the host or from a cache
+        token = jax.sharding.reshard(token, P("data"))
+        recent = jax.sharding.reshard(recent, P("data", None))
+    window = jnp.concatenate([token[:, None], recent], axis=1)
     tokens, positions = window[:, None] if window.shape[1] > 1 else window, cache.lengths[:, None]
     return _extend(model, cache, tokens, positions, jnp.ones_like(token), window[:, :-1])
 
