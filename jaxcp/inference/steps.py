@@ -51,7 +51,7 @@ def prefill(
     positions = np.where(real, start[:, None] + offsets, PAD_POSITION).astype(np.int32)
     width = cache.recent.shape[1] + 1
     tokens = windows(tokens, width, before=np.asarray(cache.recent))
-    recent = _recent_after(tokens, lengths, width)
+    (recent,) = _put((_recent_after(tokens, lengths, width),), P("data", None))
     if fill.max() > 0 and tokens.shape[1] <= EXTEND_SIZES[-1]:
         width = next(size for size in EXTEND_SIZES if size >= tokens.shape[1])
         pad = [(0, 0), (0, width - tokens.shape[1])]
@@ -139,11 +139,9 @@ def _extend(model, cache, tokens, positions, lengths, recent):
 
 
 def _decode(model, cache, token):
-    recent = cache.recent
-    if not jax.sharding.get_abstract_mesh().empty:  # both come from the host or from a cache
+    if not jax.sharding.get_abstract_mesh().empty:  # it comes from the host
         token = jax.sharding.reshard(token, P("data"))
-        recent = jax.sharding.reshard(recent, P("data", None))
-    window = jnp.concatenate([token[:, None], recent], axis=1)
+    window = jnp.concatenate([token[:, None], cache.recent], axis=1)
     tokens, positions = window[:, None] if window.shape[1] > 1 else window, cache.lengths[:, None]
     return _extend(model, cache, tokens, positions, jnp.ones_like(token), window[:, :-1])
 
