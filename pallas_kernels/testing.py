@@ -18,6 +18,7 @@ from pallas_kernels.flash_attention import PAD_POSITION, flash_attention
 
 # Greatest error allowed, as a part of the greatest entry (at least 1) of the array compared.
 # float32 leaves room for sums in another order; bfloat16 keeps 8 bits, and rounds p and ds as well.
+FLOAT32 = ("dout", "dlse", "carry_out", "carry_lse")  # whatever q, k and v are
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
@@ -36,19 +37,21 @@ class Case:
     heads: int = 2
     kv_heads: int = 2
     head_dim: int = 32
+    value_dim: int | None = None
     dtype: str = "float32"
     causal: bool = True
     window: int | None = None
     soft_cap: float | None = None
     scale: float | None = None
     sinks: bool = False
+    carry: bool = False
     layout: str = "natural"
     documents: int = 1
 
 
 EVERYTHING = Case(
     batch=2, queries=190, keys=190, heads=4, kv_heads=2, head_dim=80, window=70, soft_cap=3.0,
-    scale=0.2, sinks=True, layout="pads", documents=3,
+    scale=0.2, sinks=True, carry=True, value_dim=48, layout="pads", documents=3,
 )  # fmt: skip
 
 CASES = {
@@ -61,6 +64,10 @@ CASES = {
     "GQA 3:1": Case(heads=6, kv_heads=2),
     "MQA": Case(queries=130, keys=130, heads=4, kv_heads=1),
     "head dim 80": Case(head_dim=80),
+    "values wider": Case(head_dim=48, value_dim=64, heads=4, queries=130, keys=130),
+    "values narrower": Case(head_dim=192, value_dim=128, queries=130, keys=130, dtype="bfloat16"),
+    "carry": Case(carry=True, queries=130, keys=130, layout="pads"),
+    "carry only": Case(carry=True, queries=70, keys=70, layout="future"),
     "head dim 256": Case(queries=140, keys=140, head_dim=256),
     "window, head dim 128": Case(queries=190, keys=190, window=20, head_dim=128),
     "window, bidirectional": Case(queries=190, keys=190, window=9, causal=False),
@@ -103,10 +110,16 @@ def _arrays(case):
     rng = np.random.default_rng(0)
     query = (case.batch, case.queries, case.heads, case.head_dim)
     key = (case.batch, case.keys, case.kv_heads, case.head_dim)
-    shapes = {"q": query, "k": key, "v": key, "dout": query, "dlse": query[:3]}
+    width = case.value_dim or case.head_dim
+    out, value = (*query[:3], width), (*key[:3], width)
+    shapes = {"q": query, "k": key, "v": value, "dout": out, "dlse": query[:3]}
+    if case.carry:
+        shapes |= {"carry_out": out, "carry_lse": query[:3]}
     if case.sinks:
         shapes["sinks"] = query[2:3]
     arrays = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    if case.carry:  # some rows have nothing to carry on
+        arrays["carry_out"][:, ::7], arrays["carry_lse"][:, ::7] = 0, -np.inf
     return {name: x.astype(case.dtype).astype(np.float64) for name, x in arrays.items()}
 
 
@@ -175,18 +188,24 @@ def _expected(case):
     group = case.heads // case.kv_heads
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
 
-    def attend(q, k, v, sinks=None):
+    def attend(q, k, v, sinks=None, carry_out=None, carry_lse=None):
         k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
         s = jnp.einsum("btnh,bsnh->bnts", q, k) * scale
         if case.soft_cap is not None:
             s = case.soft_cap * jnp.tanh(s / case.soft_cap)
         weights = jnp.where(seen, jnp.exp(jnp.where(seen, s, 0.0)), 0.0)  # float64 needs no shift
         total = weights.sum(-1)
+        before = 0.0
+        if carry_lse is not None:
+            before = jnp.exp(carry_lse).swapaxes(1, 2)
+            total += before
         if sinks is not None:
             total += jnp.exp(sinks)[None, :, None]
         alive = total > 0
         safe = jnp.where(alive, total, 1.0)
         out = jnp.einsum("bnts,bsnh->btnh", weights / safe[..., None], v)
+        if carry_out is not None:
+            out += (before / safe).swapaxes(1, 2)[..., None] * carry_out
         return out, jnp.where(alive, jnp.log(safe), -jnp.inf).swapaxes(1, 2)
 
     with jax.enable_x64(True):
@@ -202,15 +221,16 @@ def _run(implementation, case):
     )
     ids: dict[str, Any] = {name: jnp.asarray(x) for name, x in _ids(case).items()}
 
-    def attend(q, k, v, sinks=None):
+    def attend(q, k, v, sinks=None, carry_out=None, carry_lse=None):
+        carry = None if carry_out is None else (carry_out, carry_lse)
         if sinks is not None:
             sinks = sinks.astype(jnp.float32)
         return flash_attention(
-            q, k, v, sinks=sinks, implementation=implementation, **ids, **options
+            q, k, v, sinks=sinks, carry=carry, implementation=implementation, **ids, **options
         )
 
     given = {
-        name: jnp.asarray(x, jnp.float32 if name in ("dout", "dlse") else case.dtype)
+        name: jnp.asarray(x, jnp.float32 if name in FLOAT32 else case.dtype)
         for name, x in _arrays(case).items()
     }
     # an interpreted kernel is a long program that runs twice

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from jaxcp.context_parallel.merge import merge_stacked
 from jaxcp.context_parallel.strategy import Strategy
 from pallas_kernels import PAD_POSITION, flash_attention
 from pallas_kernels.flash_attention import Mask, attention_forward
+from pallas_kernels.online_softmax import merge_stacked
 
 SLACK = 64
 """Slots a shard has beyond its share of `max_len`, for the pads of a short turn.

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxcp.context_parallel.merge import merge
 from jaxcp.context_parallel.strategy import Strategy
 from pallas_kernels.flash_attention import attention_backward, attention_forward, row_delta
 
@@ -42,24 +41,25 @@ def _ring(axis_name, options, q, k, v, q_pos, kv_pos, q_seg, kv_seg):
     n = lax.axis_size(axis_name)
     acc = np.promote_types(q.dtype, np.float32)
 
-    def partial(kv):
+    def attend(done, kv, out_dtype=acc):
         k, v, pos, seg = kv
         arrays = q, k, v, q_pos, pos, q_seg, seg
-        return attention_forward(*arrays, out_dtype=acc, **dict(options))
+        return attention_forward(*arrays, carry=done, out_dtype=out_dtype, **dict(options))
 
     def step(_, carry):
         done, kv = carry
         # issued before the kernel, and independent of it: they overlap
         following = _rotate(kv, axis_name)
-        return merge(done, partial(kv)), following
+        return attend(done, kv), following
 
-    done = (jnp.zeros(q.shape, acc), jnp.full(q.shape[:3], -jnp.inf, acc))
-    # a fori_loop: XLA would hoist the permutes of a Python loop and hold every shard at once
     kv = k, v, kv_pos, kv_seg
-    if n > 1:
-        done, kv = lax.fori_loop(0, n - 1, step, (done, kv))
-    out, lse = merge(done, partial(kv))
-    return out.astype(q.dtype), lse
+    if n == 1:
+        return attend(None, kv, q.dtype)
+    following = _rotate(kv, axis_name)
+    done = attend(None, kv)  # merging starts with the second shard
+    # a fori_loop: XLA would hoist the permutes of a Python loop and hold every shard at once
+    done, kv = lax.fori_loop(0, n - 2, step, (done, following))
+    return attend(done, kv, q.dtype)
 
 
 def _ring_fwd(axis_name, options, q, k, v, q_pos, kv_pos, q_seg, kv_seg):

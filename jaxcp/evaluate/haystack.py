@@ -107,8 +107,8 @@ class NeedleSource:
     """Training rows: documents of real text with needle lines, most of which repeat an earlier one.
 
     A row packs `length / document_length` documents, told apart by segment ids. Loss weights:
-    value digits of a repeat 1, text `text_weight`, the line's frame 0.1, and 0 for digits that
-    nothing before tells.
+    the first digit of a repeated value 2 (only the key tells it), the others 1, text `text_weight`,
+    the line's frame 0.1, and 0 for digits that nothing before tells.
     """
 
     stages: tuple[Stage, ...] = (Stage(),)
@@ -186,5 +186,5 @@ def _needle_weights(again: bool) -> np.ndarray:
     weights = np.full(len(line), 0.1, np.float32)
     key_at, value_at = line.index("0"), line.index("0" * DIGITS)
     weights[key_at : key_at + 4] = 0.0
-    weights[value_at : value_at + DIGITS] = 1.0 if again else 0.0
+    weights[value_at : value_at + DIGITS] = (2.0, 1.0, 1.0, 1.0, 1.0, 1.0) if again else 0.0
     return weights

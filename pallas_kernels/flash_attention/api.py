@@ -21,7 +21,7 @@ BEST = {"cpu": "xla", "gpu": "triton", "tpu": "mosaic_tpu"}
 def flash_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
     *,
     q_positions: Int[Array, "B T"] | None = None,
     kv_positions: Int[Array, "B S"] | None = None,
@@ -32,8 +32,9 @@ def flash_attention(
     sinks: Float[Array, "N"] | None = None,
     soft_cap: float | None = None,
     scale: float | None = None,
+    carry: tuple[Float[Array, "B T N V"], Float[Array, "B T N"]] | None = None,
     implementation: str | None = None,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
     """Exact softmax attention that never holds the score matrix; `(out, lse)`.
 
     `lse` is the natural log of the sum of exponentials (sink included), float32; float64 in,
@@ -49,12 +50,15 @@ def flash_attention(
       sinks: a logit per head that takes part in the softmax and brings no value.
       soft_cap: scores become `soft_cap * tanh(score / soft_cap)`.
       scale: multiplies `q @ k`; default `H ** -0.5`.
+      carry: `(out, lse)` over other keys, which the result includes: the kernel starts from it.
+        It must not include the sinks.
       implementation: "reference", "xla", "triton", "mosaic_tpu"; None takes the platform's best.
     Raises:
       ValueError: shapes, dtypes or options that make no sense.
       NotImplementedError: the chosen implementation cannot; the message names those that can.
 
-    Differentiable in `q`, `k`, `v` and `sinks`, through both results.
+    Differentiable in `q`, `k`, `v`, `sinks` and `carry`, through both results. `V`, the width of
+    a value, may differ from `H`.
     Source: Dao et al., FlashAttention (arXiv 2205.14135, 2307.08691).
 
     >>> x = jax.random.normal(jax.random.key(0), (1, 128, 4, 64))
@@ -63,6 +67,7 @@ def flash_attention(
     ((1, 128, 4, 64), (1, 128, 4))
     """
     check(q, k, v, q_positions, kv_positions, q_segment_ids, kv_segment_ids, sinks, soft_cap)
+    check_carry(q, v, carry)
     options = dict(
         mask=Mask(causal=causal, window=window),
         soft_cap=soft_cap,
@@ -74,7 +79,7 @@ def flash_attention(
         kv_positions = default_positions(k)
     backend = resolve("flash_attention", implementation, IMPLEMENTATIONS, BEST)
     arrays = (q_positions, kv_positions, q_segment_ids, kv_segment_ids)
-    out, lse = _attend(backend, tuple(options.items()), q, k, v, *arrays)
+    out, lse = _attend(backend, tuple(options.items()), q, k, v, carry, *arrays)
     return (out, lse) if sinks is None else apply_sinks(out, lse, sinks)
 
 
@@ -90,13 +95,14 @@ def attention_forward(
     mask,
     soft_cap,
     scale,
+    carry=None,
     out_dtype=None,
     implementation=None,
 ):
     """The forward pass alone, for callers that write their own gradient (a ring).
 
     Same arrays as `flash_attention`, positions given. `out_dtype` (default q's) lets partial
-    results be merged in float32.
+    results be carried on in float32.
     """
     backend = resolve("flash_attention", implementation, IMPLEMENTATIONS, BEST)
     return backend.forward(
@@ -110,6 +116,7 @@ def attention_forward(
         mask=mask,
         soft_cap=soft_cap,
         scale=scale,
+        carry=carry,
         out_dtype=q.dtype if out_dtype is None else out_dtype,
     )
 
@@ -176,25 +183,33 @@ def hide_pads(q_positions):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(backend, options, q, k, v, q_pos, kv_pos, q_seg, kv_seg):
-    return backend.forward(
-        q, k, v, hide_pads(q_pos), kv_pos, q_seg, kv_seg, out_dtype=q.dtype, **dict(options)
-    )
+def _attend(backend, options, q, k, v, carry, q_pos, *ids):
+    arrays = q, k, v, hide_pads(q_pos), *ids
+    return backend.forward(*arrays, carry=carry, out_dtype=q.dtype, **dict(options))
 
 
-def _attend_fwd(backend, options, q, k, v, q_pos, kv_pos, q_seg, kv_seg):
-    out, lse = _attend(backend, options, q, k, v, q_pos, kv_pos, q_seg, kv_seg)
-    return (out, lse), (q, k, v, q_pos, kv_pos, q_seg, kv_seg, out, lse)
+def _attend_fwd(backend, options, q, k, v, carry, *ids):
+    out, lse = _attend(backend, options, q, k, v, carry, *ids)
+    return (out, lse), (q, k, v, carry, ids, out, lse)
 
 
 def _attend_bwd(backend, options, saved, grads):
-    q, k, v, q_pos, kv_pos, q_seg, kv_seg, out, lse = saved
+    q, k, v, carry, (q_pos, *ids), out, lse = saved
     dout, dlse = grads
     delta = row_delta(out, dout, dlse)
-    dq, dk, dv = backend.backward(
-        q, k, v, hide_pads(q_pos), kv_pos, q_seg, kv_seg, lse, dout, delta, **dict(options)
-    )
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, None, None
+    arrays = q, k, v, hide_pads(q_pos), *ids, lse, dout, delta
+    dq, dk, dv = backend.backward(*arrays, **dict(options))
+    dcarry = None if carry is None else _carry_gradient(*carry, lse, dout, delta)
+    none = None, None, None, None
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dcarry, *none
+
+
+def _carry_gradient(out, lse, total, dout, delta):
+    """What is carried in counts like one more key, of score `lse` and value `out`."""
+    p = jnp.where(jnp.isneginf(lse), 0.0, jnp.exp(lse - total))
+    dout = dout.astype(p.dtype)
+    score = jnp.sum(dout * out.astype(p.dtype), axis=-1) - delta
+    return (p[..., None] * dout).astype(out.dtype), (p * score).astype(lse.dtype)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
@@ -206,9 +221,9 @@ def check(q, k, v, q_positions, kv_positions, q_segment_ids, kv_segment_ids, sin
         raise ValueError(
             f"q, k, v must be [batch, tokens, heads, head_dim]; got {q.shape}, {k.shape}, {v.shape}"
         )
-    if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(
-            "q [B,T,N,H], k and v [B,S,K,H] must agree in B and H; "
+            "q [B,T,N,H], k [B,S,K,H] and v [B,S,K,V] must agree in B, S, K and H; "
             f"got {q.shape}, {k.shape}, {v.shape}"
         )
     if q.shape[2] % k.shape[2]:
@@ -233,3 +248,14 @@ def check(q, k, v, q_positions, kv_positions, q_segment_ids, kv_segment_ids, sin
         raise ValueError(f"sinks must be one logit a query head, [{q.shape[2]}]; got {sinks.shape}")
     if soft_cap is not None and soft_cap <= 0:
         raise ValueError(f"soft_cap must be positive or None; got {soft_cap}")
+
+
+def check_carry(q, v, carry):
+    """Raise ValueError for a carry that is no `(out, lse)` of these queries and values."""
+    if carry is None:
+        return
+    wanted = (*q.shape[:3], v.shape[3]), q.shape[:3]
+    if len(carry) != 2 or tuple(x.shape for x in carry) != wanted:
+        raise ValueError(
+            f"carry must be (out, lse) of shapes {wanted}; got {[x.shape for x in carry]}"
+        )

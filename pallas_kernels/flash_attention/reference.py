@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.online_softmax import merge
+
 
 def _scores(q, k, soft_cap, scale):
     """`[B, K, G, T, S]` from q `[B, T, N, H]` and k `[B, S, K, H]`, N = K * G."""
@@ -19,7 +21,7 @@ def _scores(q, k, soft_cap, scale):
     return s if soft_cap is None else soft_cap * jnp.tanh(s / soft_cap)
 
 
-def forward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, mask, soft_cap, scale, out_dtype):
+def forward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, mask, soft_cap, scale, carry, out_dtype):
     b, t, n, _ = q.shape
     s = _scores(q, k, soft_cap, scale)
     seen = mask.visible(q_pos, kv_pos, q_seg, kv_seg)[:, None, None]
@@ -28,7 +30,9 @@ def forward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, mask, soft_cap, scale, out
     # a row with nothing to see has lse = -inf: shift by 0 there, so that exp(-inf) = 0 and not NaN
     p = jnp.exp(s - jnp.where(jnp.isneginf(lse), 0.0, lse)[..., None])
     out = jnp.einsum("bkgts,bskh->btkgh", p.astype(v.dtype), v, preferred_element_type=s.dtype)
-    return out.reshape(b, t, n, v.shape[-1]).astype(out_dtype), _rows(lse, b, t, n)
+    part = out.reshape(b, t, n, v.shape[-1]), _rows(lse, b, t, n)
+    out, lse = part if carry is None else merge(carry, part)
+    return out.astype(out_dtype), lse
 
 
 def _rows(x, b, t, n):

@@ -12,13 +12,18 @@ from jax import lax
 
 from pallas_kernels.flash_attention.mask import NO_POSITION, PAD_POSITION, bounds
 
-BLOCK = 512
+BLOCK, LEAST_BLOCK = 512, 128
 SKIP, FULL, PARTIAL = 0, 1, 2
 
 
-def forward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, mask, soft_cap, scale, out_dtype):
+def forward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, mask, soft_cap, scale, carry, out_dtype):
     b, t, n, _ = q.shape
-    queries, keys = _query_blocks(q, q_pos, q_seg, k.shape[2]), _key_blocks(k, v, kv_pos, kv_seg)
+    block = _block(mask)
+    queries = _query_blocks(q, q_pos, q_seg, k.shape[2], block)
+    if carry is not None:
+        for name, x in (("out", carry[0]), ("lse", carry[1][..., None])):
+            queries[name] = _query_blocks(x, q_pos, None, k.shape[2], block)["q"]
+    keys = _key_blocks(k, v, kv_pos, kv_seg, block)
     kinds = _block_kinds(queries, keys, mask)
     acc_dtype = np.promote_types(q.dtype, np.float32)
 
@@ -35,12 +40,8 @@ def forward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, mask, soft_cap, scale, out
             return lax.switch(kinds[j], branches, query, key, carry)
 
         rows = query["q"].shape[:-1]
-        start = (
-            jnp.full(rows, -jnp.inf, acc_dtype),
-            jnp.zeros(rows, acc_dtype),
-            jnp.zeros((*rows, v.shape[-1]), acc_dtype),
-        )
-        high, total, acc = lax.fori_loop(0, kinds.shape[0], step, start)
+        start = _start(query, rows, v.shape[-1], acc_dtype)
+        high, total, acc = lax.fori_loop(*_span(kinds), step, start)
         nothing = total == 0
         out = acc / jnp.where(nothing, 1.0, total)[..., None]
         return out.astype(out_dtype), jnp.where(nothing, -jnp.inf, high + jnp.log(total))
@@ -51,12 +52,12 @@ def forward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, mask, soft_cap, scale, out
 
 def backward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, lse, dout, delta, *, mask, soft_cap, scale):
     b, t, n, _ = q.shape
-    kv_heads = k.shape[2]
-    queries = _query_blocks(q, q_pos, q_seg, kv_heads)
+    kv_heads, block = k.shape[2], _block(mask)
+    queries = _query_blocks(q, q_pos, q_seg, kv_heads, block)
     shift = jnp.where(jnp.isneginf(lse), 0.0, lse)
     for name, x in (("dout", dout), ("lse", shift[..., None]), ("delta", delta[..., None])):
-        queries[name] = _query_blocks(x, q_pos, None, kv_heads)["q"]
-    keys = _key_blocks(k, v, kv_pos, kv_seg)
+        queries[name] = _query_blocks(x, q_pos, None, kv_heads, block)["q"]
+    keys = _key_blocks(k, v, kv_pos, kv_seg, block)
     kinds = _block_kinds(queries, keys, mask)
     acc_dtype = np.promote_types(q.dtype, np.float32)
 
@@ -76,12 +77,22 @@ def backward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, lse, dout, delta, *, mask, s
             more_dq, more_dk, more_dv = lax.switch(kinds[i], branches, query)
             return dq.at[i].add(more_dq), dk + more_dk, dv + more_dv
 
-        dq, dk, dv = lax.fori_loop(0, kinds.shape[0], step, (dq, *zeros))
+        dq, dk, dv = lax.fori_loop(*_span(kinds), step, (dq, *zeros))
         return dq, (dk, dv)
 
     dq = jnp.zeros(queries["q"].shape, acc_dtype)
     dq, (dk, dv) = lax.scan(one_key_block, dq, (keys, kinds.T))
     return _rows(dq, b, t, n), _columns(dk, k), _columns(dv, v)
+
+
+def _start(query, rows, width, dtype):
+    """`(high, total, acc)` before the first key: nothing, or what is carried in."""
+    if "lse" not in query:
+        empty = jnp.full(rows, -jnp.inf, dtype), jnp.zeros(rows, dtype)
+        return *empty, jnp.zeros((*rows, width), dtype)
+    high = query["lse"][..., 0].astype(dtype)
+    total = jnp.where(jnp.isneginf(high), 0.0, 1.0).astype(dtype)
+    return high, total, query["out"].astype(dtype) * total[..., None]
 
 
 def _attend_block(query, key, carry, mask, soft_cap, scale):
@@ -144,6 +155,13 @@ def _block_kinds(queries, keys, mask):
     return jnp.where(every.all(-1), FULL, jnp.where(some.any(-1), PARTIAL, SKIP))
 
 
+def _span(kinds):
+    """The first block that is not skipped, and one past the last."""
+    needed = kinds != SKIP
+    end = kinds.shape[0] - jnp.argmax(needed[::-1])
+    return jnp.argmax(needed), jnp.where(needed.any(), end, 0)
+
+
 def _extremes(x, axis):
     """`(min, max)` over a block of `[blocks, B, block]`, to broadcast against the other side's."""
     return jnp.expand_dims(x.min(-1), axis), jnp.expand_dims(x.max(-1), axis)
@@ -156,8 +174,13 @@ def _split(x, block, value):
     return x.reshape(x.shape[0], -1, block, *x.shape[2:]).swapaxes(0, 1)
 
 
-def _query_blocks(x, positions, segment_ids, kv_heads):
-    block = min(BLOCK, x.shape[1])
+def _block(mask):
+    """Tokens of a block: few where a window is narrow, since blocks outside it are skipped."""
+    return BLOCK if mask.window is None else max(LEAST_BLOCK, min(BLOCK, mask.window))
+
+
+def _query_blocks(x, positions, segment_ids, kv_heads, block):
+    block = min(block, x.shape[1])
     blocks = _split(x, block, 0)  # [blocks, B, block, N, H]
     count, b, _, n, h = blocks.shape
     blocks = blocks.reshape(count, b, block, kv_heads, n // kv_heads, h).transpose(0, 1, 3, 4, 2, 5)
@@ -170,8 +193,8 @@ def _query_blocks(x, positions, segment_ids, kv_heads):
     return out
 
 
-def _key_blocks(k, v, positions, segment_ids):
-    block = min(BLOCK, k.shape[1])
+def _key_blocks(k, v, positions, segment_ids, block):
+    block = min(block, k.shape[1])
     out = {name: _split(x, block, 0).swapaxes(2, 3) for name, x in (("k", k), ("v", v))}
     out["pos"] = _split(positions, block, PAD_POSITION)
     if segment_ids is not None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from jaxcp.context_parallel.merge import merge, merge_stacked
+from pallas_kernels.online_softmax import merge, merge_stacked
 
 ROWS, H = 3, 2
 merge = jax.jit(merge)
