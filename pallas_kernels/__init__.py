@@ -1,7 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention and mixture-of-experts kernels for JAX: reference, XLA, Triton and Mosaic TPU."""
 
+from pallas_kernels.decode_attention import decode_attention, quantize_cache
 from pallas_kernels.flash_attention import PAD_POSITION, flash_attention
-from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
 
-__all__ = ["PAD_POSITION", "flash_attention", "grouped_matmul"]
+__all__ = [
+    "PAD_POSITION",
+    "decode_attention",
+    "flash_attention",
+    "grouped_matmul",
+    "grouped_swiglu",
+    "quantize_cache",
+]

@@ -1,30 +1,108 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Grouped matmul: rows sorted by group, one weight matrix a group."""
+"""Grouped matmul: rows sorted by group, one weight matrix a group.
 
+A backend with kernels (triton, mosaic_tpu) has the functions that `gradients.py` names; one that
+leaves its gradient to JAX (reference, xla) has `forward(lhs, rhs, group_sizes)`.
+"""
+
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import resolve
+from pallas_kernels.grouped_matmul import gradients
+from pallas_kernels.grouped_matmul.quantised import Quantised, dequantise
+from pallas_kernels.grouped_matmul.quantised import check as check_scales
 
-IMPLEMENTATIONS = ("reference", "xla")
+IMPLEMENTATIONS = ("reference", "xla", "triton", "mosaic_tpu")
+KERNELS = ("triton", "mosaic_tpu")
+BEST = {"cpu": "xla", "gpu": "triton", "tpu": "mosaic_tpu"}
 
 
 def grouped_matmul(
     lhs: Float[Array, "M D"],
-    rhs: Float[Array, "E D F"],
+    rhs: Float[Array, "E D F"] | Quantised,
     group_sizes: Int[Array, "E"],
     *,
     implementation: str | None = None,
 ) -> Float[Array, "M F"]:
     """`out[m] = lhs[m] @ rhs[group of row m]`; rows lie sorted by group, groups may be empty.
 
-    `group_sizes` sums to `M`. Accumulates in float32. Differentiable in `lhs` and `rhs`.
+    Rows past the sum of `group_sizes` give 0, and a gradient of 0; a sum above `M` is undefined.
+    Accumulates in float32. Differentiable in `lhs`, and in `rhs` unless it is `Quantised`.
 
+    Args:
+      rhs: matrices, or `quantise(matrices)`, whose values stay 8 bits wide in memory.
+      implementation: "reference", "xla", "triton", "mosaic_tpu"; None takes the platform's best.
     Raises:
       ValueError: shapes that do not fit, or an unknown implementation.
+      NotImplementedError: dtypes that the chosen implementation has no path for.
+
+    Source: Gale et al., MegaBlocks (arXiv 2211.15841).
 
     >>> grouped_matmul(jnp.ones((4, 2)), jnp.ones((3, 2, 5)), jnp.array([1, 0, 3])).shape
     (4, 5)
     """
+    _check(lhs, rhs, group_sizes)
+    backend = resolve("grouped_matmul", implementation, IMPLEMENTATIONS, BEST)
+    if not _has_kernels(backend):
+        return backend.forward(lhs, _exact(rhs, lhs.dtype), group_sizes)
+    _supported(backend, lhs, rhs)
+    lhs, rhs, group_sizes = gradients.alike(lhs, rhs, group_sizes)
+    return gradients.matmul(backend, lhs, rhs, group_sizes)
+
+
+def grouped_swiglu(
+    lhs: Float[Array, "M D"],
+    gate: Float[Array, "E D F"] | Quantised,
+    up: Float[Array, "E D F"] | Quantised,
+    group_sizes: Int[Array, "E"],
+    *,
+    clamp: float | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "M F"]:
+    """`silu(g) * u` with `g = lhs @ gate` and `u = lhs @ up` of each row's group, in one kernel.
+
+    Neither product goes through memory; for a gradient both are written beside the result. As
+    `grouped_matmul` in all else.
+
+    Args:
+      clamp: `min(g, clamp)` and `u` within `[-clamp, clamp]`, as DeepSeek-V4 has it.
+    Raises:
+      ValueError, NotImplementedError: as `grouped_matmul`; a clamp that is not positive.
+
+    Source: Shazeer (arXiv 2002.05202).
+
+    >>> w = jnp.ones((3, 2, 5))
+    >>> grouped_swiglu(jnp.ones((4, 2)), w, w, jnp.array([1, 0, 3])).shape
+    (4, 5)
+    """
+    _check(lhs, gate, group_sizes)
+    _check(lhs, up, group_sizes)
+    if gate.shape != up.shape or isinstance(gate, Quantised) != isinstance(up, Quantised):
+        raise ValueError(f"gate and up are alike; got {gate.shape}, {up.shape}")
+    if clamp is not None and clamp <= 0:
+        raise ValueError(f"clamp must be positive; got clamp={clamp}")
+    backend = resolve("grouped_matmul", implementation, IMPLEMENTATIONS, BEST)
+    if not _has_kernels(backend):
+        acc = np.promote_types(lhs.dtype, np.float32)
+        g, u = (backend.forward(lhs, _exact(w, lhs.dtype), group_sizes) for w in (gate, up))
+        return gradients.activation(g.astype(acc), u.astype(acc), clamp).astype(lhs.dtype)
+    _supported(backend, lhs, gate)
+    _supported(backend, lhs, up)
+    lhs, gate, up, group_sizes = gradients.alike(lhs, gate, up, group_sizes)
+    return gradients.swiglu(backend, lhs, gate, up, group_sizes, clamp)
+
+
+def _has_kernels(backend):
+    return backend.__name__.split(".")[-1] in KERNELS
+
+
+def _exact(rhs, dtype):
+    return dequantise(rhs, dtype) if isinstance(rhs, Quantised) else rhs
+
+
+def _check(lhs, rhs, group_sizes):
     if (
         lhs.ndim != 2
         or rhs.ndim != 3
@@ -35,5 +113,15 @@ def grouped_matmul(
             "needs lhs [M,D], rhs [E,D,F], group_sizes [E]; "
             f"got {lhs.shape}, {rhs.shape}, {group_sizes.shape}"
         )
-    backend = resolve("grouped_matmul", implementation, IMPLEMENTATIONS, {})
-    return backend.forward(lhs, rhs, group_sizes)
+    if isinstance(rhs, Quantised):
+        check_scales(rhs)
+
+
+def _supported(backend, lhs, rhs):
+    dtypes = {lhs.dtype} if isinstance(rhs, Quantised) else {lhs.dtype, rhs.dtype}
+    if len(dtypes) > 1 or lhs.dtype not in (jnp.float32, jnp.bfloat16):
+        raise NotImplementedError(
+            f"grouped_matmul {backend.__name__.split('.')[-1]}: rows and weights both float32 or "
+            f"both bfloat16, or weights quantised; got {', '.join(map(str, dtypes))}; "
+            "use implementation='xla' or 'reference'"
+        )

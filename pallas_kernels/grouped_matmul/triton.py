@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Grouped matmul for NVIDIA GPUs, through Pallas and XLA's Triton.
+
+A tile of rows belongs to one group and starts where the group's rows do, so no row is multiplied
+twice; there are as many programs as any group sizes can need, and those left over do nothing.
+Programs run column after column of a tile, which keeps a group's weights in L2. No atomics: a run
+repeats bit by bit. Weights of 8 bits become the type of the rows on their way into the product.
+Interpreted on CPU; inside `shard_map` the interpreter needs the caller's `check_vma=False`.
+"""
+
+import dataclasses
+import functools
+import warnings
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.dispatch import target_platform
+from pallas_kernels.grouped_matmul import gradients, groups, tuning
+from pallas_kernels.grouped_matmul.quantised import BLOCK, operand
+from pallas_kernels.online_softmax import dot
+
+# 2026-11: jax 0.11 and later warn about Pallas-Triton whenever a program is lowered. That is after
+# the pallas_call has returned, so it cannot be silenced around the call. It works through jax 0.12.
+warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
+
+LEAST = 16  # of every dimension of a Triton dot
+
+
+def matmul(lhs, rhs, group_sizes, *, transpose=False):
+    """`[M, F]`, or with `transpose` `[M, D]` from `[M, F]` and `[E, D, F]`."""
+    (out,) = _products("triton_matmul", lhs, (rhs,), group_sizes, 1, _first, transpose=transpose)
+    return out
+
+
+def swiglu(lhs, gate, up, group_sizes, clamp, *, preactivations):
+    """`(out, g, u)`; g and u only with `preactivations`."""
+    outs = 3 if preactivations else 1
+    finish = functools.partial(_gated, clamp=clamp)
+    return _products("triton_swiglu", lhs, (gate, up), group_sizes, outs, finish)
+
+
+def outer(lhs, dout, group_sizes, dtype):
+    """`lhs.T @ dout` of each group's rows, `[E, D, F]`; 0 for an empty group."""
+    (m, d), f, e = lhs.shape, dout.shape[1], group_sizes.shape[0]
+    if m == 0:
+        return _zeros(lhs, (e, d, f), dtype)
+    interpret = target_platform() == "cpu"
+    block = _fit(tuning.blocks("triton_outer", m // e, lhs.dtype, interpret=interpret), m, f, d)
+    ends = jnp.cumsum(group_sizes.astype(jnp.int32))
+    return pl.pallas_call(
+        functools.partial(_outer_kernel, block=block, shape=(d, f)),
+        grid=(e * pl.cdiv(d, block.k) * pl.cdiv(f, block.n),),
+        out_shape=_like(lhs, (e, d, f), dtype),
+        compiler_params=plgpu.CompilerParams(num_warps=block.warps, num_stages=block.stages),
+        interpret=interpret,
+        name="grouped_matmul_outer",
+    )(ends - group_sizes.astype(jnp.int32), ends, lhs, dout.astype(lhs.dtype))
+
+
+def _products(op, lhs, weights, group_sizes, outs, finish, *, transpose=False):
+    """`finish` of the products of `lhs` with each of the weights, one kernel."""
+    weights, scales = zip(*(operand(w, transpose=transpose) for w in weights), strict=True)
+    m, k = lhs.shape
+    e, n = weights[0].shape[0], weights[0].shape[1 if transpose else 2]
+    if m == 0:
+        return [_zeros(lhs, (0, n), lhs.dtype)] * outs
+    interpret = target_platform() == "cpu"
+    block = _fit(tuning.blocks(op, m // e, lhs.dtype, interpret=interpret), m, n, k)
+    scaled = scales[0] is not None
+    if scaled and scales[0].shape[1] > 1 and BLOCK % block.k:
+        raise ValueError(f"{op}: blocks of {BLOCK} rows share a scale; tuned for k={block.k}")
+    tiles = groups.tiles(group_sizes, m, block.m)
+    return pl.pallas_call(
+        functools.partial(
+            _products_kernel, block=block, count=len(weights), scaled=scaled, finish=finish,
+            transpose=transpose, shape=(e, n, k),
+        ),
+        grid=(tiles.group.shape[0] * pl.cdiv(n, block.n),),
+        out_shape=[_like(lhs, (m, n), lhs.dtype)] * outs,
+        compiler_params=plgpu.CompilerParams(num_warps=block.warps, num_stages=block.stages),
+        interpret=interpret,
+        name=f"grouped_matmul_{op.removeprefix('triton_')}{'_transposed' * transpose}",
+    )(*tiles, lhs, *weights, *(scales if scaled else ()))  # fmt: skip
+
+
+def _fit(tuned, m, n, k):
+    """No block wider than the power of two that holds its side."""
+    sides = {"m": m, "n": n, "k": k}
+    whole = {name: max(LEAST, pl.next_power_of_2(size)) for name, size in sides.items()}
+    return dataclasses.replace(
+        tuned, **{name: min(getattr(tuned, name), size) for name, size in whole.items()}
+    )
+
+
+def _like(x, shape, dtype):
+    # inside shard_map an output varies over the axes that the inputs vary over
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
+
+
+def _zeros(x, shape, dtype):
+    return jnp.zeros(shape, dtype) + jnp.sum(x).astype(dtype) * 0
+
+
+def _inside(start, block, size):
+    """Which of `block` entries from `start` exist: None where all blocks are whole."""
+    return None if size % block == 0 else start + jnp.arange(block) < size
+
+
+def _both(rows, columns):
+    """A mask over rows and columns; either may be None."""
+    rows = None if rows is None else rows[:, None]
+    columns = None if columns is None else columns[None, :]
+    return rows if columns is None else columns if rows is None else rows & columns
+
+
+def _read(ref, at, shape, rows, columns):
+    mask = _both(rows, columns)
+    if mask is None:
+        return plgpu.load(ref.at[at])
+    return plgpu.load(ref.at[at], mask=jnp.broadcast_to(mask, shape), other=0)
+
+
+def _first(product):
+    return (product,)
+
+
+def _gated(g, u, clamp):
+    return gradients.activation(g, u, clamp), g, u
+
+
+def _products_kernel(
+    group_ref, start_ref, end_ref, lhs_ref, *refs, block, count, scaled, finish, transpose, shape
+):
+    groups_, n, k = shape
+    weight_refs, scale_refs = refs[:count], refs[count : 2 * count] if scaled else ()
+    out_refs = refs[count * (1 + scaled) :]
+    by_block = scaled and scale_refs[0].shape[1] > 1
+    wide = pl.cdiv(n, block.n)
+    tile, column = pl.program_id(0) // wide, pl.program_id(0) % wide * block.n
+    group, start, end = group_ref[tile], start_ref[tile], end_ref[tile]
+    real = group < groups_
+    group = jnp.minimum(group, groups_ - 1)
+    rows, at_columns = start + jnp.arange(block.m) < end, pl.ds(column, block.n)
+    columns = _inside(column, block.n, n)
+
+    def scale_of(ref, row):
+        return _read(ref, (group, pl.ds(row, 1), at_columns), (1, block.n), None, columns)
+
+    def step(index, sums):
+        at = pl.ds(index * block.k, block.k)
+        summed = _inside(index * block.k, block.k, k)
+        a = _read(lhs_ref, (pl.ds(start, block.m), at), (block.m, block.k), rows, summed)
+        parts = []
+        for i, ref in enumerate(weight_refs):
+            if transpose:
+                where, size = (group, at_columns, at), (block.n, block.k)
+                w = _read(ref, where, size, columns, summed)
+            else:
+                where, size = (group, at, at_columns), (block.k, block.n)
+                w = _read(ref, where, size, summed, columns)
+            part = dot(a, w.astype(a.dtype), (1, 1 if transpose else 0))
+            if by_block:
+                part *= scale_of(scale_refs[i], index * block.k // BLOCK)
+            parts.append(part)
+        return tuple(total + part for total, part in zip(sums, parts, strict=True))
+
+    steps = jnp.where(real, jnp.int32(pl.cdiv(k, block.k)), jnp.int32(0))
+    zeros = jnp.zeros((block.m, block.n), jnp.float32)
+    sums = jax.lax.fori_loop(0, steps, step, (zeros,) * count)
+    if scaled and not by_block:
+        sums = [total * scale_of(ref, 0) for total, ref in zip(sums, scale_refs, strict=True)]
+    mask = jnp.broadcast_to(_both(rows, columns), zeros.shape)
+    for ref, x in zip(out_refs, finish(*sums), strict=False):
+        plgpu.store(ref.at[pl.ds(start, block.m), at_columns], x.astype(ref.dtype), mask=mask)
+
+
+def _outer_kernel(start_ref, end_ref, lhs_ref, dout_ref, out_ref, *, block, shape):
+    d, f = shape
+    wide, tall = pl.cdiv(f, block.n), pl.cdiv(d, block.k)
+    index = pl.program_id(0)
+    column, row, group = (
+        index % wide * block.n,
+        index // wide % tall * block.k,
+        index // (wide * tall),
+    )
+    start, end = start_ref[group], end_ref[group]
+    at_d, at_f = pl.ds(row, block.k), pl.ds(column, block.n)
+    in_d, in_f = _inside(row, block.k, d), _inside(column, block.n, f)
+
+    def step(index, total):
+        first = start + index * block.m
+        at, rows = pl.ds(first, block.m), first + jnp.arange(block.m) < end
+        a = _read(lhs_ref, (at, at_d), (block.m, block.k), rows, in_d)
+        b = _read(dout_ref, (at, at_f), (block.m, block.n), rows, in_f)
+        return total + dot(a, b, (0, 0))
+
+    steps = pl.cdiv(end - start, block.m)
+    total = jax.lax.fori_loop(0, steps, step, jnp.zeros((block.k, block.n), jnp.float32))
+    total, mask = total.astype(out_ref.dtype), _both(in_d, in_f)
+    if mask is None:
+        plgpu.store(out_ref.at[group, at_d, at_f], total)
+    else:
+        plgpu.store(out_ref.at[group, at_d, at_f], total, mask=jnp.broadcast_to(mask, total.shape))
