@@ -7,6 +7,10 @@ in the minor axis, `[B, T, N * H]` with H padded to whole lanes; nothing is tran
 The innermost grid axis walks the other side's blocks and accumulates in VMEM; a block with nothing
 to see is neither fetched nor multiplied. Interpreted on CPU; inside `shard_map` the interpreter
 needs the caller's `check_vma=False`.
+
+The compiler overlaps matrix and vector work only where it finds both side by side with nothing
+between them. A block is therefore cut into pieces, and the code of one piece's softmax stands
+between the first product of the piece after it and the last product of the piece before it.
 """
 
 import functools
@@ -27,32 +31,33 @@ from pallas_kernels.online_softmax import dot
 LANES = 128
 
 
-def forward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, mask, soft_cap, scale, out_dtype):
-    tiles.unsupported("mosaic_tpu", q)
-    b, t, n, h = q.shape
-    call = _Call("mosaic_forward", q, k, mask, q_pos, kv_pos, q_seg, kv_seg, queries_inner=False)
+def forward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, mask, soft_cap, scale, carry, out_dtype):
+    tiles.unsupported("mosaic_tpu", q, v)
+    b, t, n, _ = q.shape
+    call = _Call("mosaic_forward", q, k, v, mask, q_pos, kv_pos, q_seg, kv_seg, queries_inner=False)
+    before = [] if carry is None else [call.outs(carry[0]), call.rows(carry[1])]
     out, lse = call(
         functools.partial(_forward_kernel, soft_cap=soft_cap, scale=scale),
-        [call.queries(q), call.keys(k), call.keys(v)],
+        [call.queries(q), call.keys(k), call.values(v), *before],
         [
-            ((b, call.t, n * call.h), out_dtype, call.q_spec),
+            ((b, call.t, n * call.hv), out_dtype, call.out_spec),
             ((b, n, 1, call.t), None, call.row_spec),
         ],
-        [(call.h, call.q), (1, call.q), (1, call.q)],
+        [(call.hv, call.q), (1, call.q), (1, call.q)],
     )
-    return _apart(out, n, t, h), lse[:, :, 0, :t].swapaxes(1, 2)
+    return _apart(out, n, t, v.shape[3]), lse[:, :, 0, :t].swapaxes(1, 2)
 
 
 def backward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, lse, dout, delta, *, mask, soft_cap, scale):
-    tiles.unsupported("mosaic_tpu", q)
+    tiles.unsupported("mosaic_tpu", q, v)
     (b, t, n, h), (_, s, kv_heads, _) = q.shape, k.shape
     lse, delta = online_softmax.backward_rows(lse, delta)
     dout = dout.astype(q.dtype)
 
     def run(op, kernel, queries_inner, outs, scratch):
-        call = _Call(op, q, k, mask, q_pos, kv_pos, q_seg, kv_seg, queries_inner=queries_inner)
+        call = _Call(op, q, k, v, mask, q_pos, kv_pos, q_seg, kv_seg, queries_inner=queries_inner)
         kernel = functools.partial(kernel, soft_cap=soft_cap, scale=scale)
-        inputs = [call.queries(q), call.keys(k), call.keys(v), call.queries(dout)]
+        inputs = [call.queries(q), call.keys(k), call.values(v), call.outs(dout)]
         return call(kernel, [*inputs, call.rows(lse), call.rows(delta)], outs(call), scratch(call))
 
     (dq,) = run(
@@ -66,10 +71,13 @@ def backward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, lse, dout, delta, *, mask, s
         "mosaic_dkv",
         _dkv_kernel,
         True,
-        lambda call: [((b, call.s, kv_heads * call.h), None, call.kv_spec)] * 2,
-        lambda call: [(call.kv, call.h)] * 2,
+        lambda call: [
+            ((b, call.s, kv_heads * call.h), None, call.kv_spec),
+            ((b, call.s, kv_heads * call.hv), None, call.v_spec),
+        ],
+        lambda call: [(call.kv, call.h), (call.kv, call.hv)],
     )
-    return _apart(dq, n, t, h), _apart(dk, kv_heads, s, h), _apart(dv, kv_heads, s, h)
+    return _apart(dq, n, t, h), _apart(dk, kv_heads, s, h), _apart(dv, kv_heads, s, v.shape[3])
 
 
 class _Call:
@@ -79,15 +87,17 @@ class _Call:
     `(batch, kv head, key block, query head of the group, query block)`.
     """
 
-    def __init__(self, op, q, k, mask, q_pos, kv_pos, q_seg, kv_seg, *, queries_inner):
+    def __init__(self, op, q, k, v, mask, q_pos, kv_pos, q_seg, kv_seg, *, queries_inner):
         self.interpret = target_platform() == "cpu"
-        tuned = tuning.blocks(op, q, interpret=self.interpret)
+        widest = max(q.shape[3], v.shape[3])
+        tuned = tuning.blocks(op, widest, q.dtype, interpret=self.interpret)
         self.batch, t, heads, h = q.shape
         s, kv_heads = k.shape[1:3]
         self.group = heads // kv_heads
         self.q, self.kv = min(tuned.q, _lanes(t)), min(tuned.kv, _lanes(s))
-        self.sub = min(tuned.sub, self.kv)
-        self.nq, self.nk, self.h = pl.cdiv(t, self.q), pl.cdiv(s, self.kv), _lanes(h)
+        self.sub, self.strip = min(tuned.sub, self.kv), min(tuned.strip, self.q)
+        self.nq, self.nk = pl.cdiv(t, self.q), pl.cdiv(s, self.kv)
+        self.h, self.hv = _lanes(h), _lanes(v.shape[3])
         self.t, self.s = self.nq * self.q, self.nk * self.kv
         self.mask, self.segmented, self.queries_inner = mask, q_seg is not None, queries_inner
         self.q_ids = tiles.token_ids(q_pos, q_seg, self.t, NO_POSITION)
@@ -105,8 +115,14 @@ class _Call:
             self.grid: tuple[int, ...] = (self.batch, kv_heads, self.nk, self.group, self.nq)
         else:
             self.grid = (self.batch, heads, self.nq, self.nk)
-        self.q_spec = self._spec((None, self.q, self.h), lambda at: (at.b, at.i, at.head))
-        self.kv_spec = self._spec((None, self.kv, self.h), lambda at: (at.b, at.j, at.kv_head))
+        self.q_spec, self.out_spec = (
+            self._spec((None, self.q, width), lambda at: (at.b, at.i, at.head))
+            for width in (self.h, self.hv)
+        )
+        self.kv_spec, self.v_spec = (
+            self._spec((None, self.kv, width), lambda at: (at.b, at.j, at.kv_head))
+            for width in (self.h, self.hv)
+        )
         self.row_spec = self._spec((None, None, 1, self.q), lambda at: (at.b, at.head, 0, at.i))
 
     def queries(self, x):
@@ -114,6 +130,12 @@ class _Call:
 
     def keys(self, x):
         return _side_by_side(x, self.s, self.h), self.kv_spec
+
+    def values(self, x):
+        return _side_by_side(x, self.s, self.hv), self.v_spec
+
+    def outs(self, x):
+        return _side_by_side(x, self.t, self.hv), self.out_spec
 
     def rows(self, x):
         return tiles.pad_axis(x.swapaxes(1, 2), self.t, 2)[:, :, None], self.row_spec
@@ -165,7 +187,10 @@ class _Call:
                 grid=self.grid,
                 in_specs=in_specs,
                 out_specs=[spec for _, _, spec in outs],
-                scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+                scratch_shapes=[
+                    *(pltpu.VMEM(shape, jnp.float32) for shape in scratch),
+                    pltpu.VMEM((c, self.kv, LANES), jnp.int32),
+                ],
             ),
             out_shape=[
                 jax.ShapeDtypeStruct(shape, dtype or jnp.float32, manual_axis_type=self.varies)
@@ -210,43 +235,77 @@ def _entry(q_scalars, kv_scalars, q_ids_ref, kv_ids_ref, *refs, call, kernel):
     index = [pl.program_id(axis) for axis in range(len(call.grid))]
     at = call.at(index, (q_scalars, kv_scalars))
     inner = list(zip(index[3:], call.grid[3:], strict=True))
+    *refs, columns_ref = refs
     start, step, finish = kernel(*refs)
 
-    def work(masked):
-        for begin in range(0, call.kv, call.sub):
-            keys = pl.ds(begin, min(call.sub, call.kv - begin))
-            hidden = None
-            if masked:
-                q = [q_ids_ref[row : row + 1, :] for row in range(q_ids_ref.shape[0])]
-                kv = [kv_ids_ref[row : row + 1, keys].T for row in range(kv_ids_ref.shape[0])]
-                hidden = jnp.where(tiles.visible(call.mask, q, kv), 0.0, -jnp.inf)
-            step(keys, hidden)
+    def unmasked(s, queries, keys):
+        return s
+
+    def masked(s, queries, keys):
+        lanes = min(LANES, queries.size)
+        q = [q_ids_ref[row : row + 1, queries] for row in range(q_ids_ref.shape[0])]
+        kv = [
+            jnp.concatenate([columns_ref[row, keys, :lanes]] * (queries.size // lanes), axis=1)
+            for row in range(q_ids_ref.shape[0])
+        ]
+        return jnp.where(tiles.visible(call.mask, q, kv), s, -jnp.inf)
+
+    def work(mask):
+        if mask is masked:  # a key's ids in every lane, once a block: turning them is slow
+            for row in range(kv_ids_ref.shape[0]):
+                ids = kv_ids_ref[row : row + 1, :].T
+                columns_ref[row] = jnp.broadcast_to(ids, columns_ref.shape[1:])
+        step(_cut(call.q, call.strip), _cut(call.kv, call.sub), mask)
 
     pl.when(functools.reduce(jnp.logical_and, [i == 0 for i, _ in inner]))(start)
-    pl.when(at.every)(lambda: work(False))
-    pl.when(at.some & ~at.every)(lambda: work(True))
+    pl.when(at.every)(lambda: work(unmasked))
+    pl.when(at.some & ~at.every)(lambda: work(masked))
     pl.when(functools.reduce(jnp.logical_and, [i == size - 1 for i, size in inner]))(finish)
 
 
-# A kernel gives what to do first, for some keys of a block (`hidden` is 0 or -inf, keys x queries,
-# or None), and last.
+def _cut(size, most):
+    return [pl.ds(begin, min(most, size - begin)) for begin in range(0, size, most)]
 
 
-def _forward_kernel(
-    q_ref, k_ref, v_ref, out_ref, lse_ref, acc_ref, m_ref, total_ref, *, soft_cap, scale
-):
+# A kernel gives what to do first, with a block cut into strips of queries and keys (`mask(scores,
+# queries, keys)` hides what is not to be seen; scores are keys x queries), and last.
+
+
+def _forward_kernel(q_ref, k_ref, v_ref, *refs, soft_cap, scale):
+    *before, out_ref, lse_ref, acc_ref, m_ref, total_ref = refs
+
     def start():
+        if before:
+            out, lse = before[0][...].astype(jnp.float32).T, before[1][...]
+            acc_ref[...], m_ref[...], total_ref[...] = online_softmax.carried(out, lse)
+            return
         acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
         m_ref[...] = jnp.full(m_ref.shape, -jnp.inf, jnp.float32)
         total_ref[...] = jnp.zeros(total_ref.shape, jnp.float32)
 
-    def step(keys, hidden):
-        s, _ = online_softmax.scores(dot(k_ref[keys, :], q_ref[...], (1, 1)), scale, soft_cap)
-        if hidden is not None:
-            s += hidden
-        p, alpha, m, total = online_softmax.update(s, m_ref[...], total_ref[...], axis=0)
-        m_ref[...], total_ref[...] = m, total
-        acc_ref[...] = acc_ref[...] * alpha + dot(v_ref[keys, :], p.astype(v_ref.dtype), (0, 0))
+    def scores(queries, keys, mask):
+        qk = dot(k_ref[keys, :], q_ref[queries, :], (1, 1))
+        return mask(online_softmax.scores(qk, scale, soft_cap)[0], queries, keys)
+
+    def values(queries, keys, p, alpha):
+        taken = dot(v_ref[keys, :], p, (0, 0))
+        acc_ref[:, queries] = acc_ref[:, queries] * alpha + taken
+
+    def step(strips, subs, mask):
+        pieces = [(queries, keys) for queries in strips for keys in subs]
+        coming, done = scores(*pieces[0], mask), None
+        for piece, after in zip(pieces, [*pieces[1:], None], strict=True):
+            queries, keys = piece
+            s, coming = coming, None if after is None else scores(*after, mask)
+            if done is not None:
+                values(*done)
+            if keys is subs[0]:
+                m, total = m_ref[:, queries], total_ref[:, queries]
+            p, alpha, m, total = online_softmax.update(s, m, total, axis=0)
+            if keys is subs[-1]:
+                m_ref[:, queries], total_ref[:, queries] = m, total
+            done = queries, keys, p.astype(v_ref.dtype), alpha
+        values(*done)
 
     def finish():
         inverse, lse_ref[...] = online_softmax.finish(m_ref[...], total_ref[...])
@@ -255,14 +314,34 @@ def _forward_kernel(
     return start, step, finish
 
 
-def _gradients(q_ref, k, v, dout_ref, lse_ref, delta_ref, hidden, soft_cap, scale):
-    """`(p, ds)`, keys x queries; `ds` still lacks the scale."""
-    s, slope = online_softmax.scores(dot(k, q_ref[...], (1, 1)), scale, soft_cap)
-    if hidden is not None:
-        s += hidden
-    p = jnp.exp2(s - lse_ref[...])
-    ds = p * (dot(v, dout_ref[...], (1, 1)) - delta_ref[...])
-    return p, ds if slope is None else ds * slope
+def _gradients(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, keys, mask, soft_cap, scale):
+    """Issue the products of some keys; what comes back finishes `(p, ds)`, keys x queries.
+
+    `ds` still lacks the scale.
+    """
+    qk = dot(k_ref[keys, :], q_ref[...], (1, 1))
+    dp = dot(v_ref[keys, :], dout_ref[...], (1, 1))
+
+    def rest():
+        s, slope = online_softmax.scores(qk, scale, soft_cap)
+        p = jnp.exp2(mask(s, pl.ds(0, q_ref.shape[0]), keys) - lse_ref[...])
+        ds = p * (dp - delta_ref[...])
+        if slope is not None:
+            ds *= slope
+        return p.astype(q_ref.dtype), ds.astype(q_ref.dtype)
+
+    return rest
+
+
+def _in_turn(subs, gradients, add):
+    """`add(keys, p, ds)` for all keys, behind the products of the keys that come next."""
+    coming, done = gradients(subs[0]), None
+    for keys, after in zip(subs, [*subs[1:], None], strict=True):
+        here, coming = coming, None if after is None else gradients(after)
+        if done is not None:
+            add(*done)
+        done = keys, *here()
+    add(*done)
 
 
 def _dq_kernel(
@@ -271,10 +350,12 @@ def _dq_kernel(
     def start():
         acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
 
-    def step(keys, hidden):
-        k, rows = k_ref[keys, :], (dout_ref, lse_ref, delta_ref)
-        _, ds = _gradients(q_ref, k, v_ref[keys, :], *rows, hidden, soft_cap, scale)
-        acc_ref[...] += dot(k, ds.astype(k.dtype), (0, 0))
+    def add(keys, _, ds):
+        acc_ref[...] += dot(k_ref[keys, :], ds, (0, 0))
+
+    def step(_, subs, mask):
+        arrays = q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref
+        _in_turn(subs, lambda keys: _gradients(*arrays, keys, mask, soft_cap, scale), add)
 
     def finish():
         dq_ref[...] = (acc_ref[...] * scale).T
@@ -290,11 +371,13 @@ def _dkv_kernel(
         dk_acc[...] = jnp.zeros(dk_acc.shape, jnp.float32)
         dv_acc[...] = jnp.zeros(dv_acc.shape, jnp.float32)
 
-    def step(keys, hidden):
-        k, rows = k_ref[keys, :], (dout_ref, lse_ref, delta_ref)
-        p, ds = _gradients(q_ref, k, v_ref[keys, :], *rows, hidden, soft_cap, scale)
-        dv_acc[keys, :] += dot(p.astype(q_ref.dtype), dout_ref[...], (1, 0))
-        dk_acc[keys, :] += dot(ds.astype(q_ref.dtype), q_ref[...], (1, 0))
+    def add(keys, p, ds):
+        dv_acc[keys, :] += dot(p, dout_ref[...], (1, 0))
+        dk_acc[keys, :] += dot(ds, q_ref[...], (1, 0))
+
+    def step(_, subs, mask):
+        arrays = q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref
+        _in_turn(subs, lambda keys: _gradients(*arrays, keys, mask, soft_cap, scale), add)
 
     def finish():
         dk_ref[...] = dk_acc[...] * scale

@@ -4,6 +4,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -11,7 +12,7 @@ class Blocks:
     """Queries and keys a block, and how the block is worked on.
 
     `warps` and `stages` are Triton's; `sub` is how many keys of a block a TPU kernel turns into
-    scores at a time.
+    scores at a time, and `strip` for how many queries (the forward kernel).
     """
 
     q: int
@@ -19,6 +20,7 @@ class Blocks:
     warps: int = 4
     stages: int = 2
     sub: int = 512
+    strip: int = 512
 
 
 INTERPRETED = "interpreted"
@@ -30,7 +32,7 @@ TABLE: tuple[tuple[str, str, int, int, Blocks], ...] = (
     ("triton_forward", INTERPRETED, 256, 4, Blocks(q=64, kv=32)),
     ("triton_dq", INTERPRETED, 256, 4, Blocks(q=64, kv=32)),
     ("triton_dkv", INTERPRETED, 256, 4, Blocks(q=32, kv=64)),
-    ("mosaic_forward", INTERPRETED, 256, 4, Blocks(q=128, kv=128, sub=64)),
+    ("mosaic_forward", INTERPRETED, 256, 4, Blocks(q=128, kv=128, sub=64, strip=64)),
     ("mosaic_dq", INTERPRETED, 256, 4, Blocks(q=128, kv=128, sub=64)),
     ("mosaic_dkv", INTERPRETED, 256, 4, Blocks(q=128, kv=128, sub=64)),
     # any NVIDIA GPU from sm_80
@@ -65,17 +67,15 @@ def device_kind() -> str:
     return getattr(device, "device_kind", None) or jax.devices()[0].device_kind
 
 
-def blocks(op: str, x: jax.Array, *, interpret: bool) -> Blocks:
-    """The row for `op` on the device in scope, for `x [..., head_dim]`."""
+def blocks(op: str, head_dim: int, dtype, *, interpret: bool) -> Blocks:
+    """The row for `op` on the device in scope; `head_dim` is the wider one of keys and values."""
     kind = INTERPRETED if interpret else device_kind()
-    for name, target, head_dim, itemsize, row in TABLE:
+    for name, target, most, itemsize, row in TABLE:
         if (
             name == op
             and kind.startswith(target)
-            and x.shape[-1] <= head_dim
-            and x.dtype.itemsize <= itemsize
+            and head_dim <= most
+            and jnp.dtype(dtype).itemsize <= itemsize
         ):
             return row
-    raise NotImplementedError(
-        f"{op}: no block sizes for {kind!r}, head_dim={x.shape[-1]}, {x.dtype}"
-    )
+    raise NotImplementedError(f"{op}: no block sizes for {kind!r}, head_dim={head_dim}, {dtype}")
