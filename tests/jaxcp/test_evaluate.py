@@ -31,10 +31,10 @@ def test_shipped_checkpoint_is_a_small_hybrid():
     assert tokenizer.vocab_size == config.vocab_size == 256
 
 
-def test_shipped_checkpoint_finds_some_needles(result):
-    """Chance is one in a million; 32 % of 200 were measured at this length (README)."""
+def test_shipped_checkpoint_finds_the_needles(result):
+    """99.5 % of 200 were measured at this length (README)."""
     assert len(result.answers) == 10
-    assert result.accuracy() >= 0.1
+    assert result.accuracy() >= 0.9
     assert {a.length for a in result.answers} == {2_048}
 
 
