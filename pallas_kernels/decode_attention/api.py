@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode attention: the public signature, the cache's quantisation, the checks before a backend.
+
+A backend is a module with `forward` (see `reference.py`) on checked arguments; it returns float32.
+It never sees a sink: sinks enter the softmax's denominator once, after the last merge.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Num
+
+from pallas_kernels.dispatch import resolve
+from pallas_kernels.flash_attention.api import apply_sinks, default_positions, hide_pads
+from pallas_kernels.flash_attention.mask import Mask
+
+IMPLEMENTATIONS = ("reference", "xla", "triton", "mosaic_tpu")
+BEST = {"cpu": "xla", "gpu": "triton", "tpu": "mosaic_tpu"}
+MAX_QUERIES = 16
+"""Query rows a sequence. Beyond, a row of the cache is read for enough work: `flash_attention`."""
+QUANTIZED = {"int8": 127.0, "float8_e4m3fn": 448.0}  # the greatest value each can hold
+
+
+def decode_attention(
+    q: Float[Array, "B T N H"],
+    k: Num[Array, "B S K H"],
+    v: Num[Array, "B S K V"],
+    *,
+    q_positions: Int[Array, "B T"],
+    kv_positions: Int[Array, "B S"] | None = None,
+    k_scale: Float[Array, "B S K"] | None = None,
+    v_scale: Float[Array, "B S K"] | None = None,
+    window: int | None = None,
+    sinks: Float[Array, "N"] | None = None,
+    soft_cap: float | None = None,
+    scale: float | None = None,
+    out_dtype: DTypeLike | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
+    """Exact causal attention of 1 to 16 queries a sequence over a cache; `(out, lse)`.
+
+    The cache is read where it lies and once: no slot is copied, converted or padded in memory
+    (but see Raises), and a block of slots that no query sees is not read. What is left is dealt to
+    several workers, whose results are merged. `lse` is the natural log of the sum of exponentials
+    (sink included), float32; float64 in, float64 out (reference and xla). A row that sees nothing
+    gives `out = 0, lse = -inf`. Query head `n` reads KV head `n // (N // K)`.
+
+    Args:
+      k, v: of q's dtype, of another float dtype (converted a block at a time), or quantised:
+        int8 and float8_e4m3fn, with scales from `quantize_cache`.
+      q_positions, kv_positions: global position of each token. A slot belongs to no position:
+        `kv_positions` (default `0..S-1`) says which token lies there, in any order;
+        `PAD_POSITION` marks an empty slot, and a pad among the queries.
+      k_scale, v_scale: what the stored values of a token's head are multiplied by; both or neither.
+      window: number of positions a query sees, its own included.
+      sinks: a logit per head that takes part in the softmax and brings no value.
+      soft_cap: scores become `soft_cap * tanh(score / soft_cap)`.
+      scale: multiplies `q @ k`; default `H ** -0.5`.
+      out_dtype: default q's; float32 for partial results that are yet to be merged.
+      implementation: "reference", "xla", "triton", "mosaic_tpu"; None takes the platform's best.
+    Raises:
+      ValueError: shapes, dtypes or options that make no sense.
+      NotImplementedError: the chosen implementation cannot; the message names those that can.
+        And in a gradient: there is none, `flash_attention` has one.
+
+    "triton" copies a cache whose head dim is no power of two, "mosaic_tpu" one of under 128 slots.
+    Source: split KV: Flash-Decoding (Dao et al., 2023, crfm.stanford.edu/2023/10/12/flashdecoding).
+
+    >>> q = jax.random.normal(jax.random.key(0), (1, 1, 8, 64))
+    >>> k, k_scale = quantize_cache(jax.random.normal(jax.random.key(1), (1, 256, 1, 64)), "int8")
+    >>> now = jnp.full((1, 1), 255, jnp.int32)
+    >>> out, lse = decode_attention(q, k, k, k_scale=k_scale, v_scale=k_scale, q_positions=now)
+    >>> out.shape, lse.shape
+    ((1, 1, 8, 64), (1, 1, 8))
+    """
+    if kv_positions is None:
+        kv_positions = default_positions(k)
+    check(q, k, v, k_scale, v_scale, q_positions, kv_positions, sinks, soft_cap)
+    options = dict(
+        mask=Mask(window=window),
+        soft_cap=soft_cap,
+        scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+    )
+    backend = resolve("decode_attention", implementation, IMPLEMENTATIONS, BEST)
+    arrays = q, k, v, k_scale, v_scale, hide_pads(q_positions), kv_positions
+    out, lse = _attend(backend, tuple(options.items()), *arrays)
+    if sinks is not None:
+        out, lse = apply_sinks(out, lse, sinks)
+    return out.astype(q.dtype if out_dtype is None else out_dtype), lse
+
+
+def quantize_cache(
+    x: Float[Array, "... H"], dtype: DTypeLike
+) -> tuple[Num[Array, "... H"], Float[Array, "..."]]:
+    """Keys or values as int8 or float8_e4m3fn, and the float32 scale of each token's head.
+
+    `x` is about `values * scales[..., None]`. The scale is the greatest magnitude over the head
+    dim divided by 127 (int8) or 448 (e4m3), so nothing saturates. With `a` that magnitude, int8 is
+    off by at most `a / 254` an entry; e4m3 by a sixteenth of the entry, or `a / 458752` where that
+    is more: better where a few entries are far larger than the rest, worse elsewhere.
+
+    Raises:
+      ValueError: another dtype.
+    """
+    name = jnp.dtype(dtype).name
+    if name not in QUANTIZED:
+        raise ValueError(f"dtype must be one of {tuple(QUANTIZED)}; got {name}")
+    most = QUANTIZED[name]
+    x = x.astype(jnp.float32)
+    greatest = jnp.max(jnp.abs(x), axis=-1)
+    scales = jnp.where(greatest > 0, greatest / most, 1.0)
+    values = jnp.clip(x / scales[..., None], -most, most)
+    return (jnp.round(values) if name == "int8" else values).astype(dtype), scales
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _attend(backend, options, *arrays):
+    return backend.forward(*arrays, **dict(options))
+
+
+@_attend.defjvp
+def _no_gradient(backend, options, primals, tangents):
+    raise NotImplementedError("decode_attention has no gradient; use flash_attention")
+
+
+def check(q, k, v, k_scale, v_scale, q_positions, kv_positions, sinks, soft_cap):
+    """Raise ValueError for arguments that no backend could make sense of."""
+    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
+        raise ValueError(
+            f"q, k, v must be [batch, tokens, heads, head_dim]; got {q.shape}, {k.shape}, {v.shape}"
+        )
+    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            "q [B,T,N,H], k [B,S,K,H] and v [B,S,K,V] must agree in B, S, K and H; "
+            f"got {q.shape}, {k.shape}, {v.shape}"
+        )
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"query heads must be a multiple of KV heads; got {q.shape[2]} and {k.shape[2]}"
+        )
+    if not 1 <= q.shape[1] <= MAX_QUERIES:
+        raise ValueError(
+            f"decode_attention takes 1 to {MAX_QUERIES} queries a sequence; got {q.shape[1]}; "
+            "use flash_attention for more"
+        )
+    _check_dtypes(q, k, v, k_scale, v_scale)
+    for name, x, tokens in (("q_positions", q_positions, q), ("kv_positions", kv_positions, k)):
+        if x.shape != tokens.shape[:2] or x.dtype != jnp.int32:
+            raise ValueError(f"{name} must be int32 {tokens.shape[:2]}; got {x.dtype} {x.shape}")
+    if sinks is not None and sinks.shape != (q.shape[2],):
+        raise ValueError(f"sinks must be one logit a query head, [{q.shape[2]}]; got {sinks.shape}")
+    if soft_cap is not None and soft_cap <= 0:
+        raise ValueError(f"soft_cap must be positive or None; got {soft_cap}")
+
+
+def _check_dtypes(q, k, v, k_scale, v_scale):
+    if not jnp.issubdtype(q.dtype, jnp.floating):
+        raise ValueError(f"q must be floating; got {q.dtype}")
+    floating = jnp.issubdtype(k.dtype, jnp.floating)
+    if k.dtype != v.dtype or not (floating or k.dtype.name in QUANTIZED):
+        raise ValueError(
+            f"k and v must share one dtype, floating or of {tuple(QUANTIZED)}; "
+            f"got {k.dtype} and {v.dtype}"
+        )
+    if (k_scale is None) != (v_scale is None) or (k_scale is None and k.dtype.name in QUANTIZED):
+        raise ValueError(
+            f"give both k_scale and v_scale, or for a cache of floats neither; k, v are {k.dtype}, "
+            f"and of the scales {sum(x is not None for x in (k_scale, v_scale))} came"
+        )
+    for name, x in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if x is not None and (x.shape != k.shape[:3] or x.dtype not in (jnp.float32, jnp.bfloat16)):
+            raise ValueError(
+                f"{name} must be float32 or bfloat16 {k.shape[:3]}; got {x.dtype} {x.shape}"
+            )

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode attention for TPUs, through Pallas and Mosaic.
+
+A block of the cache is used as it lies in memory: one matrix of `tokens * KV heads` rows, `[R, H]`.
+One product scores every query head against every row; of its K bands of rows only that is kept
+which belongs to a column's KV head, so that the scores of all heads fill one dense array
+`[rows, R]` in which lane `l` is of head `l % K`. A maximum or sum per head is one over lanes that
+are K apart: a few rotations. On the way back the weights are spread over K bands, zero elsewhere,
+and one product with the values yields every head. The matrix unit multiplies K times what it must
+and has the time: a decode step waits for memory.
+
+The grid is `(batch, worker, step)`: workers share the list of blocks that are needed, the rest is
+not fetched. Interpreted on CPU; inside `shard_map` the interpreter needs the caller's
+`check_vma=False`.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import online_softmax
+from pallas_kernels.decode_attention import rows, tuning
+from pallas_kernels.dispatch import target_platform
+from pallas_kernels.flash_attention import blocks as tiles
+from pallas_kernels.flash_attention.mask import NO_POSITION, PAD_POSITION
+from pallas_kernels.online_softmax import dot
+
+LANES = 128
+SUBLANES = 8
+CHUNK = 512
+"""Rows of the cache in one product: more scores than these spill."""
+VMEM_BYTES = 48 << 20
+
+
+def forward(q, k, v, k_scale, v_scale, q_pos, kv_pos, *, mask, soft_cap, scale):
+    tuning.unsupported("mosaic_tpu", q, v)
+    kv_heads = k.shape[2]
+    if LANES % kv_heads:
+        raise NotImplementedError(
+            f"decode_attention mosaic_tpu: a number of KV heads that divides {LANES}; got "
+            f"{kv_heads}; use implementation='xla' or 'reference'"
+        )
+    t = q.shape[1]
+    call = _Call(q, k, v, q_pos, kv_pos, mask)
+    queries = rows.together(q, kv_heads)
+    real = queries.shape[2]
+    row_pos = tiles.pad_axis(rows.positions(q_pos, real // t), call.rows, 1, NO_POSITION)
+    scales = [] if k_scale is None else [call.lanes(k_scale, 0), call.lanes(v_scale, 0)]
+    kernel = functools.partial(_kernel, call=call, mask=mask, soft_cap=soft_cap, scale=scale)
+    out, lse = call(
+        kernel,
+        [
+            (row_pos[..., None], pl.BlockSpec((None, call.rows, 1), lambda b, *_: (b, 0, 0))),
+            call.lanes(jnp.repeat(kv_pos, kv_heads, axis=1), PAD_POSITION),
+            call.queries(queries),
+            call.slots(k),
+            call.slots(v),
+            *scales,
+        ],
+    )
+    # [workers, B, K, rows, V] and [workers, B, K, rows]
+    out = out.reshape(*out.shape[:2], kv_heads, call.rows, -1)[..., :real, :]
+    lse = lse[..., :kv_heads].swapaxes(2, 3)[..., :real]
+    out, lse = online_softmax.merge_stacked(out, lse)
+    return rows.apart(out, t), rows.apart(lse, t)
+
+
+class _Call:
+    """The kernel on one set of shapes: block sizes, padding, index maps and the list of blocks.
+
+    `rows` are queries of one KV head, `block` rows of the cache, `sub` those of a loop's body.
+    """
+
+    def __init__(self, q, k, v, q_pos, kv_pos, mask):
+        self.interpret = target_platform() == "cpu"
+        self.batch, slots, self.kv_heads, h = k.shape
+        self.hv = v.shape[3]
+        tuned = tuning.blocks("mosaic", max(h, self.hv), q.dtype, interpret=self.interpret)
+        # the cache is never padded, unless it is shorter than the shortest block
+        self.slots_there = max(slots, LANES)
+        most = max(LANES, tuned.rows // self.kv_heads // LANES * LANES)
+        tokens = min(most, self.slots_there // LANES * LANES)
+        self.block = tokens * self.kv_heads
+        self.sub = math.gcd(tuned.sub, self.block)
+        self.chunk = math.gcd(CHUNK, self.sub)
+        self.blocks = pl.cdiv(self.slots_there, tokens)
+        self.ragged = self.slots_there % tokens * self.kv_heads  # rows of the last block, or 0
+        group_rows = q.shape[1] * (q.shape[2] // self.kv_heads)
+        # bands of whole tiles: 8 rows, and of bfloat16 16 over all bands
+        least = SUBLANES if self.kv_heads > 1 else 2 * SUBLANES
+        self.rows = pl.cdiv(group_rows, least) * least
+        self.order, self.counts = rows.block_list(mask, q_pos, kv_pos, tokens)
+        self.workers = min(tuned.splits, self.blocks)
+        # the longest list, dealt evenly; at least one step, which writes the results
+        self.steps = jnp.maximum(1, pl.cdiv(self.counts[:, 1].max(), self.workers))
+        self.varies = jax.typeof(q).manual_axis_type  # inside shard_map, as the inputs vary
+
+    def fetched(self, b, worker, step, order, counts):
+        """The block to have at hand: beyond the list its last one, which is there."""
+        at = jnp.clip(worker * counts[2 * self.batch] + step, 0, counts[2 * b + 1] - 1)
+        return order[b * self.blocks + jnp.maximum(at, 0)]
+
+    def each_part(self, part, carry):
+        """`part(begin, carry)` over the block; a loop keeps the program and its compiling small."""
+        parts = self.block // self.sub
+        if parts == 1:
+            return part(0, carry)
+        return jax.lax.fori_loop(0, parts, lambda i, carry: part(i * self.sub, carry), carry)
+
+    def lanes(self, x, pad):
+        """`[B, S, ...]` of one number a row of the cache, along lanes."""
+        x = tiles.pad_axis(x.reshape(self.batch, -1), self.blocks * self.block, 1, pad)
+        return x[:, None], pl.BlockSpec(
+            (None, 1, self.block), lambda *at: (at[0], 0, self.fetched(*at))
+        )
+
+    def slots(self, x):
+        """The cache as it lies: this reshape moves nothing on a TPU."""
+        x = tiles.pad_axis(x, self.slots_there, 1)
+        x = x.reshape(self.batch, -1, x.shape[3])
+        return x, pl.BlockSpec(
+            (None, self.block, x.shape[2]), lambda *at: (at[0], self.fetched(*at), 0)
+        )
+
+    def queries(self, x):
+        """`[B, K, rows, H]` as K bands of rows."""
+        x = tiles.pad_axis(x, self.rows, 2).reshape(self.batch, -1, x.shape[3])
+        return x, pl.BlockSpec((None, *x.shape[1:]), lambda b, *_: (b, 0, 0))
+
+    def __call__(self, kernel, inputs):
+        arrays, in_specs = zip(*inputs, strict=True)
+        bands = self.kv_heads * self.rows
+        shapes = (bands, self.hv), (self.rows, LANES)
+        counts = jnp.append(self.counts.reshape(-1), self.steps)
+        return pl.pallas_call(
+            kernel,
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=2,
+                grid=(self.batch, self.workers, self.steps),
+                in_specs=in_specs,
+                out_specs=[
+                    pl.BlockSpec((None, None, *shape), lambda b, worker, *_: (worker, b, 0, 0))
+                    for shape in shapes
+                ],
+                scratch_shapes=[
+                    pltpu.VMEM(shape, jnp.float32)
+                    for shape in (shapes[0], shapes[1], shapes[1], (self.rows, self.block))
+                ],
+            ),
+            out_shape=[
+                jax.ShapeDtypeStruct(
+                    (self.workers, self.batch, *shape), jnp.float32, manual_axis_type=self.varies
+                )
+                for shape in shapes
+            ],
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=(pltpu.PARALLEL, pltpu.PARALLEL, pltpu.ARBITRARY),
+                vmem_limit_bytes=VMEM_BYTES,
+            ),
+            interpret=self.interpret,
+            name="decode_attention",
+        )(self.order.reshape(-1), counts, *arrays)
+
+
+def _kernel(order, counts, q_pos, kv_pos, q, k, v, *refs, call, mask, soft_cap, scale):
+    *scales, out, lse, acc, high, total, s_ref = refs
+    b, worker, step = (pl.program_id(axis) for axis in range(3))
+    at = worker * counts[2 * call.batch] + step
+    some = at < counts[2 * b + 1]
+    every = at < counts[2 * b]
+
+    @pl.when(step == 0)
+    def start():
+        acc[...] = jnp.zeros(acc.shape, jnp.float32)
+        high[...] = jnp.full(high.shape, -jnp.inf, jnp.float32)
+        total[...] = jnp.zeros(total.shape, jnp.float32)
+
+    def score(masked):
+        def part(begin, least):
+            for offset in range(0, call.sub, call.chunk):
+                lanes = pl.ds(pl.multiple_of(begin + offset, call.chunk), call.chunk)
+                s = dot(q[...], k[lanes, :].astype(q.dtype), (1, 1))
+                s = _own_band(s, call)
+                if scales:
+                    s *= scales[0][:, lanes].astype(jnp.float32)
+                s, _ = online_softmax.scores(s, scale, soft_cap)
+                if masked:
+                    seen = tiles.visible(mask, [q_pos[...]], [kv_pos[:, lanes]])
+                    s = jnp.where(seen, s, -jnp.inf)
+                s_ref[:, lanes] = s
+                least = functools.reduce(jnp.maximum, _tiles(s), least)
+            return least
+
+        return part
+
+    def weigh(masked, shift):
+        def part(begin, carry):
+            sums, added = carry
+            for offset in range(0, call.sub, call.chunk):
+                lanes = pl.ds(pl.multiple_of(begin + offset, call.chunk), call.chunk)
+                parts = [jnp.exp2(tile - shift) for tile in _tiles(s_ref[:, lanes])]
+                sums = functools.reduce(jnp.add, parts, sums)
+                p = jnp.concatenate(parts, axis=1)
+                if scales:
+                    p *= scales[1][:, lanes].astype(jnp.float32)
+                values = v[lanes, :].astype(q.dtype)
+                if masked and call.ragged:  # what lies behind the cache may be NaN
+                    row = jax.lax.broadcasted_iota(jnp.int32, values.shape, 0) + begin + offset
+                    last = order[b * call.blocks + at] == call.blocks - 1
+                    values = jnp.where((row < call.ragged) | ~last, values, jnp.zeros_like(values))
+                added += dot(_spread(p.astype(q.dtype), call), values, (1, 0))
+            return sums, added
+
+        return part
+
+    def work(masked):
+        m = _over_heads(call.each_part(score(masked), high[...]), jnp.maximum, call.kv_heads)
+        shift = jnp.where(m == -jnp.inf, 0.0, m)
+        alpha = jnp.exp2(high[...] - shift)
+        high[...] = m
+        start = total[...] * alpha, acc[...] * _bands(alpha, call)
+        total[...], acc[...] = call.each_part(weigh(masked, shift), start)
+
+    pl.when(every)(lambda: work(False))
+    pl.when(some & ~every)(lambda: work(True))
+
+    @pl.when(step == pl.num_programs(2) - 1)
+    def finish():
+        whole = _over_heads(total[...], jnp.add, call.kv_heads)
+        inverse, lse[...] = online_softmax.finish(high[...], whole)
+        out[...] = acc[...] * _bands(inverse, call)
+
+
+def _tiles(x):
+    return [x[:, begin : begin + LANES] for begin in range(0, x.shape[1], LANES)]
+
+
+def _head(shape, kv_heads):
+    """The KV head of each lane."""
+    return jax.lax.broadcasted_iota(jnp.int32, shape, 1) & (kv_heads - 1)
+
+
+def _own_band(s, call):
+    """`[K * rows, R] -> [rows, R]`: of each column the band of its own head."""
+    head = _head((call.rows, s.shape[1]), call.kv_heads)
+    kept = s[: call.rows]
+    for i in range(1, call.kv_heads):
+        kept = jnp.where(head == i, s[i * call.rows : (i + 1) * call.rows], kept)
+    return kept
+
+
+def _spread(p, call):
+    """Undo `_own_band`, with zeros elsewhere."""
+    if call.kv_heads == 1:
+        return p
+    head = _head(p.shape, call.kv_heads)
+    return jnp.concatenate(
+        [jnp.where(head == i, p, jnp.zeros_like(p)) for i in range(call.kv_heads)], axis=0
+    )
+
+
+def _over_heads(x, combine, kv_heads):
+    """Reduce `[rows, 128]` over the lanes of each head; every lane has its head's result."""
+    distance = LANES // 2
+    while distance >= kv_heads:
+        x = combine(x, pltpu.roll(x, distance, 1))
+        distance //= 2
+    return x
+
+
+def _bands(x, call):
+    """`[rows, 128]`, one number a head, as a column of K bands: `[K * rows, 1]`."""
+    return jnp.concatenate([x[:, i : i + 1] for i in range(call.kv_heads)], axis=0)

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Queries of a KV head as the rows of one matrix, and which blocks of slots they need."""
+
+import jax.numpy as jnp
+
+from pallas_kernels.flash_attention import blocks as tiles
+from pallas_kernels.flash_attention.mask import NO_POSITION, PAD_POSITION
+
+
+def together(q, kv_heads):
+    """`[B, T, N, H] -> [B, K, T * G, H]`: the queries that read one KV head, token by token."""
+    b, t, n, h = q.shape
+    q = q.reshape(b, t, kv_heads, n // kv_heads, h).swapaxes(1, 2)
+    return q.reshape(b, kv_heads, -1, h)
+
+
+def apart(x, queries):
+    """Undo `together`, on `[B, K, T * G, ...]`."""
+    b, kv_heads, rows = x.shape[:3]
+    x = x.reshape(b, kv_heads, queries, rows // queries, *x.shape[3:]).swapaxes(1, 2)
+    return x.reshape(b, queries, -1, *x.shape[4:])
+
+
+def positions(q_pos, group):
+    """`[B, T] -> [B, T * G]`."""
+    return jnp.repeat(q_pos, group, axis=1)
+
+
+def block_list(mask, q_pos, kv_pos, block):
+    """`order [B, blocks]` and `counts [B, 2]` of slots `[j * block, (j + 1) * block)`.
+
+    Entries `[0, counts[0])` are seen by every query whole, `[counts[0], counts[1])` need the mask,
+    the rest is not to be touched. A last block that is not full needs the mask.
+    """
+    size = -(-kv_pos.shape[1] // block) * block
+    q = tiles.token_ids(q_pos, None, q_pos.shape[1], NO_POSITION)
+    kv = tiles.token_ids(kv_pos, None, size, PAD_POSITION)
+    q_bounds = tiles.block_bounds(q, q_pos.shape[1], NO_POSITION)
+    kv_bounds = tiles.block_bounds(kv, block, PAD_POSITION)
+    order, counts = tiles.block_lists(mask, q_bounds, kv_bounds, False, along="kv")
+    return order[:, 0], counts[:, 0]

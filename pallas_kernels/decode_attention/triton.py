@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode attention for NVIDIA GPUs, through Pallas and XLA's Triton.
+
+One program takes the queries that share a KV head and an even share of the blocks of slots they
+need; the partial results are merged outside. No atomics: a run repeats bit by bit. Interpreted on
+CPU; inside `shard_map` the interpreter needs the caller's `check_vma=False`.
+"""
+
+import functools
+import math
+import warnings
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels import devices, online_softmax
+from pallas_kernels.decode_attention import rows, tuning
+from pallas_kernels.dispatch import target_platform
+from pallas_kernels.flash_attention import blocks as tiles
+from pallas_kernels.flash_attention.mask import NO_POSITION, PAD_POSITION
+from pallas_kernels.online_softmax import dot
+
+# 2026-11: jax 0.11 and later warn about Pallas-Triton whenever a program is lowered. That is after
+# the pallas_call has returned, so it cannot be silenced around the call. It works through jax 0.12.
+warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
+
+CORES = 128
+"""Multiprocessors of a GPU that `devices` does not list."""
+
+
+def forward(q, k, v, k_scale, v_scale, q_pos, kv_pos, *, mask, soft_cap, scale):
+    tuning.unsupported("triton", q, v)
+    _addressable(k, v)
+    interpret = target_platform() == "cpu"
+    b, t = q.shape[:2]
+    kv_heads, hv = k.shape[2], v.shape[3]
+    tuned = tuning.blocks("triton", max(k.shape[3], hv), q.dtype, interpret=interpret)
+    k, v = _whole(k), _whole(v)
+    slots = max(k.shape[1], 16)
+    block = min(tuned.rows, 1 << (slots.bit_length() - 1))  # no block is longer than the cache
+    cache = [tiles.pad_axis(x, slots, 1) for x in (k, v)]
+    scales = [] if k_scale is None else [tiles.pad_axis(x, slots, 1) for x in (k_scale, v_scale)]
+    kv_pos = tiles.pad_axis(kv_pos, slots, 1, PAD_POSITION)
+    order, counts = rows.block_list(mask, q_pos, kv_pos, block)
+    splits = min(order.shape[1], tuned.splits or _splits(b * kv_heads))
+
+    queries = rows.together(_whole(q), kv_heads)
+    real = queries.shape[2]
+    size = max(16, pl.next_power_of_2(real))
+    queries = tiles.pad_axis(queries, size, 2)
+    row_pos = tiles.pad_axis(rows.positions(q_pos, real // t), size, 1, NO_POSITION)
+    # Whole sequences are one block to Pallas, which on a GPU is a pointer and no copy.
+    line = pl.BlockSpec((None, slots, None), lambda i, n, b: (b, 0, n))
+    plan = [
+        (row_pos, pl.BlockSpec((None, size), lambda i, n, b: (b, 0))),
+        (kv_pos, pl.BlockSpec((None, slots), lambda i, n, b: (b, 0))),
+        (order, pl.BlockSpec((None, order.shape[1]), lambda i, n, b: (b, 0))),
+        (counts, pl.BlockSpec((None, 2), lambda i, n, b: (b, 0))),
+        (queries, _heads(size, queries.shape[3])),
+        *((x, _slots(slots, x.shape[3])) for x in cache),
+        *((x, line) for x in scales),
+    ]
+    arrays, in_specs = zip(*plan, strict=True)
+    varies = jax.typeof(q).manual_axis_type  # inside shard_map, as the inputs vary
+    width = cache[1].shape[3]
+    kernel = functools.partial(
+        _kernel, block=block, slots=slots, splits=splits, mask=mask, soft_cap=soft_cap, scale=scale
+    )
+    out, lse = pl.pallas_call(
+        kernel,
+        grid=(splits, kv_heads, b),
+        in_specs=in_specs,
+        out_specs=[
+            pl.BlockSpec((None, None, None, size, width), lambda i, n, b: (i, b, n, 0, 0)),
+            pl.BlockSpec((None, None, None, size), lambda i, n, b: (i, b, n, 0)),
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=varies)
+            for shape in ((splits, b, kv_heads, size, width), (splits, b, kv_heads, size))
+        ],
+        compiler_params=plgpu.CompilerParams(num_warps=tuned.warps, num_stages=tuned.stages),
+        interpret=interpret,
+        name="decode_attention",
+    )(*arrays)
+    out, lse = online_softmax.merge_stacked(out[..., :real, :hv], lse[..., :real])
+    return rows.apart(out, t), rows.apart(lse, t)
+
+
+def _addressable(*cache):
+    """Pallas counts elements in 32 bits until an array has more than 2^32 bytes."""
+    for x in cache:
+        if x.dtype.itemsize == 1 and 2**31 < math.prod(x.shape) <= 2**32:
+            raise NotImplementedError(
+                f"decode_attention triton: an 8-bit cache of 2^31 to 2^32 entries, {x.shape}, is "
+                "out of reach of Pallas' 32-bit offsets; use implementation='xla', or fewer "
+                "sequences at a time"
+            )
+
+
+def _whole(x):
+    """Head dim grown to a power of two, at least 16."""
+    return tiles.pad_axis(x, max(16, pl.next_power_of_2(x.shape[3])), 3)
+
+
+def _splits(programs):
+    """As many workers a sequence and KV head as fill the GPU twice."""
+    chip = devices.find(tuning.device_kind())
+    cores = chip.nvidia.cores if chip is not None and chip.nvidia is not None else CORES
+    return pl.cdiv(2 * cores, programs)
+
+
+def _heads(size, width):
+    return pl.BlockSpec((None, None, size, width), lambda i, n, b: (b, n, 0, 0))
+
+
+def _slots(slots, width):
+    return pl.BlockSpec((None, slots, None, width), lambda i, n, b: (b, 0, n, 0))
+
+
+def _kernel(
+    q_pos_ref, kv_pos_ref, order_ref, counts_ref, q_ref, k_ref, v_ref, *refs,
+    block, slots, splits, mask, soft_cap, scale,
+):  # fmt: skip
+    *scales, out_ref, lse_ref = refs
+    q = q_ref[...]
+    size, width = out_ref.shape
+    q_pos = q_pos_ref[...][:, None]
+    full, count = counts_ref[0], counts_ref[1]
+    share = pl.cdiv(count, splits)
+    begin = jnp.minimum(pl.program_id(0) * share, count)
+    end = jnp.minimum(begin + share, count)
+    turn = jnp.clip(full, begin, end)
+
+    def step(masked):
+        def body(index, carry):
+            acc, m, total = carry
+            first = order_ref[index] * block
+            # the last block ends where the cache does: some of its slots were another's
+            at = pl.ds(jnp.minimum(first, slots - block) if masked else first, block)
+            s = dot(q, k_ref[at, :].astype(q.dtype), (1, 1))
+            if scales:
+                s *= scales[0][at].astype(jnp.float32)[None, :]
+            s, _ = online_softmax.scores(s, scale, soft_cap)
+            if masked:
+                pos = kv_pos_ref[at]
+                pos = jnp.where(at.start + jnp.arange(block) >= first, pos, PAD_POSITION)
+                s = jnp.where(tiles.visible(mask, [q_pos], [pos[None, :]]), s, -jnp.inf)
+            p, alpha, m, total = online_softmax.update(s, m, total, axis=1)
+            if scales:
+                p *= scales[1][at].astype(jnp.float32)[None, :]
+            values = v_ref[at, :].astype(q.dtype)
+            return acc * alpha + dot(p.astype(q.dtype), values, (1, 0)), m, total
+
+        return body
+
+    zeros = jnp.zeros((size, 1), jnp.float32)
+    carry = jnp.zeros((size, width), jnp.float32), jnp.full_like(zeros, -jnp.inf), zeros
+    carry = jax.lax.fori_loop(begin, turn, step(False), carry)
+    acc, m, total = jax.lax.fori_loop(turn, end, step(True), carry)
+    inverse, lse = online_softmax.finish(m, total)
+    out_ref[...] = acc * inverse
+    lse_ref[...] = lse.reshape(size)

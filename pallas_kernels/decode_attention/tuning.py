@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sizes of a decode kernel's blocks, one table: the first row that matches is taken."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from pallas_kernels.flash_attention.tuning import INTERPRETED, device_kind
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """How a cache is cut.
+
+    `rows` is what one step of a kernel reads: of one KV head in Triton, so tokens; of all KV heads
+    on a TPU, so tokens times KV heads, `sub` of them in a loop's body. `splits` workers share a
+    sequence; 0 is as many as fill the GPU twice. `warps` and `stages` are Triton's.
+    """
+
+    rows: int
+    splits: int = 0
+    sub: int = 8192
+    warps: int = 4
+    stages: int = 3
+
+
+# operation, start of the device kind, most head dim, most bytes an element of q, the row
+TABLE: tuple[tuple[str, str, int, int, Blocks], ...] = (
+    # the interpreter: small, so that short tests still cross block borders and merge
+    ("triton", INTERPRETED, 256, 4, Blocks(rows=32, splits=3)),
+    ("mosaic", INTERPRETED, 256, 4, Blocks(rows=256, splits=2, sub=128)),
+    ("triton", "", 128, 2, Blocks(rows=64)),
+    ("triton", "", 256, 2, Blocks(rows=32)),
+    ("triton", "", 128, 4, Blocks(rows=32, stages=2)),
+    ("triton", "", 256, 4, Blocks(rows=16, stages=2)),
+    # two workers: the two cores of a v4 or v5p
+    ("mosaic", "", 128, 2, Blocks(rows=8192, splits=2)),
+    ("mosaic", "", 256, 4, Blocks(rows=4096, splits=2)),
+)
+
+
+def blocks(op: str, head_dim: int, dtype, *, interpret: bool) -> Blocks:
+    """The row for `op` on the device in scope; `head_dim` is the wider one of keys and values."""
+    kind = INTERPRETED if interpret else device_kind()
+    for name, target, most, itemsize, row in TABLE:
+        if (
+            name == op
+            and kind.startswith(target)
+            and head_dim <= most
+            and jnp.dtype(dtype).itemsize <= itemsize
+        ):
+            return row
+    raise NotImplementedError(f"{op}: no block sizes for {kind!r}, head_dim={head_dim}, {dtype}")
+
+
+def unsupported(name, q, v):
+    """Raise NotImplementedError for a dtype or head dim that no Pallas backend has a path for."""
+    widest = max(q.shape[-1], v.shape[-1])
+    if q.dtype in (jnp.float32, jnp.bfloat16) and widest <= 256:
+        return
+    raise NotImplementedError(
+        f"decode_attention {name}: q in float32 or bfloat16 and head dims up to 256; got "
+        f"{q.dtype} and head dims {q.shape[-1]} and {v.shape[-1]}; use implementation='xla' or "
+        "'reference'"
+    )

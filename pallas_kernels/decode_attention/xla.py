@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode attention in plain XLA, a block of slots at a time: the default on CPU.
+
+Memory beside the cache is one block's scores. Blocks that no query of any sequence sees are
+skipped; the cache is sliced where it lies.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels.decode_attention import rows
+from pallas_kernels.dispatch import target_platform
+from pallas_kernels.flash_attention.mask import PAD_POSITION
+
+BLOCK = 1024
+
+
+def forward(q, k, v, k_scale, v_scale, q_pos, kv_pos, *, mask, soft_cap, scale):
+    t = q.shape[1]
+    kv_heads, slots = k.shape[2], k.shape[1]
+    acc = np.promote_types(q.dtype, np.float32)
+    # a CPU multiplies float32 faster, and the products of bfloat16 numbers are float32 numbers
+    compute = acc if target_platform() == "cpu" else q.dtype
+    block = min(BLOCK, slots)
+    queries = rows.together(q, kv_heads).astype(compute)
+    row_pos = rows.positions(q_pos, queries.shape[2] // t)
+    order, count = _needed(mask, q_pos, kv_pos, block)
+
+    def step(index, carry):
+        high, total, out = carry
+        first = order[index] * block
+        start = jnp.minimum(first, slots - block)  # the last block ends where the cache does
+
+        def take(x):
+            return lax.dynamic_slice_in_dim(x, start, block, axis=1)
+
+        s = _dot("bkrh,bskh->bkrs", queries, take(k).astype(q.dtype).astype(compute)) * scale
+        if k_scale is not None:
+            s *= _per_key(take(k_scale), acc)
+        if soft_cap is not None:
+            s = soft_cap * jnp.tanh(s / soft_cap)
+        fresh = start + jnp.arange(block, dtype=jnp.int32) >= first
+        pos = jnp.where(fresh, take(kv_pos), PAD_POSITION)
+        s = jnp.where(mask.visible(row_pos, pos)[:, None], s, -jnp.inf)
+        new_high = jnp.maximum(high, s.max(-1))
+        shift = jnp.where(jnp.isneginf(new_high), 0.0, new_high)
+        p = jnp.exp(s - shift[..., None])
+        keep = jnp.exp(high - shift)
+        total = total * keep + p.sum(-1)
+        if v_scale is not None:
+            p *= _per_key(take(v_scale), acc)
+        values = take(v).astype(q.dtype).astype(compute)
+        out = out * keep[..., None] + _dot("bkrs,bskh->bkrh", p.astype(compute), values)
+        return new_high, total, out
+
+    shape = queries.shape[:3]
+    start = jnp.full(shape, -jnp.inf, acc), jnp.zeros(shape, acc)
+    high, total, out = lax.fori_loop(
+        0, count, step, (*start, jnp.zeros((*shape, v.shape[-1]), acc))
+    )
+    nothing = total == 0
+    out = out / jnp.where(nothing, 1.0, total)[..., None]
+    lse = jnp.where(nothing, -jnp.inf, high + jnp.log(total))
+    return rows.apart(out, t), rows.apart(lse, t)
+
+
+def _needed(mask, q_pos, kv_pos, block):
+    """The blocks that any sequence needs, in order, and how many they are."""
+    order, counts = rows.block_list(mask, q_pos, kv_pos, block)
+    column = jnp.arange(order.shape[1], dtype=jnp.int32)
+    listed = column < counts[:, 1:]
+    needed = jnp.put_along_axis(jnp.zeros_like(listed), order, listed, axis=1, inplace=False).any(0)
+    place = jnp.where(needed, jnp.cumsum(needed) - 1, order.shape[1])  # out of bounds: dropped
+    return jnp.zeros_like(column).at[place].set(column, mode="drop"), needed.sum()
+
+
+def _per_key(x, dtype):
+    """`[B, block, K] -> [B, K, 1, block]`."""
+    return x.astype(dtype).swapaxes(1, 2)[:, :, None]
+
+
+def _dot(equation, x, y):
+    exact = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    acc = np.promote_types(x.dtype, np.float32)
+    return jnp.einsum(equation, x, y, precision=exact, preferred_element_type=acc)

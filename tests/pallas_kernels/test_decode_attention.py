@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every implementation of decode attention, against float64 and against its own promises."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import PAD_POSITION, decode_attention, quantize_cache
+from pallas_kernels.decode_attention.api import IMPLEMENTATIONS
+from pallas_kernels.testing_decode import CASES, Case, check, expected, rms
+
+SKIPPING = ("xla", "triton", "mosaic_tpu")
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_matches_float64_and_repeats(implementation, case):
+    check(implementation, case)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "outliers", "cost"),
+    [
+        # measured: 0.009, 0.036, 0.137, 0.029
+        ("int8", False, 0.012),
+        ("float8_e4m3fn", False, 0.045),
+        ("int8", True, 0.18),
+        ("float8_e4m3fn", True, 0.04),
+    ],
+)
+def test_what_a_quantised_cache_costs(dtype, outliers, cost):
+    """Root mean square error of `out` against the cache before, as a part of out's own.
+
+    Outliers: one entry of each token's head is thirty times the rest, and is left out of the sum.
+    """
+    case = Case(batch=2, queries=4, slots=1024, head_dim=128, outliers=outliers, cache=dtype)
+    before = expected(dataclasses.replace(case, cache=None))["out"][..., 1:]
+    assert rms(expected(case)["out"][..., 1:] - before) <= cost * rms(before)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "share", "least"),
+    [("int8", 0, 1 / 254), ("float8_e4m3fn", 1 / 16, 1 / 458752)],
+)
+def test_quantised_entries_are_as_near_as_promised(dtype, share, least):
+    x = np.random.default_rng(0).standard_normal((3, 50, 2, 64)).astype(np.float32)
+    x[..., 3] *= 100
+    x[0, 0] = 0
+    values, scales = quantize_cache(jnp.asarray(x), dtype)
+    assert values.dtype == jnp.dtype(dtype) and scales.shape == x.shape[:3]
+    stored = np.asarray(values).astype(np.float64) * np.asarray(scales, np.float64)[..., None]
+    greatest = np.abs(x).max(-1, keepdims=True)
+    bound = np.maximum(share * np.abs(x), least * greatest)
+    assert (np.abs(stored - x) <= bound * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("implementation", SKIPPING)
+def test_blocks_with_nothing_to_see_are_not_read(implementation):
+    """NaN in the slots of whole blocks that no query sees reaches no result."""
+    slots = 4096 if implementation == "xla" else 1024
+    positions = jnp.arange(slots, dtype=jnp.int32)[None]
+    positions = positions.at[:, : slots // 4].set(PAD_POSITION)
+    hidden = (positions == PAD_POSITION) | (positions < slots // 2)
+    rng = np.random.default_rng(0)
+    q, k, v = (
+        jnp.asarray(rng.standard_normal((1, size, 1, 32)), jnp.float32)
+        for size in (1, slots, slots)
+    )
+
+    @jax.jit
+    def run(k, v):
+        return decode_attention(
+            q, k, v, q_positions=jnp.full((1, 1), slots - 1, jnp.int32), kv_positions=positions,
+            window=slots // 2, implementation=implementation,
+        )  # fmt: skip
+
+    poisoned = run(*(jnp.where(hidden[..., None, None], jnp.nan, x) for x in (k, v)))
+    for a, b in zip(run(k, v), poisoned, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def attend(*, q=(1, 1, 2, 32), kv=(1, 40, 2, 32), dtype="float32", cache=None, **options):
+    """Shapes alone: what is refused is refused before anything runs."""
+    q_positions = jax.ShapeDtypeStruct(q[:2], jnp.int32)
+    k = jax.ShapeDtypeStruct(kv, cache or dtype)
+    q = jax.ShapeDtypeStruct(q, dtype)
+    scale = jax.ShapeDtypeStruct(kv[:3], jnp.float32)
+    options = {name: scale if x == "scale" else x for name, x in options.items()}
+    arrays = {name: x for name, x in options.items() if name.endswith("scale")}
+    static = {name: x for name, x in options.items() if name not in arrays}
+    call = functools.partial(decode_attention, **static)
+    return jax.eval_shape(call, q, k, k, q_positions=q_positions, **arrays)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(q=(1, 17, 2, 32)), "1 to 16 queries.*17.*flash_attention"),
+        (dict(q=(1, 1, 3, 32)), "multiple"),
+        (dict(cache="int8"), "both k_scale and v_scale"),
+        (dict(k_scale="scale"), "both k_scale and v_scale"),
+        (dict(cache="int32"), "int8.*int32"),
+        (dict(kv=(2, 40, 2, 32)), "agree in B"),
+        (dict(soft_cap=-1.0), "soft_cap"),
+        (dict(window=0), "window"),
+    ],
+)
+def test_nonsense_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        attend(**options)
+
+
+@pytest.mark.parametrize("implementation", ["triton", "mosaic_tpu"])
+def test_what_a_kernel_cannot_do_names_who_can(implementation):
+    with pytest.raises(NotImplementedError, match="xla"):
+        attend(q=(1, 1, 2, 512), kv=(1, 40, 2, 512), implementation=implementation)
+    with pytest.raises(NotImplementedError, match=r"float16.*xla"):
+        attend(dtype="float16", implementation=implementation)
+
+
+def test_what_one_kernel_cannot_do_names_who_can():
+    with pytest.raises(NotImplementedError, match=r"divides 128; got 3.*xla"):
+        attend(q=(1, 1, 3, 32), kv=(1, 40, 3, 32), implementation="mosaic_tpu")
+    scales = dict(k_scale="scale", v_scale="scale")
+    with pytest.raises(NotImplementedError, match=r"32-bit offsets.*xla"):
+        large = dict(q=(3, 1, 8, 128), kv=(3, 2**20, 8, 128), cache="int8")
+        attend(**large, **scales, implementation="triton")
+    with pytest.raises(ValueError, match=r"int8.*float16"):
+        quantize_cache(jnp.zeros((1, 2)), "float16")
+
+
+def test_there_is_no_gradient():
+    q, k = jnp.zeros((1, 1, 2, 32)), jnp.zeros((1, 40, 2, 32))
+    now = jnp.zeros((1, 1), jnp.int32)
+    with pytest.raises(NotImplementedError, match="flash_attention"):
+        jax.grad(lambda q: decode_attention(q, k, k, q_positions=now)[0].sum())(q)

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode attention over a million slots becomes machine code for chips that are not there.
+
+That no copy of the cache is made is a fact about the compiled program: its temporaries.
+"""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jaxcp.plan import compile_for, parse_target
+from pallas_kernels import decode_attention
+
+# 2026-11: jax 0.11 and later warn when Pallas-Triton is used; it works through 0.12.
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+
+SLOTS = 1 << 20
+TARGETS = ("rtx-pro-6000:1", "h200:1", "v5e:1x1", "v5p:1x1x1", "v6e:1x1", "tpu7x:1x1x1")
+
+
+def compiled(target, cache, *, queries=1, heads=64, kv_heads=8):
+    """A step of one sequence over `SLOTS` slots, on every device of the target alike."""
+    target = parse_target(target)
+    mesh = target.mesh(seq=target.size)
+    keys = jax.ShapeDtypeStruct((1, SLOTS, kv_heads, 128), cache)
+    scales = None
+    if jnp.dtype(cache).itemsize == 1:
+        scales = jax.ShapeDtypeStruct(keys.shape[:3], jnp.float32)
+    ids = [jax.ShapeDtypeStruct((1, size), jnp.int32) for size in (queries, SLOTS)]
+    args = jax.ShapeDtypeStruct((1, queries, heads, 128), "bfloat16"), keys, keys, scales, *ids
+
+    def local(q, k, v, scales, q_positions, kv_positions):
+        return decode_attention(
+            q, k, v, k_scale=scales, v_scale=scales, q_positions=q_positions,
+            kv_positions=kv_positions, window=SLOTS - 1000,
+        )  # fmt: skip
+
+    def step(*args):
+        return jax.shard_map(local, in_specs=(P(),) * len(args), out_specs=(P(),) * 2)(*args)
+
+    return compile_for(step, args, mesh)
+
+
+@pytest.mark.parametrize("cache", ["bfloat16", "int8"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_million_slots_compile_and_are_not_copied(target, cache):
+    report = compiled(target, cache)
+    assert report.kernels == 1
+    assert report.temp_bytes < report.argument_bytes / 8, "no copy of the cache"
