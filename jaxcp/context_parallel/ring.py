@@ -55,10 +55,11 @@ def _ring(axis_name, options, q, k, v, q_pos, kv_pos, q_seg, kv_seg):
     kv = k, v, kv_pos, kv_seg
     if n == 1:
         return attend(None, kv, q.dtype)
-    following = _rotate(kv, axis_name)
-    done = attend(None, kv)  # merging starts with the second shard
-    # a fori_loop: XLA would hoist the permutes of a Python loop and hold every shard at once
-    done, kv = lax.fori_loop(0, n - 2, step, (done, following))
+    rows = q.shape[:3]
+    done = jnp.zeros((*rows, v.shape[3]), acc), jnp.full(rows, -jnp.inf, acc)
+    # a fori_loop: XLA would hoist the permutes of a Python loop and hold every shard at once;
+    # and the first rotation is in it: outside, XLA keeps its result for the backward pass
+    done, kv = lax.fori_loop(0, n - 1, step, (done, kv))
     return attend(done, kv, q.dtype)
 
 

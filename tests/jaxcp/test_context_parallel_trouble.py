@@ -130,7 +130,7 @@ def test_options_that_make_no_sense(strategy, mesh_of):
         raises(r"sinks must be one logit a query head, \[4\]", q, q, places(), sinks=jnp.ones(3))
         raises("implementation must be one of", q, q, places(), implementation="cuda")
         raises("share one floating dtype", q, q.astype(jnp.bfloat16), places())
-        raises("agree in B and H", q, q[..., :4], places())
+        raises("agree in B, S, K and H", q, q[..., :4], places())
         raises("q_positions must be int32", q, q, places(6))
 
 
