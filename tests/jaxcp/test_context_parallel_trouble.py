@@ -10,6 +10,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxcp
+from jaxcp.context_parallel import STRATEGIES
 from jaxcp.layout import Zigzag
 
 
@@ -111,7 +112,7 @@ def test_shapes_that_the_mesh_does_not_divide(shape, kv_heads, message):
         jaxcp.ring_attention(q, k, k, positions)
 
 
-@pytest.mark.parametrize("strategy", jaxcp.context_parallel.STRATEGIES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_options_that_make_no_sense(strategy, mesh_of):
     """Under a mesh as without one: the strategies check what the kernels check."""
 
