@@ -90,11 +90,12 @@ def block_lists(mask: Mask, q: Bounds, kv: Bounds, segmented: bool, *, along: st
     return order, jnp.concatenate([full, seen], axis=-1).astype(jnp.int32)
 
 
-def unsupported(name, q):
+def unsupported(name, q, v):
     """Raise NotImplementedError for a dtype or head dim that no Pallas backend has a path for."""
-    if q.dtype in (jnp.float32, jnp.bfloat16) and q.shape[-1] <= 256:
+    widest = max(q.shape[-1], v.shape[-1])
+    if q.dtype in (jnp.float32, jnp.bfloat16) and widest <= 256:
         return
     raise NotImplementedError(
-        f"flash_attention {name}: float32 or bfloat16 and head_dim up to 256; got {q.dtype} and "
-        f"head_dim={q.shape[-1]}; use implementation='xla' or 'reference'"
+        f"flash_attention {name}: float32 or bfloat16 and head dims up to 256; got {q.dtype} and "
+        f"head dims {q.shape[-1]} and {v.shape[-1]}; use implementation='xla' or 'reference'"
     )

@@ -13,6 +13,7 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
@@ -21,35 +22,44 @@ from pallas_kernels.dispatch import target_platform
 from pallas_kernels.flash_attention import blocks as tiles
 from pallas_kernels.flash_attention import tuning
 from pallas_kernels.flash_attention.mask import NO_POSITION, PAD_POSITION
-from pallas_kernels.online_softmax import dot
+from pallas_kernels.online_softmax import LOG2E, dot
 
 # 2026-11: jax 0.11 and later warn about Pallas-Triton whenever a program is lowered. That is after
 # the pallas_call has returned, so it cannot be silenced around the call. It works through jax 0.12.
 warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
 
+# The greatest score of a row that has seen nothing. Finite, so that exp2(-inf - LEAST) is 0 and
+# not NaN with no test for it, and below what any real score comes to.
+WIDEST = 128  # columns of a tile: more takes more registers for its addresses
+LEAST = -(2.0**100)
 
-def forward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, mask, soft_cap, scale, out_dtype):
-    tiles.unsupported("triton", q)
-    b, t, n, h = q.shape
-    call = _Call("triton_forward", q, k, mask, q_pos, kv_pos, q_seg, kv_seg, along="kv")
+
+def forward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, mask, soft_cap, scale, carry, out_dtype):
+    tiles.unsupported("triton", q, v)
+    b, t, n, _ = q.shape
+    call = _Call("triton_forward", q, k, v, mask, q_pos, kv_pos, q_seg, kv_seg, along="kv")
+    before = [] if carry is None else [call.outs(carry[0]), call.rows(carry[1])]
     out, lse = call(
         functools.partial(_forward_kernel, soft_cap=soft_cap, scale=scale),
-        [call.queries(q), call.keys(k), call.keys(v)],
-        [((b, call.t, n, call.h), out_dtype, call.q_spec), ((b, n, call.t), None, call.row_spec)],
+        [call.queries(q), call.keys(k), call.values(v), *before],
+        [
+            ((b, call.t, n, call.hv), out_dtype, call.out_spec),
+            ((b, n, call.t), None, call.row_spec),
+        ],
     )
-    return out[:, :t, :, :h], lse[:, :, :t].swapaxes(1, 2)
+    return out[:, :t, :, : v.shape[3]], lse[:, :, :t].swapaxes(1, 2)
 
 
 def backward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, lse, dout, delta, *, mask, soft_cap, scale):
-    tiles.unsupported("triton", q)
+    tiles.unsupported("triton", q, v)
     (b, t, n, h), (_, s, kv_heads, _) = q.shape, k.shape
     lse, delta = online_softmax.backward_rows(lse, delta)
     dout = dout.astype(q.dtype)
 
     def run(op, kernel, along, outs):
-        call = _Call(op, q, k, mask, q_pos, kv_pos, q_seg, kv_seg, along=along)
+        call = _Call(op, q, k, v, mask, q_pos, kv_pos, q_seg, kv_seg, along=along)
         kernel = functools.partial(kernel, soft_cap=soft_cap, scale=scale)
-        inputs = [call.queries(q), call.keys(k), call.keys(v), call.queries(dout)]
+        inputs = [call.queries(q), call.keys(k), call.values(v), call.outs(dout)]
         return call(kernel, [*inputs, call.rows(lse), call.rows(delta)], outs(call))
 
     (dq,) = run(
@@ -62,9 +72,12 @@ def backward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, lse, dout, delta, *, mask, s
         "triton_dkv",
         _dkv_kernel,
         "q",
-        lambda call: [((b, call.s, kv_heads, call.h), None, call.kv_spec)] * 2,
+        lambda call: [
+            ((b, call.s, kv_heads, call.h), None, call.kv_spec),
+            ((b, call.s, kv_heads, call.hv), None, call.v_spec),
+        ],
     )
-    return dq[:, :t, :, :h], dk[:, :s, :, :h], dv[:, :s, :, :h]
+    return dq[:, :t, :, :h], dk[:, :s, :, :h], dv[:, :s, :, : v.shape[3]]
 
 
 class _Call:
@@ -75,14 +88,16 @@ class _Call:
     one block to Pallas, which on a GPU is a pointer and no copy.
     """
 
-    def __init__(self, op, q, k, mask, q_pos, kv_pos, q_seg, kv_seg, *, along):
+    def __init__(self, op, q, k, v, mask, q_pos, kv_pos, q_seg, kv_seg, *, along):
         self.interpret = target_platform() == "cpu"
-        tuned = tuning.blocks(op, q, interpret=self.interpret)
+        widest = max(q.shape[3], v.shape[3])
+        tuned = tuning.blocks(op, widest, q.dtype, interpret=self.interpret)
         (batch, tokens, heads, h), (_, keys, kv_heads, _) = q.shape, k.shape
         self.q = min(tuned.q, max(16, pl.next_power_of_2(tokens)))
         self.kv = min(tuned.kv, max(16, pl.next_power_of_2(keys)))
         self.t, self.s = pl.cdiv(tokens, self.q) * self.q, pl.cdiv(keys, self.kv) * self.kv
-        self.h, self.group, self.mask = max(16, pl.next_power_of_2(h)), heads // kv_heads, mask
+        self.h, self.hv = (max(16, pl.next_power_of_2(width)) for width in (h, v.shape[3]))
+        self.group, self.mask = heads // kv_heads, mask
         self.params = plgpu.CompilerParams(num_warps=tuned.warps, num_stages=tuned.stages)
         # inside shard_map an output varies over the axes that the inputs vary over
         self.varies = jax.typeof(q).manual_axis_type
@@ -96,15 +111,27 @@ class _Call:
         c, group, spec = q_ids.shape[1], self.group, pl.BlockSpec
         if along == "kv":
             self.grid = (self.t // self.q, heads, batch)
-            self.q_spec = spec((None, self.q, None, self.h), lambda i, n, b: (b, i, n, 0))
-            self.kv_spec = spec((None, self.s, None, self.h), lambda i, n, b: (b, 0, n // group, 0))
+            self.q_spec, self.out_spec = (
+                spec((None, self.q, None, width), lambda i, n, b: (b, i, n, 0))
+                for width in (self.h, self.hv)
+            )
+            self.kv_spec, self.v_spec = (
+                spec((None, self.s, None, width), lambda i, n, b: (b, 0, n // group, 0))
+                for width in (self.h, self.hv)
+            )
             self.row_spec = spec((None, None, self.q), lambda i, n, b: (b, n, i))
             q_ids_spec = spec((None, c, self.q), lambda i, n, b: (b, 0, i))
             kv_ids_spec = spec((None, c, self.s), lambda i, n, b: (b, 0, 0))
         else:
             self.grid = (self.s // self.kv, kv_heads, batch)
-            self.q_spec = spec((None, self.t, group, self.h), lambda j, n, b: (b, 0, n, 0))
-            self.kv_spec = spec((None, self.kv, None, self.h), lambda j, n, b: (b, j, n, 0))
+            self.q_spec, self.out_spec = (
+                spec((None, self.t, group, width), lambda j, n, b: (b, 0, n, 0))
+                for width in (self.h, self.hv)
+            )
+            self.kv_spec, self.v_spec = (
+                spec((None, self.kv, None, width), lambda j, n, b: (b, j, n, 0))
+                for width in (self.h, self.hv)
+            )
             self.row_spec = spec((None, group, self.t), lambda j, n, b: (b, n, 0))
             q_ids_spec = spec((None, c, self.t), lambda j, n, b: (b, 0, 0))
             kv_ids_spec = spec((None, c, self.kv), lambda j, n, b: (b, 0, j))
@@ -121,8 +148,17 @@ class _Call:
     def keys(self, x):
         return tiles.pad_axis(tiles.pad_axis(x, self.s, 1), self.h, 3), self.kv_spec
 
+    def values(self, x):
+        return tiles.pad_axis(tiles.pad_axis(x, self.s, 1), self.hv, 3), self.v_spec
+
+    def outs(self, x):
+        return tiles.pad_axis(tiles.pad_axis(x, self.t, 1), self.hv, 3), self.out_spec
+
     def rows(self, x):
         return tiles.pad_axis(x.swapaxes(1, 2), self.t, 2), self.row_spec
+
+    def columns(self, rows, width):
+        return _columns(rows, width, self.params.num_warps)
 
     def __call__(self, kernel, inputs, outs):
         """`outs`: shape, dtype (None is float32) and block of each result."""
@@ -142,6 +178,36 @@ class _Call:
         )(*arrays)
 
 
+def _scores(qk, scale, soft_cap):
+    """`(s, unit, slope)`: scores in log2 units are `s * unit`, and `unit` is positive.
+
+    Without a soft cap `s` is `qk`: the factor costs nothing where it meets a subtraction.
+    """
+    if soft_cap is None and scale > 0:
+        return qk, scale * LOG2E, None
+    s, slope = online_softmax.scores(qk, scale, soft_cap)
+    return s, 1.0, slope
+
+
+def _exp2(s, unit, shift, interpret):
+    """`exp2(s * unit - shift)`, two instructions an entry. Below 2**-126 it is 0.
+
+    `jnp.exp2` becomes CUDA's, which brackets the instruction with a range check and two products,
+    and XLA's Triton does not fuse the product with the subtraction by itself.
+    """
+    if interpret:
+        return jnp.exp2(s * unit - shift)
+    bits = np.float32(unit).view(np.uint32)
+    (p,) = plgpu.elementwise_inline_asm(
+        f"{{ .reg .f32 x; fma.rn.f32 x, $1, 0f{bits:08X}, $2; ex2.approx.ftz.f32 $0, x; }}",
+        args=[s, jnp.broadcast_to(-shift, s.shape)],
+        constraints="=f,f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(s.shape, jnp.float32)],
+    )
+    return p
+
+
 def _ids(ref, at, expand):
     return [expand(ref[row, at]) for row in range(ref.shape[0])]
 
@@ -154,6 +220,30 @@ def _row(x):
     return x[None, :]
 
 
+def _columns(rows, width, warps):
+    """`width` columns, in parts no wider than `rows` if the rows are enough for the warps.
+
+    Triton lays the warps of a program along the longer side of one of its products and has the
+    others follow. Softmax wants them along the rows: a row in one warp needs no shared memory.
+    With fewer than 16 rows a warp they have to share columns, or they would repeat each other.
+    """
+    size = min(rows, width, WIDEST) if rows >= 16 * warps else width
+    return [pl.ds(start, size) for start in range(0, width, size)]
+
+
+def _parts(ref, columns, *at):
+    return [ref[(*at, part) if at else (slice(None), part)] for part in columns]
+
+
+def _product(a, b):
+    """`a @ b.T` of matrices that come as lists of parts, cut at the same columns."""
+    return sum(dot(x, y, (1, 1)) for x, y in zip(a, b, strict=True))
+
+
+def _add_products(accs, x, parts):
+    return [acc + dot(x, part, (1, 0)) for acc, part in zip(accs, parts, strict=True)]
+
+
 def _walk(counts_ref, step, carry):
     """`step(masked)(index, carry)` over the blocks that need no mask, then over those that do."""
     full, some = counts_ref[0], counts_ref[1]
@@ -162,30 +252,45 @@ def _walk(counts_ref, step, carry):
 
 
 def _forward_kernel(
-    q_ids_ref, kv_ids_ref, order_ref, counts_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, *,
-    call, soft_cap, scale,
+    q_ids_ref, kv_ids_ref, order_ref, counts_ref, q_ref, k_ref, v_ref, *refs, call, soft_cap, scale
 ):  # fmt: skip
-    q = q_ref[...]
+    *before, out_ref, lse_ref = refs
+    depth, columns = _columns(WIDEST, call.h, 1), call.columns(call.q, call.hv)
+    q = _parts(q_ref, depth)
     q_ids = _ids(q_ids_ref, slice(None), _column)
 
     def step(masked):
         def body(index, carry):
-            acc, m, total = carry
+            accs, m, total = carry
             at = pl.ds(order_ref[index] * call.kv, call.kv)
-            s, _ = online_softmax.scores(dot(q, k_ref[at, :], (1, 1)), scale, soft_cap)
+            k = _parts(k_ref, depth, at)
+            s, unit, _ = _scores(_product(q, k), scale, soft_cap)
             if masked:
                 seen = tiles.visible(call.mask, q_ids, _ids(kv_ids_ref, at, _row))
                 s = jnp.where(seen, s, -jnp.inf)
-            p, alpha, m, total = online_softmax.update(s, m, total, axis=1)
-            return acc * alpha + dot(p.astype(v_ref.dtype), v_ref[at, :], (1, 0)), m, total
+            m_new = jnp.maximum(m, jnp.max(s, axis=1, keepdims=True) * unit)
+            p = _exp2(s, unit, m_new, call.interpret)
+            alpha = _exp2(m, 1.0, m_new, call.interpret)
+            total = total * alpha + jnp.sum(p, axis=1, keepdims=True)
+            p = p.astype(v_ref.dtype)
+            v = _parts(v_ref, columns, at)
+            return _add_products([acc * alpha for acc in accs], p, v), m_new, total
 
         return body
 
-    zeros = jnp.zeros((call.q, 1), jnp.float32)
-    start = jnp.zeros(q.shape, jnp.float32), jnp.full_like(zeros, -jnp.inf), zeros
-    acc, m, total = _walk(counts_ref, step, start)
+    total = jnp.zeros((call.q, 1), jnp.float32)
+    m = jnp.full_like(total, LEAST)
+    accs = [jnp.zeros((call.q, part.size), jnp.float32) for part in columns]
+    if before:
+        out, lse = before[0], _column(before[1][...])
+        for i, part in enumerate(columns):
+            carried = online_softmax.carried(out[:, part].astype(jnp.float32), lse)
+            accs[i], m, total = carried
+        m = jnp.maximum(m, LEAST)
+    accs, m, total = _walk(counts_ref, step, (accs, m, total))
     inverse, lse = online_softmax.finish(m, total)
-    out_ref[...] = (acc * inverse).astype(out_ref.dtype)
+    for acc, part in zip(accs, columns, strict=True):
+        out_ref[:, part] = (acc * inverse).astype(out_ref.dtype)
     lse_ref[...] = lse.reshape(call.q)
 
 
@@ -193,58 +298,68 @@ def _dq_kernel(
     q_ids_ref, kv_ids_ref, order_ref, counts_ref, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref,
     dq_ref, *, call, soft_cap, scale,
 ):  # fmt: skip
-    q, dout = q_ref[...], dout_ref[...]
+    columns, v_columns = call.columns(call.q, call.h), call.columns(call.q, call.hv)
+    q, dout = _parts(q_ref, columns), _parts(dout_ref, v_columns)
     lse, delta = _column(lse_ref[...]), _column(delta_ref[...])
     q_ids = _ids(q_ids_ref, slice(None), _column)
 
     def step(masked):
-        def body(index, dq):
+        def body(index, dqs):
             at = pl.ds(order_ref[index] * call.kv, call.kv)
-            k = k_ref[at, :]
-            s, slope = online_softmax.scores(dot(q, k, (1, 1)), scale, soft_cap)
+            k = _parts(k_ref, columns, at)
+            s, unit, slope = _scores(_product(q, k), scale, soft_cap)
             if masked:
                 seen = tiles.visible(call.mask, q_ids, _ids(kv_ids_ref, at, _row))
                 s = jnp.where(seen, s, -jnp.inf)
-            ds = jnp.exp2(s - lse) * (dot(dout, v_ref[at, :], (1, 1)) - delta)
+            p = _exp2(s, unit, lse, call.interpret)
+            ds = p * (_product(dout, _parts(v_ref, v_columns, at)) - delta)
             if slope is not None:
                 ds *= slope
-            return dq + dot(ds.astype(k.dtype), k, (1, 0))
+            return _add_products(dqs, ds.astype(k_ref.dtype), k)
 
         return body
 
-    dq_ref[...] = _walk(counts_ref, step, jnp.zeros(q.shape, jnp.float32)) * scale
+    zeros = [jnp.zeros((call.q, part.size), jnp.float32) for part in columns]
+    for dq, part in zip(_walk(counts_ref, step, zeros), columns, strict=True):
+        dq_ref[:, part] = dq * scale
 
 
 def _dkv_kernel(
     q_ids_ref, kv_ids_ref, order_ref, counts_ref, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref,
     dk_ref, dv_ref, *, call, soft_cap, scale,
 ):  # fmt: skip
-    k, v = k_ref[...], v_ref[...]
+    columns, v_columns = call.columns(call.kv, call.h), call.columns(call.kv, call.hv)
+    k, v = _parts(k_ref, columns), _parts(v_ref, v_columns)
     kv_ids = _ids(kv_ids_ref, slice(None), _column)
 
     def head(g, carry):
         def step(masked):
             def body(index, carry):
-                dk, dv = carry
+                dks, dvs = carry
                 at = pl.ds(order_ref[index] * call.q, call.q)
-                q, dout = q_ref[at, g, :], dout_ref[at, g, :]
                 # everything here is transposed, keys x queries
-                s, slope = online_softmax.scores(dot(k, q, (1, 1)), scale, soft_cap)
+                q, dout = _parts(q_ref, columns, at, g), _parts(dout_ref, v_columns, at, g)
+                s, unit, slope = _scores(_product(k, q), scale, soft_cap)
                 if masked:
                     seen = tiles.visible(call.mask, _ids(q_ids_ref, at, _row), kv_ids)
                     s = jnp.where(seen, s, -jnp.inf)
-                p = jnp.exp2(s - _row(lse_ref[g, at]))
-                dv += dot(p.astype(dout.dtype), dout, (1, 0))
-                ds = p * (dot(v, dout, (1, 1)) - _row(delta_ref[g, at]))
+                p = _exp2(s, unit, _row(lse_ref[g, at]), call.interpret)
+                dvs = _add_products(dvs, p.astype(dout_ref.dtype), dout)
+                ds = p * (_product(v, dout) - _row(delta_ref[g, at]))
                 if slope is not None:
                     ds *= slope
-                return dk + dot(ds.astype(q.dtype), q, (1, 0)), dv
+                return _add_products(dks, ds.astype(q_ref.dtype), q), dvs
 
             return body
 
         return _walk(counts_ref, step, carry)
 
-    zeros = jnp.zeros(k.shape, jnp.float32)
-    dk, dv = jax.lax.fori_loop(0, call.group, head, (zeros, zeros))
-    dk_ref[...] = dk * scale
-    dv_ref[...] = dv
+    zeros = tuple(
+        [jnp.zeros((call.kv, part.size), jnp.float32) for part in parts]
+        for parts in (columns, v_columns)
+    )
+    dks, dvs = jax.lax.fori_loop(0, call.group, head, zeros)
+    for dk, part in zip(dks, columns, strict=True):
+        dk_ref[:, part] = dk * scale
+    for dv, part in zip(dvs, v_columns, strict=True):
+        dv_ref[:, part] = dv
