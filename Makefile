@@ -5,12 +5,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# The benchmarks have an environment of their own: tokamax needs Python 3.12 or newer.
+BENCH_VENV ?= .venv-bench
 
 # Demo and tests emulate eight devices on the CPU, whatever the machine has.
 export JAX_PLATFORMS = cpu
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench-deviceless clean
 
 demo: $(VENV)/.installed
 	$(BIN)/jaxcp demo
@@ -23,8 +25,12 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Without such a Python what is compared with tokamax says so, and the target fails.
+bench-deviceless: $(BENCH_VENV)/.installed
+	$(BENCH_VENV)/bin/python -m benchmarks.deviceless --picture docs/tile_cost.png
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(BENCH_VENV) build dist *.egg-info
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -48,3 +54,13 @@ $(VENV)/.installed-test: pyproject.toml | $(BIN)/python
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -qq -e '.[dev]'
 	@touch $@ $(VENV)/.installed $(VENV)/.installed-test
+
+# A name on PATH may be a pyenv shim that runs nothing: only one that says its version counts.
+$(BENCH_VENV)/.installed: pyproject.toml
+	@for python in python3.13 python3.12 python3.14 \
+	    "$$HOME"/.pyenv/versions/3.1[2-9]*/bin/python $(PYTHON); do \
+	  "$$python" -c "import sys; sys.exit(sys.version_info < (3, 12))" 2>/dev/null && break; \
+	done; \
+	echo "making the environment $(BENCH_VENV) with $$python"; "$$python" -m venv $(BENCH_VENV)
+	$(BENCH_VENV)/bin/python -m pip install -qq -e '.[bench]'
+	@touch $@

@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernels compiled for chips that are not there, read down to the machine code, against the bars.
+
+    make bench-deviceless
+
+What is counted: the instruction mix, registers and spills of an NVIDIA kernel (`sass.py`) and the
+bundles of a TPU kernel (`bundles.py`). A bundle issues in one cycle of a TensorCore, so bundles of
+a tile are its run time where DMA is hidden. They are no measurement: nothing here has run.
+"""

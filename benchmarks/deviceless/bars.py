@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bars, and what was found beside each: one row a bar, chip and shape."""
+
+import dataclasses
+import math
+
+from benchmarks.deviceless.moe_decode import hbm_cycles
+from pallas_kernels.devices import CHIPS
+
+INSTRUCTIONS = {64: 5.2, 128: 3.9, 256: 5.6}  # of the hot loop, a matrix instruction
+TPUS = ("v5e", "v5p", "v6e", "tpu7x")
+COMPILE_SECONDS = 5.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    what: str
+    value: float | None  # None: there is nothing to count
+    unit: str
+    against: str
+    bar: float
+    detail: str = ""
+    also: bool = True  # what the bar asks besides the number
+
+    @property
+    def reached(self) -> bool:
+        return self.value is not None and self.value <= self.bar and self.also
+
+
+def rows(found: list[dict]) -> list[Row]:
+    gpu = [row for row in found if row["chip"] == "rtx-pro-6000"]
+    every = [*gpu_attention(gpu)]
+    for chip in TPUS:
+        every += tpu_attention(chip, [row for row in found if row["chip"] == chip])
+    every += zigzag([row for row in found if row["op"] == "zigzag"])
+    for chip in TPUS:
+        mine = [row for row in found if row["chip"] == chip]
+        every += [*tpu_decode(chip, mine), *tpu_matmul(chip, mine)]
+    return [*every, *gpu_matmul(gpu), *compile_time(found)]
+
+
+def pick(found, **wanted):
+    return [row for row in found if all(row.get(k) == v for k, v in wanted.items())]
+
+
+def missing(found) -> str:
+    """Why there is nothing to count."""
+    return "; ".join(row["error"] for row in found if "error" in row) or "not there"
+
+
+def gpu_attention(found):
+    for head_dim, bar in INSTRUCTIONS.items():
+        mine = pick(found, op="flash_forward", head_dim=head_dim)
+        what = f"SM120 flash forward, D={head_dim}, causal, positions and segments"
+        against = "ptxas and nvdisasm: instructions a matrix instruction, no spill, 101,376 B"
+        good = [row for row in mine if row.get("kernels")]
+        if not good:
+            yield Row(
+                what=what, value=None, unit="", against=against, bar=bar, detail=missing(mine)
+            )
+            continue
+        (kernel,) = good[0]["kernels"]
+        loops = [f"{x['instructions']}/{x['matrix']}" for x in kernel["loops"]]
+        yield Row(
+            what=what,
+            value=kernel["loops"][0]["instructions"] / kernel["loops"][0]["matrix"],
+            unit="instructions a matrix instruction",
+            against=against,
+            bar=bar,
+            detail=f"{machine(kernel)}; loops {', '.join(loops)}",
+            also=kernel["spilled_bytes"] == 0,
+        )
+    for head_dim in INSTRUCTIONS:
+        mine = pick(found, op="flash_backward", head_dim=head_dim)
+        yield no_spill(f"SM120 flash backward, D={head_dim}, same", mine, 2)
+
+
+def machine(kernel):
+    return f"{kernel['registers']} registers, {kernel['spilled_bytes']} B spilled"
+
+
+def no_spill(what, mine, kernels, names=()):
+    """A row that asks for no spilled byte, and for PTX with all of `names` in it."""
+    against = "ptxas: spilled bytes" + (f"; PTX: {', '.join(names)}" if names else "")
+    good = [row for row in mine if row.get("kernels")]
+    if not good:
+        return Row(what=what, value=None, unit="B", against=against, bar=0, detail=missing(mine))
+    every = [kernel for row in good for kernel in row["kernels"]]
+    said = " ".join(name for kernel in every for name in kernel["matrix_names"])
+    return Row(
+        what=what,
+        value=max(kernel["spilled_bytes"] for kernel in every),
+        unit="B spilled",
+        against=against,
+        bar=0,
+        detail="; ".join(f"{kernel['name']}: {machine(kernel)}" for kernel in every),
+        also=len(every) >= kernels and len(good) == len(mine) and all(n in said for n in names),
+    )
+
+
+def tpu_attention(chip, found):
+    for head_dim in INSTRUCTIONS:
+        for what, bar in (("forward", 0.90), ("backward", 1.0)):
+            mine = pick(found, op=f"flash_{what}", head_dim=head_dim)
+            ours = [r for r in pick(mine, whose="ours") if "unmasked" in r]
+            theirs = [r for r in pick(mine, whose="tokamax") if "unmasked" in r]
+            best = min(theirs, key=lambda r: r["unmasked"], default=None)
+            against = "tokamax splash, unmasked tile: " + (
+                f"{best['unmasked']:,.0f} bundles at {best['blocks']}" if best else "not there"
+            )
+            for tile in ("unmasked", "masked") if what == "forward" else ("unmasked",):
+                value = ours[0][tile] / best["unmasked"] if ours and best else None
+                yield Row(
+                    what=f"{chip} flash {what}, D={head_dim}, {tile} 1024x1024 tile",
+                    value=value,
+                    unit="of theirs",
+                    against=against,
+                    bar=bar if tile == "unmasked" else 1.0,
+                    detail=held_back(ours[0], tile) if ours else missing(pick(mine, whose="ours")),
+                )
+
+
+def held_back(row, tile):
+    """Our bundles, and the greatest floors of single units."""
+    which = 0 if tile == "unmasked" else 1
+    floors: dict[str, float] = {}
+    for name, kernel in row["kernels"].items():
+        q, kv = row["tiles"][name]
+        for unit, n in kernel["hot"][which]["floors"].items():
+            floors[unit] = floors.get(unit, 0) + n * 2**20 / (q * kv)
+    top = sorted(floors.items(), key=lambda pair: -pair[1])[:4]
+    return f"ours {row[tile]:,.0f} bundles; floors " + ", ".join(f"{u} {n:,.0f}" for u, n in top)
+
+
+def zigzag(found):
+    for row in found:
+        blocks = f"{row['block_q']}x{row['block_kv']}"
+        yield Row(
+            what=f"causal zigzag ring of 8, blocks of {blocks} ({row['chip']})",
+            value=row["wrong"],
+            unit="wrong blocks",
+            against=f"{row['needed']:,} blocks hold a visible pair, {row['partial']:,} partly",
+            bar=0,
+            detail=f"visits {row['visited']:,}, masks {row['masked']:,}",
+        )
+
+
+def tpu_decode(chip, found):
+    for dtype in ("bfloat16", "int8"):
+        mine = pick(found, op="decode_attention", dtype=dtype)
+        good = [row for row in mine if "cycles" in row]
+        need = hbm_cycles(chip, good[0]["block_bytes"]) if good else math.nan
+        yield Row(
+            what=f"{chip} decode, 8:1 heads, D=128, {dtype} cache",
+            value=good[0]["cycles"] / need if good else None,
+            unit="of HBM's cycles",
+            against=f"{need:,.0f} cycles for a block's {good[0]['block_bytes']:,} B"
+            if good
+            else "cycles that HBM needs for a block",
+            bar=1.0,
+            detail=f"{good[0]['cycles']:,} bundles, all that a step may run"
+            if good
+            else missing(mine),
+        )
+
+
+def tpu_matmul(chip, found):
+    from benchmarks.deviceless.moe_decode import EMBED, TOKENS_PER_EXPERT, WIDTH
+
+    floor = hbm_cycles(chip, EMBED * WIDTH * 2)
+    for tokens in TOKENS_PER_EXPERT:
+        mine = pick(found, op="grouped_matmul", tokens=tokens)
+        ours = [r for r in pick(mine, whose="ours") if "cycles" in r]
+        theirs = [r for r in pick(mine, whose="tokamax") if "cycles" in r]
+        said = f"{theirs[0]['cycles']:,.0f}" if theirs else missing(pick(mine, whose="tokamax"))
+        limit = max(floor, theirs[0]["cycles"]) if theirs else floor
+        yield Row(
+            what=f"{chip} grouped matmul, 192 experts, 4096x1536, {tokens} tokens an expert",
+            value=ours[0]["cycles"] / limit if ours and theirs else None,
+            unit="of the larger",
+            against=f"cycles an expert: tokamax ragged_dot {said}, HBM {floor:,.0f}",
+            bar=1.0,
+            detail=f"ours {ours[0]['cycles']:,.0f}" if ours else missing(pick(mine, whose="ours")),
+        )
+
+
+def gpu_matmul(found):
+    kinds = {
+        "bfloat16": ("mma.sync", "m16n8k16"),
+        "MXFP8": ("kind::mxf8f6f4", "block_scale"),
+        "NVFP4": ("kind::mxf4nvf4", "block_scale"),
+    }
+    for dtype, names in kinds.items():
+        mine = pick(found, op="grouped_matmul", dtype=dtype)
+        yield no_spill(f"SM120 grouped matmul, {dtype}", mine, 1, names)
+
+
+def compile_time(found):
+    for chip in ("rtx-pro-6000", *TPUS):
+        ours = [r for r in found if r["chip"] == chip and "seconds" in r]
+        ours = [r for r in ours if r.get("whose", "ours") == "ours"]
+        slow = max(ours, key=lambda r: r["cpu_seconds"], default=None)
+        detail = ""
+        if slow:
+            about = " ".join(
+                str(slow[k]) for k in ("op", "head_dim", "dtype", "tokens") if k in slow
+            )
+            detail = f"{about}; {slow['seconds']:.1f} s on the clock of this run"
+        yield Row(
+            what=f"slowest compilation for {CHIPS[chip].name}",
+            value=slow["cpu_seconds"] if slow else None,
+            unit="CPU seconds, all threads",
+            against="the whole program: trace, lower, XLA, kernels",
+            bar=COMPILE_SECONDS,
+            detail=detail,
+        )
