@@ -10,6 +10,7 @@ import pathlib
 import time
 
 import jax
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -150,17 +151,17 @@ def _fresh(folder: pathlib.Path) -> pathlib.Path:
 COLUMNS = (
     "tokens",
     "seconds",
-    "tokens/s",
-    "MiB/device",
+    "tok/s",
+    "MiB/dev",
     "reused",
-    "decode/s",
+    "dec/s",
     "exact",
 )
 
 
 def _table(found: Result, first: Trained, resumed: Trained) -> Table:
-    title = "measured in this run (MiB/device: cache; reused: tokens; decode/s: tokens)"
-    table = Table("", title=title)
+    caption = "train: loss; MiB/dev: cache of a device; reused: tokens; dec/s: decoded tokens"
+    table = Table("", title="measured in this run", caption=caption, box=box.SIMPLE_HEAD)
     for name in COLUMNS:
         table.add_column(name, justify="right")
     for read in found.reads:
@@ -176,5 +177,5 @@ def _table(found: Result, first: Trained, resumed: Trained) -> Table:
         )
     tokens, seconds = resumed.steps * ROWS * ROW, first.seconds + resumed.seconds
     trained = (f"{tokens:,}", f"{seconds:.1f}", f"{tokens / seconds:,.0f}")
-    table.add_row(f"loss {resumed.final_loss:.2f}", *trained)
+    table.add_row(f"train {resumed.final_loss:.2f}", *trained)
     return table
