@@ -65,13 +65,9 @@ CASES = {
     "sixteen queries": Case(queries=16, heads=8, kv_heads=2),
     "fewer slots than a block": Case(slots=5, queries=3),
     "no block divides": Case(batch=2, slots=611, queries=2),
-    "one head each": Case(heads=4, kv_heads=4, slots=200),
     "eight KV heads": Case(heads=16, kv_heads=8, slots=300),
-    "head dim 80, values 48": Case(head_dim=80, value_dim=48),
     "head dim 256": Case(head_dim=256, heads=2),
     "window": Case(slots=900, queries=4, window=50),
-    "soft cap": Case(soft_cap=1.5),
-    "sinks": Case(sinks=True, layout="pads", batch=2, queries=4),
     "shuffled": Case(batch=2, layout="shuffled", queries=3, window=100),
     "dealt to slots": Case(batch=2, layout="dealt", queries=7),
     "nothing to see": Case(layout="future", queries=2, sinks=True),
@@ -79,7 +75,6 @@ CASES = {
     "float32 queries, bfloat16 cache": Case(cache="bfloat16"),
     "int8": Case(cache="int8", dtype="bfloat16", heads=16, kv_heads=2, slots=500),
     "int8, outliers": dataclasses.replace(OUTLIERS, cache="int8"),
-    "float8": Case(cache="float8_e4m3fn", dtype="bfloat16", heads=16, kv_heads=2, slots=500),
     "float8, outliers": dataclasses.replace(OUTLIERS, cache="float8_e4m3fn"),
     "everything": EVERYTHING,
     "everything, bfloat16": dataclasses.replace(
@@ -94,7 +89,7 @@ def check(implementation: str, case: Case) -> dict[str, float]:
     Returns the root mean square error of "out" and "lse", and of "reference out" and "lse".
     """
     got, again = run(implementation, case)
-    reference, _ = _reference(case)
+    reference, _ = run("reference", case)
     errors = {}
     for name, value in expected(case).items():
         where = f"{implementation}, {name}"
@@ -197,6 +192,7 @@ def expected(case: Case) -> dict[str, np.ndarray]:
     return {"out": out, "lse": lse}
 
 
+@functools.cache
 def run(implementation: str, case: Case) -> list[dict[str, np.ndarray]]:
     """Two runs; `out` in float32, so that no last rounding hides what was lost before."""
     options: dict[str, Any] = dict(window=case.window, soft_cap=case.soft_cap, scale=case.scale)
@@ -209,8 +205,3 @@ def run(implementation: str, case: Case) -> list[dict[str, np.ndarray]]:
     step = jax.jit(attend, compiler_options=quick)
     given = {name: jnp.asarray(x) for name, x in arrays(case).items()}
     return [dict(zip(("out", "lse"), map(np.asarray, step(given)), strict=True)) for _ in range(2)]
-
-
-@functools.cache
-def _reference(case):
-    return run("reference", case)

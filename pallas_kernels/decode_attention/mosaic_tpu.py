@@ -184,7 +184,7 @@ def _kernel(order, counts, q_pos, kv_pos, q, k, v, *refs, call, mask, soft_cap, 
             for offset in range(0, call.sub, call.chunk):
                 lanes = pl.ds(pl.multiple_of(begin + offset, call.chunk), call.chunk)
                 s = dot(q[...], k[lanes, :].astype(q.dtype), (1, 1))
-                s = _own_band(s, call)
+                s = _own_bands(s, call)
                 if scales:
                     s *= scales[0][:, lanes].astype(jnp.float32)
                 s, _ = online_softmax.scores(s, scale, soft_cap)
@@ -212,7 +212,7 @@ def _kernel(order, counts, q_pos, kv_pos, q, k, v, *refs, call, mask, soft_cap, 
                     row = jax.lax.broadcasted_iota(jnp.int32, values.shape, 0) + begin + offset
                     last = order[b * call.blocks + at] == call.blocks - 1
                     values = jnp.where((row < call.ragged) | ~last, values, jnp.zeros_like(values))
-                added += dot(_spread(p.astype(q.dtype), call), values, (1, 0))
+                added += dot(_spread(p, call, q.dtype), values, (1, 0))
             return sums, added
 
         return part
@@ -244,23 +244,34 @@ def _head(shape, kv_heads):
     return jax.lax.broadcasted_iota(jnp.int32, shape, 1) & (kv_heads - 1)
 
 
-def _own_band(s, call):
+def _own_bands(s, call):
     """`[K * rows, R] -> [rows, R]`: of each column the band of its own head."""
-    head = _head((call.rows, s.shape[1]), call.kv_heads)
-    kept = s[: call.rows]
-    for i in range(1, call.kv_heads):
-        kept = jnp.where(head == i, s[i * call.rows : (i + 1) * call.rows], kept)
-    return kept
+    head = _head((call.rows, LANES), call.kv_heads)
+    kept = []
+    for tile in _tiles(s):  # tile by tile: every one has the same masks
+        own = tile[: call.rows]
+        for i in range(1, call.kv_heads):
+            own = jnp.where(head == i, tile[i * call.rows : (i + 1) * call.rows], own)
+        kept.append(own)
+    return jnp.concatenate(kept, axis=1)
 
 
-def _spread(p, call):
-    """Undo `_own_band`, with zeros elsewhere."""
+def _spread(p, call, dtype):
+    """Undo `_own_bands`, with zeros elsewhere, in `dtype`.
+
+    Masked as words of two bfloat16 rows each: one pack and one AND where a select needs three.
+    """
     if call.kv_heads == 1:
-        return p
-    head = _head(p.shape, call.kv_heads)
-    return jnp.concatenate(
-        [jnp.where(head == i, p, jnp.zeros_like(p)) for i in range(call.kv_heads)], axis=0
-    )
+        return p.astype(dtype)
+    packed = 4 // jnp.dtype(dtype).itemsize
+    shape = call.kv_heads * call.rows // packed, LANES
+    band = jax.lax.broadcasted_iota(jnp.int32, shape, 0) // (call.rows // packed)
+    own = jnp.where(_head(shape, call.kv_heads) == band, -1, 0)
+    spread = []
+    for tile in _tiles(p):
+        every = jnp.concatenate([tile] * call.kv_heads, axis=0).astype(dtype)
+        spread.append(pltpu.bitcast(pltpu.bitcast(every, jnp.int32) & own, dtype))
+    return jnp.concatenate(spread, axis=1)
 
 
 def _over_heads(x, combine, kv_heads):

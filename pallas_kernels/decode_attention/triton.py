@@ -49,6 +49,7 @@ def forward(q, k, v, k_scale, v_scale, q_pos, kv_pos, *, mask, soft_cap, scale):
     queries = rows.together(_whole(q), kv_heads)
     real = queries.shape[2]
     size = max(16, pl.next_power_of_2(real))
+    warps = tuned.warps if size <= 32 else 2 * tuned.warps  # 128 rows in 4 warps spill
     queries = tiles.pad_axis(queries, size, 2)
     row_pos = tiles.pad_axis(rows.positions(q_pos, real // t), size, 1, NO_POSITION)
     # Whole sequences are one block to Pallas, which on a GPU is a pointer and no copy.
@@ -80,7 +81,7 @@ def forward(q, k, v, k_scale, v_scale, q_pos, kv_pos, *, mask, soft_cap, scale):
             jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=varies)
             for shape in ((splits, b, kv_heads, size, width), (splits, b, kv_heads, size))
         ],
-        compiler_params=plgpu.CompilerParams(num_warps=tuned.warps, num_stages=tuned.stages),
+        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=tuned.stages),
         interpret=interpret,
         name="decode_attention",
     )(*arrays)

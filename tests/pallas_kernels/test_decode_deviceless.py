@@ -42,8 +42,14 @@ def compiled(target, cache, *, queries=1, heads=64, kv_heads=8):
     return compile_for(step, args, mesh)
 
 
-@pytest.mark.parametrize("cache", ["bfloat16", "int8"])
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("target", "cache"),
+    [
+        *((target, "bfloat16") for target in TARGETS),
+        ("rtx-pro-6000:1", "int8"),
+        ("v6e:1x1", "int8"),
+    ],
+)
 def test_a_million_slots_compile_and_are_not_copied(target, cache):
     report = compiled(target, cache)
     assert report.kernels == 1
