@@ -13,6 +13,7 @@ import sys
 from typing import Annotated, Literal
 
 import tyro
+from tyro.conf import OmitArgPrefixes
 
 from jaxcp.checkpoints import NEEDLE
 
@@ -56,8 +57,8 @@ def generate(
     prompt_file: pathlib.Path | None = None,
     checkpoint: pathlib.Path = NEEDLE,
     max_len: int | None = None,
-    devices: Devices = Devices(),
-    sampling: Sampling = Sampling(),
+    devices: OmitArgPrefixes[Devices] = Devices(),
+    sampling: OmitArgPrefixes[Sampling] = Sampling(),
 ) -> None:
     """Continue a text.
 
@@ -84,8 +85,8 @@ def chat(
     *,
     checkpoint: pathlib.Path = NEEDLE,
     max_len: int = 32_768,
-    devices: Devices = Devices(),
-    sampling: Sampling = Sampling(max_new_tokens=128),
+    devices: OmitArgPrefixes[Devices] = Devices(),
+    sampling: OmitArgPrefixes[Sampling] = Sampling(max_new_tokens=128),
 ) -> None:
     """Talk turn by turn; each turn prefills only itself. An empty line or end of file ends it.
 
@@ -152,7 +153,7 @@ def eval_needle(
     haystacks: int = 1,
     seed: int = 0,
     out: pathlib.Path = pathlib.Path("out/needle"),
-    devices: Devices = Devices(),
+    devices: OmitArgPrefixes[Devices] = Devices(),
 ) -> None:
     """Find needles in real text; prints exact match and draws a heat map (length x depth).
 

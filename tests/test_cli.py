@@ -66,7 +66,7 @@ def test_train_export_and_generate(tmp_path):
     done = jaxcp_command("train", "tiny.py", "--out", out, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (out / "loss.png").exists() and (out / "model" / "model.safetensors").exists()
-    arguments = ("--prompt", "The ", "--sampling.max-new-tokens", 5, "--devices.seq", 2)
+    arguments = ("--prompt", "The ", "--max-new-tokens", 5, "--seq", 2)
     done = jaxcp_command("generate", "--checkpoint", out / "model", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "4 tokens prefilled" in done.stderr and len(done.stdout.rstrip("\n")) >= 1
@@ -74,7 +74,7 @@ def test_train_export_and_generate(tmp_path):
 
 def test_chat_keeps_the_conversation(tmp_path):
     done = jaxcp_command(
-        "chat", "--sampling.max-new-tokens", 3, "--max-len", 200, stdin="one\ntwo\n"
+        "chat", "--max-new-tokens", 3, "--max-len", 200, stdin="one\ntwo\n"
     )
     assert done.returncode == 0, done.stderr
     assert "3 tokens prefilled" in done.stderr
