@@ -199,13 +199,14 @@ def _attend_bwd(backend, options, saved, grads):
     delta = row_delta(out, dout, dlse)
     arrays = q, k, v, hide_pads(q_pos), *ids, lse, dout, delta
     dq, dk, dv = backend.backward(*arrays, **dict(options))
-    dcarry = None if carry is None else _carry_gradient(*carry, lse, dout, delta)
+    dcarry = None if carry is None else _carry_gradient(carry, lse, dout, delta)
     none = None, None, None, None
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dcarry, *none
 
 
-def _carry_gradient(out, lse, total, dout, delta):
+def _carry_gradient(carry, total, dout, delta):
     """What is carried in counts like one more key, of score `lse` and value `out`."""
+    out, lse = carry
     p = jnp.where(jnp.isneginf(lse), 0.0, jnp.exp(lse - total))
     dout = dout.astype(p.dtype)
     score = jnp.sum(dout * out.astype(p.dtype), axis=-1) - delta

@@ -41,7 +41,8 @@ def forward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, mask, soft_cap, scale, car
 
         rows = query["q"].shape[:-1]
         start = _start(query, rows, v.shape[-1], acc_dtype)
-        high, total, acc = lax.fori_loop(*_span(kinds), step, start)
+        first, last = _span(kinds)
+        high, total, acc = lax.fori_loop(first, last, step, start)
         nothing = total == 0
         out = acc / jnp.where(nothing, 1.0, total)[..., None]
         return out.astype(out_dtype), jnp.where(nothing, -jnp.inf, high + jnp.log(total))
@@ -77,7 +78,8 @@ def backward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, lse, dout, delta, *, mask, s
             more_dq, more_dk, more_dv = lax.switch(kinds[i], branches, query)
             return dq.at[i].add(more_dq), dk + more_dk, dv + more_dv
 
-        dq, dk, dv = lax.fori_loop(*_span(kinds), step, (dq, *zeros))
+        first, last = _span(kinds)
+        dq, dk, dv = lax.fori_loop(first, last, step, (dq, *zeros))
         return dq, (dk, dv)
 
     dq = jnp.zeros(queries["q"].shape, acc_dtype)
