@@ -90,12 +90,13 @@ def block_lists(mask: Mask, q: Bounds, kv: Bounds, segmented: bool, *, along: st
     return order, jnp.concatenate([full, seen], axis=-1).astype(jnp.int32)
 
 
-def unsupported(name, q, v):
-    """Raise NotImplementedError for a dtype or head dim that no Pallas backend has a path for."""
+def unsupported(name, q, v, *, dtypes=("float32", "bfloat16"), head_dim=256):
+    """Raise NotImplementedError for a dtype or head dim that the backend has no path for."""
     widest = max(q.shape[-1], v.shape[-1])
-    if q.dtype in (jnp.float32, jnp.bfloat16) and widest <= 256:
+    if q.dtype.name in dtypes and widest <= head_dim:
         return
     raise NotImplementedError(
-        f"flash_attention {name}: float32 or bfloat16 and head dims up to 256; got {q.dtype} and "
-        f"head dims {q.shape[-1]} and {v.shape[-1]}; use implementation='xla' or 'reference'"
+        f"flash_attention {name}: {' or '.join(dtypes)} and head dims up to {head_dim}; got "
+        f"{q.dtype} and head dims {q.shape[-1]} and {v.shape[-1]}; use implementation='xla' or "
+        "'reference'"
     )

@@ -34,8 +34,15 @@ WIDEST = 128  # columns of a tile: more takes more registers for its addresses
 LEAST = -(2.0**100)
 
 
+def _check(q, v):
+    # float32 at 512: the backward's tiles of 16 tokens take more than a block's shared memory
+    widest = 256 if q.dtype.name == "float32" else 512
+    dtypes = ("float32", "bfloat16", "float16")
+    tiles.unsupported("triton", q, v, dtypes=dtypes, head_dim=widest)
+
+
 def forward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, mask, soft_cap, scale, carry, out_dtype):
-    tiles.unsupported("triton", q, v)
+    _check(q, v)
     b, t, n, _ = q.shape
     call = _Call("triton_forward", q, k, v, mask, q_pos, kv_pos, q_seg, kv_seg, along="kv")
     before = [] if carry is None else [call.outs(carry[0]), call.rows(carry[1])]
@@ -51,7 +58,7 @@ def forward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, mask, soft_cap, scale, car
 
 
 def backward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, lse, dout, delta, *, mask, soft_cap, scale):
-    tiles.unsupported("triton", q, v)
+    _check(q, v)
     (b, t, n, h), (_, s, kv_heads, _) = q.shape, k.shape
     lse, delta = online_softmax.backward_rows(lse, delta)
     dout = dout.astype(q.dtype)
