@@ -50,7 +50,7 @@ class Visits(NamedTuple):
     group: jax.Array
     tile: jax.Array
     offsets: jax.Array  # where each group starts; one more, where the last one ends
-    count: jax.Array  # entries past it repeat the last pair
+    total: jax.Array  # entries past it repeat the last pair
 
 
 def visits(group_sizes, rows, tile, *, every_group):

@@ -53,7 +53,7 @@ def outer(lhs, dout, group_sizes, dtype):
         functools.partial(_outer_kernel, block=block),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(tall // block.k, wide // block.n, visits.count),
+            grid=(tall // block.k, wide // block.n, visits.total),
             in_specs=[
                 pl.BlockSpec((block.m, block.k), lambda i, j, v, group, tile, _: (tile[v], i)),
                 pl.BlockSpec((block.m, block.n), lambda i, j, v, group, tile, _: (tile[v], j)),
@@ -78,13 +78,13 @@ def outer(lhs, dout, group_sizes, dtype):
 
 def _products(op, lhs, weights, group_sizes, outs, finish, *, transpose=False):
     """`finish` of the products of `lhs` with each of the weights, one kernel."""
-    weights, scales = zip(*(operand(w, transpose=transpose) for w in weights), strict=True)
     m, e, n = lhs.shape[0], weights[0].shape[0], weights[0].shape[1 if transpose else 2]
     if m == 0:
         return [_zeros(lhs, (0, n), lhs.dtype)] * outs
     block, interpret = _blocks(op, lhs, e, n)
-    lhs, weights = _whole(lhs, block.m), [_whole(w, LANES) for w in weights]
-    scales = [] if scales[0] is None else [_whole(s, 1) for s in scales]
+    operands = [operand(w, transpose=transpose) for w in weights]
+    scales = [_whole(s, 1) for _, s in operands if s is not None]
+    lhs, weights = _whole(lhs, block.m), [_whole(w, LANES) for w, _ in operands]
     (rows, k), wide = lhs.shape, weights[0].shape[1 if transpose else 2]
     tall = scales[0].shape[1] if scales else 1
     if tall > 1 and tall * BLOCK != k:
@@ -97,7 +97,7 @@ def _products(op, lhs, weights, group_sizes, outs, finish, *, transpose=False):
     out = pl.pallas_call(
         kernel,
         grid_spec=_grid(
-            block, (wide, visits.count, k // block.k), e, weights, scales, outs, transpose
+            block, (wide, visits.total, k // block.k), e, weights, scales, outs, transpose
         ),
         out_shape=[_like(lhs, (rows, wide), lhs.dtype)] * outs,
         compiler_params=pltpu.CompilerParams(

@@ -116,11 +116,16 @@ def _both(rows, columns):
     return rows if columns is None else columns if rows is None else rows & columns
 
 
-def _read(ref, at, shape, rows, columns):
+def _read(ref, at, shape, rows, columns, dtype):
+    """As `dtype`, with 0 for what does not exist."""
     mask = _both(rows, columns)
     if mask is None:
-        return plgpu.load(ref.at[at])
-    return plgpu.load(ref.at[at], mask=jnp.broadcast_to(mask, shape), other=0)
+        return plgpu.load(ref.at[at]).astype(dtype)
+    mask = jnp.broadcast_to(mask, shape)
+    if ref.dtype.itemsize > 1:
+        return plgpu.load(ref.at[at], mask=mask, other=0).astype(dtype)
+    # Pallas-Triton cannot write the 0 of an 8-bit float
+    return jnp.where(mask, plgpu.load(ref.at[at], mask=mask).astype(dtype), 0)
 
 
 def _first(product):
@@ -147,21 +152,25 @@ def _products_kernel(
     columns = _inside(column, block.n, n)
 
     def scale_of(ref, row):
-        return _read(ref, (group, pl.ds(row, 1), at_columns), (1, block.n), None, columns)
+        return _read(
+            ref, (group, pl.ds(row, 1), at_columns), (1, block.n), None, columns, jnp.float32
+        )
 
     def step(index, sums):
         at = pl.ds(index * block.k, block.k)
         summed = _inside(index * block.k, block.k, k)
-        a = _read(lhs_ref, (pl.ds(start, block.m), at), (block.m, block.k), rows, summed)
+        a = _read(
+            lhs_ref, (pl.ds(start, block.m), at), (block.m, block.k), rows, summed, lhs_ref.dtype
+        )
         parts = []
         for i, ref in enumerate(weight_refs):
             if transpose:
                 where, size = (group, at_columns, at), (block.n, block.k)
-                w = _read(ref, where, size, columns, summed)
+                w = _read(ref, where, size, columns, summed, a.dtype)
             else:
                 where, size = (group, at, at_columns), (block.k, block.n)
-                w = _read(ref, where, size, summed, columns)
-            part = dot(a, w.astype(a.dtype), (1, 1 if transpose else 0))
+                w = _read(ref, where, size, summed, columns, a.dtype)
+            part = dot(a, w, (1, 1 if transpose else 0))
             if by_block:
                 part *= scale_of(scale_refs[i], index * block.k // BLOCK)
             parts.append(part)
@@ -193,8 +202,8 @@ def _outer_kernel(start_ref, end_ref, lhs_ref, dout_ref, out_ref, *, block, shap
     def step(index, total):
         first = start + index * block.m
         at, rows = pl.ds(first, block.m), first + jnp.arange(block.m) < end
-        a = _read(lhs_ref, (at, at_d), (block.m, block.k), rows, in_d)
-        b = _read(dout_ref, (at, at_f), (block.m, block.n), rows, in_f)
+        a = _read(lhs_ref, (at, at_d), (block.m, block.k), rows, in_d, lhs_ref.dtype)
+        b = _read(dout_ref, (at, at_f), (block.m, block.n), rows, in_f, lhs_ref.dtype)
         return total + dot(a, b, (0, 0))
 
     steps = pl.cdiv(end - start, block.m)
