@@ -5,8 +5,9 @@ Everything inside a kernel is transposed, keys x queries: a query is a lane, so 
 lse and delta are rows of one sublane and reductions run down the sublanes. Heads lie side by side
 in the minor axis, `[B, T, N * H]` with H padded to whole lanes; nothing is transposed outside.
 The innermost grid axis walks the other side's blocks and accumulates in VMEM; a block with nothing
-to see is neither fetched nor multiplied. Interpreted on CPU; inside `shard_map` the interpreter
-needs the caller's `check_vma=False`.
+to see is neither fetched nor multiplied. The backward pass is one kernel: keys outside, queries
+inside, with the gradient of all queries in VMEM. Interpreted on CPU; inside `shard_map` the
+interpreter needs the caller's `check_vma=False`.
 
 The compiler overlaps matrix and vector work only where it finds both side by side with nothing
 between them. A block is therefore cut into pieces, and the code of one piece's softmax stands
@@ -29,6 +30,7 @@ from pallas_kernels.flash_attention.mask import NO_POSITION, PAD_POSITION
 from pallas_kernels.online_softmax import dot
 
 LANES = 128
+DQ_BYTES = 24 << 20  # of VMEM for the queries' gradient; the smallest chip has 64 MiB
 
 
 def forward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, mask, soft_cap, scale, carry, out_dtype):
@@ -50,32 +52,49 @@ def forward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, mask, soft_cap, scale, car
 
 def backward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, lse, dout, delta, *, mask, soft_cap, scale):
     tiles.unsupported("mosaic_tpu", q, v)
-    (b, t, n, h), (_, s, kv_heads, _) = q.shape, k.shape
+    (_, t, n, h), kv_heads = q.shape, k.shape[2]
     lse, delta = online_softmax.backward_rows(lse, delta)
-    dout = dout.astype(q.dtype)
+    options = dict(mask=mask, soft_cap=soft_cap, scale=scale)
+    most = max(DQ_BYTES // (n // kv_heads * _lanes(h) * 4) // LANES, 1) * LANES
+    arrays = {"q": q, "dout": dout.astype(q.dtype), "lse": lse, "delta": delta, "q_pos": q_pos}
+    if q_seg is not None:
+        arrays["q_seg"] = q_seg
+    if t <= most:
+        return _backward(k, v, kv_pos, kv_seg, **arrays, **options)
+    # The gradient of more queries than VMEM holds: some at a time, each time over all keys.
+    chunks = pl.cdiv(t, most)
 
-    def run(op, kernel, queries_inner, outs, scratch):
-        call = _Call(op, q, k, v, mask, q_pos, kv_pos, q_seg, kv_seg, queries_inner=queries_inner)
-        kernel = functools.partial(kernel, soft_cap=soft_cap, scale=scale)
-        inputs = [call.queries(q), call.keys(k), call.values(v), call.outs(dout)]
-        return call(kernel, [*inputs, call.rows(lse), call.rows(delta)], outs(call), scratch(call))
+    def cut(x, pad=0):
+        x = tiles.pad_axis(x, chunks * most, 1, pad)
+        return x.reshape(x.shape[0], chunks, most, *x.shape[2:]).swapaxes(0, 1)
 
-    (dq,) = run(
-        "mosaic_dq",
-        _dq_kernel,
-        False,
-        lambda call: [((b, call.t, n * call.h), None, call.q_spec)],
-        lambda call: [(call.h, call.q)],
-    )
-    dk, dv = run(
-        "mosaic_dkv",
-        _dkv_kernel,
-        True,
-        lambda call: [
+    pads = {"q_pos": NO_POSITION, "q_seg": "edge"}
+    cuts = {name: cut(x, pads.get(name, 0)) for name, x in arrays.items()}
+
+    def add(sums, part):
+        dq, dk, dv = _backward(k, v, kv_pos, kv_seg, **part, **options)
+        return (sums[0] + dk, sums[1] + dv), dq
+
+    head = {name: x[0] for name, x in cuts.items()}
+    first = _backward(k, v, kv_pos, kv_seg, **head, **options)
+    rest, dq = jax.lax.scan(add, first[1:], {name: x[1:] for name, x in cuts.items()})
+    dq = jnp.concatenate([first[0][None], dq]).swapaxes(0, 1)
+    return (dq.reshape(q.shape[0], chunks * most, n, h)[:, :t], *rest)
+
+
+def _backward(k, v, kv_pos, kv_seg, *, q, dout, lse, delta, q_pos, q_seg=None, mask, **options):
+    (b, t, n, h), (_, s, kv_heads, _) = q.shape, k.shape
+    call = _Call("mosaic_backward", q, k, v, mask, q_pos, kv_pos, q_seg, kv_seg, queries_inner=True)
+    inputs = [call.queries(q), call.keys(k), call.values(v), call.outs(dout)]
+    dq, dk, dv = call(
+        functools.partial(_backward_kernel, **options),
+        [*inputs, call.rows(lse), call.rows(delta)],
+        [
+            ((b, call.t, n * call.h), None, call.dq_spec),
             ((b, call.s, kv_heads * call.h), None, call.kv_spec),
             ((b, call.s, kv_heads * call.hv), None, call.v_spec),
         ],
-        lambda call: [(call.kv, call.h), (call.kv, call.hv)],
+        [(call.group * call.nq, call.h, call.q), (call.h, call.kv), (call.hv, call.kv)],
     )
     return _apart(dq, n, t, h), _apart(dk, kv_heads, s, h), _apart(dv, kv_heads, s, v.shape[3])
 
@@ -123,6 +142,7 @@ class _Call:
             self._spec((None, self.kv, width), lambda at: (at.b, at.j, at.kv_head))
             for width in (self.h, self.hv)
         )
+        self.dq_spec = pl.BlockSpec((None, self.q, self.h), self._last_turn)
         self.row_spec = self._spec((None, None, 1, self.q), lambda at: (at.b, at.head, 0, at.i))
 
     def queries(self, x):
@@ -144,6 +164,11 @@ class _Call:
         return pl.BlockSpec(
             shape, lambda *index: where(self.at(index[:-2], index[-2:], fetch=True))
         )
+
+    def _last_turn(self, b, kv_head, j, g, i, *_):
+        """The queries' block, standing still until the last keys: nothing is written before."""
+        last = j == self.nk - 1
+        return b, jnp.where(last, i, 0), kv_head * self.group + jnp.where(last, g, 0)
 
     def at(self, index, scalars, *, fetch=False):
         """Where a grid step works.
@@ -197,8 +222,9 @@ class _Call:
                 for shape, dtype, _ in outs
             ],
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=(pltpu.PARALLEL,) * 3
-                + (pltpu.ARBITRARY,) * (len(self.grid) - 3)
+                dimension_semantics=(pltpu.PARALLEL,) * (2 if self.queries_inner else 3)
+                + (pltpu.ARBITRARY,) * (3 if self.queries_inner else 1),
+                vmem_limit_bytes=DQ_BYTES + (32 << 20) if self.queries_inner else None,
             ),
             interpret=self.interpret,
             name=f"flash_attention{kernel.func.__name__.removesuffix('_kernel')}",
@@ -215,6 +241,20 @@ class _At(NamedTuple):
     j: jax.Array
     some: jax.Array
     every: jax.Array
+
+
+class _Turn(NamedTuple):
+    """Where the accumulators stand: `first` and `last` step of what the inner grid axes sum up.
+
+    In the backward kernel that is a block of keys, and `first_keys`, `last_keys` are the turns of
+    a block of queries, the `queries`-th of its KV head.
+    """
+
+    first: jax.Array
+    last: jax.Array
+    first_keys: jax.Array
+    last_keys: jax.Array
+    queries: jax.Array
 
 
 def _lanes(size):
@@ -234,9 +274,16 @@ def _entry(q_scalars, kv_scalars, q_ids_ref, kv_ids_ref, *refs, call, kernel):
     """Start the accumulators, work on the block with or without its mask, write them at the end."""
     index = [pl.program_id(axis) for axis in range(len(call.grid))]
     at = call.at(index, (q_scalars, kv_scalars))
-    inner = list(zip(index[3:], call.grid[3:], strict=True))
-    *refs, columns_ref = refs
-    start, step, finish = kernel(*refs)
+    ends = list(zip(index, call.grid, strict=True))
+    turn = _Turn(
+        first=functools.reduce(jnp.logical_and, [i == 0 for i, _ in ends[3:]]),
+        last=functools.reduce(jnp.logical_and, [i == size - 1 for i, size in ends[3:]]),
+        first_keys=index[2] == 0,
+        last_keys=index[2] == call.grid[2] - 1,
+        queries=index[3] * call.grid[-1] + index[-1],
+    )
+    columns_ref = refs[-1]
+    before, step, after = kernel(turn, *refs[:-1])
 
     def unmasked(s, queries, keys):
         return s
@@ -257,21 +304,24 @@ def _entry(q_scalars, kv_scalars, q_ids_ref, kv_ids_ref, *refs, call, kernel):
                 columns_ref[row] = jnp.broadcast_to(ids, columns_ref.shape[1:])
         step(_cut(call.q, call.strip), _cut(call.kv, call.sub), mask)
 
-    pl.when(functools.reduce(jnp.logical_and, [i == 0 for i, _ in inner]))(start)
+    for when, do in before:
+        pl.when(when)(do)
     pl.when(at.every)(lambda: work(unmasked))
     pl.when(at.some & ~at.every)(lambda: work(masked))
-    pl.when(functools.reduce(jnp.logical_and, [i == size - 1 for i, size in inner]))(finish)
+    for when, do in after:
+        pl.when(when)(do)
 
 
 def _cut(size, most):
     return [pl.ds(begin, min(most, size - begin)) for begin in range(0, size, most)]
 
 
-# A kernel gives what to do first, with a block cut into strips of queries and keys (`mask(scores,
-# queries, keys)` hides what is not to be seen; scores are keys x queries), and last.
+# A kernel gives what to do before and when, what to do with a block cut into strips of queries and
+# keys (`mask(scores, queries, keys)` hides what is not to be seen; scores are keys x queries), and
+# what to do after it and when.
 
 
-def _forward_kernel(q_ref, k_ref, v_ref, *refs, soft_cap, scale):
+def _forward_kernel(turn, q_ref, k_ref, v_ref, *refs, soft_cap, scale):
     *before, out_ref, lse_ref, acc_ref, m_ref, total_ref = refs
 
     def start():
@@ -293,25 +343,26 @@ def _forward_kernel(q_ref, k_ref, v_ref, *refs, soft_cap, scale):
 
     def step(strips, subs, mask):
         pieces = [(queries, keys) for queries in strips for keys in subs]
-        coming, done = scores(*pieces[0], mask), None
+        waiting: list[tuple] = []
+        coming = scores(*pieces[0], mask)
         for piece, after in zip(pieces, [*pieces[1:], None], strict=True):
             queries, keys = piece
             s, coming = coming, None if after is None else scores(*after, mask)
-            if done is not None:
-                values(*done)
+            if waiting:
+                values(*waiting.pop())
             if keys is subs[0]:
                 m, total = m_ref[:, queries], total_ref[:, queries]
             p, alpha, m, total = online_softmax.update(s, m, total, axis=0)
             if keys is subs[-1]:
                 m_ref[:, queries], total_ref[:, queries] = m, total
-            done = queries, keys, p.astype(v_ref.dtype), alpha
-        values(*done)
+            waiting.append((queries, keys, p.astype(v_ref.dtype), alpha))
+        values(*waiting.pop())
 
     def finish():
         inverse, lse_ref[...] = online_softmax.finish(m_ref[...], total_ref[...])
         out_ref[...] = (acc_ref[...] * inverse).T.astype(out_ref.dtype)
 
-    return start, step, finish
+    return [(turn.first, start)], step, [(turn.last, finish)]
 
 
 def _gradients(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, keys, mask, soft_cap, scale):
@@ -333,54 +384,44 @@ def _gradients(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, keys, mask, so
     return rest
 
 
-def _in_turn(subs, gradients, add):
-    """`add(keys, p, ds)` for all keys, behind the products of the keys that come next."""
-    coming, done = gradients(subs[0]), None
-    for keys, after in zip(subs, [*subs[1:], None], strict=True):
-        here, coming = coming, None if after is None else gradients(after)
-        if done is not None:
-            add(*done)
-        done = keys, *here()
-    add(*done)
-
-
-def _dq_kernel(
-    q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, dq_ref, acc_ref, *, soft_cap, scale
-):
-    def start():
-        acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
-
-    def add(keys, _, ds):
-        acc_ref[...] += dot(k_ref[keys, :], ds, (0, 0))
-
-    def step(_, subs, mask):
-        arrays = q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref
-        _in_turn(subs, lambda keys: _gradients(*arrays, keys, mask, soft_cap, scale), add)
-
-    def finish():
-        dq_ref[...] = (acc_ref[...] * scale).T
-
-    return start, step, finish
-
-
-def _dkv_kernel(
-    q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, dk_ref, dv_ref, dk_acc, dv_acc, *,
-    soft_cap, scale,
+def _backward_kernel(
+    turn, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, dq_ref, dk_ref, dv_ref,
+    dq_acc, dk_acc, dv_acc, *, soft_cap, scale,
 ):  # fmt: skip
-    def start():
+    def start_queries():
+        dq_acc[turn.queries] = jnp.zeros(dq_acc.shape[1:], jnp.float32)
+
+    def start_keys():
         dk_acc[...] = jnp.zeros(dk_acc.shape, jnp.float32)
         dv_acc[...] = jnp.zeros(dv_acc.shape, jnp.float32)
 
-    def add(keys, p, ds):
-        dv_acc[keys, :] += dot(p, dout_ref[...], (1, 0))
-        dk_acc[keys, :] += dot(ds, q_ref[...], (1, 0))
-
     def step(_, subs, mask):
-        arrays = q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref
-        _in_turn(subs, lambda keys: _gradients(*arrays, keys, mask, soft_cap, scale), add)
+        queries, douts = q_ref[...].T, dout_ref[...].T
+        gradients = functools.partial(
+            _gradients, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref,
+            mask=mask, soft_cap=soft_cap, scale=scale,
+        )  # fmt: skip
 
-    def finish():
-        dk_ref[...] = dk_acc[...] * scale
-        dv_ref[...] = dv_acc[...]
+        def add(keys, p, ds):
+            dv_acc[:, keys] += dot(douts, p, (1, 1))
+            dk_acc[:, keys] += dot(queries, ds, (1, 1))
+            dq_acc[turn.queries] += dot(k_ref[keys, :], ds, (0, 0))
 
-    return start, step, finish
+        waiting: list[tuple] = []
+        coming = gradients(subs[0])
+        for keys, after in zip(subs, [*subs[1:], None], strict=True):
+            here, coming = coming, None if after is None else gradients(after)
+            if waiting:
+                add(*waiting.pop())
+            waiting.append((keys, *here()))
+        add(*waiting.pop())
+
+    def finish_queries():
+        dq_ref[...] = (dq_acc[turn.queries] * scale).T
+
+    def finish_keys():
+        dk_ref[...] = (dk_acc[...] * scale).T
+        dv_ref[...] = dv_acc[...].T
+
+    before = [(turn.first_keys, start_queries), (turn.first, start_keys)]
+    return before, step, [(turn.last_keys, finish_queries), (turn.last, finish_keys)]

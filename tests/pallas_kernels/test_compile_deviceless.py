@@ -61,20 +61,42 @@ def compiled(target, head_dim, dtype="bfloat16", *, heads=4, soft_cap=None):
     return compile_for(step, (array(heads, head_dim), kv, kv, *ids), mesh)
 
 
-def assert_holds(report, heads=4):
-    assert report.kernels == 3, "forward, dq and dkv, with nothing replaced and nothing repeated"
+def assert_holds(target, report, heads=4):
+    # forward, and dq and dkv, which are one on a TPU; nothing replaced and nothing repeated
+    assert report.kernels == (2 if TARGETS[target] == "mosaic_tpu" else 3)
     assert report.temp_bytes < heads * TOKENS * TOKENS * 4 / 4, "a quarter of the score matrix"
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("target", TARGETS)
 def test_forward_and_backward_compile(target, head_dim):
-    assert_holds(compiled(target, head_dim))
+    assert_holds(target, compiled(target, head_dim))
 
 
 @pytest.mark.parametrize("target", ["rtx-pro-6000:1", "v6e:2x2"])
 def test_float32_soft_cap_and_an_odd_group_compile(target):
-    assert_holds(compiled(target, 48, "float32", heads=6, soft_cap=20.0), heads=6)
+    assert_holds(target, compiled(target, 48, "float32", heads=6, soft_cap=20.0), heads=6)
+
+
+def test_float16_and_head_dim_512_compile_on_a_gpu():
+    assert_holds("rtx-pro-6000:1", compiled("rtx-pro-6000:1", 512, "float16"))
+
+
+def test_a_million_keys_compile():
+    """Keys of 8 GiB: offsets do not fit 32 bits, and Pallas counts them with 64."""
+    mesh = parse_target("rtx-pro-6000:1").mesh()
+
+    def array(tokens, *shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct((1, tokens, *shape), dtype)
+
+    def attend(q, k, v, q_positions, kv_positions):
+        return flash_attention(q, k, v, q_positions=q_positions, kv_positions=kv_positions)
+
+    q, kv = array(4096, 32, 128), array(1 << 20, 32, 128)
+    ids = array(4096, dtype=jnp.int32), array(1 << 20, dtype=jnp.int32)
+    report = compile_for(attend, (q, kv, kv, *ids), mesh)
+    assert report.kernels == 1
+    assert report.temp_bytes < 64 << 20
 
 
 @pytest.mark.parametrize("target", TARGETS)
