@@ -83,6 +83,8 @@ def markdown(report: dict) -> str:
         "",
         names,
         "",
+        f"Chips of this run: {', '.join(report['chips'])}.",
+        "",
         f"{good} of {len(report['rows'])} bars are reached.",
         "",
         "| what | value | bar | | against | detail |",
@@ -116,8 +118,11 @@ def main() -> int:
     ):
         parts = list(two.map(lambda chip: measure(chip, folder), args.chips))
     found = [row for part in parts for row in part] + zigzag()
-    rows = [dataclasses.asdict(row) | {"reached": row.reached} for row in bars.rows(found)]
-    report = {"versions": versions(), "rows": rows, "found": found}
+    rows = [
+        dataclasses.asdict(row) | {"reached": row.reached}
+        for row in bars.rows(found, tuple(args.chips))
+    ]
+    report = {"versions": versions(), "chips": list(args.chips), "rows": rows, "found": found}
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "deviceless.json").write_text(json.dumps(report, indent=1) + "\n")
     (args.out / "deviceless.md").write_text(markdown(report))

@@ -9,6 +9,7 @@ from pallas_kernels.devices import CHIPS
 
 INSTRUCTIONS = {64: 5.2, 128: 3.9, 256: 5.6}  # of the hot loop, a matrix instruction
 TPUS = ("v5e", "v5p", "v6e", "tpu7x")
+GPU = "rtx-pro-6000"
 COMPILE_SECONDS = 5.0
 
 
@@ -27,16 +28,19 @@ class Row:
         return self.value is not None and self.value <= self.bar and self.also
 
 
-def rows(found: list[dict]) -> list[Row]:
-    gpu = [row for row in found if row["chip"] == "rtx-pro-6000"]
-    every = [*gpu_attention(gpu)]
-    for chip in TPUS:
-        every += tpu_attention(chip, [row for row in found if row["chip"] == chip])
-    every += zigzag([row for row in found if row["op"] == "zigzag"])
-    for chip in TPUS:
-        mine = [row for row in found if row["chip"] == chip]
+def rows(found: list[dict], chips: tuple[str, ...] = (*TPUS, GPU)) -> list[Row]:
+    """Every bar of `chips`, with what was found for it."""
+    tpus = [chip for chip in TPUS if chip in chips]
+    gpu = pick(found, chip=GPU)
+    every = [*gpu_attention(gpu)] if GPU in chips else []
+    for chip in tpus:
+        every += tpu_attention(chip, pick(found, chip=chip))
+    every += zigzag(pick(found, op="zigzag"))
+    for chip in tpus:
+        mine = pick(found, chip=chip)
         every += [*tpu_decode(chip, mine), *tpu_matmul(chip, mine)]
-    return [*every, *gpu_matmul(gpu), *compile_time(found)]
+    every += gpu_matmul(gpu) if GPU in chips else ()
+    return [*every, *compile_time(found, chips)]
 
 
 def pick(found, **wanted):
@@ -195,8 +199,8 @@ def gpu_matmul(found):
         yield no_spill(f"SM120 grouped matmul, {dtype}", mine, 1, names)
 
 
-def compile_time(found):
-    for chip in ("rtx-pro-6000", *TPUS):
+def compile_time(found, chips):
+    for chip in chips:
         ours = [r for r in found if r["chip"] == chip and "seconds" in r]
         ours = [r for r in ours if r.get("whose", "ours") == "ours"]
         slow = max(ours, key=lambda r: r["cpu_seconds"], default=None)
