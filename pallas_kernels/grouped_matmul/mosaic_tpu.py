@@ -83,7 +83,8 @@ def _products(op, lhs, weights, group_sizes, outs, finish, *, transpose=False):
         return [_zeros(lhs, (0, n), lhs.dtype)] * outs
     block, interpret = _blocks(op, lhs, e, n)
     operands = [operand(w, transpose=transpose) for w in weights]
-    scales = [_whole(s, 1) for _, s in operands if s is not None]
+    # a row each: Mosaic picks one of them at run time along a major axis only
+    scales = [_whole(s, 1)[:, :, None] for _, s in operands if s is not None]
     lhs, weights = _whole(lhs, block.m), [_whole(w, LANES) for w, _ in operands]
     (rows, k), wide = lhs.shape, weights[0].shape[1 if transpose else 2]
     tall = scales[0].shape[1] if scales else 1
@@ -118,7 +119,7 @@ def _grid(block, grid, groups_, weights, scales, outs, transpose):
         return (g, n, k) if transpose else (g, k, n)
 
     def of_scales(n, v, k, group, *_):
-        return jnp.minimum(group[v], groups_ - 1), 0, n
+        return jnp.minimum(group[v], groups_ - 1), 0, 0, n
 
     matrix = (None, block.n, block.k) if transpose else (None, block.k, block.n)
     lhs = pl.BlockSpec((block.m, block.k), lambda n, v, k, group, tile, _: (tile[v], k))
@@ -129,7 +130,7 @@ def _grid(block, grid, groups_, weights, scales, outs, transpose):
         in_specs=[
             lhs,
             *[pl.BlockSpec(matrix, of_weights) for _ in weights],
-            *[pl.BlockSpec((None, s.shape[1], block.n), of_scales) for s in scales],
+            *[pl.BlockSpec((None, s.shape[1], 1, block.n), of_scales) for s in scales],
         ],
         out_specs=[out] * outs,
         scratch_shapes=[pltpu.VMEM((block.m, block.n), jnp.float32)]
@@ -226,13 +227,13 @@ def _products_kernel(
         if not by_block:
             w = weight_refs[i][columns, :] if transpose else weight_refs[i][:, columns]
             total = dot(lhs_ref[at, :], w.astype(lhs_ref.dtype), (1, 1 if transpose else 0))
-            return total * scale_refs[i][:, columns] if scaled else total
+            return total * scale_refs[i][0, :, columns] if scaled else total
 
         def add(j, total):
             k = pl.ds(pl.multiple_of(j * BLOCK, BLOCK), BLOCK)
             w = weight_refs[i][columns, k] if transpose else weight_refs[i][k, columns]
             part = dot(lhs_ref[at, k], w.astype(lhs_ref.dtype), (1, 1 if transpose else 0))
-            return total + part * scale_refs[i][pl.ds(step * per_step + j, 1), columns]
+            return total + part * scale_refs[i][step * per_step + j, :, columns]
 
         zeros = jnp.zeros((block.rows, block.columns), jnp.float32)
         return jax.lax.fori_loop(0, per_step, add, zeros)

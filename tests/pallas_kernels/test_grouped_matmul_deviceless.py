@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The grouped matmul's kernels become machine code for chips that are not there.
+
+Compiling proves what the interpreter cannot: tiling, shared memory and VMEM. That the machine code
+computes the right thing takes the chip.
+"""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxcp.plan import compile_for, parse_target
+from pallas_kernels import grouped_matmul, grouped_swiglu
+from pallas_kernels.grouped_matmul import Quantised
+
+# 2026-11: jax 0.11 and later warn when Pallas-Triton is used; it works through 0.12.
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+
+GPUS, TPUS = ("rtx-pro-6000:2", "h200:2"), ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+EXPERTS, EMBED, MLP = 6, 512, 384
+
+
+def described(mesh, shape, dtype, *spec):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*spec)))
+
+
+def mesh_of(target):
+    return parse_target(target).mesh(seq=parse_target(target).size)
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype"),
+    [*((t, "bfloat16") for t in (*GPUS, *TPUS)), (GPUS[0], "float32"), (TPUS[2], "float32")],
+)
+def test_an_expert_layer_and_its_gradient_compile(target, dtype):
+    """Rows spread over devices, weights whole on each: their gradient is summed over devices."""
+    mesh = mesh_of(target)
+    rows = described(mesh, (160 * mesh.size, EMBED), dtype, "seq")
+    sizes = described(mesh, (EXPERTS * mesh.size,), jnp.int32, "seq")
+    wide = described(mesh, (EXPERTS, EMBED, MLP), dtype)
+    back = described(mesh, (EXPERTS, MLP, EMBED), dtype)
+
+    def local(rows, sizes, gate, up, down):
+        hidden = grouped_swiglu(rows, gate, up, sizes, clamp=10.0)
+        return grouped_matmul(hidden, down, sizes)
+
+    def loss(rows, gate, up, down, sizes):
+        specs = P("seq"), P("seq"), P(), P(), P()
+        out = jax.shard_map(local, in_specs=specs, out_specs=P("seq"))(rows, sizes, gate, up, down)
+        return out.astype(jnp.float32).sum()
+
+    report = compile_for(
+        jax.value_and_grad(loss, (0, 1, 2, 3)), (rows, wide, wide, back, sizes), mesh
+    )
+    # None: some programs of libtpu cannot be read by the jaxlib of jax 0.10
+    assert report.kernels in (8, None), "forward 2; for each of three weights: dlhs and drhs"
+
+
+@pytest.mark.parametrize(("values", "block"), [("int8", False), ("float8_e4m3fn", True)])
+@pytest.mark.parametrize("target", [GPUS[0], TPUS[0], TPUS[3]])
+def test_weights_of_8_bits_compile(target, values, block):
+    mesh = mesh_of(target)
+    rows = described(mesh, (256, EMBED), jnp.bfloat16)
+    sizes = described(mesh, (EXPERTS,), jnp.int32)
+    scales = (EXPERTS, EMBED // 128, MLP // 128) if block else (EXPERTS, 1, MLP)
+    weights = Quantised(
+        described(mesh, (EXPERTS, EMBED, MLP), values), described(mesh, scales, jnp.float32)
+    )
+
+    def loss(rows, weights, sizes):
+        run = jax.shard_map(grouped_matmul, in_specs=(P(), P(), P()), out_specs=P())
+        return run(rows, weights, sizes).astype(jnp.float32).sum()
+
+    report = compile_for(jax.value_and_grad(loss), (rows, weights, sizes), mesh)
+    assert report.kernels in (2, None), "no gradient but that of the rows"
+    assert report.temp_bytes < EXPERTS * EMBED * MLP * 2, "no weights in 16 bits"
