@@ -65,7 +65,8 @@ def decode_attention(
       NotImplementedError: the chosen implementation cannot; the message names those that can.
         And in a gradient: there is none, `flash_attention` has one.
 
-    "triton" copies a cache whose head dim is no power of two, "mosaic_tpu" one of under 128 slots.
+    "triton" copies a cache whose head dim is no power of two, "mosaic_tpu" one of under 128 slots;
+    and it lays the scales out anew, through temporaries of 544 B a slot (v6e, 8 KV heads).
     Source: split KV: Flash-Decoding (Dao et al., 2023, crfm.stanford.edu/2023/10/12/flashdecoding).
 
     >>> q = jax.random.normal(jax.random.key(0), (1, 1, 8, 64))

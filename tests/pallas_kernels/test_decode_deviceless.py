@@ -53,4 +53,6 @@ def compiled(target, cache, *, queries=1, heads=64, kv_heads=8):
 def test_a_million_slots_compile_and_are_not_copied(target, cache):
     report = compiled(target, cache)
     assert report.kernels == 1
-    assert report.temp_bytes < report.argument_bytes / 8, "no copy of the cache"
+    # Keys or values alone are half of the arguments. Of int8, a TPU's 544 B a slot stay below:
+    # scales, laid out along lanes, pass through an array padded from 8 to 128 lanes.
+    assert report.temp_bytes < report.argument_bytes / 3, "neither keys nor values are copied"
