@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxcp.layers.mlp import GatedMLP
 from jaxcp.layers.parameter import RouterBias, normal
 from jaxcp.sharding import tokens_spec
-from pallas_kernels import grouped_matmul
+from pallas_kernels import grouped_matmul, grouped_swiglu
 
 
 class MoE(nnx.Module):
@@ -76,8 +76,7 @@ class MoE(nnx.Module):
         order = jnp.argsort(chosen.reshape(-1))  # stable: choices of one expert stay in token order
         sizes = jnp.bincount(chosen.reshape(-1), length=num_experts).astype(jnp.int32)
         rows = flat[order // k]
-        hidden = jax.nn.silu(grouped_matmul(rows, gate, sizes)) * grouped_matmul(rows, up, sizes)
-        out = grouped_matmul(hidden, down, sizes)
+        out = grouped_matmul(grouped_swiglu(rows, gate, up, sizes), down, sizes)
         out = jnp.zeros_like(out).at[order].set(out, unique_indices=True).reshape(b * t, k, d)
         y = jnp.einsum("mkd,mk->md", out.astype(jnp.float32), weights)
         load = sizes.astype(jnp.float32) / (b * t * k)
