@@ -73,9 +73,7 @@ def test_train_export_and_generate(tmp_path):
 
 
 def test_chat_keeps_the_conversation(tmp_path):
-    done = jaxcp_command(
-        "chat", "--max-new-tokens", 3, "--max-len", 200, stdin="one\ntwo\n"
-    )
+    done = jaxcp_command("chat", "--max-new-tokens", 3, "--max-len", 200, stdin="one\ntwo\n")
     assert done.returncode == 0, done.stderr
     assert "3 tokens prefilled" in done.stderr
     assert "4 tokens prefilled" in done.stderr and "5 reused" in done.stderr
