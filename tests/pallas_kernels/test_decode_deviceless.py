@@ -16,7 +16,7 @@ from pallas_kernels import decode_attention
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 
 SLOTS = 1 << 20
-TARGETS = ("rtx-pro-6000:1", "h200:1", "v5e:1x1", "v5p:1x1x1", "v6e:1x1", "tpu7x:1x1x1")
+TARGETS = ("rtx-pro-6000:1", "h200:1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 
 
 def compiled(target, cache, *, queries=1, heads=64, kv_heads=8):
@@ -47,7 +47,7 @@ def compiled(target, cache, *, queries=1, heads=64, kv_heads=8):
     [
         *((target, "bfloat16") for target in TARGETS),
         ("rtx-pro-6000:1", "int8"),
-        ("v6e:1x1", "int8"),
+        ("v6e:2x2", "int8"),
     ],
 )
 def test_a_million_slots_compile_and_are_not_copied(target, cache):
