@@ -3,8 +3,15 @@
 
 import importlib
 from types import ModuleType
+from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
+
+INTERPRETED = "interpreted"
+"""In a table of block sizes, the kind of device that stands for the interpreter."""
+
+Row = TypeVar("Row")
 
 
 def target_platform() -> str:
@@ -17,6 +24,38 @@ def target_platform() -> str:
     device = None if mesh.empty else getattr(mesh, "abstract_device", None)
     platform = getattr(device, "platform", None) or jax.default_backend()
     return "gpu" if platform in ("cuda", "rocm", "gpu") else platform
+
+
+def device_kind() -> str:
+    """The chip that the code being traced is for: the mesh's, or the default backend's."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else getattr(mesh, "abstract_device", None)
+    return getattr(device, "device_kind", None) or jax.devices()[0].device_kind
+
+
+def block_sizes(
+    table: tuple[tuple[str, str, int, int, Row], ...],
+    op: str,
+    size: int,
+    dtype,
+    *,
+    interpret: bool,
+    what: str,
+) -> Row:
+    """The first row of `table` for `op` on the device in scope.
+
+    A line of the table: operation, start of the device kind, most `size`, most bytes an element of
+    `dtype`, row. `what` says in the error what `size` is.
+
+    Raises:
+      NotImplementedError: no line holds this.
+    """
+    kind = INTERPRETED if interpret else device_kind()
+    itemsize = jnp.dtype(dtype).itemsize
+    for name, target, most, most_bytes, row in table:
+        if name == op and kind.startswith(target) and size <= most and itemsize <= most_bytes:
+            return row
+    raise NotImplementedError(f"{op}: no block sizes for {kind!r}, {what}={size}, {dtype}")
 
 
 def resolve(

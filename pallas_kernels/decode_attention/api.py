@@ -13,7 +13,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
 from pallas_kernels.dispatch import resolve
-from pallas_kernels.flash_attention.api import apply_sinks, default_positions, hide_pads
+from pallas_kernels.flash_attention.api import (
+    apply_sinks,
+    check_shapes,
+    default_positions,
+    hide_pads,
+)
 from pallas_kernels.flash_attention.mask import Mask
 
 IMPLEMENTATIONS = ("reference", "xla", "triton", "mosaic_tpu")
@@ -128,19 +133,7 @@ def _no_gradient(backend, options, primals, tangents):
 
 def check(q, k, v, k_scale, v_scale, q_positions, kv_positions, sinks, soft_cap):
     """Raise ValueError for arguments that no backend could make sense of."""
-    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
-        raise ValueError(
-            f"q, k, v must be [batch, tokens, heads, head_dim]; got {q.shape}, {k.shape}, {v.shape}"
-        )
-    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(
-            "q [B,T,N,H], k [B,S,K,H] and v [B,S,K,V] must agree in B, S, K and H; "
-            f"got {q.shape}, {k.shape}, {v.shape}"
-        )
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(
-            f"query heads must be a multiple of KV heads; got {q.shape[2]} and {k.shape[2]}"
-        )
+    check_shapes(q, k, v)
     if not 1 <= q.shape[1] <= MAX_QUERIES:
         raise ValueError(
             f"decode_attention takes 1 to {MAX_QUERIES} queries a sequence; got {q.shape[1]}; "

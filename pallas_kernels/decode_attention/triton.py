@@ -17,7 +17,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import devices, online_softmax
 from pallas_kernels.decode_attention import rows, tuning
-from pallas_kernels.dispatch import target_platform
+from pallas_kernels.dispatch import device_kind, target_platform
 from pallas_kernels.flash_attention import blocks as tiles
 from pallas_kernels.flash_attention.mask import NO_POSITION, PAD_POSITION
 from pallas_kernels.online_softmax import dot
@@ -107,7 +107,7 @@ def _whole(x):
 
 def _splits(programs):
     """As many workers a sequence and KV head as fill the GPU twice."""
-    chip = devices.find(tuning.device_kind())
+    chip = devices.find(device_kind())
     cores = chip.nvidia.cores if chip is not None and chip.nvidia is not None else CORES
     return pl.cdiv(2 * cores, programs)
 

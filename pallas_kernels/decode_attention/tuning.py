@@ -5,7 +5,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from pallas_kernels.flash_attention.tuning import INTERPRETED, device_kind
+from pallas_kernels.dispatch import INTERPRETED, block_sizes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,16 +41,7 @@ TABLE: tuple[tuple[str, str, int, int, Blocks], ...] = (
 
 def blocks(op: str, head_dim: int, dtype, *, interpret: bool) -> Blocks:
     """The row for `op` on the device in scope; `head_dim` is the wider one of keys and values."""
-    kind = INTERPRETED if interpret else device_kind()
-    for name, target, most, itemsize, row in TABLE:
-        if (
-            name == op
-            and kind.startswith(target)
-            and head_dim <= most
-            and jnp.dtype(dtype).itemsize <= itemsize
-        ):
-            return row
-    raise NotImplementedError(f"{op}: no block sizes for {kind!r}, head_dim={head_dim}, {dtype}")
+    return block_sizes(TABLE, op, head_dim, dtype, interpret=interpret, what="head_dim")
 
 
 def unsupported(name, q, v):

@@ -218,19 +218,7 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 
 def check(q, k, v, q_positions, kv_positions, q_segment_ids, kv_segment_ids, sinks, soft_cap):
     """Raise ValueError for arguments that no backend could make sense of."""
-    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
-        raise ValueError(
-            f"q, k, v must be [batch, tokens, heads, head_dim]; got {q.shape}, {k.shape}, {v.shape}"
-        )
-    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(
-            "q [B,T,N,H], k [B,S,K,H] and v [B,S,K,V] must agree in B, S, K and H; "
-            f"got {q.shape}, {k.shape}, {v.shape}"
-        )
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(
-            f"query heads must be a multiple of KV heads; got {q.shape[2]} and {k.shape[2]}"
-        )
+    check_shapes(q, k, v)
     if not (q.dtype == k.dtype == v.dtype) or not jnp.issubdtype(q.dtype, jnp.floating):
         raise ValueError(
             f"q, k, v must share one floating dtype; got {q.dtype}, {k.dtype}, {v.dtype}"
@@ -249,6 +237,23 @@ def check(q, k, v, q_positions, kv_positions, q_segment_ids, kv_segment_ids, sin
         raise ValueError(f"sinks must be one logit a query head, [{q.shape[2]}]; got {sinks.shape}")
     if soft_cap is not None and soft_cap <= 0:
         raise ValueError(f"soft_cap must be positive or None; got {soft_cap}")
+
+
+def check_shapes(q, k, v):
+    """Raise ValueError for q, k and v that do not fit each other."""
+    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
+        raise ValueError(
+            f"q, k, v must be [batch, tokens, heads, head_dim]; got {q.shape}, {k.shape}, {v.shape}"
+        )
+    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            "q [B,T,N,H], k [B,S,K,H] and v [B,S,K,V] must agree in B, S, K and H; "
+            f"got {q.shape}, {k.shape}, {v.shape}"
+        )
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"query heads must be a multiple of KV heads; got {q.shape[2]} and {k.shape[2]}"
+        )
 
 
 def check_carry(q, v, carry):

@@ -3,8 +3,7 @@
 
 import dataclasses
 
-import jax
-import jax.numpy as jnp
+from pallas_kernels.dispatch import INTERPRETED, block_sizes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,8 +21,6 @@ class Blocks:
     sub: int = 512
     strip: int = 512
 
-
-INTERPRETED = "interpreted"
 
 # operation, start of the device kind, most head dim, most bytes an element; the first match wins
 # Shared memory: sm_120 has 101,376 B a block, which every GPU row here fits.
@@ -67,22 +64,6 @@ TABLE: tuple[tuple[str, str, int, int, Blocks], ...] = (
 )
 
 
-def device_kind() -> str:
-    """The chip that the code being traced is for: the mesh's, or the default backend's."""
-    mesh = jax.sharding.get_abstract_mesh()
-    device = None if mesh.empty else getattr(mesh, "abstract_device", None)
-    return getattr(device, "device_kind", None) or jax.devices()[0].device_kind
-
-
 def blocks(op: str, head_dim: int, dtype, *, interpret: bool) -> Blocks:
     """The row for `op` on the device in scope; `head_dim` is the wider one of keys and values."""
-    kind = INTERPRETED if interpret else device_kind()
-    for name, target, most, itemsize, row in TABLE:
-        if (
-            name == op
-            and kind.startswith(target)
-            and head_dim <= most
-            and jnp.dtype(dtype).itemsize <= itemsize
-        ):
-            return row
-    raise NotImplementedError(f"{op}: no block sizes for {kind!r}, head_dim={head_dim}, {dtype}")
+    return block_sizes(TABLE, op, head_dim, dtype, interpret=interpret, what="head_dim")

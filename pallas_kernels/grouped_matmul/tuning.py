@@ -3,8 +3,7 @@
 
 import dataclasses
 
-import jax
-import jax.numpy as jnp
+from pallas_kernels.dispatch import INTERPRETED, block_sizes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,8 +22,6 @@ class Blocks:
     rows: int = 128
     columns: int = 256
 
-
-INTERPRETED = "interpreted"
 
 # operation, start of the device kind, most mean rows a group, most bytes an element of lhs;
 # the first match wins. Shared memory: sm_120 has 101,376 B a block, which every GPU row fits.
@@ -59,22 +56,6 @@ TABLE: tuple[tuple[str, str, int, int, Blocks], ...] = (
 )
 
 
-def device_kind() -> str:
-    """The chip that the code being traced is for: the mesh's, or the default backend's."""
-    mesh = jax.sharding.get_abstract_mesh()
-    device = None if mesh.empty else getattr(mesh, "abstract_device", None)
-    return getattr(device, "device_kind", None) or jax.devices()[0].device_kind
-
-
 def blocks(op: str, mean_rows: int, dtype, *, interpret: bool) -> Blocks:
     """The row for `op` on the device in scope; `mean_rows`: rows of lhs divided by groups."""
-    kind = INTERPRETED if interpret else device_kind()
-    for name, target, most, itemsize, row in TABLE:
-        if (
-            name == op
-            and kind.startswith(target)
-            and mean_rows <= most
-            and jnp.dtype(dtype).itemsize <= itemsize
-        ):
-            return row
-    raise NotImplementedError(f"{op}: no block sizes for {kind!r}, {mean_rows} rows, {dtype}")
+    return block_sizes(TABLE, op, mean_rows, dtype, interpret=interpret, what="mean_rows")

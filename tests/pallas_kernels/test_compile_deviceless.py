@@ -13,7 +13,6 @@ from jax.sharding import PartitionSpec as P
 
 from jaxcp.plan import compile_for, parse_target
 from pallas_kernels import flash_attention
-from pallas_kernels.flash_attention import tuning
 
 # 2026-11: jax 0.11 and later warn when Pallas-Triton is used; it works through 0.12.
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
@@ -101,10 +100,10 @@ def test_a_million_keys_compile():
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_described_chip_picks_the_backend_and_its_blocks(target):
-    from pallas_kernels.dispatch import target_platform
+    from pallas_kernels.dispatch import device_kind, target_platform
     from pallas_kernels.flash_attention.api import BEST
 
     mesh = parse_target(target).mesh(seq=parse_target(target).size)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         assert BEST[target_platform()] == TARGETS[target]
-        assert tuning.device_kind() == mesh.devices.flat[0].device_kind
+        assert device_kind() == mesh.devices.flat[0].device_kind
