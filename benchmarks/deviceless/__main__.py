@@ -107,9 +107,8 @@ def markdown(report: dict) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument(
-        "--chips", nargs="*", default=("v6e", "tpu7x", "v5p", "v5e", "rtx-pro-6000")
-    )
+    parser.add_argument("--chips", nargs="*", default=CHIPS, choices=CHIPS)
+    parser.add_argument("--picture", type=pathlib.Path, help="draw what a tile costs into this PNG")
     args = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
     with (
