@@ -152,7 +152,9 @@ def target_config(chip: Chip) -> str:
         f'platform_name: "CUDA"\ndevice_description_str: "{_compile_kind(chip, gpu)}"\n'
         "dnn_version_info { major: 9 minor: 10 }\n"
         f"gpu_device_info {{\n{fields}\n"
-        f"  cuda_compute_capability {{ major: {major} minor: {minor} }}\n}}\n"
+        # sm_90a, sm_120a: XLA says so of a card that is there; without it some instructions are not
+        f"  cuda_compute_capability {{ major: {major} minor: {minor} "
+        "feature_extension: ACCELERATED_FEATURES }\n}\n"
     )
 
 

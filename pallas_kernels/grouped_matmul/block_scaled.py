@@ -4,9 +4,10 @@
 Rows and weights both have narrow values and a scale for every 32 (MXFP8) or 16 (NVFP4) entries
 along the dimension summed over; the tensor core multiplies and scales. Pallas has no such product,
 but the Triton dialect in jaxlib does: `_dot_scaled` is a primitive of our own whose lowering is
-put into Pallas-Triton's private table. That is proved on the releases in `PROVED` and refused on
-others. It cannot be interpreted: `implementation="emulated"` computes the same from the same
-values and scales with plain JAX, on any platform. No gradient.
+put into Pallas-Triton's private table. It is refused on releases other than those in `PROVED`,
+which were all that there were, and on GPUs of another architecture, where Triton would multiply in
+bfloat16 and say nothing. It cannot be interpreted: `implementation="emulated"` computes the same
+from the same values and scales with plain JAX, on any platform. No gradient.
 
 Source: OCP Microscaling Formats 1.0 (MX); PTX ISA 8.7, warp-level block scaling (NVFP4).
 """
@@ -21,10 +22,13 @@ from jax.experimental.pallas import triton as plgpu
 from jax.extend.core import Primitive
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import target_platform
+from pallas_kernels.devices import find
+from pallas_kernels.dispatch import device_kind, target_platform
 from pallas_kernels.grouped_matmul import groups, reference
 
-PROVED = ("0.10.2",)  # compiled for sm_120a; never run on the chip
+# jax on which the machine code for sm_120a has block-scaled instructions; never run on the chip
+PROVED = ("0.10.2", "0.11.0", "0.11.1", "0.11.2", "0.12.0", "0.12.0.1")
+CAPABILITY = (12, 0)
 FORMATS = {"mxfp8": 32, "nvfp4": 16}  # entries that share a scale
 E4M3_LARGEST, E2M1_LARGEST = 448.0, 6.0
 E2M1_MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
@@ -116,7 +120,7 @@ def grouped_matmul_block_scaled(
       implementation: "triton" (sm_120), "emulated"; None: the first on GPUs, else the second.
     Raises:
       ValueError: shapes that do not fit, or an unknown implementation.
-      NotImplementedError: "triton" with a jax on which it is not proved, or on a CPU.
+      NotImplementedError: "triton" with a jax on which it is not proved, or not for sm_120.
     """
     if implementation is None:
         implementation = "triton" if target_platform() == "gpu" else "emulated"
@@ -135,12 +139,7 @@ def grouped_matmul_block_scaled(
 
 
 def _triton(lhs, rhs, group_sizes, dtype):
-    if jax.__version__ not in PROVED or target_platform() != "gpu":
-        raise NotImplementedError(
-            "block-scaled products need sm_120 and go through a private hook of Pallas-Triton, "
-            f"proved on jax {', '.join(PROVED)}; this is {jax.__version__} for "
-            f"{target_platform()}; use implementation='emulated', or grouped_matmul with quantise()"
-        )
+    _check_target()
     _register()
     (m, k), (e, n) = (lhs.row_scales.shape[0], lhs.width), rhs.row_scales.shape
     block_m, block_n, block_k = (128 if m > 32 * e else 16), 128, 128
@@ -157,6 +156,18 @@ def _triton(lhs, rhs, group_sizes, dtype):
         compiler_params=plgpu.CompilerParams(num_warps=8 if block_m == 128 else 4, num_stages=2),
         name=f"grouped_matmul_{rhs.format}",
     )(*tiles, lhs.values, lhs.scales, lhs.row_scales, rhs.values, rhs.scales, rhs.row_scales)
+
+
+def _check_target():
+    platform, chip = target_platform(), find(device_kind())
+    other = chip is not None and (chip.nvidia is None or chip.nvidia.capability != CAPABILITY)
+    if platform != "gpu" or other or jax.__version__ not in PROVED:
+        raise NotImplementedError(
+            "block-scaled products need sm_120 and go through a private hook of Pallas-Triton, "
+            f"proved on jax {', '.join(PROVED)}; this is jax {jax.__version__} for "
+            f"{device_kind() if platform == 'gpu' else platform}; use implementation='emulated', "
+            "or grouped_matmul with quantise()"
+        )
 
 
 def _kernel(

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """MXFP8 and NVFP4: what rounding costs, by emulation; the kernel compiles for sm_120."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from jaxcp.plan import compile_for, parse_target, target
+from jaxcp.plan import compile_for, parse_target
 from pallas_kernels.grouped_matmul import block_scaled as narrow
 
 # 2026-11: jax 0.11 and later warn when Pallas-Triton is used; it works through 0.12.
@@ -18,6 +19,12 @@ SIZES = [40, 0, 21]  # and three rows past the last group
 # Error of the product with both sides rounded, relative to its norm: random, outliers (1 entry
 # in 500 of both sides is 30 times as large, and takes the scale of its block).
 ROUNDING = {"mxfp8": (0.045, 0.045), "nvfp4": (0.16, 0.16)}
+INSTRUCTION = {
+    "mxfp8": "mma.sync.aligned.m16n8k32.row.col.kind::mxf8f6f4.block_scale.scale_vec::1X"
+    ".f32.e4m3.e4m3.f32.ue8m0",
+    "nvfp4": "mma.sync.aligned.m16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::4X"
+    ".f32.e2m1.e2m1.f32.ue4m3",
+}
 
 
 def problem(outliers):
@@ -58,33 +65,35 @@ def test_what_has_a_code_comes_back(format):
     assert not np.asarray(zeros).any()
 
 
-@pytest.mark.parametrize("tokens", [8, 128])
-@pytest.mark.parametrize("format", narrow.FORMATS)
-def test_compiles_for_sm_120_or_says_why_not(format, tokens, monkeypatch):
-    def described_as_it_is(chip, found=target.target_config):  # sm_120a, as XLA sees a real one
-        return found(chip).replace(
-            "minor: 0 }", "minor: 0 feature_extension: ACCELERATED_FEATURES }"
-        )
-
-    monkeypatch.setattr(target, "target_config", described_as_it_is)
-    mesh = parse_target("rtx-pro-6000:1").mesh(seq=1)
-
-    def described(shape, dtype):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P()))
-
+def compile_kernel(target, format, tokens, options=None):
     weights = jax.eval_shape(
         lambda w: narrow.block_scaled(w, format), jax.ShapeDtypeStruct((4, 256, 512), jnp.bfloat16)
     )
-    args = (
-        described((4 * tokens, 512), jnp.bfloat16),
-        jax.tree.map(lambda x: described(x.shape, x.dtype), weights),
-        described((4,), jnp.int32),
-    )
-    if jax.__version__ not in narrow.PROVED:
-        with pytest.raises(NotImplementedError, match="proved on jax"):
-            compile_for(narrow.grouped_matmul_block_scaled, args, mesh)
-        return
-    assert compile_for(narrow.grouped_matmul_block_scaled, args, mesh).kernels == 1
+    lhs = jax.ShapeDtypeStruct((4 * tokens, 512), jnp.bfloat16)
+    args = lhs, weights, jax.ShapeDtypeStruct((4,), jnp.int32)
+    run = functools.partial(narrow.grouped_matmul_block_scaled)  # another one: traced once more
+    return compile_for(run, args, parse_target(target).mesh(), options)
+
+
+@pytest.mark.parametrize("tokens", [8, 128])
+@pytest.mark.parametrize("format", narrow.FORMATS)
+def test_its_machine_code_has_the_block_scaled_instruction(format, tokens, tmp_path):
+    options = {"xla_dump_to": str(tmp_path), "xla_gpu_dump_llvmir": True}
+    if jax.version.__version_info__ >= (0, 11):
+        options["xla_dump_emitter_re"] = "ptx"
+    report = compile_kernel("rtx-pro-6000:1", format, tokens, options)
+    assert report.kernels == 1
+    ptx = "".join(path.read_text() for path in tmp_path.rglob("*.ptx"))
+    assert set(re.findall(r"^\.target (\w+)", ptx, re.M)) == {"sm_120a"}
+    assert set(re.findall(r"mma\.sync\.\S+", ptx)) == {INSTRUCTION[format]}
+
+
+def test_what_has_no_such_instruction_is_refused(monkeypatch):
+    with pytest.raises(NotImplementedError, match="NVIDIA H200"):
+        compile_kernel("h200:1", "mxfp8", 8)
+    monkeypatch.setattr(narrow, "PROVED", ("none",))
+    with pytest.raises(NotImplementedError, match="proved on jax none"):
+        compile_kernel("rtx-pro-6000:1", "mxfp8", 8)
 
 
 def test_what_does_not_fit_is_named():
