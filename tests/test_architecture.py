@@ -22,6 +22,7 @@ RANKS = (
     ("jaxcp.models",),
     ("jaxcp.weights", "jaxcp.tokenizer", "jaxcp.sampling", "jaxcp.checkpoints"),
     ("jaxcp.inference", "jaxcp.training", "jaxcp.plan", "jaxcp.evaluate"),
+    ("jaxcp.tune",),
     ("jaxcp.demo",),
     ("jaxcp.cli",),
 )

@@ -51,34 +51,41 @@ def write(folder, program=PROGRAM, table=TABLE):
 
 
 def test_bundles_of_a_kernel(tmp_path):
-    from benchmarks.deviceless import bundles
+    from jaxcp.plan import tpu_code
 
     write(tmp_path)
-    kernel = bundles.kernels(tmp_path)["flash_attention_forward"]
+    kernel = tpu_code.kernels(tmp_path)["flash_attention_forward"]
     assert [(h.bundles, h.loops) for h in kernel.hot] == [(2, 1), (2, 2)]
     assert [h.floors for h in kernel.hot] == [{"MATMUL": 2, "VALU": 1}, {"MATMUL": 2, "VALU": 1}]
+    assert [h.matmuls for h in kernel.hot] == [2, 2]
     assert kernel.around == 2, "0x4 and 0x7"
     assert kernel.windows == [("bf16", (1, 256, 128), 256 * 128 * 2)]
 
 
 @pytest.mark.parametrize(
-    ("old", "new"), [("0x3 ", "0x4 "), ("== UTILIZATION", "== SLOTS"), ("2 0 1\n2 0 1\n", "")]
+    ("old", "new"),
+    [
+        ("0x3 ", "0x4 "),
+        ("== UTILIZATION", "== SLOTS"),
+        ("2 0 1\n2 0 1\n", ""),
+        ("MATMUL, MATPUSH", "TENSOR, TENSORPUSH"),
+    ],
 )
 def test_another_format_is_an_error(tmp_path, old, new):
-    from benchmarks.deviceless import bundles
+    from jaxcp.plan import tpu_code
 
     write(tmp_path, PROGRAM.replace(old, new), TABLE.replace(old, new))
     with pytest.raises(ValueError, match="format changed"):
-        bundles.kernels(tmp_path)
+        tpu_code.kernels(tmp_path)
 
 
 def test_innermost_loops_of_a_gpu_kernel():
-    from benchmarks.deviceless import sass
+    from jaxcp.plan import gpu_code
 
-    (loop,) = sass._matrix_loops(SASS)
+    (loop,) = gpu_code._matrix_loops(SASS)
     assert loop.opcodes == {"LDSM": 1, "HMMA": 1, "FADD": 1, "BRA": 1}
     assert loop.per_matrix == 4
-    assert sass._matrix_names("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f1}") == [
+    assert gpu_code._matrix_names("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f1}") == [
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
     ]
 

@@ -3,7 +3,8 @@
 
     make bench-deviceless
 
-What is counted: the instruction mix, registers and spills of an NVIDIA kernel (`sass.py`) and the
-bundles of a TPU kernel (`bundles.py`). A bundle issues in one cycle of a TensorCore, so bundles of
-a tile are its run time where DMA is hidden. They are no measurement: nothing here has run.
+What is counted: the instruction mix, registers and spills of an NVIDIA kernel and the bundles of a
+TPU kernel (`jaxcp/plan/{gpu,tpu}_code.py`, `jaxcp/tune/tpu_cost.py`). A bundle issues in a cycle
+of a TensorCore, so bundles of a tile are its run time where DMA is hidden and no unit stalls. They
+are no measurement: nothing here has run.
 """

@@ -17,7 +17,8 @@ import tempfile
 import time
 from importlib import metadata
 
-from benchmarks.deviceless import bars, sass
+from benchmarks.deviceless import bars
+from jaxcp.plan import gpu_code
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CHIPS = ("v6e", "tpu7x", "v5p", "v5e", "rtx-pro-6000")
@@ -64,9 +65,9 @@ def versions() -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = "not there"
-    for tool in ("ptxas", "nvdisasm"):
+    for tool in gpu_code.TOOLS:
         try:
-            found[tool] = sass.tool_version(tool)
+            found[tool] = gpu_code.tool_version(tool)
         except FileNotFoundError:
             found[tool] = "not there"
     return found

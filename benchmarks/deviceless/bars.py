@@ -4,7 +4,7 @@
 import dataclasses
 import math
 
-from benchmarks.deviceless.moe_decode import hbm_cycles
+from jaxcp.tune.tpu_cost import hbm_cycles
 from pallas_kernels.devices import CHIPS
 
 INSTRUCTIONS = {64: 5.2, 128: 3.9, 256: 5.6}  # of the hot loop, a matrix instruction
@@ -110,7 +110,7 @@ def tpu_attention(chip, found):
             theirs = [r for r in pick(mine, whose="tokamax") if "unmasked" in r]
             best = min(theirs, key=lambda r: r["unmasked"], default=None)
             against = "tokamax splash, unmasked tile: " + (
-                f"{best['unmasked']:,.0f} bundles at {best['blocks']}" if best else "not there"
+                f"{best['unmasked']:,.0f} cycles at {best['blocks']}" if best else "not there"
             )
             for tile in ("unmasked", "masked") if what == "forward" else ("unmasked",):
                 value = ours[0][tile] / best["unmasked"] if ours and best else None
@@ -126,14 +126,12 @@ def tpu_attention(chip, found):
 
 def held_back(row, tile):
     """Our bundles, and the greatest floors of single units."""
-    which = 0 if tile == "unmasked" else 1
-    floors: dict[str, float] = {}
-    for name, kernel in row["kernels"].items():
-        q, kv = row["tiles"][name]
-        for unit, n in kernel["hot"][which]["floors"].items():
-            floors[unit] = floors.get(unit, 0) + n * 2**20 / (q * kv)
-    top = sorted(floors.items(), key=lambda pair: -pair[1])[:4]
-    return f"ours {row[tile]:,.0f} bundles; floors " + ", ".join(f"{u} {n:,.0f}" for u, n in top)
+    (kernel,) = row["kernels"].values()
+    hot = kernel["hot"][0 if tile == "unmasked" else 1]
+    top = sorted(hot["floors"].items(), key=lambda pair: -pair[1])[:4]
+    floors = ", ".join(f"{unit} {n * row['share']:,.0f}" for unit, n in top)
+    bundles = hot["bundles"] * row["share"]
+    return f"ours {row[tile]:,.0f} cycles, {bundles:,.0f} bundles; floors {floors}"
 
 
 def zigzag(found):

@@ -6,64 +6,28 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import flash_attention
-from pallas_kernels.flash_attention import Mask, attention_backward, tuning
+from jaxcp.tune import programs
+from jaxcp.tune.parts import attention_flops
+from pallas_kernels.flash_attention import tuning
 
 TOKENS, HEADS, KV_HEADS = 4096, 2, 1
 HEAD_DIMS = (64, 128, 256)
-IDS = jax.ShapeDtypeStruct((1, TOKENS), jnp.int32)
 
 
-def array(*shape, dtype=jnp.bfloat16):
-    return jax.ShapeDtypeStruct((1, TOKENS, *shape), dtype)
-
-
-def forward(head_dim, implementation):
+def ours(what, head_dim, implementation):
     """`(fn, args)`: causal, positions and segments on."""
-
-    def run(q, k, v, positions, segments):
-        return flash_attention(
-            q,
-            k,
-            v,
-            q_positions=positions,
-            kv_positions=positions,
-            q_segment_ids=segments,
-            kv_segment_ids=segments,
-            implementation=implementation,
-        )
-
-    kv = array(KV_HEADS, head_dim)
-    return run, (array(HEADS, head_dim), kv, kv, IDS, IDS)
+    program = programs.flash_forward if what == "forward" else programs.flash_backward
+    return program(implementation, tokens=TOKENS, heads=HEADS, kv_heads=KV_HEADS, head_dim=head_dim)
 
 
-def backward(head_dim, implementation):
-    def run(q, k, v, positions, segments, lse, dout, delta):
-        return attention_backward(
-            q,
-            k,
-            v,
-            positions,
-            positions,
-            segments,
-            segments,
-            lse,
-            dout,
-            delta,
-            mask=Mask(),
-            soft_cap=None,
-            scale=head_dim**-0.5,
-            implementation=implementation,
-        )
-
-    q, kv, row = array(HEADS, head_dim), array(KV_HEADS, head_dim), array(HEADS, dtype=jnp.float32)
-    return run, (q, kv, kv, IDS, IDS, row, q, row)
+def flops(what, head_dim):
+    """Of one query and key."""
+    return attention_flops(f"mosaic_{what}", head_dim)
 
 
-def tile(kernel, head_dim):
-    """Queries and keys a block of the kernel `flash_attention_...` on the mesh's chip."""
-    op = f"mosaic_{kernel.removeprefix('flash_attention_')}"
-    found = tuning.blocks(op, head_dim, jnp.bfloat16, interpret=False)
+def tile(what, head_dim):
+    """Queries and keys a block of our kernel on the mesh's chip."""
+    found = tuning.blocks(f"mosaic_{what}", head_dim, jnp.bfloat16, interpret=False)
     return found.q, found.kv
 
 
@@ -83,7 +47,7 @@ class Splash:
         return text + (" lp scheduler" if self.scheduler else "")
 
 
-# The few that were best somewhere, of those that compile in seconds.
+# The few that were best somewhere, of those that compile in seconds: `--search` finds them.
 SPLASH = {
     "forward": (
         Splash(1024, 1024, 512, scheduler=True),
@@ -91,6 +55,11 @@ SPLASH = {
     ),
     "backward": (Splash(1024, 1024, 512), Splash(1024, 1024, 256)),
 }
+
+
+def blocks_of(chip: str, what: str, head_dim: int) -> tuple[Splash, ...]:
+    """The sizes that tokamax's kernel is compiled with for the bar."""
+    return SPLASH[what]
 
 
 def splash(head_dim, blocks: Splash, *, gradient):

@@ -16,6 +16,8 @@ import sysconfig
 import tempfile
 from importlib import metadata
 
+TOOLS = ("ptxas", "nvdisasm")
+
 
 def dump_flags(folder) -> str:
     flags = f"--xla_dump_to={folder} --xla_gpu_dump_llvmir=true"
@@ -59,12 +61,12 @@ class Kernel:
     loops: tuple[Loop, ...]
 
 
-def kernels(folder: pathlib.Path) -> list[Kernel]:
-    """Every kernel with matrix instructions that XLA wrote into `folder`."""
-    found = []
+def kernels(folder: pathlib.Path) -> dict[str, Kernel]:
+    """Every kernel with matrix instructions that XLA wrote into `folder`, by its name."""
+    found: dict[str, Kernel] = {}
     for path in sorted(folder.rglob("*.ptx")):
         if "mma." in path.read_text():
-            found += _assemble(path)
+            found |= {kernel.name: kernel for kernel in _assemble(path) if kernel.matrix_names}
     return found
 
 
@@ -80,7 +82,9 @@ def _assemble(path: pathlib.Path) -> list[Kernel]:
     bodies = dict(re.findall(r"^\.entry\s+([\w$]+)(.*?)^\}", _entries(ptx), re.S | re.M))
     found = []
     for section in re.split(r"(?=^\s*\.section\s+\.text\.)", code, flags=re.M)[1:]:
-        name = re.search(r"\.section\s+\.text\.([\w$]+)", section)[1]
+        titled = re.match(r"\s*\.section\s+\.text\.([\w$]+)", section)
+        assert titled is not None  # the split left it
+        name = titled[1]
         about = re.search(
             rf"entry function '{re.escape(name)}'.*?(?=Compiling entry|\Z)", told, re.S
         )
@@ -116,7 +120,9 @@ def _number(pattern: str, text: str) -> int:
 
 def _matrix_loops(section: str) -> list[Loop]:
     """Innermost loops with matrix instructions: a label up to the last branch back to it."""
-    opcodes, labels, ends = [], {}, {}
+    opcodes: list[str] = []
+    labels: dict[str, int] = {}
+    ends: dict[int, int] = {}
     for line in section.splitlines():
         if label := re.match(r"\s*(\.L_x?_?\w+):", line):
             labels[label[1]] = len(opcodes)
@@ -160,8 +166,8 @@ def find_tool(name: str) -> str:
     if found := shutil.which(name):
         return found
     raise FileNotFoundError(
-        f"{name} is not installed: pip install jaxcp[bench] "
-        "(nvidia-cuda-nvcc and nvidia-cuda-nvdisasm)"
+        f"reading a GPU's machine code needs {name}, which is not installed: "
+        "pip install jaxcp[tune]  (nvidia-cuda-nvcc and nvidia-cuda-nvdisasm)"
     )
 
 

@@ -5,6 +5,8 @@ One bundle issues in one cycle of a TensorCore. libtpu writes, when `init_args` 
 LIBTPU_INIT_ARGS before it is loaded, the final bundles of every kernel and, bundle by bundle, how
 many slots of each unit are filled. Regions are what `pl.when`, loops and pipelines become.
 Format of libtpu 0.0.42 to 0.0.52; another is an error and not a wrong number.
+
+A bundle count says nothing of DMA that is not hidden, of a grid step's fixed cost, nor of stalls.
 """
 
 import dataclasses
@@ -13,8 +15,9 @@ import pathlib
 import re
 
 BUNDLE = re.compile(r"\s*(?:0x([0-9a-f]+)|0)\s+(?:[A-Z]{2})?\s*:([ >]*)\{")
+MATMUL = re.compile(r"= vmatmul\b")
 MARK = re.compile(r"(Start|End) region (\d+)")
-MATRIX = ("MATMUL", "MATPUSH")
+MATRIX = ("MATMUL", "MATPUSH", "MXU")  # 0.0.42 and 0.0.50 call both MXU
 
 
 def init_args(folder) -> str:
@@ -36,6 +39,7 @@ class Region:
     parent: "Region | None" = None
     inside: list["Region"] = dataclasses.field(default_factory=list)
     slots: dict[str, int] = dataclasses.field(default_factory=dict)
+    matmuls: int = 0
 
     @property
     def bundles(self) -> int:
@@ -51,12 +55,13 @@ class Hot:
     """A piece of straight-line code that does a kernel's matrix work, from bundle `first` on.
 
     `floors`: the bundles that each unit alone would need. The greatest is what holds it back,
-    where it is near `bundles`; else dependences do.
+    where it is near `bundles`; else dependences do. `matmuls`: instructions that multiply.
     """
 
     first: int
     bundles: int
     loops: int
+    matmuls: int
     floors: dict[str, int]
 
 
@@ -131,7 +136,9 @@ def _hot(leaves, capacity):
     floors = [
         {unit: -(-n // capacity[unit]) for unit, n in sorted(r.slots.items()) if n} for r in leaves
     ]
-    found = [Hot(r.first, r.bundles, r.loops, f) for r, f in zip(leaves, floors, strict=True)]
+    found = [
+        Hot(r.first, r.bundles, r.loops, r.matmuls, f) for r, f in zip(leaves, floors, strict=True)
+    ]
     return sorted(found, key=lambda h: h.bundles)
 
 
@@ -140,7 +147,7 @@ def read(program: str, table: str, name: str) -> tuple[list[Region], dict[str, i
     units, capacity, rows = _table(table, name)
     regions: dict[int, Region] = {}
     stack: list[Region] = []
-    last = -1
+    last, matmuls = -1, []
     for line in program.splitlines():
         bundle = BUNDLE.match(line)
         if not bundle:
@@ -149,6 +156,7 @@ def read(program: str, table: str, name: str) -> tuple[list[Region], dict[str, i
         if index != last + 1:
             raise ValueError(f"{name}: bundle {index} follows {last}; the format changed")
         last = index
+        matmuls.append(len(MATMUL.findall(line)))
         for kind, ident in MARK.findall(line):
             if kind == "Start":
                 region = Region(int(ident), index, parent=stack[-1] if stack else None)
@@ -164,6 +172,7 @@ def read(program: str, table: str, name: str) -> tuple[list[Region], dict[str, i
     for region in whole:
         span = rows[region.first : region.last + 1]
         region.slots = {unit: sum(row[i] for row in span) for i, unit in enumerate(units)}
+        region.matmuls = sum(matmuls[region.first : region.last + 1])
         if region.parent is not None:
             region.parent.inside.append(region)
     return whole, dict(zip(units, capacity, strict=True))
@@ -174,6 +183,8 @@ def _table(text, name):
     if len(lines) < 5 or not lines[3].startswith("== UTILIZATION"):
         raise ValueError(f"{name} has no table of bundle utilization; the format changed")
     units = [unit.strip() for unit in lines[1].split(",")]
+    if not set(units) & set(MATRIX):
+        raise ValueError(f"{name} counts no matrix unit among {units}; the format changed")
     capacity = [int(n) for n in lines[2].split()]
     rows = [[int(n) for n in line.split()] for line in lines[4:] if line.strip()]
     return units, capacity, rows

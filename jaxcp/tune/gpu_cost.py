@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an NVIDIA kernel costs, from its machine code: issue slots for a unit of work.
+
+A scheduler of a multiprocessor issues one instruction of one warp a cycle, so a loop's instructions
+times its warps are the slots that a tile takes; fewer for the same tile is better. A kernel that
+spills, or whose blocks do not fit into shared memory (the compiler then refuses), has no cost.
+
+It is a necessary condition and no time. Not seen: latency that too few resident warps do not hide,
+bank conflicts, the rate of the matrix units (the same for every tile of a shape, so no help in
+choosing), HBM and L2. Between two rows within some 10 % only the device decides.
+"""
+
+import re
+
+from jaxcp.plan.gpu_code import Kernel, Loop
+
+
+def refused(kernel: Kernel) -> str | None:
+    """Why the kernel is not to be used, or None."""
+    if kernel.spilled_bytes:
+        return f"spills {kernel.spilled_bytes} B"
+    if not kernel.loops:
+        return "has no loop with matrix instructions"
+    return None
+
+
+def tile_slots(kernel: Kernel, warps: int, flops: float) -> tuple[float, float]:
+    """Issue slots of an unmasked tile that takes `flops`, and of one under a mask."""
+    loops = [*kernel.loops, kernel.loops[-1]][:2]
+    slots = [x.instructions * warps / turns(kernel, x, warps, flops) for x in loops]
+    return slots[0], slots[1]
+
+
+def turns(kernel: Kernel, loop: Loop, warps: int, flops: float) -> int:
+    """Tiles that one turn of a loop works through: more than 1 where the compiler unrolled it.
+
+    Raises:
+      ValueError: the loop does not do the work of a tile.
+    """
+    shapes = {re.search(r"m(\d+)n(\d+)k(\d+)", name) for name in kernel.matrix_names}
+    sizes = {tuple(int(n) for n in shape.groups()) for shape in shapes if shape}
+    if len(sizes) != 1 or kernel.matrix_names[0].startswith("wgmma"):
+        return 1  # instructions of several sizes cannot be told apart
+    ((m, n, k),) = sizes
+    done = loop.matrix * warps * 2 * m * n * k / flops
+    if done < 0.99:
+        raise ValueError(
+            f"{kernel.name}: a loop of {loop.matrix} matrix instructions does {done:.2f} of a tile"
+        )
+    return max(1, round(done))

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a TPU kernel costs, from the bundles of its machine code.
+
+A bundle issues in one cycle of a TensorCore, so bundles of the hot regions, times how often each
+runs, are cycles where DMA is hidden. Two things keep a count honest:
+
+* how often a region runs is checked against the multiplications in it (`matmuls`): a region that
+  holds too few for what it is said to compute is an error;
+* matrix instructions may issue faster than the unit works them off (its queue then stalls the
+  core, which no bundle shows), so a region takes at least its FLOPs over the chip's peak.
+
+Not seen: DMA that is not hidden, the fixed cost of a grid step, stalls of other units.
+"""
+
+import math
+
+from jaxcp.plan.tpu_code import Hot, Kernel
+from pallas_kernels.devices import CHIPS
+
+# bfloat16 FLOPs a cycle of one TensorCore: matrix units x rows a cycle x side^2 x 2. Times the
+# clock that is the chip's peak in pallas_kernels.devices: 1.5, 1.75, 1.75 and 2.2 GHz.
+PEAK = {"v5e": 1 << 17, "v5p": 1 << 17, "v6e": 1 << 19, "tpu7x": 1 << 19}
+SIDE = {"v5e": 128, "v5p": 128, "v6e": 256, "tpu7x": 256}  # of a matrix unit
+ROWS = 16  # of bfloat16 that one instruction multiplies
+
+# GHz that the medians published in tokamax 0.0.17's autotuning data imply for its own kernels
+# (cycles counted here / milliseconds there), the lowest of each chip; v5e: its peak's.
+CLOCK = {"v5e": 1.5, "v5p": 1.51, "v6e": 1.42, "tpu7x": 1.71}
+CORES = {"v5e": 1, "v5p": 2, "v6e": 1, "tpu7x": 2}  # TensorCores that share a chip's HBM
+
+
+def hbm_cycles(chip: str, nbytes: float) -> float:
+    """Core cycles in which one core's share of the HBM bandwidth brings `nbytes`."""
+    return nbytes * CORES[chip] / CHIPS[chip].hbm_bytes_per_second * CLOCK[chip] * 1e9
+
+
+def holds(chip: str, hot: Hot, flops: float) -> bool:
+    """Whether the multiplications of a region are as many as `flops` in bfloat16 take."""
+    return hot.matmuls * 2 * ROWS * SIDE[chip] ** 2 >= 0.99 * flops
+
+
+def cycles(chip: str, hot: Hot, flops: float) -> float:
+    """One run of a region that is said to do `flops` in bfloat16: its bundles, or the peak's.
+
+    Raises:
+      ValueError: it holds fewer multiplications than that.
+    """
+    if not holds(chip, hot, flops):
+        raise ValueError(
+            f"a region of {hot.bundles} bundles has {hot.matmuls} matrix instructions, too few for "
+            f"{flops:.3g} FLOPs: it runs more often than it is counted"
+        )
+    return max(hot.bundles, flops / PEAK[chip])
+
+
+def attention_tile(chip: str, kernel: Kernel, tile, flops: float) -> tuple[float, float]:
+    """Cycles of an unmasked and of a masked tile of `(queries, keys)`; `flops` of a pair."""
+    if len(kernel.hot) < 2:
+        raise ValueError(f"expected an unmasked and a masked part; got {len(kernel.hot)}")
+    needed = flops * tile[0] * tile[1]
+    unmasked, masked = (cycles(chip, hot, needed) for hot in kernel.hot[:2])
+    return unmasked, masked
+
+
+def expert(chip: str, kernel: Kernel, block, tokens: int, embed: int, width: int, products=1):
+    """Cycles of one expert's product: pieces of a block, and what a grid step adds."""
+    rows, deep = math.ceil(tokens / block.rows), math.ceil(embed / block.k)
+    pieces = rows * math.ceil(width / block.columns) * deep
+    steps = math.ceil(tokens / block.m) * math.ceil(width / block.n) * deep
+    flops = 2 * products * min(block.rows, tokens) * block.columns * block.k
+    return pieces * cycles(chip, kernel.hot[0], flops) + steps * kernel.around
+
+
+def expert_gradient(chip: str, kernel: Kernel, block, tokens: int, embed: int, width: int):
+    """Cycles of one expert's `lhs.T @ dout`, summed over `rows` at a time."""
+    blocks = math.ceil(embed / block.k) * math.ceil(width / block.n)
+    pieces = blocks * math.ceil(tokens / block.rows) * math.ceil(block.n / block.columns)
+    steps = blocks * math.ceil(tokens / block.m)
+    flops = 2 * min(block.rows, tokens) * block.columns * block.k
+    return pieces * cycles(chip, kernel.hot[0], flops) + steps * kernel.around
+
+
+def decode_step(kernel: Kernel, block) -> float:
+    """Bundles of an unmasked step of our decode kernel: its branch comes before the masked one.
+
+    A branch scores the keys and weighs the values, each in a loop over `sub` rows of the block.
+    """
+    hot = sorted(kernel.hot, key=lambda h: h.first)
+    branch = hot[: len(hot) // 2]
+    looped = min(h.loops for h in branch) > 1
+    rows = step_rows(kernel)
+    trips = rows // math.gcd(block.sub, rows) if looped else 1
+    return trips * sum(h.bundles for h in branch) + kernel.around
+
+
+def step_rows(kernel: Kernel) -> int:
+    """Rows of the cache, all KV heads together, that a step of the decode kernel reads."""
+    return max(shape[-2] for _, shape, _ in kernel.windows if len(shape) > 1)
+
+
+def step_bytes(kernel: Kernel) -> int:
+    """Bytes that a step of a decode kernel fetches: its two largest windows, keys and values."""
+    return sum(sorted((nbytes for _, _, nbytes in kernel.windows), reverse=True)[:2])
