@@ -47,6 +47,8 @@ class Case:
     carry: bool = False
     layout: str = "natural"
     documents: int = 1
+    outliers: bool = False  # one channel of the keys and of the values is thirty times the rest
+    seed: int = 0
 
 
 EVERYTHING = Case(
@@ -88,8 +90,8 @@ CASES = {
 
 def check(implementation: str, case: Case) -> None:
     """Assert that `implementation` solves `case`, and repeats itself bit by bit."""
-    got, again = _run(implementation, case)
-    for name, value in _expected(case).items():
+    got, again = run(implementation, case)
+    for name, value in expected(case).items():
         where = f"{implementation}, {name}"
         assert got[name].shape == value.shape, where
         assert got[name].tobytes() == again[name].tobytes(), f"{where}: two runs differ"
@@ -107,7 +109,7 @@ def check(implementation: str, case: Case) -> None:
 
 def _arrays(case):
     """float64 inputs and result weights, rounded here once: that error is nobody's."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(case.seed)
     query = (case.batch, case.queries, case.heads, case.head_dim)
     key = (case.batch, case.keys, case.kv_heads, case.head_dim)
     width = case.value_dim or case.head_dim
@@ -118,6 +120,9 @@ def _arrays(case):
     if case.sinks:
         shapes["sinks"] = query[2:3]
     arrays = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    if case.outliers:
+        arrays["k"][..., 0] *= 30
+        arrays["v"][..., 0] *= 30
     if case.carry:  # some rows have nothing to carry on
         arrays["carry_out"][:, ::7], arrays["carry_lse"][:, ::7] = 0, -np.inf
     return {name: x.astype(case.dtype).astype(np.float64) for name, x in arrays.items()}
@@ -183,7 +188,8 @@ def _with_gradients(attend, arrays):
 
 
 @functools.cache
-def _expected(case):
+def expected(case: Case) -> dict[str, np.ndarray]:
+    """`out`, `lse` and the gradients in float64, computed on the CPU."""
     seen = _seen(case)[:, None]
     group = case.heads // case.kv_heads
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
@@ -208,14 +214,15 @@ def _expected(case):
             out += (before / safe).swapaxes(1, 2)[..., None] * carry_out
         return out, jnp.where(alive, jnp.log(safe), -jnp.inf).swapaxes(1, 2)
 
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
         found = jax.jit(functools.partial(_with_gradients, attend))(
             {name: jnp.asarray(x, jnp.float64) for name, x in _arrays(case).items()}
         )
         return {name: np.asarray(x) for name, x in found.items()}
 
 
-def _run(implementation, case):
+def program(implementation: str, case: Case):
+    """`(fn, given)`: `fn(given)` is what `expected` gives, from arrays in the case's dtype."""
     options: dict[str, Any] = dict(
         causal=case.causal, window=case.window, soft_cap=case.soft_cap, scale=case.scale
     )
@@ -233,7 +240,13 @@ def _run(implementation, case):
         name: jnp.asarray(x, jnp.float32 if name in FLOAT32 else case.dtype)
         for name, x in _arrays(case).items()
     }
+    return functools.partial(_with_gradients, attend), given
+
+
+def run(implementation: str, case: Case) -> list[dict[str, np.ndarray]]:
+    """Two runs."""
+    fn, given = program(implementation, case)
     # an interpreted kernel is a long program that runs twice
     quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    run = jax.jit(functools.partial(_with_gradients, attend), compiler_options=quick)
-    return [{name: np.asarray(x) for name, x in run(given).items()} for _ in range(2)]
+    step = jax.jit(fn, compiler_options=quick)
+    return [{name: np.asarray(x) for name, x in step(given).items()} for _ in range(2)]

@@ -48,6 +48,7 @@ class Case:
     sinks: bool = False
     layout: str = "natural"
     outliers: bool = False
+    seed: int = 0
 
 
 EVERYTHING = Case(
@@ -115,7 +116,7 @@ def rms(x) -> float:
 @functools.cache
 def arrays(case: Case) -> dict[str, np.ndarray]:
     """What `decode_attention` is given: rounded and quantised here once, that error is nobody's."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(case.seed)
     keys = (case.batch, case.slots, case.kv_heads)
     width = case.value_dim or case.head_dim
     q = rng.standard_normal((case.batch, case.queries, case.heads, case.head_dim))
@@ -192,16 +193,25 @@ def expected(case: Case) -> dict[str, np.ndarray]:
     return {"out": out, "lse": lse}
 
 
-@functools.cache
-def run(implementation: str, case: Case) -> list[dict[str, np.ndarray]]:
-    """Two runs; `out` in float32, so that no last rounding hides what was lost before."""
+def program(implementation: str, case: Case):
+    """`(fn, given)`: `fn(given)` is what `expected` gives.
+
+    `out` is in float32, so that no last rounding hides what was lost before.
+    """
     options: dict[str, Any] = dict(window=case.window, soft_cap=case.soft_cap, scale=case.scale)
     options |= dict(out_dtype=jnp.float32, implementation=implementation)
-    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
 
     def attend(given):
-        return decode_attention(**given, **options)
+        out, lse = decode_attention(**given, **options)
+        return {"out": out, "lse": lse}
 
-    step = jax.jit(attend, compiler_options=quick)
-    given = {name: jnp.asarray(x) for name, x in arrays(case).items()}
-    return [dict(zip(("out", "lse"), map(np.asarray, step(given)), strict=True)) for _ in range(2)]
+    return attend, {name: jnp.asarray(x) for name, x in arrays(case).items()}
+
+
+@functools.cache
+def run(implementation: str, case: Case) -> list[dict[str, np.ndarray]]:
+    """Two runs."""
+    fn, given = program(implementation, case)
+    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    step = jax.jit(fn, compiler_options=quick)
+    return [{name: np.asarray(x) for name, x in step(given).items()} for _ in range(2)]
