@@ -89,7 +89,10 @@ def arrays(case: Case) -> dict[str, np.ndarray]:
     """`lhs`, `dout` and the matrices, rounded to the dtype here: that error is nobody's."""
     rng = np.random.default_rng(case.seed)
     weights = (len(case.sizes), case.summed, case.columns)
-    shapes = {"lhs": (case.rows, case.summed), "dout": (case.rows, case.columns)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "lhs": (case.rows, case.summed),
+        "dout": (case.rows, case.columns),
+    }
     shapes |= {name: weights for name in matrices(case)}
     found = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
     if case.outliers:
@@ -118,7 +121,7 @@ def expected(case: Case) -> dict[str, np.ndarray]:
         for w in given_weights(case)
     ]
     products = [product(lhs, w, sizes) for w in weights]
-    out, slopes = _gated(*products, case.clamp) if case.swiglu else (products[0], [1.0])
+    out, slopes = _gated(products, case.clamp) if case.swiglu else (products[0], [1.0])
     cotangents = [dout * slope for slope in slopes]
     dlhs = sum(
         product(d, w.swapaxes(1, 2), sizes) for d, w in zip(cotangents, weights, strict=True)
@@ -148,8 +151,9 @@ def _group_rows(sizes):
     return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
 
-def _gated(g, u, clamp):
+def _gated(products, clamp):
     """`silu(g) * u` with clamps, and its slopes along g and u."""
+    g, u = products
     inside_g, inside_u = 1.0, 1.0
     if clamp is not None:
         inside_g, inside_u = g < clamp, np.abs(u) < clamp
