@@ -8,8 +8,12 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from jaxcp.context_parallel import USP as USP
     from jaxcp.context_parallel import AllGather as AllGather
+    from jaxcp.context_parallel import Halo as Halo
     from jaxcp.context_parallel import Ring as Ring
+    from jaxcp.context_parallel import RingPassQ as RingPassQ
+    from jaxcp.context_parallel import Ulysses as Ulysses
     from jaxcp.context_parallel import attention_fn as attention_fn
     from jaxcp.context_parallel import context_parallel_attention as context_parallel_attention
     from jaxcp.context_parallel import ring_attention as ring_attention
@@ -39,7 +43,8 @@ if TYPE_CHECKING:
 
 _HOME = {
     "jaxcp.context_parallel": (
-        "AllGather", "Ring", "attention_fn", "context_parallel_attention", "ring_attention",
+        "USP", "AllGather", "Halo", "Ring", "RingPassQ", "Ulysses", "attention_fn",
+        "context_parallel_attention", "ring_attention",
     ),
     "jaxcp.inference": ("Engine", "decode_step", "logits", "prefill"),
     "jaxcp.layout": ("Contiguous", "Striped", "Zigzag"),

@@ -3,17 +3,25 @@
 
 from jaxcp.context_parallel.all_gather import AllGather
 from jaxcp.context_parallel.api import attention_fn, context_parallel_attention, ring_attention
+from jaxcp.context_parallel.halo import Halo
 from jaxcp.context_parallel.ring import Ring
+from jaxcp.context_parallel.ring_pass_q import RingPassQ
 from jaxcp.context_parallel.strategy import Strategy
+from jaxcp.context_parallel.ulysses import Ulysses
+from jaxcp.context_parallel.usp import USP
 
-STRATEGIES = (Ring, AllGather)
+STRATEGIES = (Ring, RingPassQ, AllGather, Ulysses, USP, Halo)
 """Every strategy; tests and benchmarks walk it."""
 
 __all__ = [
     "STRATEGIES",
+    "USP",
     "AllGather",
+    "Halo",
     "Ring",
+    "RingPassQ",
     "Strategy",
+    "Ulysses",
     "attention_fn",
     "context_parallel_attention",
     "ring_attention",

@@ -5,6 +5,7 @@ Needs no mesh and no specs: it reads the mesh in scope (`jax.set_mesh`) and how 
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from jaxcp.context_parallel.halo import Halo
 from jaxcp.context_parallel.ring import Ring
 from jaxcp.context_parallel.strategy import Strategy
 from pallas_kernels import flash_attention
@@ -21,19 +23,20 @@ from pallas_kernels.flash_attention import Mask, apply_sinks, check
 def context_parallel_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
+    v: Float[Array, "B T K V"],
     positions: Int[Array, "B T"],
     *,
     strategy: Strategy | None = None,
-    axis_name: str = "seq",
+    axis_name: str | tuple[str, ...] = "seq",
     segment_ids: Int[Array, "B T"] | None = None,
     causal: bool = True,
     window: int | None = None,
     sinks: Float[Array, "N"] | None = None,
     soft_cap: float | None = None,
     scale: float | None = None,
+    consecutive: bool = False,
     implementation: str | None = None,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N V"]:
     """Attention over a sequence that is sharded along `axis_name` of the mesh in scope.
 
     Arrays are global, in the strategy's layout (`strategy.layout.permute`), T a multiple of the
@@ -41,8 +44,11 @@ def context_parallel_attention(
     strategy's own balances the work. Without a mesh it is plain flash attention.
 
     Args:
-      strategy: `Ring()`, `AllGather()`; None takes `Ring()`.
+      strategy: one of `jaxcp.context_parallel.STRATEGIES`; None takes `Ring()`.
+      axis_name: the axis over which tokens lie, or two of them, the outer one first.
       positions: global position of every token; `PAD_POSITION` for pads.
+      consecutive: the caller's word that tokens lie in the strategy's layout and that those of a
+        segment are consecutive. Layers with a window then exchange the window alone (`Halo`).
       Others as in `pallas_kernels.flash_attention`.
     Raises:
       ValueError: the mesh has no `axis_name`, or shapes that the mesh does not divide.
@@ -69,8 +75,11 @@ def context_parallel_attention(
             implementation=implementation,
         )
         return out
+    strategy = Ring() if strategy is None else strategy
+    if consecutive and window is not None:
+        strategy = Halo(layout=strategy.layout, checked=False)
     local = functools.partial(
-        (Ring() if strategy is None else strategy).attend,
+        strategy.attend,
         axis_name=axis_name,
         mask=Mask(causal=causal, window=window),
         soft_cap=soft_cap,
@@ -143,7 +152,8 @@ def attention_fn(
                 f"decoding with Flax's cache is not supported; got {query.shape}, {key.shape}"
             )
         mesh = jax.sharding.get_abstract_mesh()
-        order = strategy.layout.order(query.shape[1], mesh.shape.get(axis_name, 1))
+        shards = math.prod(mesh.shape.get(name, 1) for name in _names(axis_name))
+        order = strategy.layout.order(query.shape[1], shards)
         if order.size != query.shape[1]:
             raise ValueError(
                 f"{query.shape[1]} tokens do not fill the layout ({order.size} places): "
@@ -159,6 +169,7 @@ def attention_fn(
             axis_name=axis_name,
             causal=causal or is_causal,
             window=window,
+            consecutive=True,
         )
 
     return attend
@@ -167,13 +178,14 @@ def attention_fn(
 def qkv_spec(q, k, axis_name) -> P:
     """How `[B, T, N, H]` lies on the mesh in scope: batch, tokens, heads."""
     mesh = jax.sharding.get_abstract_mesh()
-    if axis_name not in mesh.shape:
-        raise ValueError(
-            f"the mesh has no axis {axis_name!r}; it has {mesh.axis_names}. "
-            "Make it with jaxcp.make_mesh"
-        )
-    if dict(zip(mesh.axis_names, mesh.axis_types, strict=True))[axis_name] == AxisType.Manual:
-        raise ValueError("already inside shard_map: call strategy.attend on local shards")
+    for name in _names(axis_name):
+        if name not in mesh.shape:
+            raise ValueError(
+                f"the mesh has no axis {name!r}; it has {mesh.axis_names}. "
+                "Make it with jaxcp.make_mesh"
+            )
+        if dict(zip(mesh.axis_names, mesh.axis_types, strict=True))[name] == AxisType.Manual:
+            raise ValueError("already inside shard_map: call strategy.attend on local shards")
     batch, _, heads, _ = (*_spec_of(q), None, None, None, None)[:4]
     heads = _used(heads, axis_name)
     spec = P(_used(batch, axis_name), axis_name, heads, None)
@@ -197,16 +209,20 @@ def _spec_of(x):
     return P(*names)
 
 
+def _names(entry) -> tuple:
+    """The mesh axes of a spec entry."""
+    return entry if isinstance(entry, tuple) else (entry,)
+
+
 def _used(entry, axis_name):
     """A spec entry without `axis_name`, which belongs to the tokens."""
-    names = entry if isinstance(entry, tuple) else (entry,)
-    names = tuple(n for n in names if n not in (None, axis_name))
+    names = tuple(n for n in _names(entry) if n not in (None, *_names(axis_name)))
     return None if not names else names if len(names) > 1 else names[0]
 
 
 def _check_divides(size, entry, mesh, name):
     shards = 1
-    for axis in entry if isinstance(entry, tuple) else (entry,):
+    for axis in _names(entry):
         shards *= 1 if axis is None else mesh.shape[axis]
     if size % shards:
         raise ValueError(

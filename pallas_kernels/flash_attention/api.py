@@ -9,6 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import resolve
@@ -33,6 +34,7 @@ def flash_attention(
     soft_cap: float | None = None,
     scale: float | None = None,
     carry: tuple[Float[Array, "B T N V"], Float[Array, "B T N"]] | None = None,
+    out_dtype: DTypeLike | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
     """Exact softmax attention that never holds the score matrix; `(out, lse)`.
@@ -52,6 +54,7 @@ def flash_attention(
       scale: multiplies `q @ k`; default `H ** -0.5`.
       carry: `(out, lse)` over other keys, which the result includes: the kernel starts from it.
         It must not include the sinks.
+      out_dtype: of `out`; default q's. float32 keeps a partial result unrounded.
       implementation: "reference", "xla", "triton", "mosaic_tpu"; None takes the platform's best.
     Raises:
       ValueError: shapes, dtypes or options that make no sense.
@@ -79,7 +82,8 @@ def flash_attention(
         kv_positions = default_positions(k)
     backend = resolve("flash_attention", implementation, IMPLEMENTATIONS, BEST)
     arrays = (q_positions, kv_positions, q_segment_ids, kv_segment_ids)
-    out, lse = _attend(backend, tuple(options.items()), q, k, v, carry, *arrays)
+    dtype = jnp.dtype(q.dtype if out_dtype is None else out_dtype)
+    out, lse = _attend(backend, dtype, tuple(options.items()), q, k, v, carry, *arrays)
     return (out, lse) if sinks is None else apply_sinks(out, lse, sinks)
 
 
@@ -182,18 +186,18 @@ def hide_pads(q_positions):
     return jnp.where(q_positions == PAD_POSITION, NO_POSITION, q_positions)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(backend, options, q, k, v, carry, q_pos, *ids):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attend(backend, out_dtype, options, q, k, v, carry, q_pos, *ids):
     arrays = q, k, v, hide_pads(q_pos), *ids
-    return backend.forward(*arrays, carry=carry, out_dtype=q.dtype, **dict(options))
+    return backend.forward(*arrays, carry=carry, out_dtype=out_dtype, **dict(options))
 
 
-def _attend_fwd(backend, options, q, k, v, carry, *ids):
-    out, lse = _attend(backend, options, q, k, v, carry, *ids)
+def _attend_fwd(backend, out_dtype, options, q, k, v, carry, *ids):
+    out, lse = _attend(backend, out_dtype, options, q, k, v, carry, *ids)
     return (out, lse), (q, k, v, carry, ids, out, lse)
 
 
-def _attend_bwd(backend, options, saved, grads):
+def _attend_bwd(backend, out_dtype, options, saved, grads):
     q, k, v, carry, (q_pos, *ids), out, lse = saved
     dout, dlse = grads
     delta = row_delta(out, dout, dlse)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every strategy is dense attention, forward and backward, and sends what it says it sends."""
 
+import dataclasses
 import functools
 
 import jax
@@ -12,14 +13,24 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxcp
-from jaxcp.context_parallel import STRATEGIES
+from jaxcp.context_parallel import STRATEGIES, USP, AllGather, Halo, Ring, RingPassQ, Ulysses
 from jaxcp.layout import Contiguous, Striped, Zigzag
 from pallas_kernels import PAD_POSITION
 
-B, T, N, K, H = 2, 45, 4, 2, 8  # T: no number of shards but 1 and 3 divides it
+B, T, N, K, H = 2, 45, 8, 2, 8  # T: no number of shards but 1 and 3 divides it
 EVERYTHING = {"window": 17, "soft_cap": 2.0, "scale": 0.4}
 LAYOUTS = (Zigzag(), Contiguous(), Striped())
 TOLERANCE = 2e-6  # float32, relative to the greatest entry (at least 1)
+VARIANTS = (
+    Ring(),
+    Ring(bidirectional=True),
+    RingPassQ(),
+    AllGather(),
+    AllGather(chunks=3),
+    Ulysses(),
+    USP(ulysses=2),
+    Halo(),
+)
 HEADS, TOKENS = P("data", "seq", "model"), P("data", "seq")
 SPECS = {"q": HEADS, "k": HEADS, "v": HEADS, "dout": HEADS, "sinks": P("model")}
 SPECS |= {"positions": TOKENS, "segment_ids": TOKENS}
@@ -66,7 +77,7 @@ def check(strategy, layout, shards, x, options, *, tolerance=TOLERANCE, implemen
     *found, dsinks = with_gradients(
         strategy, tuple({**options, "implementation": implementation}.items()), there
     )
-    expected = dense(**x, **options)
+    expected = dense(**x, **{k: v for k, v in options.items() if k != "consecutive"})
     assert (np.asarray(found[0])[pads] == 0).all()
     found = [*layout.inverse(found, shards, x["q"].shape[1]), dsinks]
     for name, ours, theirs in zip(
@@ -80,43 +91,106 @@ def check(strategy, layout, shards, x, options, *, tolerance=TOLERANCE, implemen
 # Equal to dense attention
 
 
-@pytest.mark.parametrize("shards", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_is_tested():
+    assert {type(strategy) for strategy in VARIANTS} == set(STRATEGIES)
+
+
+def refused(strategy, shards):
+    """Whether heads cannot be exchanged over so many shards."""
+    among = {Ulysses: shards, USP: getattr(strategy, "ulysses", 1)}.get(type(strategy), 1)
+    return N % among != 0 or shards % among != 0
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("strategy", VARIANTS, ids=str)
 def test_everything_at_once(strategy, shards, mesh_of):
-    """Packing, window, sinks, soft cap, GQA, pads, in every layout; one compilation for three."""
+    """Packing, window, sinks, soft cap, GQA, pads, in every layout."""
     mesh_of(seq=shards)
     for layout in LAYOUTS:
-        check(strategy(), layout, shards, problem(), EVERYTHING)
+        # only Halo has to know the layout; the others compile once for three
+        in_layout = strategy
+        if isinstance(strategy, Halo):
+            in_layout = dataclasses.replace(strategy, layout=layout)
+        if refused(strategy, shards):
+            with pytest.raises(ValueError, match=r"a multiple of|does not divide"):
+                check(in_layout, layout, shards, problem(), EVERYTHING)
+        else:
+            check(in_layout, layout, shards, problem(), EVERYTHING)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", VARIANTS, ids=str)
 def test_plain_causal(strategy, mesh_of):
     mesh_of(seq=4)
     plain = {k: v for k, v in problem().items() if k not in ("segment_ids", "sinks")}
     plain["positions"] = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
-    for layout in LAYOUTS:
-        check(strategy(), layout, 4, plain, {})
+    if isinstance(strategy, Halo):
+        with pytest.raises(NotImplementedError, match="needs a window"):
+            check(strategy, Zigzag(), 4, plain, {})
+    else:
+        check(strategy, Zigzag(), 4, plain, {})
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", VARIANTS, ids=str)
 def test_beside_data_and_model_axes(strategy, mesh_of):
     mesh_of(data=2, seq=2, model=2)
-    check(strategy(), Zigzag(), 2, problem(), EVERYTHING)
+    check(strategy, Zigzag(), 2, problem(), EVERYTHING)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", VARIANTS, ids=str)
 def test_rows_with_nothing_to_see(strategy, mesh_of):
     """A batch row of pads alone, and keys that lie after most queries: zero, and no NaN."""
     mesh_of(seq=4)
     x = {k: v for k, v in problem().items() if k != "segment_ids"}
     positions = np.stack([np.full(T, PAD_POSITION), np.arange(T)]).astype(np.int32)
     positions[1, :30] = PAD_POSITION
-    check(strategy(), Zigzag(), 4, x | {"positions": positions}, {"window": 17})
+    check(strategy, Zigzag(), 4, x | {"positions": positions}, {"window": 17})
 
 
-def test_not_causal(mesh_of):
-    mesh_of(seq=3)
-    check(jaxcp.Ring(), Zigzag(), 3, problem(), {"causal": False, "window": 6})
+@pytest.mark.parametrize("strategy", VARIANTS, ids=str)
+def test_not_causal(strategy, mesh_of):
+    mesh_of(seq=4)
+    check(strategy, Zigzag(), 4, problem(), {"causal": False, "window": 6})
+
+
+@pytest.mark.parametrize("layout", [Contiguous(), Striped()], ids=str)
+def test_halo_answers_nan_where_tokens_lie_otherwise(layout, mesh_of):
+    """It sends the rows that its own layout says; nothing else may look like an answer."""
+    mesh_of(seq=4)
+    x = layout.permute({k: v for k, v in problem().items() if k not in ("sinks", "dout")}, 4)
+    attend = functools.partial(jaxcp.context_parallel_attention, strategy=Halo(), window=9)
+    assert np.isnan(jax.jit(attend)(**x)).all()
+
+
+def test_halo_answers_nan_where_a_segment_comes_twice(mesh_of):
+    mesh_of(seq=4)
+    x = {k: v for k, v in problem().items() if k not in ("sinks", "dout")}
+    x["segment_ids"] = np.stack([x["segment_ids"][0] % 2, x["segment_ids"][1]])
+    attend = functools.partial(jaxcp.context_parallel_attention, strategy=Halo(), window=9)
+    out = Zigzag().inverse(jax.jit(attend)(**Zigzag().permute(x, 4)), 4, T)
+    assert np.isnan(out[0]).all() and np.isfinite(out[1]).all()
+
+
+def test_window_layers_exchange_the_window_where_tokens_are_consecutive(mesh_of):
+    mesh_of(seq=4)
+    for strategy in (Ring(), AllGather(), Ulysses()):
+        check(strategy, Zigzag(), 4, problem(), EVERYTHING | {"consecutive": True})
+
+
+def test_two_mesh_axes():
+    """Tokens over an outer axis (the ring) and an inner one (the heads)."""
+    mesh = jax.make_mesh((2, 4), ("outer", "inner"), axis_types=(AxisType.Auto,) * 2)
+    natural = {k: v for k, v in problem().items() if k not in ("sinks", "dout")}
+    x = Zigzag().permute(natural, 8)
+    for strategy in (USP(ulysses=4), Ring(), AllGather(), Ulysses(), Halo(), RingPassQ()):
+        attend = functools.partial(
+            jaxcp.context_parallel_attention,
+            strategy=strategy,
+            axis_name=("outer", "inner"),
+            window=9,
+        )
+        with jax.set_mesh(mesh):
+            out = Zigzag().inverse(jax.jit(attend)(**x), 8, T)
+        np.testing.assert_allclose(out, dense(**natural, window=9), atol=2e-6, rtol=0)
 
 
 def test_bfloat16(mesh_of):

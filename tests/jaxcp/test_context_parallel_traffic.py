@@ -18,7 +18,7 @@ ROTATED = (
 GRADIENTS = 2 * KEYS * 4  # bytes: dK and dV in float32
 
 
-def sent(strategy, shards, *, backward):
+def sent(strategy, shards, *, backward, window=None):
     """{kind: (count, bytes)} that a device sends in one call."""
 
     def like(heads):
@@ -26,7 +26,9 @@ def sent(strategy, shards, *, backward):
         return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=spec)
 
     def forward(q, k, v, positions):
-        return jaxcp.context_parallel_attention(q, k, v, positions, strategy=strategy)
+        return jaxcp.context_parallel_attention(
+            q, k, v, positions, strategy=strategy, window=window
+        )
 
     def both(q, k, v, positions, dout):
         return jax.vjp(lambda *qkv: forward(*qkv, positions), q, k, v)[1](dout)
@@ -71,6 +73,69 @@ def test_all_gather_gathers_once_and_scatters_once(shards):
         kinds = sent(jaxcp.AllGather(), shards, backward=True)
     assert kinds.pop("reduce-scatter")[0] == 2
     assert kinds == gathered
+
+
+@pytest.mark.parametrize("chunks", [2, 4])
+def test_all_gather_in_chunks_sends_the_same_bytes(chunks):
+    with ring_of(4):
+        assert sent(jaxcp.AllGather(chunks=chunks), 4, backward=False) == {
+            "all-gather": (3 * chunks, 4 * ROTATED)
+        }
+
+
+@pytest.mark.parametrize("shards", [3, 4, 8])
+def test_a_ring_of_two_directions_sends_the_same_bytes(shards):
+    turns = shards - 1
+    with ring_of(shards):
+        assert sent(jaxcp.Ring(bidirectional=True), shards, backward=False) == {
+            "collective-permute": (6 * turns, turns * ROTATED)
+        }
+        kind, (count, size) = sent(jaxcp.Ring(bidirectional=True), shards, backward=True).popitem()
+    assert kind == "collective-permute" and count == 2 * (3 + 3 + 2) * turns
+    assert size == turns * (2 * ROTATED + GRADIENTS)
+
+
+@pytest.mark.parametrize("shards, copies", [(2, 1), (4, 2)])
+def test_ulysses_exchanges_heads(shards, copies):
+    """q, k, v and out; each KV head to those alone that hold its query heads."""
+    queries = TOKENS * HEADS * HEAD_DIM * 4
+    with ring_of(shards):
+        found = sent(jaxcp.Ulysses(), shards, backward=False)
+    assert found.pop("all-to-all") == (4, 2 * queries + 2 * copies * KEYS * 4)
+    assert found == {"all-gather": (1, shards * TOKENS * 4)}
+
+
+def test_pass_q_sends_no_keys():
+    queries, partial = TOKENS * HEADS * HEAD_DIM * 4, TOKENS * HEADS * (HEAD_DIM + 1) * 4
+    with ring_of(4):
+        assert sent(jaxcp.RingPassQ(), 4, backward=False) == {
+            "all-gather": (2, 4 * (queries + TOKENS * 4)),
+            "all-to-all": (1, 4 * partial),
+        }
+
+
+def test_usp_exchanges_among_neighbours_and_rotates_across():
+    queries = TOKENS * HEADS * HEAD_DIM * 4
+    with ring_of(8):
+        found = sent(jaxcp.USP(ulysses=2), 8, backward=False)
+    assert found["all-to-all"] == (4, 2 * queries + 2 * KEYS * 4)
+    # K and V of two shards and half of the heads, and two shards' positions
+    assert found["collective-permute"] == (9, 3 * (2 * KEYS + 2 * TOKENS) * 4)
+    assert found["all-gather"] == (1, 2 * TOKENS * 4)
+
+
+@pytest.mark.parametrize("shards", [4, 8])
+def test_halo_sends_the_window(shards):
+    """One way for a shard's early piece, the other way for its late one."""
+    window = 3
+    strategy = jaxcp.Halo(checked=False)
+    row = (2 * KV_HEADS * HEAD_DIM + 1) * 4
+    with ring_of(shards):
+        found = sent(strategy, shards, backward=False, window=window)
+    assert found.keys() == {"collective-permute"}
+    count, size = found["collective-permute"]
+    assert count == 6 and size <= 2 * (window - 1 + 2 * shards) * row
+    assert size < 2 * ROTATED
 
 
 def test_ring_holds_two_shards_of_keys():

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All-to-all exchange of heads for tokens among groups of neighbouring devices."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from jax import lax
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """How `[B, t, heads, H]` becomes `[B, size * t, heads of one device, H]`, and back.
+
+    `kv_heads`: the KV heads that each device of a group needs, equally many, `[size][some]`.
+    """
+
+    axis_name: Any
+    groups: list[list[int]] | None
+    kv_heads: np.ndarray
+
+    @classmethod
+    def over(cls, axis_name, size: int, num_heads: int, num_kv_heads: int) -> "Exchange":
+        """Among `size` neighbours of `axis_name`.
+
+        Raises:
+          ValueError: the query heads do not divide.
+        """
+        n = lax.axis_size(axis_name)
+        if num_heads % size:
+            raise ValueError(
+                f"an exchange of heads over {size} devices needs a multiple of {size} query heads; "
+                f"got {num_heads} a device; use Ring(), or USP with a smaller ulysses"
+            )
+        groups = None
+        if size < n:
+            groups = [list(range(i, i + size)) for i in range(0, n, size)]
+        return cls(axis_name, groups, _kv_heads(size, num_heads, num_kv_heads))
+
+    def queries(self, x):
+        return self._swap(x, 2, 1)
+
+    def keys(self, x):
+        """KV heads go where their query heads are; one that several need is sent to each."""
+        needed = self.kv_heads.reshape(-1)
+        same = np.array_equal(needed, np.arange(x.shape[2]))
+        return self._swap(x if same else x[:, :, needed], 2, 1)
+
+    def back(self, x):
+        return self._swap(x, 1, 2)
+
+    def _swap(self, x, split, concat):
+        if len(self.kv_heads) == 1:
+            return x
+        return lax.all_to_all(
+            x, self.axis_name, split, concat, axis_index_groups=self.groups, tiled=True
+        )
+
+
+def _kv_heads(size, num_heads, num_kv_heads):
+    """Which KV heads each of `size` devices needs, so that query head i reads entry i * m // N."""
+    each = num_heads // size
+    read = np.arange(num_heads).reshape(size, each) * num_kv_heads // num_heads
+    few = [np.unique(row) for row in read]
+    fits = {len(row) for row in few} == {len(few[0])} and all(
+        np.array_equal(np.repeat(row, each // len(row)), wanted)
+        for row, wanted in zip(few, read, strict=True)
+        if each % len(row) == 0
+    )
+    # heads that straddle devices unevenly: one KV head for each query head
+    return np.stack(few) if fits and each % len(few[0]) == 0 else read
+
+
+def gathered(x, axis_name, groups=None):
+    """`x [B, t, ...]` of every shard (of the group), side by side; None stays None."""
+    if x is None or (groups is not None and len(groups[0]) == 1):
+        return x
+    return lax.all_gather(x, axis_name, axis=1, tiled=True, axis_index_groups=groups)

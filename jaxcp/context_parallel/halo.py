@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sliding windows: a shard receives the keys that its windows reach, and no others.
+
+Communication a device: one permute of K, V and positions for each distance between shards over
+which a window reaches. Under zigzag, a window of W within one piece: two permutes (one each way)
+of at most `W - 1 + 2n` rows; contiguous: one. Backward: the same rows' dK and dV the other way.
+Memory: the rows received.
+
+Which rows those are follows from the layout alone, so tokens must lie in its order and the tokens
+of a segment be consecutive. `checked` finds out (it gathers positions and segment ids) and answers
+with NaN where they are not; whoever made the positions from the layout needs no check.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxcp.context_parallel.strategy import Strategy
+from jaxcp.layout import Layout
+from pallas_kernels import PAD_POSITION, flash_attention
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Halo(Strategy):
+    """For masks with a window only; picked for window layers by the other strategies."""
+
+    checked: bool = True
+
+    def attend(self, q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, axis_name, mask, **options):
+        if mask.window is None:
+            raise NotImplementedError("Halo needs a window; for full attention use Ring()")
+        n, tokens = lax.axis_size(axis_name), q.shape[1]
+        if k.shape[1] != tokens or self.layout.padded_length(n * tokens, n) != n * tokens:
+            raise ValueError(
+                f"Halo: {tokens} queries and {k.shape[1]} keys a shard are not the layout's, "
+                f"{self.layout} over {n} shards; permute them, or use Ring()"
+            )
+        attend = functools.partial(
+            flash_attention,
+            q,
+            q_positions=q_pos,
+            q_segment_ids=q_seg,
+            causal=mask.causal,
+            window=mask.window,
+            **options,
+        )
+        reach = reached(self.layout, n, tokens, mask.window, mask.causal)
+        keys = k, v, kv_pos, kv_seg
+        halo = [_fetch(keys, rows, distance, axis_name) for distance, rows in reach.items()]
+        # own keys first: the halo is on its way meanwhile
+        dtype = np.promote_types(q.dtype, np.float32) if halo else q.dtype
+        done = attend(k, v, kv_positions=kv_pos, kv_segment_ids=kv_seg, out_dtype=dtype)
+        if halo:
+            k, v, pos, seg = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *halo)
+            done = attend(k, v, kv_positions=pos, kv_segment_ids=seg, carry=done)
+        if not self.checked or n == 1:
+            return done
+        good = _consecutive(self.layout, n, q_pos, q_seg, axis_name)[:, None, None]
+        return jnp.where(good[..., None], done[0], jnp.nan), jnp.where(good, done[1], jnp.nan)
+
+
+def _fetch(keys, rows, distance, axis_name):
+    """K, V, positions and segment ids of `rows` of the shard `distance` before this one."""
+    n = len(rows)
+    mine = jnp.asarray(rows)[lax.axis_index(axis_name)]
+    k, v, positions, segments = jax.tree.map(
+        lambda x: jnp.take(x, jnp.maximum(mine, 0), axis=1, unique_indices=False), keys
+    )
+    positions = jnp.where(mine < 0, PAD_POSITION, positions)
+    hops = [(i, (i + distance) % n) for i in range(n)]
+    return jax.tree.map(lambda x: lax.ppermute(x, axis_name, hops), (k, v, positions, segments))
+
+
+@functools.lru_cache(maxsize=64)
+def reached(
+    layout: Layout, shards: int, tokens: int, window: int, causal: bool
+) -> dict[int, np.ndarray]:
+    """Which rows each shard sends how far: `{distance: local rows [shards, most]}`, -1 for none.
+
+    `tokens` a shard. The union over every number of pads that the layout may have added.
+    """
+    padded = shards * tokens
+    wanted: dict[tuple[int, int], set] = {}
+    for pads in range(min(layout.padded_length(1, shards), padded)):
+        length = padded - pads
+        order = layout.order(length, shards).reshape(shards, tokens)
+        place = np.argsort(order, axis=None)  # of a natural index: shard * tokens + row
+        for shard, own in enumerate(order):
+            own = own[own < length]
+            needed = _beyond(own, window, length, causal)
+            for owner in np.unique(place[needed] // tokens):
+                rows = place[needed][place[needed] // tokens == owner] % tokens
+                wanted.setdefault((int(owner), shard), set()).update(rows.tolist())
+    found = {}
+    for distance in sorted({(to - owner) % shards for owner, to in wanted}):
+        rows = [sorted(wanted.get((i, (i + distance) % shards), ())) for i in range(shards)]
+        table = np.full((shards, max(map(len, rows))), -1, np.int32)
+        for line, sent in zip(table, rows, strict=True):
+            line[: len(sent)] = sent
+        found[distance] = table
+    return found
+
+
+def _beyond(own, window, length, causal):
+    """Natural indices that the windows of `own` (sorted) reach and that are not among them."""
+    starts = own[np.diff(own, prepend=-2) != 1]
+    ends = own[np.diff(own, append=length + 1) != 1]
+    spans = [(a - window + 1, a) for a in starts]
+    spans += [] if causal else [(b + 1, b + window) for b in ends]
+    indices = [np.arange(max(a, 0), min(b, length)) for a, b in spans]
+    return np.setdiff1d(np.concatenate(indices), own) if indices else np.zeros(0, int)
+
+
+def _consecutive(layout, n, positions, segments, axis_name):
+    """`[B]`: do the tokens of every segment lie one after the other in the layout's order?"""
+    segments = jnp.zeros_like(positions) if segments is None else segments
+    positions, segments = (
+        lax.all_gather(x, axis_name, axis=1, tiled=True) for x in (positions, segments)
+    )
+    padded = positions.shape[1]
+
+    def holds(pads):
+        order = np.argsort(layout.order(padded - pads, n))[: padded - pads]
+        p, s = jnp.take(positions, order, axis=1), jnp.take(segments, order, axis=1)
+        real = p != PAD_POSITION
+        both = real[:, :-1] & real[:, 1:]
+        follows = (s[:, 1:] > s[:, :-1]) | ((s[:, 1:] == s[:, :-1]) & (jnp.diff(p) == 1))
+        runs = real[:, 0].astype(jnp.int32) + (real[:, 1:] & ~real[:, :-1]).sum(1)
+        return (follows | ~both).all(1) & (runs <= 1) & (real.sum(1) == tokens)
+
+    tokens = (positions != PAD_POSITION).sum(1)
+    return jnp.stack([holds(p) for p in range(min(layout.padded_length(1, n), padded))]).any(0)

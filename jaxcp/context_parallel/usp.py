@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ulysses among neighbours, rings across them: u x r devices, u of them exchange heads.
+
+Communication a device: all-to-alls of q, k, v and out among u neighbours (see `ulysses`), then
+r - 1 rotations of the K and V that it holds by then, all tokens of u shards and 1/u of the heads
+(see `ring`). Memory: that of a ring, two such K/V, beside q and out.
+
+Source: Fang and Zhao, USP (arXiv 2405.07719).
+"""
+
+import dataclasses
+
+from jax import lax
+
+from jaxcp.context_parallel.circulate import Circle, circulate
+from jaxcp.context_parallel.exchange import Exchange, gathered
+from jaxcp.context_parallel.strategy import Strategy
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class USP(Strategy):
+    """`ulysses` neighbours exchange heads for tokens, the rest is a ring; every mask is honoured.
+
+    `ulysses` must divide the shards and the query heads. Over two mesh axes
+    (`axis_name=("outer", "inner")`) the neighbours are those of the last one.
+    """
+
+    ulysses: int
+
+    def __post_init__(self):
+        if self.ulysses < 1:
+            raise ValueError(f"ulysses must be at least 1; got {self.ulysses}")
+
+    def attend(self, q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, axis_name, mask, **options):
+        n = lax.axis_size(axis_name)
+        if n % self.ulysses:
+            raise ValueError(
+                f"USP: ulysses={self.ulysses} does not divide the {n} shards of {axis_name!r}"
+            )
+        swap = Exchange.over(axis_name, self.ulysses, q.shape[2], k.shape[2])
+        ids = [gathered(x, axis_name, swap.groups) for x in (q_pos, kv_pos, q_seg, kv_seg)]
+        circles = (Circle.of(axis_name, stride=self.ulysses),)
+        static = tuple({"mask": mask, **options}.items())
+        out, lse = circulate(circles, static, swap.queries(q), swap.keys(k), swap.keys(v), *ids)
+        return swap.back(out), swap.back(lse)
