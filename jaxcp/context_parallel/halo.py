@@ -39,24 +39,32 @@ class Halo(Strategy):
                 f"Halo: {tokens} queries and {k.shape[1]} keys a shard are not the layout's, "
                 f"{self.layout} over {n} shards; permute them, or use Ring()"
             )
-        attend = functools.partial(
-            flash_attention,
-            q,
-            q_positions=q_pos,
-            q_segment_ids=q_seg,
-            causal=mask.causal,
-            window=mask.window,
-            **options,
-        )
+
+        def attend(k, v, kv_pos, kv_seg, carry=None, out_dtype=None):
+            return flash_attention(
+                q,
+                k,
+                v,
+                q_positions=q_pos,
+                kv_positions=kv_pos,
+                q_segment_ids=q_seg,
+                kv_segment_ids=kv_seg,
+                causal=mask.causal,
+                window=mask.window,
+                carry=carry,
+                out_dtype=out_dtype,
+                **options,
+            )
+
         reach = reached(self.layout, n, tokens, mask.window, mask.causal)
         keys = k, v, kv_pos, kv_seg
         halo = [_fetch(keys, rows, distance, axis_name) for distance, rows in reach.items()]
         # own keys first: the halo is on its way meanwhile
         dtype = np.promote_types(q.dtype, np.float32) if halo else q.dtype
-        done = attend(k, v, kv_positions=kv_pos, kv_segment_ids=kv_seg, out_dtype=dtype)
+        done = attend(*keys, out_dtype=dtype)
         if halo:
             k, v, pos, seg = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *halo)
-            done = attend(k, v, kv_positions=pos, kv_segment_ids=seg, carry=done)
+            done = attend(k, v, pos, seg, carry=done)
         if not self.checked or n == 1:
             return done
         good = _consecutive(self.layout, n, q_pos, q_seg, axis_name)[:, None, None]

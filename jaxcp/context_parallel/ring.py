@@ -26,7 +26,7 @@ class Ring(Strategy):
     bidirectional: bool = False
 
     def attend(self, q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, axis_name, mask, **options):
-        circles = (Circle.of(axis_name),)
+        circles: tuple[Circle, ...] = (Circle.of(axis_name),)
         if self.bidirectional and circles[0].size > 2 and k.shape[1] > 1:
             circles += (Circle.of(axis_name, reverse=True),)
         static = tuple({"mask": mask, **options}.items())

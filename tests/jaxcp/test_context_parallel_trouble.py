@@ -119,6 +119,7 @@ def test_options_that_make_no_sense(kind, mesh_of):
     strategy = kind(ulysses=2) if kind is jaxcp.USP else kind()
 
     def raises(match, q, k, positions, **options):
+        options = {"window": 4, **options}
         with pytest.raises(ValueError, match=match):
             jaxcp.context_parallel_attention(q, k, k, positions, strategy=strategy, **options)
 
