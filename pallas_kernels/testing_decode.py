@@ -168,7 +168,7 @@ def expected(case: Case) -> dict[str, np.ndarray]:
     given = {name: x.astype(np.float64) for name, x in arrays(case).items()}
     q, k, v = given["q"], given["k"], given["v"]
     if "k_scale" in given:
-        k, v = k * given["k_scale"][..., None], v * given["v_scale"][..., None]
+        k, v = (x * given[f"{n}_scale"].swapaxes(1, 2)[..., None] for n, x in (("k", k), ("v", v)))
     group = case.heads // case.kv_heads
     k, v = np.repeat(k, group, axis=2), np.repeat(v, group, axis=2)
     scale = case.head_dim**-0.5 if case.scale is None else case.scale

@@ -35,8 +35,8 @@ def decode_attention(
     *,
     q_positions: Int[Array, "B T"],
     kv_positions: Int[Array, "B S"] | None = None,
-    k_scale: Float[Array, "B S K"] | None = None,
-    v_scale: Float[Array, "B S K"] | None = None,
+    k_scale: Float[Array, "B K S"] | None = None,
+    v_scale: Float[Array, "B K S"] | None = None,
     window: int | None = None,
     sinks: Float[Array, "N"] | None = None,
     soft_cap: float | None = None,
@@ -59,6 +59,7 @@ def decode_attention(
         `kv_positions` (default `0..S-1`) says which token lies there, in any order;
         `PAD_POSITION` marks an empty slot, and a pad among the queries.
       k_scale, v_scale: what the stored values of a token's head are multiplied by; both or neither.
+        Slots come last: a TPU pads the last axis to 128.
       window: number of positions a query sees, its own included.
       sinks: a logit per head that takes part in the softmax and brings no value.
       soft_cap: scores become `soft_cap * tanh(score / soft_cap)`.
@@ -70,8 +71,7 @@ def decode_attention(
       NotImplementedError: the chosen implementation cannot; the message names those that can.
         And in a gradient: there is none, `flash_attention` has one.
 
-    "triton" copies a cache whose head dim is no power of two, "mosaic_tpu" one of under 128 slots;
-    and it lays the scales out anew, through temporaries of 544 B a slot (v6e, 8 KV heads).
+    "triton" copies a cache whose head dim is no power of two, "mosaic_tpu" one of under 128 slots.
     Source: split KV: Flash-Decoding (Dao et al., 2023, crfm.stanford.edu/2023/10/12/flashdecoding).
 
     >>> q = jax.random.normal(jax.random.key(0), (1, 1, 8, 64))
@@ -98,11 +98,11 @@ def decode_attention(
 
 
 def quantize_cache(
-    x: Float[Array, "... H"], dtype: DTypeLike
-) -> tuple[Num[Array, "... H"], Float[Array, "..."]]:
+    x: Float[Array, "B S K H"], dtype: DTypeLike
+) -> tuple[Num[Array, "B S K H"], Float[Array, "B K S"]]:
     """Keys or values as int8 or float8_e4m3fn, and the float32 scale of each token's head.
 
-    `x` is about `values * scales[..., None]`. The scale is the greatest magnitude over the head
+    `x` is about `values * scales.swapaxes(1, 2)[..., None]`. The scale is the greatest magnitude over the head
     dim divided by 127 (int8) or 448 (e4m3), so nothing saturates. With `a` that magnitude, int8 is
     off by at most `a / 254` an entry; e4m3 by a sixteenth of the entry, or `a / 458752` where that
     is more: better where a few entries are far larger than the rest, worse elsewhere.
@@ -118,7 +118,7 @@ def quantize_cache(
     greatest = jnp.max(jnp.abs(x), axis=-1)
     scales = jnp.where(greatest > 0, greatest / most, 1.0)
     values = jnp.clip(x / scales[..., None], -most, most)
-    return (jnp.round(values) if name == "int8" else values).astype(dtype), scales
+    return (jnp.round(values) if name == "int8" else values).astype(dtype), scales.swapaxes(1, 2)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -163,8 +163,9 @@ def _check_dtypes(q, k, v, k_scale, v_scale):
             f"give both k_scale and v_scale, or for a cache of floats neither; k, v are {k.dtype}, "
             f"and of the scales {sum(x is not None for x in (k_scale, v_scale))} came"
         )
+    shape = k.shape[0], k.shape[2], k.shape[1]
     for name, x in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if x is not None and (x.shape != k.shape[:3] or x.dtype not in (jnp.float32, jnp.bfloat16)):
+        if x is not None and (x.shape != shape or x.dtype not in (jnp.float32, jnp.bfloat16)):
             raise ValueError(
-                f"{name} must be float32 or bfloat16 {k.shape[:3]}; got {x.dtype} {x.shape}"
+                f"{name} must be float32 or bfloat16 [B, K, S], {shape}; got {x.dtype} {x.shape}"
             )

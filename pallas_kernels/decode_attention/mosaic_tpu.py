@@ -49,13 +49,17 @@ def forward(q, k, v, k_scale, v_scale, q_pos, kv_pos, *, mask, soft_cap, scale):
     queries = rows.together(q, kv_heads)
     real = queries.shape[2]
     row_pos = tiles.pad_axis(rows.positions(q_pos, real // t), call.rows, 1, NO_POSITION)
-    scales = [] if k_scale is None else [call.lanes(k_scale, 0), call.lanes(v_scale, 0)]
+    scales = (
+        []
+        if k_scale is None
+        else [call.tokens(tiles.pad_axis(x, call.slots_there, 2)) for x in (k_scale, v_scale)]
+    )
     kernel = functools.partial(_kernel, call=call, mask=mask, soft_cap=soft_cap, scale=scale)
     out, lse = call(
         kernel,
         [
             (row_pos[..., None], pl.BlockSpec((None, call.rows, 1), lambda b, *_: (b, 0, 0))),
-            call.lanes(jnp.repeat(kv_pos, kv_heads, axis=1), PAD_POSITION),
+            call.tokens(tiles.pad_axis(kv_pos, call.blocks * call.width, 1, PAD_POSITION)[:, None]),
             call.queries(queries),
             call.slots(k),
             call.slots(v),
@@ -72,7 +76,8 @@ def forward(q, k, v, k_scale, v_scale, q_pos, kv_pos, *, mask, soft_cap, scale):
 class _Call:
     """The kernel on one set of shapes: block sizes, padding, index maps and the list of blocks.
 
-    `rows` are queries of one KV head, `block` rows of the cache, `sub` those of a loop's body.
+    `rows` are queries of one KV head; `width` tokens are `block` rows of the cache, `sub` of them
+    those of a loop's body.
     """
 
     def __init__(self, q, k, v, q_pos, kv_pos, mask):
@@ -83,7 +88,7 @@ class _Call:
         # the cache is never padded, unless it is shorter than the shortest block
         self.slots_there = max(slots, LANES)
         most = max(LANES, tuned.rows // self.kv_heads // LANES * LANES)
-        tokens = min(most, self.slots_there // LANES * LANES)
+        self.width = tokens = min(most, self.slots_there // LANES * LANES)
         self.block = tokens * self.kv_heads
         self.sub = math.gcd(tuned.sub, self.block)
         self.chunk = math.gcd(CHUNK, self.sub)
@@ -111,11 +116,10 @@ class _Call:
             return part(0, carry)
         return jax.lax.fori_loop(0, parts, lambda i, carry: part(i * self.sub, carry), carry)
 
-    def lanes(self, x, pad):
-        """`[B, S, ...]` of one number a row of the cache, along lanes."""
-        x = tiles.pad_axis(x.reshape(self.batch, -1), self.blocks * self.block, 1, pad)
-        return x[:, None], pl.BlockSpec(
-            (None, 1, self.block), lambda *at: (at[0], 0, self.fetched(*at))
+    def tokens(self, x):
+        """`[B, 1 or K, S]`, a number a token."""
+        return x, pl.BlockSpec(
+            (None, x.shape[1], self.width), lambda *at: (at[0], 0, self.fetched(*at))
         )
 
     def slots(self, x):
@@ -123,7 +127,7 @@ class _Call:
         x = tiles.pad_axis(x, self.slots_there, 1)
         x = x.reshape(self.batch, -1, x.shape[3])
         return x, pl.BlockSpec(
-            (None, self.block, x.shape[2]), lambda *at: (at[0], self.fetched(*at), 0)
+            (1, self.block, x.shape[2]), lambda *at: (at[0], self.fetched(*at), 0)
         )
 
     def queries(self, x):
@@ -135,6 +139,8 @@ class _Call:
         arrays, in_specs = zip(*inputs, strict=True)
         bands = self.kv_heads * self.rows
         shapes = (bands, self.hv), (self.rows, LANES)
+        lanes = self.block // LANES, LANES
+        scales = [pltpu.VMEM(lanes, jnp.float32)] * (len(inputs) - 5)
         counts = jnp.append(self.counts.reshape(-1), self.steps)
         return pl.pallas_call(
             kernel,
@@ -147,8 +153,12 @@ class _Call:
                     for shape in shapes
                 ],
                 scratch_shapes=[
-                    pltpu.VMEM(shape, jnp.float32)
-                    for shape in (shapes[0], shapes[1], shapes[1], (self.rows, self.block))
+                    *(
+                        pltpu.VMEM(shape, jnp.float32)
+                        for shape in (shapes[0], shapes[1], shapes[1], (self.rows, self.block))
+                    ),
+                    pltpu.VMEM(lanes, jnp.int32),
+                    *scales,
                 ],
             ),
             out_shape=[
@@ -167,11 +177,21 @@ class _Call:
 
 
 def _kernel(order, counts, q_pos, kv_pos, q, k, v, *refs, call, mask, soft_cap, scale):
-    *scales, out, lse, acc, high, total, s_ref = refs
+    scaled = len(refs) > 7
+    scales, (out, lse, acc, high, total, s_ref, pos_lanes, *scale_lanes) = (
+        (refs[:2], refs[2:]) if scaled else ((), refs)
+    )
     b, worker, step = (pl.program_id(axis) for axis in range(3))
     at = worker * counts[2 * call.batch] + step
     some = at < counts[2 * b + 1]
     every = at < counts[2 * b]
+
+    def lanes_of(ref, begin):
+        """`[1, 128]` from `begin` on of what was laid out along lanes."""
+        return ref[pl.ds(begin // LANES, 1), :]
+
+    def along(refs, begin):
+        return jnp.concatenate([lanes_of(refs, begin + x) for x in range(0, call.chunk, LANES)], 1)
 
     @pl.when(step == 0)
     def start():
@@ -183,13 +203,13 @@ def _kernel(order, counts, q_pos, kv_pos, q, k, v, *refs, call, mask, soft_cap, 
         def part(begin, least):
             for offset in range(0, call.sub, call.chunk):
                 lanes = pl.ds(pl.multiple_of(begin + offset, call.chunk), call.chunk)
-                s = dot(q[...], k[lanes, :].astype(q.dtype), (1, 1))
+                s = dot(q[...], _rows(k, lanes, q.dtype), (1, 1))
                 s = _own_bands(s, call)
-                if scales:
-                    s *= scales[0][:, lanes].astype(jnp.float32)
+                if scaled:
+                    s *= along(scale_lanes[0], begin + offset)
                 s, _ = online_softmax.scores(s, scale, soft_cap)
                 if masked:
-                    seen = tiles.visible(mask, [q_pos[...]], [kv_pos[:, lanes]])
+                    seen = tiles.visible(mask, [q_pos[...]], [along(pos_lanes, begin + offset)])
                     s = jnp.where(seen, s, -jnp.inf)
                 s_ref[:, lanes] = s
                 least = functools.reduce(jnp.maximum, _tiles(s), least)
@@ -205,9 +225,10 @@ def _kernel(order, counts, q_pos, kv_pos, q, k, v, *refs, call, mask, soft_cap, 
                 parts = [jnp.exp2(tile - shift) for tile in _tiles(s_ref[:, lanes])]
                 sums = functools.reduce(jnp.add, parts, sums)
                 p = jnp.concatenate(parts, axis=1)
-                if scales:
-                    p *= scales[1][:, lanes].astype(jnp.float32)
-                values = v[lanes, :].astype(q.dtype)
+                if scaled:
+                    scales_there = along(scale_lanes[1], begin + offset)
+                    p = jnp.where(p > 0, p * scales_there, 0.0) if masked else p * scales_there
+                values = _rows(v, lanes, q.dtype)
                 if masked and call.ragged:  # what lies behind the cache may be NaN
                     row = jax.lax.broadcasted_iota(jnp.int32, values.shape, 0) + begin + offset
                     last = order[b * call.blocks + at] == call.blocks - 1
@@ -218,6 +239,7 @@ def _kernel(order, counts, q_pos, kv_pos, q, k, v, *refs, call, mask, soft_cap, 
         return part
 
     def work(masked):
+        _spread_tokens([*scales, *[kv_pos] * masked], [*scale_lanes, *[pos_lanes] * masked], call)
         m = _over_heads(call.each_part(score(masked), high[...]), jnp.maximum, call.kv_heads)
         shift = jnp.where(m == -jnp.inf, 0.0, m)
         alpha = jnp.exp2(high[...] - shift)
@@ -233,6 +255,58 @@ def _kernel(order, counts, q_pos, kv_pos, q, k, v, *refs, call, mask, soft_cap, 
         whole = _over_heads(total[...], jnp.add, call.kv_heads)
         inverse, lse[...] = online_softmax.finish(high[...], whole)
         out[...] = acc[...] * _bands(inverse, call)
+
+
+def _rows(ref, rows, dtype):
+    """Rows of the cache in `dtype`; `rows` begin at a multiple of their number."""
+    if ref.dtype.itemsize > 1:
+        return ref[0, rows, :].astype(dtype)
+    # 2026-11: loads of 8-bit rows fetch a quarter of a register each on v6e and tpu7x
+    size = rows.size // 4
+    words = ref.bitcast(jnp.int32)[0, pl.ds(pl.multiple_of(rows.start // 4, size), size), :]
+    return pltpu.bitcast(words, ref.dtype).astype(dtype)
+
+
+def _spread_tokens(sources, targets, call):
+    """Lay `[1 or K, tokens]` out as the rows of the cache lie, 128 of them a line."""
+    k = call.kv_heads
+
+    def group(i, _):
+        at = pl.ds(pl.multiple_of(i * LANES, LANES), LANES)
+        for source, target in zip(sources, targets, strict=True):
+            x = source[:, at].astype(target.dtype)
+            if k > 1:
+                x = jnp.concatenate([x] * (max(k, SUBLANES) // x.shape[0]), axis=0)
+                x = _repeat(x, k) if source.shape[0] == 1 else _interleave(x, k)
+            target[pl.ds(i * k, k), :] = x[:k]
+
+    groups = call.width // LANES
+    jax.lax.fori_loop(0, groups, group, None, unroll=groups <= 16)
+
+
+def _repeat(x, k):
+    """Line `j` of `k`: each of the tokens `[j * 128 / k, ...)` of 128, k times."""
+    row, lane = (jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) for axis in (0, 1))
+    return _gather(x, LANES // k * (row % k) + lane // k)
+
+
+def _interleave(x, k):
+    """`[K, 128]` of 128 tokens as `K` lines of tokens by heads: `[j, l]` is `x[l % K, ...]`.
+
+    A permutation of the entries: within rows, then within columns, then within rows.
+    """
+    row, lane = (jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) for axis in (0, 1))
+    token, turn = lane // k, lane % k
+    x = _gather(x, LANES // k * ((row - turn) % k) + token)
+    distance = 1
+    while distance < k:  # up by `turn` rows
+        x = jnp.where(turn & distance > 0, pltpu.roll(x, x.shape[0] - distance, 0), x)
+        distance *= 2
+    return _gather(x, token * k + (turn - row) % k)
+
+
+def _gather(x, index):
+    return jnp.take_along_axis(x, index, axis=1, mode="promise_in_bounds")
 
 
 def _tiles(x):

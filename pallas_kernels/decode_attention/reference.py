@@ -33,5 +33,5 @@ def forward(q, k, v, k_scale, v_scale, q_pos, kv_pos, *, mask, soft_cap, scale):
 
 
 def _per_key(x, dtype):
-    """`[B, S, K] -> [B, K, 1, 1, S]`."""
-    return x.astype(dtype).swapaxes(1, 2)[:, :, None, None]
+    """`[B, K, S] -> [B, K, 1, 1, S]`."""
+    return x.astype(dtype)[:, :, None, None]

@@ -41,7 +41,7 @@ def forward(q, k, v, k_scale, v_scale, q_pos, kv_pos, *, mask, soft_cap, scale):
     slots = max(k.shape[1], 16)
     block = min(tuned.rows, 1 << (slots.bit_length() - 1))  # no block is longer than the cache
     cache = [tiles.pad_axis(x, slots, 1) for x in (k, v)]
-    scales = [] if k_scale is None else [tiles.pad_axis(x, slots, 1) for x in (k_scale, v_scale)]
+    scales = [] if k_scale is None else [tiles.pad_axis(x, slots, 2) for x in (k_scale, v_scale)]
     kv_pos = tiles.pad_axis(kv_pos, slots, 1, PAD_POSITION)
     order, counts = rows.block_list(mask, q_pos, kv_pos, block)
     splits = min(order.shape[1], tuned.splits or _splits(b * kv_heads))
@@ -53,7 +53,7 @@ def forward(q, k, v, k_scale, v_scale, q_pos, kv_pos, *, mask, soft_cap, scale):
     queries = tiles.pad_axis(queries, size, 2)
     row_pos = tiles.pad_axis(rows.positions(q_pos, real // t), size, 1, NO_POSITION)
     # Whole sequences are one block to Pallas, which on a GPU is a pointer and no copy.
-    line = pl.BlockSpec((None, slots, None), lambda i, n, b: (b, 0, n))
+    line = pl.BlockSpec((None, None, slots), lambda i, n, b: (b, n, 0))
     plan = [
         (row_pos, pl.BlockSpec((None, size), lambda i, n, b: (b, 0))),
         (kv_pos, pl.BlockSpec((None, slots), lambda i, n, b: (b, 0))),

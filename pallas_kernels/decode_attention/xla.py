@@ -32,12 +32,12 @@ def forward(q, k, v, k_scale, v_scale, q_pos, kv_pos, *, mask, soft_cap, scale):
         first = order[index] * block
         start = jnp.minimum(first, slots - block)  # the last block ends where the cache does
 
-        def take(x):
-            return lax.dynamic_slice_in_dim(x, start, block, axis=1)
+        def take(x, axis=1):
+            return lax.dynamic_slice_in_dim(x, start, block, axis)
 
         s = _dot("bkrh,bskh->bkrs", queries, take(k).astype(q.dtype).astype(compute)) * scale
         if k_scale is not None:
-            s *= _per_key(take(k_scale), acc)
+            s *= _per_key(take(k_scale, 2), acc)
         if soft_cap is not None:
             s = soft_cap * jnp.tanh(s / soft_cap)
         fresh = start + jnp.arange(block, dtype=jnp.int32) >= first
@@ -49,7 +49,7 @@ def forward(q, k, v, k_scale, v_scale, q_pos, kv_pos, *, mask, soft_cap, scale):
         keep = jnp.exp(high - shift)
         total = total * keep + p.sum(-1)
         if v_scale is not None:
-            p *= _per_key(take(v_scale), acc)
+            p *= _per_key(take(v_scale, 2), acc)
         values = take(v).astype(q.dtype).astype(compute)
         out = out * keep[..., None] + _dot("bkrs,bskh->bkrh", p.astype(compute), values)
         return new_high, total, out
@@ -76,8 +76,8 @@ def _needed(mask, q_pos, kv_pos, block):
 
 
 def _per_key(x, dtype):
-    """`[B, block, K] -> [B, K, 1, block]`."""
-    return x.astype(dtype).swapaxes(1, 2)[:, :, None]
+    """`[B, K, block] -> [B, K, 1, block]`."""
+    return x.astype(dtype)[:, :, None]
 
 
 def _dot(equation, x, y):

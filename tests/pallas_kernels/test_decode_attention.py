@@ -51,8 +51,9 @@ def test_quantised_entries_are_as_near_as_promised(dtype, share, least):
     x[..., 3] *= 100
     x[0, 0] = 0
     values, scales = quantize_cache(jnp.asarray(x), dtype)
-    assert values.dtype == jnp.dtype(dtype) and scales.shape == x.shape[:3]
-    stored = np.asarray(values).astype(np.float64) * np.asarray(scales, np.float64)[..., None]
+    assert values.dtype == jnp.dtype(dtype) and scales.shape == (3, 2, 50)
+    scales = np.asarray(scales, np.float64).swapaxes(1, 2)[..., None]
+    stored = np.asarray(values).astype(np.float64) * scales
     greatest = np.abs(x).max(-1, keepdims=True)
     bound = np.maximum(share * np.abs(x), least * greatest)
     assert (np.abs(stored - x) <= bound * (1 + 1e-5)).all()
@@ -88,7 +89,7 @@ def attend(*, q=(1, 1, 2, 32), kv=(1, 40, 2, 32), dtype="float32", cache=None, *
     q_positions = jax.ShapeDtypeStruct(q[:2], jnp.int32)
     k = jax.ShapeDtypeStruct(kv, cache or dtype)
     q = jax.ShapeDtypeStruct(q, dtype)
-    scale = jax.ShapeDtypeStruct(kv[:3], jnp.float32)
+    scale = jax.ShapeDtypeStruct((kv[0], kv[2], kv[1]), jnp.float32)
     options = {name: scale if x == "scale" else x for name, x in options.items()}
     arrays = {name: x for name, x in options.items() if name.endswith("scale")}
     static = {name: x for name, x in options.items() if name not in arrays}
@@ -130,7 +131,7 @@ def test_what_one_kernel_cannot_do_names_who_can():
         large = dict(q=(3, 1, 8, 128), kv=(3, 2**20, 8, 128), cache="int8")
         attend(**large, **scales, implementation="triton")
     with pytest.raises(ValueError, match=r"int8.*float16"):
-        quantize_cache(jnp.zeros((1, 2)), "float16")
+        quantize_cache(jnp.zeros((1, 2, 1, 32)), "float16")
 
 
 def test_there_is_no_gradient():
