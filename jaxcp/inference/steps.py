@@ -122,7 +122,7 @@ def logits(model: Any, tokens: Any, *, attention: Strategy | None = None) -> jax
 
 @functools.partial(jax.jit, static_argnums=3)
 def _whole(model, tokens, positions, strategy):
-    return model(tokens, positions, attention=strategy)
+    return model(tokens, positions, attention=strategy, consecutive=True)
 
 
 def _prefill(model, cache, tokens, positions, last, lengths, counts, recent, strategy, used):

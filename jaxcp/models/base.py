@@ -51,12 +51,30 @@ class LanguageModel(nnx.Module):
             batch_size=batch_size, max_len=max_len, dtype=self.config.dtype, **self.cache_shape()
         )
 
-    def hidden(self, tokens, positions, *, segment_ids=None, attention: Strategy | None = None):
-        """`forward` over a whole sequence, no cache; `attention` defaults to `Ring()`."""
+    def hidden(
+        self,
+        tokens,
+        positions,
+        *,
+        segment_ids=None,
+        attention: Strategy | None = None,
+        consecutive: bool = False,
+    ):
+        """`forward` over a whole sequence, no cache; `attention` defaults to `Ring()`.
+
+        `consecutive`: see `context_parallel_attention`.
+        """
 
         def attend(q, k, v, *, layer, window):
             return context_parallel_attention(
-                q, k, v, positions, strategy=attention, segment_ids=segment_ids, window=window
+                q,
+                k,
+                v,
+                positions,
+                strategy=attention,
+                segment_ids=segment_ids,
+                window=window,
+                consecutive=consecutive,
             )
 
         return self.forward(tokens, positions, attend)
@@ -67,11 +85,9 @@ class LanguageModel(nnx.Module):
             "btd,dv->btv", hidden.astype(jnp.float32), self.head_kernel().astype(jnp.float32)
         )
 
-    def __call__(self, tokens, positions, *, segment_ids=None, attention: Strategy | None = None):
-        """Float32 logits `[B, T, V]` of a whole sequence."""
-        return self.logits(
-            self.hidden(tokens, positions, segment_ids=segment_ids, attention=attention)[0]
-        )
+    def __call__(self, tokens, positions, **options):
+        """Float32 logits `[B, T, V]` of a whole sequence; `options` as `hidden` takes them."""
+        return self.logits(self.hidden(tokens, positions, **options)[0])
 
 
 def embed(table, ids, dtype):

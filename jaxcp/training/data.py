@@ -221,6 +221,14 @@ def checked(batch: Batch, vocab_size: int) -> Batch:
     return out
 
 
+def consecutive(batch: Batch) -> bool:
+    """Whether the tokens of every segment lie one after the other, with positions that say so."""
+    positions = batch["positions"]
+    segments = batch.get("segment_ids", np.zeros_like(positions))
+    step, same = np.diff(positions), np.diff(segments)
+    return bool(((same > 0) | ((same == 0) & (step == 1))).all())
+
+
 def put(batch: Batch, *, mesh: Mesh, layout: Layout, accumulate: int = 1) -> dict[str, jax.Array]:
     """Host batch `[B, T]` -> device batch `[accumulate, B / accumulate, padded T]`: rows over
     `data`; tokens, in the order of `layout`, over `seq`."""

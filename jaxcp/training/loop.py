@@ -15,7 +15,7 @@ from jaxcp.layers.ngram import windows
 from jaxcp.layout import Zigzag
 from jaxcp.training import checkpoint
 from jaxcp.training.config import TrainConfig, differences, identity
-from jaxcp.training.data import as_source, checked, prefetch, put
+from jaxcp.training.data import as_source, checked, consecutive, prefetch, put
 from jaxcp.training.metrics import Callback, MetricsFile, ProgressBar, Record
 from jaxcp.training.step import State, init_state, join, make_step
 
@@ -116,13 +116,18 @@ class _Run:
 
     def loop(self, state: State, start, end, metrics: MetricsFile, callbacks) -> State:
         config = self.config
-        train_step = make_step(
-            config.model, config.attention, config.optimizer, config.steps, config.loss_chunk
+        options = (
+            config.model,
+            config.attention,
+            config.optimizer,
+            config.steps,
+            config.loss_chunk,
         )
         meter = _Meter(metrics.records[-1]["tokens"] if metrics.records else 0)
         running = None
-        for step, (batch, count) in enumerate(prefetch(self.batch, start, end), start + 1):
-            state, out = train_step(state, batch)
+        batches = prefetch(self.batch, start, end)
+        for step, (batch, count, in_order) in enumerate(batches, start + 1):
+            state, out = make_step(*options, in_order)(state, batch)
             # Only one step may wait behind the one that runs: time and memory stay what they seem.
             jax.block_until_ready(running)
             running = out
@@ -166,7 +171,8 @@ class _Run:
         count = host["tokens"].size
         width = getattr(config.model, "ngram_width", 1)
         host["tokens"] = windows(host["tokens"], width, segment_ids=host.get("segment_ids"))
-        return put(host, mesh=self.mesh, layout=self.layout, accumulate=config.accumulate), count
+        batch = put(host, mesh=self.mesh, layout=self.layout, accumulate=config.accumulate)
+        return batch, count, consecutive(host)
 
 
 class _Meter:

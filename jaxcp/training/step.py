@@ -130,10 +130,12 @@ def make_step(
     optimizer_config: OptimizerConfig,
     steps: int,
     loss_chunk: int,
+    consecutive: bool = False,
 ) -> Callable[[State, Any], tuple[State, dict]]:
     """`train_step(state, batch) -> (state, {"loss", "lr", "grad_norm"})`, jitted; donates `state`.
 
-    `batch` leaves are `[accumulate, B, T]` as `data.put` makes them. Kept by its arguments, so that
+    `batch` leaves are `[accumulate, B, T]` as `data.put` makes them; `consecutive`: what
+    `data.consecutive` says of them. Kept by its arguments, so that
     a run which goes on in the same process does not compile again.
     """
     optimizer = make_optimizer(optimizer_config, steps)
@@ -146,6 +148,7 @@ def make_step(
             piece["positions"],
             segment_ids=piece.get("segment_ids"),
             attention=attention,
+            consecutive=consecutive,
         )
         total, weight = chunked_cross_entropy(
             x, model.head_kernel(), piece["targets"], piece["weights"], chunk=loss_chunk

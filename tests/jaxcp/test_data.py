@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxcp
-from jaxcp.training.data import TextSource, TokenFiles, as_source, checked, prefetch, put
+from jaxcp.training.data import TextSource, TokenFiles, as_source, checked, consecutive, prefetch, put
 
 
 @pytest.fixture
@@ -105,6 +105,17 @@ def test_a_source_of_ones_own_is_checked(change, match):
     batch = {key: x for key, x in batch.items() if x is not None}
     with pytest.raises(ValueError, match=match):
         checked(batch, 256)
+
+
+def test_consecutive():
+    """Window layers exchange the window alone where this holds."""
+    positions = np.array([[0, 1, 2, 0, 1]], np.int32)
+    segments = np.array([[0, 0, 0, 1, 1]], np.int32)
+    assert consecutive({"positions": positions, "segment_ids": segments})
+    assert consecutive({"positions": np.arange(5)[None]})
+    assert not consecutive({"positions": positions})
+    assert not consecutive({"positions": positions, "segment_ids": 1 - segments})
+    assert not consecutive({"positions": 2 * positions, "segment_ids": segments})
 
 
 def test_put_lays_rows_over_data_and_tokens_over_seq():
