@@ -145,6 +145,57 @@ def train(
         print(f"checkpoint: {export(result, config, folder / 'model', dtype=export_dtype)}")
 
 
+def tune(
+    *,
+    op: Literal["flash_attention", "grouped_matmul", "decode_attention"],
+    target: Literal["sm_120", "h200", "v5e", "v5p", "v6e", "tpu7x"],
+    part: str | None = None,
+    shape: tuple[str, ...] = (),
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+    max_seconds: float = 300,
+    json_file: Annotated[pathlib.Path | None, tyro.conf.arg(name="json")] = None,
+    write: bool = False,
+) -> None:
+    """Find block sizes, warps and stages of a kernel, and print the row for its tuning.py.
+
+    By time when the device is here, else by what the compiled kernel costs: bundles on a TPU;
+    on a GPU issue slots, with spills and too much shared memory refused. Nothing needs to be
+    there for that but `pip install jaxcp[tune]`, and running it twice gives the same row.
+
+    Args:
+        op: the operation.
+        target: the chip. Rows of sm_120 are those of any NVIDIA GPU without rows of its own.
+        part: a name in the first column of the table, such as mosaic_backward; default: forward.
+        shape: sizes other than the default, such as head_dim=64 tokens=4096.
+        dtype: of the operands.
+        max_seconds: limit of the search; what it leaves untried is said.
+        json_file: write everything that was tried into this file.
+        write: put the row into the table of the installed package.
+    """
+    from jaxcp.tune import search
+    from jaxcp.tune.show import progress, show
+
+    with progress() as step:
+        found = search(
+            op, target, part=part, shape=_sizes(shape), dtype=dtype, max_seconds=max_seconds,
+            progress=step,
+        )  # fmt: skip
+    show(found)
+    if json_file is not None:
+        json_file.write_text(json.dumps(found.as_json(), indent=1) + "\n")
+    if write:
+        print("written" if found.row.write() else "the table has it")
+
+
+def _sizes(shape: tuple[str, ...]) -> dict[str, int]:
+    pairs = [text.partition("=") for text in shape]
+    if wrong := [
+        text for text, (_, _, size) in zip(shape, pairs, strict=True) if not size.isdigit()
+    ]:
+        raise ValueError(f"--shape takes name=size, such as head_dim=64; got {' '.join(wrong)}")
+    return {name: int(size) for name, _, size in pairs}
+
+
 def eval_needle(
     *,
     checkpoint: pathlib.Path = NEEDLE,
@@ -238,13 +289,13 @@ def main() -> None:
     """Entry point of `jaxcp`."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     app, evaluations = tyro.extras.SubcommandApp(), tyro.extras.SubcommandApp()
-    for command in (demo, generate, chat, train):
+    for command in (demo, generate, chat, train, tune):
         app.command(command)
     evaluations.command(name="needle")(eval_needle)
     app.command(evaluations, name="eval", help="Measure what a checkpoint can do.")
     try:
         app.cli(prog="jaxcp")
-    except (ValueError, NotImplementedError, FileNotFoundError) as error:
+    except (ValueError, NotImplementedError, ImportError, OSError) as error:
         sys.exit(f"jaxcp: {error}")
 
 

@@ -42,7 +42,8 @@ def device_kind() -> str:
     """The chip that the code being traced is for: the mesh's, or the default backend's."""
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh.empty else getattr(mesh, "abstract_device", None)
-    return getattr(device, "device_kind", None) or jax.devices()[0].device_kind
+    kind = getattr(device, "device_kind", None) or jax.devices()[0].device_kind
+    return "TPU v5p" if kind == "TPU v5" else kind  # no row for it could leave out "TPU v5 lite"
 
 
 def block_sizes(

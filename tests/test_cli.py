@@ -39,7 +39,7 @@ def test_help_names_every_command_and_needs_no_jax():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("demo", "generate", "chat", "train", "eval"):
+    for command in ("demo", "generate", "chat", "train", "tune", "eval"):
         assert command in done.stdout
 
 
@@ -51,6 +51,14 @@ def test_help_names_every_command_and_needs_no_jax():
         (["generate", "--prompt-file", "latin1.txt"], "UTF-8"),
         (["generate", "--prompt", "long enough", "--max-len", "4"], "max_len=4"),
         (["train", "no_such_run"], "no run 'no_such_run'"),
+        (
+            ["tune", "--op", "flash_attention", "--target", "v6e", "--shape", "head_dim"],
+            "name=size",
+        ),
+        (
+            ["tune", "--op", "flash_attention", "--target", "v6e", "--part", "triton_dq"],
+            "has the parts mosaic_forward, mosaic_backward",
+        ),
     ],
 )
 def test_bad_input_is_one_clear_line(tmp_path, arguments, message):

@@ -94,20 +94,24 @@ class Part:
         yield shipped
         for chosen in itertools.product(*self.values.values()):
             blocks = dataclasses.replace(shipped, **dict(zip(self.values, chosen, strict=True)))
-            if blocks != shipped and fits(self.op, blocks, shape):
+            if blocks != shipped and fits(self, blocks, shape):
                 yield blocks
 
     def problem(self, shape: Mapping[str, int], dtype) -> tuple[Callable, tuple]:
         return self.program(self.implementation, dtype, **shape)
 
 
-def fits(op: str, blocks: Any, shape: Mapping[str, int]) -> bool:
+def fits(part: Part, blocks: Any, shape: Mapping[str, int]) -> bool:
     """Whether the kernel would take these blocks as they are."""
-    if op == "flash_attention":
-        inside = blocks.sub <= blocks.kv and blocks.strip <= blocks.q
+    triton = part.implementation == "triton"
+    if part.op == "flash_attention":
+        inside = triton or (blocks.sub <= blocks.kv and blocks.strip <= blocks.q)
         return inside and max(blocks.q, blocks.kv) <= shape["tokens"]
-    if op == "decode_attention":
-        return blocks.rows <= shape["slots"] * shape["kv_heads"] and blocks.sub <= blocks.rows
+    if part.op == "decode_attention":
+        rows = shape["slots"] * (1 if triton else shape["kv_heads"])
+        return blocks.rows <= rows and (triton or blocks.sub <= blocks.rows)
+    if triton:
+        return True
     whole = shape["embed"] % blocks.k == 0 and shape["width"] % blocks.n == 0
     return whole and blocks.n % blocks.columns == 0 and blocks.m % blocks.rows == 0
 
@@ -245,18 +249,14 @@ PARTS = (
     _grouped("triton_matmul", GROUPED, "issue slots"),
     _grouped("triton_swiglu", GROUPED, "issue slots"),
     _grouped("triton_outer", GROUPED, "issue slots"),
-    _grouped(
-        "mosaic_matmul", dict(m=(128, 512), n=(768, 1536), k=(2048, 4096)) | PIECES, "cycles"
-    ),
-    _grouped(
-        "mosaic_swiglu", dict(m=(128, 512), n=(512, 768), k=(2048, 4096)) | PIECES, "cycles"
-    ),
+    _grouped("mosaic_matmul", dict(m=(128, 512), n=(768, 1536), k=(2048, 4096)) | PIECES, "cycles"),
+    _grouped("mosaic_swiglu", dict(m=(128, 512), n=(512, 768), k=(2048, 4096)) | PIECES, "cycles"),
     _grouped("mosaic_outer", dict(m=(256, 512), n=(768, 1536), k=(512, 1024)) | PIECES, "cycles"),
     _decode(
         "triton", dict(rows=(16, 32, 64, 128), warps=(2, 4, 8), stages=(2, 3, 4)), "issue slots"
     ),
     _decode("mosaic", dict(rows=(4096, 8192, 16384), sub=(2048, 4096, 8192)), "cycles"),
-)  # fmt: skip
+)
 
 
 def kernel_of(part: Part, kernels: Mapping[str, tpu_code.Kernel | gpu_code.Kernel]):
