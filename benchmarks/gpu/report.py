@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows as they come, the tables that are made of them, and the goals."""
+
+import json
+import pathlib
+
+# Name, rows that are compared (theirs and ours are milliseconds), least ratio.
+LONG = "B1 T16384 N32/32 H128 causal"
+HY3 = "grouped 192 x 4096 x 1536, 512 tokens an expert, bfloat16"
+GOALS = (
+    ("forward, D=128, 16k causal, of Pallas' kernel", f"{LONG} forward", None, "pallas mha", 1.15),
+    (
+        "backward, D=128, 16k causal, of Pallas' kernel",
+        f"{LONG} forward+backward",
+        f"{LONG} forward",
+        "pallas mha",
+        1.1,
+    ),
+    ("grouped matmul, of lax.ragged_dot", f"{HY3} forward", None, "lax.ragged_dot", 5.0),
+)
+
+
+def add(out: pathlib.Path, row: dict) -> None:
+    with open(out / "rows.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read(out: pathlib.Path) -> list[dict]:
+    """The last that was written of each row."""
+    path = out / "rows.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    found: dict = {}
+    for row in map(json.loads, lines):
+        found[row["part"], row["name"]] = row
+    return list(found.values())
+
+
+def line(row: dict) -> str:
+    """What came of a row, in a few words."""
+    if "failed" in row:
+        return f"{row['name']}: FAILED {row['failed'].splitlines()[0][:120]}"
+    if "ms" in row:
+        return f"{row['name']}: {row['ms']:.3f} ms, {row['tflops']:.1f} TFLOP/s"
+    return f"{row['name']}: {_verdict(row)}"
+
+
+def goals(rows: list[dict]) -> list[dict]:
+    """Each goal with the ratio found; None where one of the two was not measured."""
+    ms = {(row["case"], row["contender"]): row["ms"] for row in rows if "ms" in row}
+
+    def took(case, less, contender):
+        parts = [ms.get((name, contender)) for name in (case, less) if name is not None]
+        if None in parts:
+            return None
+        return parts[0] - sum(parts[1:])
+
+    found = []
+    for name, case, less, other, least in GOALS:
+        ours, theirs = (took(case, less, contender) for contender in ("ours", other))
+        ratio = theirs / ours if ours and theirs else None
+        found.append({"goal": name, "least": least, "ratio": ratio})
+    return found
+
+
+def wrong(rows: list[dict]) -> list[str]:
+    """Checks that found something, or that did not run to their end."""
+    checks = [row for row in rows if row["part"].startswith("check")]
+    return [line(row) for row in checks if row.get("problems") or "failed" in row]
+
+
+def write(out: pathlib.Path) -> list[str]:
+    """report.json and report.md from the rows so far; what is wrong."""
+    rows = read(out)
+    about = json.loads((out / "about.json").read_text())
+    found = about | {"goals": goals(rows), "rows": rows, "wrong": wrong(rows)}
+    (out / "report.json").write_text(json.dumps(found, indent=1) + "\n")
+    (out / "report.md").write_text(markdown(found) + "\n")
+    return found["wrong"]
+
+
+def markdown(found: dict) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    lines = [f"# The Triton kernels on {found['device']}, {found['date']}", "", versions, ""]
+    lines += [found["note"], ""] if found["note"] else []
+    lines += ["| goal | at least | found |", "|---|---|---|"]
+    for goal in found["goals"]:
+        ratio = "not measured" if goal["ratio"] is None else f"{goal['ratio']:.2f}"
+        lines.append(f"| {goal['goal']} | {goal['least']} | {ratio} |")
+    lines += ["", "Against float64; the error is of the worst result, relative in the 2-norm.", ""]
+    lines += ["| part | case | error | |", "|---|---|---|---|"]
+    for row in (row for row in found["rows"] if row["part"].startswith("check")):
+        worst = max(row.get("errors", {}).values(), default=None)
+        error = "" if worst is None else f"{worst:.1e}"
+        lines.append(f"| {row['part']} | {row['name']} | {error} | {_verdict(row)} |")
+    lines += ["", "| case | contender | median ms (min, max) | TFLOP/s | GB/s | of the limit |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for row in (row for row in found["rows"] if row["part"].startswith("time")):
+        case, contender = row["name"].split(" | ")
+        if "failed" in row:
+            lines.append(f"| {case} | {contender} | {_verdict(row)} | | | |")
+            continue
+        limit = f"{row['of_peak']:.0%}" if "of_peak" in row else ""
+        span = f"{row['ms']:.3f} ({row['ms_min']:.3f}, {row['ms_max']:.3f})"
+        speeds = f"{row['tflops']:.1f} | {row['gbytes']:.0f} | {limit}"
+        lines.append(f"| {case} | {contender} | {span} | {speeds} |")
+    return "\n".join(lines)
+
+
+def _verdict(row: dict) -> str:
+    said = row.get("failed"), "; ".join(row.get("problems", [])), row.get("skipped"), "right"
+    text = next(text for text in said if text)
+    return text.splitlines()[0][:120].replace("|", "/")
