@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Errors of every operation on every backend, beside those of the reference in the same dtype.
+
+    python benchmarks/numerics.py --out benchmarks/results     # about 3 minutes on a CPU
+    python benchmarks/numerics.py --op decode_attention        # one operation
+
+Forward and each gradient against float64, on random inputs and on outlier-heavy ones. Kernels run
+interpreted: that is their arithmetic, not their machine code. Exits with 1 where an error is more
+than 1.5 times the reference's own, or two runs differ by a bit.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import testing, testing_decode, testing_grouped
+from pallas_kernels.grouped_matmul.block_scaled import (
+    FORMATS,
+    block_scaled,
+    grouped_matmul_block_scaled,
+)
+
+IMPLEMENTATIONS = ("reference", "xla", "triton", "mosaic_tpu")
+BAR = 1.5
+# Where the reference is all but exact: float32 sums in another order and with another exp.
+NOISE = 8 * float(np.finfo(np.float32).eps)
+CACHES = (None, "int8", "float8_e4m3fn")
+
+_flash = testing.Case(queries=256, keys=256, heads=4, kv_heads=2, head_dim=64, sinks=True)
+_decode = testing_decode.Case(batch=2, queries=4, slots=512, heads=16, kv_heads=2, dtype="bfloat16")
+_grouped = testing_grouped.Case(sizes=(0, 70, 3, 64, 29, 0), rows=170, summed=256, columns=256)
+
+
+def _with(case, **more):
+    return dataclasses.replace(case, **more)
+
+
+# operation: suite, what a row is called, case
+CASES = {
+    "flash_attention": (
+        testing,
+        {name: _with(_flash, dtype=name) for name in ("float32", "bfloat16", "float16")}
+        | {"bfloat16, soft cap": _with(_flash, dtype="bfloat16", soft_cap=8.0)},
+    ),
+    "decode_attention": (
+        testing_decode,
+        {"float32": _with(_decode, dtype="float32"), "bfloat16": _decode}
+        | {f"bfloat16, cache {cache}": _with(_decode, cache=cache) for cache in CACHES[1:]},
+    ),
+    "grouped_matmul": (
+        testing_grouped,
+        {name: _with(_grouped, dtype=name) for name in ("float32", "bfloat16")}
+        | {
+            f"bfloat16, weights {weights}{' by block' * block}": _with(
+                _grouped, dtype="bfloat16", weights=weights, block=block
+            )
+            for weights in CACHES[1:]
+            for block in (False, True)
+        },
+    ),
+    "grouped_swiglu": (
+        testing_grouped,
+        {name: _with(_grouped, dtype=name, swiglu=True) for name in ("float32", "bfloat16")},
+    ),
+}
+
+
+def rows(op: str, kinds=None, implementations=IMPLEMENTATIONS):
+    """A row for every result of every backend; `kinds` names some of the cases."""
+    suite, cases = CASES[op]
+    for kind in cases if kinds is None else kinds:
+        inputs = {name: _with(cases[kind], outliers=name == "outliers") for name in INPUTS}
+        reference: dict = {}
+        for implementation in implementations:
+            try:
+                found = results(suite, implementation, inputs)
+            except NotImplementedError as error:
+                yield {"op": op, "kind": kind, "backend": implementation, "not": str(error)}
+                continue
+            except Exception as error:  # a backend that breaks is a row, and the others go on
+                said = f"{type(error).__name__}: {str(error)[:200]}"
+                yield {"op": op, "kind": kind, "backend": implementation, "failed": said}
+                continue
+            reference = reference or found
+            for name, case in inputs.items():
+                for result, exact in suite.expected(case).items():
+                    got, again = (run[result] for run in found[name])
+                    yield {
+                        "op": op, "kind": kind, "backend": implementation, "inputs": name,
+                        "result": result, "error": relative(got, exact),
+                        "reference_error": relative(reference[name][0][result], exact),
+                        "same_bits": got.tobytes() == again.tobytes(),
+                    }  # fmt: skip
+
+
+INPUTS = ("random", "outliers")
+
+
+def results(suite, implementation, inputs) -> dict:
+    """Two runs for each of the inputs, which differ in numbers only: compiled once."""
+    fn, _ = suite.program(implementation, next(iter(inputs.values())))
+    step = jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0})
+    found = {}
+    for name, case in inputs.items():
+        _, given = suite.program(implementation, case)
+        found[name] = [{k: np.asarray(x) for k, x in step(given).items()} for _ in range(2)]
+    return found
+
+
+def relative(got, exact) -> float:
+    """Root of the mean square error as a part of that of the exact values; -inf has to be there."""
+    got = np.asarray(got, np.float64)
+    dead = np.isneginf(exact)
+    if got.shape != exact.shape or not np.array_equal(dead, np.isneginf(got)):
+        return float("nan")
+    size = np.linalg.norm(np.where(dead, 0, exact))
+    return float(np.linalg.norm(np.where(dead, 0, got) - np.where(dead, 0, exact)) / size)
+
+
+def rounding():
+    """What narrow values cost: the result's error against inputs that were not rounded to them."""
+    for outliers in (False, True):
+        inputs = INPUTS[outliers]
+        for cache in CACHES[1:]:
+            case = _with(_decode, dtype="float32", cache=cache, outliers=outliers)
+            exact = testing_decode.expected(_with(case, cache=None))["out"]
+            got = testing_decode.run("reference", case)[0]["out"]
+            yield {"what": f"cache {cache}", "inputs": inputs, "error": relative(got, exact)}
+        for weights in CACHES[1:]:
+            for block in (False, True):
+                case = _with(_grouped, weights=weights, block=block, outliers=outliers)
+                exact = testing_grouped.expected(_with(case, weights=None))["out"]
+                got = testing_grouped.expected(case)["out"]
+                what = f"weights {weights}, a scale for {'128 x 128' if block else 'a channel'}"
+                yield {"what": what, "inputs": inputs, "error": relative(got, exact)}
+        for format in FORMATS:
+            case = _with(_grouped, outliers=outliers)
+            given = {k: jnp.asarray(x) for k, x in testing_grouped.arrays(case).items()}
+            narrow = block_scaled(given["weights"].swapaxes(1, 2), format)
+            sizes = jnp.asarray(case.sizes)
+            got = grouped_matmul_block_scaled(
+                given["lhs"], narrow, sizes, implementation="emulated"
+            )
+            exact = testing_grouped.expected(case)["out"]
+            what = f"rows and weights {format} (emulated)"
+            yield {"what": what, "inputs": inputs, "error": relative(got, exact)}
+
+
+def broken(row) -> str | None:
+    """What is wrong with a row, or None."""
+    if "not" in row:
+        return None
+    where = " ".join(row.get(name, "") for name in ("op", "kind", "backend", "inputs", "result"))
+    if "failed" in row:
+        return f"{where}: {row['failed']}"
+    if not row["same_bits"]:
+        return f"{where}: two runs differ"
+    if not row["error"] <= BAR * row["reference_error"] + NOISE:
+        return f"{where}: {row['error']:.2e}, the reference's {row['reference_error']:.2e}"
+    return None
+
+
+def markdown(report) -> str:
+    lines = ["# Numerics", "", ", ".join(f"{k} {v}" for k, v in report["versions"].items()), ""]
+    lines += [
+        f"Relative error in the 2-norm against float64. Bar: {BAR} of the reference's own in the "
+        f"same dtype, and {NOISE:.0e} for the order of float32 sums. Every entry of `same bits` is "
+        "two runs. Outliers: attention has one channel of keys and values times 30, matrices 1 "
+        "entry in 500. Kernels are interpreted on a CPU.",
+        "",
+        "| operation | dtype | backend | inputs | result | error | reference | ratio | same bits |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        start = f"| {row['op']} | {row['kind']} | {row['backend']} |"
+        if "error" not in row:
+            said = "not supported" if "not" in row else "FAILED"
+            lines.append(f"{start} | | {said} | | | |")
+            continue
+        ratio = row["error"] / row["reference_error"] if row["reference_error"] else float("nan")
+        bits = "yes" if row["same_bits"] else "NO"
+        lines.append(
+            f"{start} {row['inputs']} | {row['result']} | {row['error']:.2e} | "
+            f"{row['reference_error']:.2e} | {ratio:.2f} | {bits} |"
+        )
+    lines += [
+        "",
+        "What narrow values cost: error against inputs that were not rounded to them.",
+        "",
+    ]
+    lines += ["| values | random | outliers |", "|---|---|---|"]
+    costs: dict = {}
+    for row in report["rounding"]:
+        costs.setdefault(row["what"], {})[row["inputs"]] = row["error"]
+    lines += [f"| {what} | {c['random']:.2e} | {c['outliers']:.2e} |" for what, c in costs.items()]
+    lines += ["", "Missed: " + ("; ".join(report["broken"]) or "nothing.")]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--op", nargs="*", choices=CASES, default=list(CASES))
+    parser.add_argument("--out", type=pathlib.Path, help="folder for numerics.json and numerics.md")
+    args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_default_matmul_precision", "highest")
+    found = [row for op in args.op for row in rows(op)]
+    report = {
+        "versions": {"jax": jax.__version__, "jaxlib": jax.lib.__version__},
+        "rows": found,
+        "rounding": list(rounding()),
+        "broken": [line for row in found if (line := broken(row))],
+    }
+    print(markdown(report))
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "numerics.json").write_text(json.dumps(report, indent=1) + "\n")
+        (args.out / "numerics.md").write_text(markdown(report) + "\n")
+    for line in report["broken"]:
+        print(f"missed: {line}", file=sys.stderr)
+    return int(bool(report["broken"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of errors, a slice of it; and the Triton kernels in the blocks that sm_120 gets.
+
+The suites run the interpreter with small blocks. Here the kernels are interpreted in the sizes
+that they are compiled with, which have other paths: products in parts, one block for all.
+"""
+
+import pytest
+
+from benchmarks import numerics
+from pallas_kernels import testing, testing_decode, testing_grouped
+from pallas_kernels.decode_attention import tuning as decode
+from pallas_kernels.dispatch import INTERPRETED
+from pallas_kernels.flash_attention import tuning as flash
+from pallas_kernels.grouped_matmul import tuning as grouped
+
+KIND = "bfloat16, cache int8"
+
+
+def test_a_slice_of_the_table():
+    found = list(numerics.rows("decode_attention", (KIND,), ("reference", "xla", "triton")))
+    assert len(found) == 3 * 2 * 2  # backends, inputs, results
+    assert [line for row in found if (line := numerics.broken(row))] == []
+    assert all(0 < row["error"] < 0.02 for row in found)
+    rounding = list(numerics.rounding())
+    assert len(rounding) == 2 * 8 and all(0 < row["error"] < 0.2 for row in rounding)
+    text = numerics.markdown({"versions": {}, "rows": found, "rounding": rounding, "broken": []})
+    assert text.count(KIND) == len(found) and "nvfp4" in text
+
+
+def test_what_breaks_the_bar_is_said():
+    row = {"op": "o", "kind": "k", "backend": "b", "inputs": "i", "result": "r", "same_bits": True}
+    assert numerics.broken(row | {"error": 1.4e-3, "reference_error": 1e-3}) is None
+    assert "the reference's" in numerics.broken(row | {"error": 1.6e-3, "reference_error": 1e-3})
+    assert "the reference's" in numerics.broken(row | {"error": float("nan"), "reference_error": 1})
+    off = {"error": 0.0, "reference_error": 0.0, "same_bits": False}
+    assert "two runs differ" in numerics.broken(row | off)
+    assert numerics.broken({"op": "o", "kind": "k", "backend": "b", "not": "no float16"}) is None
+
+
+CASES = [
+    (testing, testing.Case(queries=300, keys=300, head_dim=64, dtype="bfloat16", sinks=True)),
+    (testing, testing.Case(queries=200, keys=200, head_dim=128, dtype="bfloat16", soft_cap=9.0)),
+    (
+        testing,
+        testing.Case(
+            queries=200, keys=200, head_dim=128, heads=4, dtype="bfloat16", layout="zigzag",
+            documents=2, window=90, carry=True,
+        ),
+    ),
+    (testing, testing.Case(queries=140, keys=140, head_dim=256, dtype="bfloat16", carry=True)),
+    (testing, testing.Case(queries=140, keys=140, head_dim=192, value_dim=128, dtype="float16")),
+    (testing, testing.Case(queries=140, keys=140, head_dim=128, window=50)),
+    (testing_decode, testing_decode.Case(slots=500, head_dim=128, dtype="bfloat16", queries=4)),
+    (
+        testing_decode,
+        testing_decode.Case(slots=500, head_dim=128, dtype="bfloat16", cache="int8", window=200),
+    ),
+    (
+        testing_grouped,
+        testing_grouped.Case(sizes=(200, 0, 61), rows=270, dtype="bfloat16"),
+    ),
+    (testing_grouped, testing_grouped.Case(sizes=(9, 0, 17), rows=30, dtype="bfloat16")),
+    (
+        testing_grouped,
+        testing_grouped.Case(sizes=(200, 0, 61), rows=270, dtype="bfloat16", swiglu=True),
+    ),
+    (testing_grouped, testing_grouped.Case(dtype="bfloat16", weights="int8", block=True)),
+    (testing_grouped, testing_grouped.Case(sizes=(90, 6), rows=96)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("suite", "case"), CASES)
+def test_the_blocks_of_sm_120(suite, case, monkeypatch):
+    for module in (flash, decode, grouped):
+        kept = tuple(row for row in module.TABLE if row[1] != INTERPRETED)
+        assert len(kept) < len(module.TABLE)
+        monkeypatch.setattr(module, "TABLE", kept)
+    for cached in (testing_decode.run, testing_grouped.run):
+        cached.cache_clear()  # what ran in other blocks is not what is asked for
+    suite.check("triton", case)
