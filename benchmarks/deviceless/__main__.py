@@ -28,18 +28,19 @@ WHEELS = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "tokamax")
 def measure(chip: str, folder: str) -> list[dict]:
     """Rows of one chip, from a process of its own: libtpu and XLA take their flags once."""
     out = f"{folder}/{chip}.json"
-    command = ["gpu", out] if chip == "rtx-pro-6000" else ["tpu", chip, out]
     start = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.deviceless.{command[0]}", *command[1:]],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    kind = ["gpu", out] if chip == "rtx-pro-6000" else ["tpu", chip, out]
+    for module, *arguments in (kind, ["compile_time", chip, out]):
+        done = subprocess.run(
+            [sys.executable, "-m", f"benchmarks.deviceless.{module}", *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            print(done.stderr[-3000:], file=sys.stderr)
+            return [{"chip": chip, "op": "", "error": f"the run failed: {done.stderr[-200:]}"}]
     print(f"{chip}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-    if done.returncode:
-        print(done.stderr[-3000:], file=sys.stderr)
-        return [{"chip": chip, "op": "", "error": f"the run failed: {done.stderr[-200:]}"}]
     return json.loads(pathlib.Path(out).read_text())
 
 

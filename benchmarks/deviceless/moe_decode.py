@@ -7,6 +7,7 @@ from jaxcp.tune import programs, tpu_cost
 
 EXPERTS, EMBED, WIDTH = 192, 4096, 1536  # Hy3
 TOKENS_PER_EXPERT = (8, 512)
+ROW_FLOPS = 4 * 8 * 128  # of a row of the cache: scores and values of 8 query heads
 
 
 def matmul(tokens, implementation):

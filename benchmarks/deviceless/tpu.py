@@ -98,7 +98,7 @@ def decode_rows(compiler: Compiler):
 
         (kernel,) = kernels.values()
         block = tuning.blocks("mosaic", 128, jnp.bfloat16, interpret=False)
-        step = tpu_cost.decode_step(kernel, block)
+        step = tpu_cost.decode_step(compiler.chip, kernel, block, moe_decode.ROW_FLOPS)
         return {"cycles": step, "block_bytes": tpu_cost.step_bytes(kernel)}
 
     for dtype in ("bfloat16", "int8"):

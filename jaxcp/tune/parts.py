@@ -168,7 +168,8 @@ def decode_cost(part, chip, kernel, blocks, shape):
     """All slots once, for one sequence: the slower of bundles and HBM, then the bundles."""
     if isinstance(kernel, tpu_code.Kernel):
         steps = shape["slots"] * shape["kv_heads"] / tpu_cost.step_rows(kernel)
-        step = tpu_cost.decode_step(kernel, blocks)
+        flops = 4 * shape["heads"] // shape["kv_heads"] * shape["head_dim"]
+        step = tpu_cost.decode_step(chip, kernel, blocks, flops)
         hbm = tpu_cost.hbm_cycles(chip, tpu_cost.step_bytes(kernel))
         return steps * max(step, hbm), steps * step
     rows = max(16, 1 << (shape["heads"] // shape["kv_heads"] - 1).bit_length())

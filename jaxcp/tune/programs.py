@@ -81,7 +81,7 @@ def decode(
 
     kv = array((1, slots, kv_heads, head_dim), cache)
     ids = [array((1, n), jnp.int32) for n in (1, slots)]
-    scales = [array((1, slots, kv_heads), jnp.float32)] * (0 if cache == dtype else 2)
+    scales = [array((1, kv_heads, slots), jnp.float32)] * (0 if cache == dtype else 2)
     return run, (array((1, 1, heads, head_dim), dtype), kv, kv, *ids, *scales)
 
 

@@ -80,17 +80,19 @@ def expert_gradient(chip: str, kernel: Kernel, block, tokens: int, embed: int, w
     return pieces * cycles(chip, kernel.hot[0], flops) + steps * kernel.around
 
 
-def decode_step(kernel: Kernel, block) -> float:
-    """Bundles of an unmasked step of our decode kernel: its branch comes before the masked one.
+def decode_step(chip: str, kernel: Kernel, block, flops: float) -> float:
+    """Cycles of an unmasked step of our decode kernel: its branch comes before the masked one.
 
     A branch scores the keys and weighs the values, each in a loop over `sub` rows of the block.
+    `flops` are those of one row of the cache.
     """
     hot = sorted(kernel.hot, key=lambda h: h.first)
     branch = hot[: len(hot) // 2]
     looped = min(h.loops for h in branch) > 1
     rows = step_rows(kernel)
     trips = rows // math.gcd(block.sub, rows) if looped else 1
-    return trips * sum(h.bundles for h in branch) + kernel.around
+    part = flops * rows / trips / len(branch)
+    return trips * sum(cycles(chip, h, part) for h in branch) + kernel.around
 
 
 def step_rows(kernel: Kernel) -> int:
