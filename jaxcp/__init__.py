@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from jaxcp.context_parallel import Ulysses as Ulysses
     from jaxcp.context_parallel import attention_fn as attention_fn
     from jaxcp.context_parallel import context_parallel_attention as context_parallel_attention
+    from jaxcp.context_parallel import latent_attention as latent_attention
     from jaxcp.context_parallel import ring_attention as ring_attention
     from jaxcp.inference import Engine as Engine
     from jaxcp.inference import decode_step as decode_step
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 _HOME = {
     "jaxcp.context_parallel": (
         "USP", "AllGather", "Halo", "Ring", "RingPassQ", "Ulysses", "attention_fn",
-        "context_parallel_attention", "ring_attention",
+        "context_parallel_attention", "latent_attention", "ring_attention",
     ),
     "jaxcp.inference": ("Engine", "decode_step", "logits", "prefill"),
     "jaxcp.layout": ("Contiguous", "Striped", "Zigzag"),

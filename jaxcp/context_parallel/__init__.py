@@ -2,7 +2,12 @@
 """Attention over a sequence that no single device holds."""
 
 from jaxcp.context_parallel.all_gather import AllGather
-from jaxcp.context_parallel.api import attention_fn, context_parallel_attention, ring_attention
+from jaxcp.context_parallel.api import (
+    attention_fn,
+    context_parallel_attention,
+    latent_attention,
+    ring_attention,
+)
 from jaxcp.context_parallel.halo import Halo
 from jaxcp.context_parallel.ring import Ring
 from jaxcp.context_parallel.ring_pass_q import RingPassQ
@@ -24,5 +29,6 @@ __all__ = [
     "Ulysses",
     "attention_fn",
     "context_parallel_attention",
+    "latent_attention",
     "ring_attention",
 ]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxcp.context_parallel.strategy import Strategy
+from jaxcp.context_parallel.strategy import Strategy, expanded
 from pallas_kernels import flash_attention
 
 
@@ -34,14 +34,18 @@ class AllGather(Strategy):
         if self.chunks < 1:
             raise ValueError(f"chunks must be at least 1; got {self.chunks}")
 
-    def attend(self, q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, axis_name, mask, **options):
+    def attend(
+        self, q, k, v, q_pos, kv_pos, q_seg, kv_seg, *,
+        axis_name, mask, expand=None, weights=(), **options,
+    ):  # fmt: skip
         acc = np.promote_types(q.dtype, np.float32)
-        keys = k, v, kv_pos, kv_seg
-        ends = np.linspace(0, k.shape[1], min(self.chunks, k.shape[1]) + 1).astype(int)
+        keys, tokens = (k, v, kv_pos, kv_seg), kv_pos.shape[1]
+        ends = np.linspace(0, tokens, min(self.chunks, tokens) + 1).astype(int)
         done = None
         for first, last in itertools.pairwise(ends):
             part = jax.tree.map(lambda x, a=first, b=last: x[:, a:b], keys)
             part_k, part_v, part_pos, part_seg = self._gather(part, axis_name)
+            part_k, part_v = expanded(part_k, part_v, expand, weights)
             done = flash_attention(
                 q,
                 part_k,

@@ -6,12 +6,13 @@ Needs no mesh and no specs: it reads the mesh in scope (`jax.set_mesh`) and how 
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from jaxcp.context_parallel.halo import Halo
 from jaxcp.context_parallel.ring import Ring
@@ -86,23 +87,102 @@ def context_parallel_attention(
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
         implementation=implementation,
     )
-    out, lse = _over_shards(local, q, k, v, positions, segment_ids, axis_name)
+    heads = qkv_spec(q, k, axis_name)
+    specs = heads, heads, heads, ()
+    out, lse = _over_shards(local, specs, q, k, v, (), positions, segment_ids)
     return out if sinks is None else apply_sinks(out, lse, sinks)[0]
 
 
-def _over_shards(attend, q, k, v, positions, segment_ids, axis_name):
-    """`attend` on every device's shards; `(out, lse)`, global."""
-    heads = qkv_spec(q, k, axis_name)
-    tokens = P(*heads[:2])
-    specs = (heads, heads, heads, tokens, None if segment_ids is None else tokens)
+def latent_attention(
+    q: Float[Array, "B T N H"],
+    latent: PyTree[Float[Array, "B T ..."]],
+    weights: tuple[Array, ...],
+    positions: Int[Array, "B T"],
+    *,
+    expand: Callable[..., tuple[Array, Array]],
+    strategy: Strategy | None = None,
+    axis_name: str | tuple[str, ...] = "seq",
+    segment_ids: Int[Array, "B T"] | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    sinks: Float[Array, "N"] | None = None,
+    soft_cap: float | None = None,
+    scale: float | None = None,
+    consecutive: bool = False,
+    implementation: str | None = None,
+) -> Float[Array, "B T N V"]:
+    """`context_parallel_attention` whose keys and values are made where they are used.
 
-    def local(q, k, v, positions, segment_ids):
-        return attend(q, k, v, positions, positions, segment_ids, segment_ids)
+    `k, v = expand(latent, *weights)`, `[B, S, K, H]` and `[B, S, K, V]`. Only the latent travels:
+    that of multi-head latent attention (arXiv 2405.04434), or one head that is key and value.
+
+    Args:
+      latent: an array, or a tree of them, replicated over heads.
+      weights: arrays that `expand` takes. With an explicit mesh each keeps its sharding, so heads
+        may be sharded over `model` as q's are; else they are replicated.
+      expand: a function of local shards; the same function object for the same maths, or every
+        call compiles anew.
+      Others as in `context_parallel_attention`.
+    Raises:
+      NotImplementedError: the strategy sends heads (`Ulysses`, `USP`).
+    """
+    # shapes alone: what is sharded differently meets only inside shard_map
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (latent, *weights))
+    k, v = jax.eval_shape(expand, *shapes)
+    check(q, k, v, positions, positions, segment_ids, segment_ids, sinks, soft_cap)
+    strategy = Ring() if strategy is None else strategy
+    if consecutive and window is not None:
+        strategy = Halo(layout=strategy.layout, checked=False)
+    if jax.sharding.get_abstract_mesh().empty:
+        out, lse = flash_attention(
+            q,
+            *expand(latent, *weights),
+            q_positions=positions,
+            kv_positions=positions,
+            q_segment_ids=segment_ids,
+            kv_segment_ids=segment_ids,
+            causal=causal,
+            window=window,
+            soft_cap=soft_cap,
+            scale=scale,
+            implementation=implementation,
+        )
+    else:
+        local = functools.partial(
+            strategy.attend,
+            axis_name=axis_name,
+            mask=Mask(causal=causal, window=window),
+            soft_cap=soft_cap,
+            scale=q.shape[-1] ** -0.5 if scale is None else scale,
+            implementation=implementation,
+            expand=expand,
+        )
+        heads = qkv_spec(q, k, axis_name)
+        tokens = jax.tree.map(lambda _: P(*heads[:2]), latent)
+        specs = heads, tokens, None, tuple(_own_spec(x) for x in weights)
+        out, lse = _over_shards(local, specs, q, latent, None, weights, positions, segment_ids)
+    return out if sinks is None else apply_sinks(out, lse, sinks)[0]
+
+
+def _own_spec(x) -> P:
+    explicit = AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
+    return jax.typeof(x).sharding.spec if explicit else P()
+
+
+def _over_shards(attend, specs, q, k, v, weights, positions, segment_ids):
+    """`attend` on every device's shards; `(out, lse)`, global."""
+    heads = specs[0]
+    tokens = P(*heads[:2])
+    specs = (*specs, tokens, None if segment_ids is None else tokens)
+
+    def local(q, k, v, weights, positions, segment_ids):
+        more = {"weights": weights} if weights else {}
+        return attend(q, k, v, positions, positions, segment_ids, segment_ids, **more)
 
     mesh = jax.sharding.get_abstract_mesh()
     # check_vma=False: interpreted Pallas kernels cannot say over which axes their results vary
     run = jax.shard_map(local, in_specs=specs, out_specs=(heads, P(*heads[:3])), check_vma=False)
-    return run(*_placed((q, k, v, positions, segment_ids), specs, mesh))
+    return run(*_placed((q, k, v, weights, positions, segment_ids), specs, mesh))
 
 
 def ring_attention(q, k, v, positions, *, axis_name="seq", **options):
@@ -235,7 +315,4 @@ def _placed(arrays, specs, mesh):
     """Arrays moved to `specs`, where the mesh is explicit. The result is the same."""
     if AxisType.Explicit not in mesh.axis_types:
         return arrays
-    return tuple(
-        x if x is None else jax.sharding.reshard(x, spec)
-        for x, spec in zip(arrays, specs, strict=True)
-    )
+    return jax.tree.map(jax.sharding.reshard, arrays, specs)

@@ -41,24 +41,32 @@ class Circle:
         return jax.tree.map(lambda x: lax.ppermute(x, self.axis_name, self.hops), tree)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def circulate(circles: tuple[Circle, ...], options, q, k, v, q_pos, kv_pos, q_seg, kv_seg):
+def circulate(circles, options, q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, expand=None, weights=()):
     """`(out, lse)` of local queries over the keys of their circle. Inside shard_map.
 
     Each of one or two circles carries an equal share of every shard's keys. `options`: pairs for
     `attention_forward`. Forward: n - 1 rotations of K/V; backward: n - 1 of K/V and n - 1 of dK
     and dV in float32, which follow one step behind and need one hop home.
+
+    With `expand`, `k` is a tree of `[B, S, ...]` that travels in place of keys and values (v is
+    None), and `expand(k, *weights)` makes `(k, v)` of it wherever it is met.
     """
+    keys = (k, v) if expand is None else k
+    return _circulate(circles, options, expand, q, keys, weights, q_pos, kv_pos, q_seg, kv_seg)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _circulate(circles, options, expand, q, keys, weights, q_pos, kv_pos, q_seg, kv_seg):
     n = circles[0].size
     acc = np.promote_types(q.dtype, np.float32)
 
     def attend(done, streams, out_dtype=acc):
-        for k, v, pos, seg in streams[:-1]:
+        for i, (keys, pos, seg) in enumerate(streams):
+            k, v = keys if expand is None else expand(keys, *weights)
+            dtype = out_dtype if i == len(streams) - 1 else acc
             arrays = q, k, v, q_pos, pos, q_seg, seg
-            done = attention_forward(*arrays, carry=done, out_dtype=acc, **dict(options))
-        k, v, pos, seg = streams[-1]
-        arrays = q, k, v, q_pos, pos, q_seg, seg
-        return attention_forward(*arrays, carry=done, out_dtype=out_dtype, **dict(options))
+            done = attention_forward(*arrays, carry=done, out_dtype=dtype, **dict(options))
+        return done
 
     def step(_, carry):
         done, streams = carry
@@ -66,9 +74,10 @@ def circulate(circles: tuple[Circle, ...], options, q, k, v, q_pos, kv_pos, q_se
         following = _rotate(circles, streams)
         return attend(done, streams), following
 
-    streams = _split((k, v, kv_pos, kv_seg), len(circles))
+    streams = _split((keys, kv_pos, kv_seg), len(circles))
     if n == 1:
         return attend(None, streams, q.dtype)
+    _, v = keys if expand is None else jax.eval_shape(expand, keys, *weights)
     rows = q.shape[:3]
     done = jnp.zeros((*rows, v.shape[3]), acc), jnp.full(rows, -jnp.inf, acc)
     # a fori_loop: XLA would hoist the permutes of a Python loop and hold every shard at once;
@@ -77,52 +86,64 @@ def circulate(circles: tuple[Circle, ...], options, q, k, v, q_pos, kv_pos, q_se
     return attend(done, streams, q.dtype)
 
 
-def _forward(circles, options, q, k, v, q_pos, kv_pos, q_seg, kv_seg):
-    out, lse = circulate(circles, options, q, k, v, q_pos, kv_pos, q_seg, kv_seg)
-    return (out, lse), (q, k, v, q_pos, kv_pos, q_seg, kv_seg, out, lse)
+def _forward(circles, options, expand, *arrays):
+    out, lse = _circulate(circles, options, expand, *arrays)
+    return (out, lse), (*arrays, out, lse)
 
 
-def _backward(circles, options, saved, grads):
-    q, k, v, q_pos, kv_pos, q_seg, kv_seg, out, lse = saved
+def _backward(circles, options, expand, saved, grads):
+    q, keys, weights, q_pos, kv_pos, q_seg, kv_seg, out, lse = saved
     dout, dlse = grads
     n = circles[0].size
     delta = row_delta(out, dout, dlse)
 
-    def partial(streams):
-        parts = [
-            attention_backward(q, k, v, q_pos, pos, q_seg, seg, lse, dout, delta, **dict(options))
-            for k, v, pos, seg in streams
-        ]
-        return functools.reduce(jnp.add, [dq for dq, _, _ in parts]), [p[1:] for p in parts]
+    def gradient(keys, pos, seg):
+        """`(dq, dweights, dkeys)`, what these keys add to each, in float32."""
+        k, v = keys if expand is None else expand(keys, *weights)
+        arrays = q, k, v, q_pos, pos, q_seg, seg, lse, dout, delta
+        dq, dk, dv = attention_backward(*arrays, **dict(options))
+        if expand is None:
+            return dq, (), (dk, dv)
+        _, pull = jax.vjp(expand, keys, *weights)
+        dkeys, *dweights = jax.tree.map(
+            lambda x: x.astype(dq.dtype), pull((dk.astype(k.dtype), dv.astype(v.dtype)))
+        )
+        return dq, tuple(dweights), dkeys
+
+    def partial(streams):  # sums of what stays here, and what goes on with each stream
+        parts = [gradient(*stream) for stream in streams]
+        return functools.reduce(add, [part[:2] for part in parts]), [part[2] for part in parts]
 
     def add(a, b):
         return jax.tree.map(jnp.add, a, b)
 
     def step(_, carry):  # K/V and the gradient that belongs to them move on together
-        dq, streams, travelling = carry
+        mine, streams, travelling = carry
         following, arrived = _rotate(circles, streams), _rotate(circles, travelling)
-        more_dq, more = partial(streams)
-        return dq + more_dq, following, add(arrived, more)
+        more_mine, more = partial(streams)
+        return add(mine, more_mine), following, add(arrived, more)
 
-    streams = _split((k, v, kv_pos, kv_seg), len(circles))
+    streams = _split((keys, kv_pos, kv_seg), len(circles))
     foreign = _rotate(circles, streams) if n > 1 else None
-    dq, home = partial(streams)
+    mine, home = partial(streams)
     if n == 2:
-        more_dq, travelling = partial(foreign)
-        dq, home = dq + more_dq, add(home, _rotate(circles, travelling))
+        more_mine, travelling = partial(foreign)
+        mine, home = add(mine, more_mine), add(home, _rotate(circles, travelling))
     elif n > 2:
         following = _rotate(circles, foreign)
-        more_dq, travelling = partial(foreign)
-        carry = dq + more_dq, following, travelling
-        dq, streams, travelling = lax.fori_loop(0, n - 3, step, carry)
+        more_mine, travelling = partial(foreign)
+        carry = add(mine, more_mine), following, travelling
+        mine, streams, travelling = lax.fori_loop(0, n - 3, step, carry)
         arrived = _rotate(circles, travelling)
-        more_dq, more = partial(streams)
-        dq, home = dq + more_dq, add(home, _rotate(circles, add(arrived, more)))
-    dk, dv = (jnp.concatenate(parts, axis=1) for parts in zip(*home, strict=True))
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, None, None
+        more_mine, more = partial(streams)
+        mine, home = add(mine, more_mine), add(home, _rotate(circles, add(arrived, more)))
+    dkeys = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *home)
+    found = mine[0], dkeys, mine[1]
+    found = jax.tree.map(lambda x, like: x.astype(like.dtype), found, (q, keys, weights))
+    return *found, None, None, None, None
 
 
-circulate.defvjp(_forward, _backward)
+_circulate.defvjp(_forward, _backward)
 
 
 def _rotate(circles, streams):

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxcp.context_parallel.strategy import Strategy
+from jaxcp.context_parallel.strategy import Strategy, expanded
 from jaxcp.layout import Layout
 from pallas_kernels import PAD_POSITION, flash_attention
 
@@ -30,21 +30,23 @@ class Halo(Strategy):
 
     checked: bool = True
 
-    def attend(self, q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, axis_name, mask, **options):
+    def attend(
+        self, q, k, v, q_pos, kv_pos, q_seg, kv_seg, *,
+        axis_name, mask, expand=None, weights=(), **options,
+    ):  # fmt: skip
         if mask.window is None:
             raise NotImplementedError("Halo needs a window; for full attention use Ring()")
         n, tokens = lax.axis_size(axis_name), q.shape[1]
-        if k.shape[1] != tokens or self.layout.padded_length(n * tokens, n) != n * tokens:
+        if kv_pos.shape[1] != tokens or self.layout.padded_length(n * tokens, n) != n * tokens:
             raise ValueError(
-                f"Halo: {tokens} queries and {k.shape[1]} keys a shard are not the layout's, "
+                f"Halo: {tokens} queries and {kv_pos.shape[1]} keys a shard are not the layout's, "
                 f"{self.layout} over {n} shards; permute them, or use Ring()"
             )
 
         def attend(k, v, kv_pos, kv_seg, carry=None, out_dtype=None):
             return flash_attention(
                 q,
-                k,
-                v,
+                *expanded(k, v, expand, weights),
                 q_positions=q_pos,
                 kv_positions=kv_pos,
                 q_segment_ids=q_seg,

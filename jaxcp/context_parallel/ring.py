@@ -25,9 +25,13 @@ class Ring(Strategy):
 
     bidirectional: bool = False
 
-    def attend(self, q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, axis_name, mask, **options):
+    def attend(
+        self, q, k, v, q_pos, kv_pos, q_seg, kv_seg, *,
+        axis_name, mask, expand=None, weights=(), **options,
+    ):  # fmt: skip
         circles: tuple[Circle, ...] = (Circle.of(axis_name),)
-        if self.bidirectional and circles[0].size > 2 and k.shape[1] > 1:
+        if self.bidirectional and circles[0].size > 2 and kv_pos.shape[1] > 1:
             circles += (Circle.of(axis_name, reverse=True),)
         static = tuple({"mask": mask, **options}.items())
-        return circulate(circles, static, q, k, v, q_pos, kv_pos, q_seg, kv_seg)
+        arrays = q, k, v, q_pos, kv_pos, q_seg, kv_seg
+        return circulate(circles, static, *arrays, expand=expand, weights=weights)

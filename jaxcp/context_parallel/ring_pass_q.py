@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 
 from jaxcp.context_parallel.exchange import gathered
-from jaxcp.context_parallel.strategy import Strategy
+from jaxcp.context_parallel.strategy import Strategy, expanded
 from pallas_kernels import flash_attention
 from pallas_kernels.online_softmax import merge_stacked
 
@@ -27,9 +27,13 @@ from pallas_kernels.online_softmax import merge_stacked
 class RingPassQ(Strategy):
     """Every device attends to its own keys for all queries; every mask is honoured."""
 
-    def attend(self, q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, axis_name, mask, **options):
+    def attend(
+        self, q, k, v, q_pos, kv_pos, q_seg, kv_seg, *,
+        axis_name, mask, expand=None, weights=(), **options,
+    ):  # fmt: skip
         n = lax.axis_size(axis_name)
         acc = np.promote_types(q.dtype, np.float32)
+        k, v = expanded(k, v, expand, weights)
         out, lse = flash_attention(
             gathered(q, axis_name),
             k,

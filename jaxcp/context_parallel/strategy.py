@@ -16,11 +16,21 @@ class Strategy:
 
     layout: Layout = dataclasses.field(default_factory=Zigzag)
 
-    def attend(self, q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, axis_name, mask, **options):
+    def attend(
+        self, q, k, v, q_pos, kv_pos, q_seg, kv_seg, *,
+        axis_name, mask, expand=None, weights=(), **options,
+    ):  # fmt: skip
         """`(out in q's dtype, lse)` of local queries over all shards' keys. Runs inside shard_map.
 
         `options`: `soft_cap`, `scale` and `implementation`, as `flash_attention` takes them.
+        With `expand` (and its `weights`) `k` is what travels, a tree of `[B, S, ...]`, v is None,
+        and `expand(k, *weights)` makes `(k, v)` of it.
 
-        Differentiable in q, k, v. Raises NotImplementedError for a mask it cannot honour.
+        Differentiable in q, k, v and weights. Raises NotImplementedError for what it cannot honour.
         """
         raise NotImplementedError
+
+
+def expanded(k, v, expand, weights):
+    """Keys and values, of themselves or of what travelled for them."""
+    return (k, v) if expand is None else expand(k, *weights)

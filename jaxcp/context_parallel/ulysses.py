@@ -23,7 +23,14 @@ from pallas_kernels import flash_attention
 class Ulysses(Strategy):
     """One exchange of heads for tokens; every mask is honoured. N must be a multiple of n."""
 
-    def attend(self, q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, axis_name, mask, **options):
+    def attend(
+        self, q, k, v, q_pos, kv_pos, q_seg, kv_seg, *,
+        axis_name, mask, expand=None, weights=(), **options,
+    ):  # fmt: skip
+        if expand is not None:
+            raise NotImplementedError(
+                "Ulysses sends heads, which a latent has none of; use Ring(), AllGather() or Halo()"
+            )
         swap = Exchange.over(axis_name, lax.axis_size(axis_name), q.shape[2], k.shape[2])
         out, lse = flash_attention(
             swap.queries(q),

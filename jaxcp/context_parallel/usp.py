@@ -31,7 +31,14 @@ class USP(Strategy):
         if self.ulysses < 1:
             raise ValueError(f"ulysses must be at least 1; got {self.ulysses}")
 
-    def attend(self, q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, axis_name, mask, **options):
+    def attend(
+        self, q, k, v, q_pos, kv_pos, q_seg, kv_seg, *,
+        axis_name, mask, expand=None, weights=(), **options,
+    ):  # fmt: skip
+        if expand is not None:
+            raise NotImplementedError(
+                "USP sends heads, which a latent has none of; use Ring(), AllGather() or Halo()"
+            )
         n = lax.axis_size(axis_name)
         if n % self.ulysses:
             raise ValueError(
