@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 import jaxcp
-from jaxcp.training.data import TextSource, TokenFiles, as_source, checked, consecutive, prefetch, put
+from jaxcp.training.data import (
+    TextSource,
+    TokenFiles,
+    as_source,
+    checked,
+    consecutive,
+    prefetch,
+    put,
+)
 
 
 @pytest.fixture
