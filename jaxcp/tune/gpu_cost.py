@@ -25,26 +25,26 @@ def refused(kernel: Kernel) -> str | None:
 
 
 def tile_slots(kernel: Kernel, warps: int, flops: float) -> tuple[float, float]:
-    """Issue slots of an unmasked tile that takes `flops`, and of one under a mask."""
-    loops = [*kernel.loops, kernel.loops[-1]][:2]
-    slots = [x.instructions * warps / turns(kernel, x, warps, flops) for x in loops]
-    return slots[0], slots[1]
-
-
-def turns(kernel: Kernel, loop: Loop, warps: int, flops: float) -> int:
-    """Tiles that one turn of a loop works through: more than 1 where the compiler unrolled it.
+    """Issue slots of an unmasked tile that takes `flops`, and of one under a mask.
 
     Raises:
-      ValueError: the loop does not do the work of a tile.
+      ValueError: a turn of a loop does less than a tile.
     """
+    loops = [*kernel.loops, kernel.loops[-1]][:2]
+    for loop in loops:
+        _does(kernel, loop, warps, flops)
+    return loops[0].instructions * warps, loops[1].instructions * warps
+
+
+def _does(kernel: Kernel, loop: Loop, warps: int, flops: float) -> None:
+    """Raise where the matrix instructions are too few. They may be more: warps that repeat work."""
     shapes = {re.search(r"m(\d+)n(\d+)k(\d+)", name) for name in kernel.matrix_names}
     sizes = {tuple(int(n) for n in shape.groups()) for shape in shapes if shape}
     if len(sizes) != 1 or kernel.matrix_names[0].startswith("wgmma"):
-        return 1  # instructions of several sizes cannot be told apart
+        return  # instructions of several sizes cannot be told apart
     ((m, n, k),) = sizes
     done = loop.matrix * warps * 2 * m * n * k / flops
     if done < 0.99:
         raise ValueError(
             f"{kernel.name}: a loop of {loop.matrix} matrix instructions does {done:.2f} of a tile"
         )
-    return max(1, round(done))

@@ -12,6 +12,9 @@ import jax.numpy as jnp
 from jaxcp.tune import evaluate, rows
 from jaxcp.tune.parts import TARGETS, part_of
 
+MARGIN = 1.02
+"""What a candidate has to gain over the row that ships."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tried:
@@ -48,7 +51,10 @@ class Result:
 
     @property
     def best(self) -> Tried:
-        return self.ranked[0]
+        """The first of `ranked`, unless what ships is within 2 % of it: a cost says no more."""
+        first, shipped = self.ranked[0], self.shipped
+        close = shipped.cost is not None and shipped.cost <= MARGIN * (first.cost or 0.0)
+        return shipped if close else first
 
     @property
     def shipped(self) -> Tried:

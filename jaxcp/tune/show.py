@@ -50,12 +50,13 @@ def show(result: Result, console: Console | None = None) -> None:
     for name in (*searched, "cost"):
         table.add_column(name, justify="right")
     table.add_column("")
-    for at, tried in enumerate(result.ranked[:LONGEST]):
-        named = ["best"] * (at == 0) + ["shipped"] * (tried is result.shipped)
+    for tried in result.ranked[:LONGEST]:
+        chosen = tried is result.best
+        named = ["chosen"] * chosen + ["ships"] * (tried is result.shipped)
         cells = [str(getattr(tried.blocks, name)) for name in searched]
         note = "; ".join([*named, tried.detail])
         cost = f"{tried.cost:,.0f}" if result.by == "code" else f"{tried.cost:.4g}"
-        table.add_row(*cells, cost, note, style="bold" if at == 0 else "")
+        table.add_row(*cells, cost, note, style="bold" if chosen else "")
     console.print(table)
     reasons = collections.Counter(x.refused.split(" ")[0] for x in result.tried if x.refused)
     refused = ", ".join(f"{count} {reason.rstrip(':')}" for reason, count in reasons.most_common())

@@ -13,7 +13,18 @@ import numpy as np
 import pytest
 
 from jaxcp.plan import gpu_code, machine_code
-from jaxcp.tune import PARTS, TARGETS, Problem, Row, Tried, evaluate, parts, search, tpu_cost
+from jaxcp.tune import (
+    PARTS,
+    TARGETS,
+    Problem,
+    Result,
+    Row,
+    Tried,
+    evaluate,
+    parts,
+    search,
+    tpu_cost,
+)
 from jaxcp.tune.inputs import fill
 from jaxcp.tune.rows import _lines
 from pallas_kernels.dispatch import trying
@@ -50,7 +61,7 @@ def test_two_searches_without_a_device_give_one_row(target):
     first = search("flash_attention", target, **options, progress=lambda *x: steps.append(x[:2]))
     assert first.by == "code" and first.complete and not first.not_tried
     assert len(first.tried) == len(steps) - 1 >= 2 and steps[-1][0] == steps[-1][1]
-    assert first.best.cost == min(x.cost for x in first.tried if x.cost is not None)
+    assert first.ranked[0].cost == min(x.cost for x in first.tried if x.cost is not None)
     second = search("flash_attention", target, **options)
     assert without_clock(first) == without_clock(second)
     assert json.loads(json.dumps(first.as_json()))["row"] == second.row.text
@@ -230,13 +241,25 @@ def test_causal_tiles_are_those_of_the_plan():
         assert parts.causal_tiles(tokens, q, kv) == (whole, some - whole), (tokens, q, kv)
 
 
-def test_ties_go_to_the_row_that_ships():
-    result = search.__globals__["Result"](
+@pytest.mark.parametrize(("cost", "chosen"), [(100.0, 0), (99.0, 0), (97.0, 1), (101.0, 0)])
+def test_the_row_that_ships_stays_unless_another_is_clearly_better(cost, chosen):
+    tried = Tried(blocks="a", cost=100.0), Tried(blocks="b", cost=cost), Tried(blocks="c")
+    result = Result(
         problem=row("TPU v6", q=1, kv=1).problem, by="code", unit="", device="v6e", versions={},
-        tried=(Tried(blocks="a", cost=100_040.0), Tried(blocks="b", cost=100_030.0)),
-        not_tried=(), seconds=0.0,
+        tried=tried, not_tried=(), seconds=0.0,
     )  # fmt: skip
-    assert result.best is result.shipped
+    assert result.best is tried[chosen] and len(result.ranked) == 2
+
+
+def test_a_loop_that_does_too_little_is_an_error():
+    loop = gpu_code.Loop({"HMMA": 128, "FADD": 372})
+    kernel = gpu_code.Kernel("k", "sm_120", 200, 0, 0, ("mma.sync.m16n8k16.f32",), (loop,))
+    flops = 128 * 8 * 2 * 16 * 8 * 16  # of 8 warps
+    assert gpu_cost.tile_slots(kernel, 8, flops) == (4000, 4000)
+    assert gpu_cost.tile_slots(kernel, 8, flops / 2) == (4000, 4000), "warps may repeat work"
+    with pytest.raises(ValueError, match="does 0.50 of a tile"):
+        gpu_cost.tile_slots(kernel, 4, flops)
+    assert "spills 8 B" == gpu_cost.refused(dataclasses.replace(kernel, spilled_bytes=8))
 
 
 def test_a_region_takes_at_least_its_peak_and_holds_its_work():
