@@ -21,6 +21,7 @@ from jaxcp.tune import (
     Row,
     Tried,
     evaluate,
+    gpu_cost,
     parts,
     search,
     tpu_cost,
@@ -257,7 +258,7 @@ def test_a_loop_that_does_too_little_is_an_error():
     flops = 128 * 8 * 2 * 16 * 8 * 16  # of 8 warps
     assert gpu_cost.tile_slots(kernel, 8, flops) == (4000, 4000)
     assert gpu_cost.tile_slots(kernel, 8, flops / 2) == (4000, 4000), "warps may repeat work"
-    with pytest.raises(ValueError, match="does 0.50 of a tile"):
+    with pytest.raises(ValueError, match=r"does 0\.50 of a tile"):
         gpu_cost.tile_slots(kernel, 4, flops)
     assert "spills 8 B" == gpu_cost.refused(dataclasses.replace(kernel, spilled_bytes=8))
 
