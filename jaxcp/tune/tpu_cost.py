@@ -83,14 +83,16 @@ def expert_gradient(chip: str, kernel: Kernel, block, tokens: int, embed: int, w
 def decode_step(chip: str, kernel: Kernel, block, flops: float) -> float:
     """Cycles of an unmasked step of our decode kernel: its branch comes before the masked one.
 
-    A branch scores the keys and weighs the values, each in a loop over `sub` rows of the block.
-    `flops` are those of one row of the cache.
+    A branch is straight-line code, or for each group of heads scores the keys and weighs the
+    values, each in a loop over `sub` of the group's rows. `flops` are those of one row of the cache.
     """
     hot = sorted(kernel.hot, key=lambda h: h.first)
-    branch = hot[: len(hot) // 2]
-    looped = min(h.loops for h in branch) > 1
     rows = step_rows(kernel)
-    trips = rows // math.gcd(block.sub, rows) if looped else 1
+    if hot[0].loops == 1:
+        return cycles(chip, hot[0], flops * rows) + kernel.around
+    branch = hot[: len(hot) // 2]
+    own = 2 * rows // len(branch)  # rows of a group
+    trips = own // math.gcd(block.sub, own)
     part = flops * rows / trips / len(branch)
     return trips * sum(cycles(chip, h, part) for h in branch) + kernel.around
 

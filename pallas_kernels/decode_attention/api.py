@@ -102,10 +102,11 @@ def quantize_cache(
 ) -> tuple[Num[Array, "B S K H"], Float[Array, "B K S"]]:
     """Keys or values as int8 or float8_e4m3fn, and the float32 scale of each token's head.
 
-    `x` is about `values * scales.swapaxes(1, 2)[..., None]`. The scale is the greatest magnitude over the head
-    dim divided by 127 (int8) or 448 (e4m3), so nothing saturates. With `a` that magnitude, int8 is
-    off by at most `a / 254` an entry; e4m3 by a sixteenth of the entry, or `a / 458752` where that
-    is more: better where a few entries are far larger than the rest, worse elsewhere.
+    `x` is about `values * scales.swapaxes(1, 2)[..., None]`. The scale is the greatest magnitude
+    over the head dim divided by 127 (int8) or 448 (e4m3), so nothing saturates. With `a` that
+    magnitude, int8 is off by at most `a / 254` an entry; e4m3 by a sixteenth of the entry, or
+    `a / 458752` where that is more: better where a few entries are far larger than the rest,
+    worse elsewhere.
 
     Raises:
       ValueError: another dtype.

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decode attention for TPUs, through Pallas and Mosaic.
 
-A block of the cache is used as it lies in memory: one matrix of `tokens * KV heads` rows, `[R, H]`.
-One product scores every query head against every row; of its K bands of rows only that is kept
-which belongs to a column's KV head, so that the scores of all heads fill one dense array
-`[rows, R]` in which lane `l` is of head `l % K`. A maximum or sum per head is one over lanes that
-are K apart: a few rotations. On the way back the weights are spread over K bands, zero elsewhere,
-and one product with the values yields every head. The matrix unit multiplies K times what it must
-and has the time: a decode step waits for memory.
+A block of the cache is used as it lies in memory, `[tokens * KV heads, H]`. Registers hold words of
+32 bits, rows side by side: loads of every n-th word bring the rows of a group of heads, two of
+bfloat16, four of 8 bits. One product scores a group's query heads against its rows; of its K bands
+(K: heads of the group) only that is kept which belongs to a column's KV head, so that the scores
+fill one dense array `[rows, R]` in which lane `l` is of head `l % K`. A maximum or sum per head is
+one over lanes that are K apart: a few rotations. On the way back the weights are spread over K
+bands, zero elsewhere, and one product with the values yields every head. The matrix unit
+multiplies K times what it must and has the time: a decode step waits for memory.
+
+Positions and scales, a number a token, are laid out along the same lanes at the start of a step.
 
 The grid is `(batch, worker, step)`: workers share the list of blocks that are needed, the rest is
 not fetched. Interpreted on CPU; inside `shard_map` the interpreter needs the caller's
@@ -33,6 +36,9 @@ LANES = 128
 SUBLANES = 8
 CHUNK = 512
 """Rows of the cache in one product: more scores than these spill."""
+MASKED = 2048
+"""Rows of the cache in a loop's body under a mask: most blocks need none."""
+SCORES_BYTES = 8 << 20
 VMEM_BYTES = 48 << 20
 
 
@@ -45,7 +51,7 @@ def forward(q, k, v, k_scale, v_scale, q_pos, kv_pos, *, mask, soft_cap, scale):
             f"{kv_heads}; use implementation='xla' or 'reference'"
         )
     t = q.shape[1]
-    call = _Call(q, k, v, q_pos, kv_pos, mask)
+    call = _Call(q, k, v, k_scale, q_pos, kv_pos, mask)
     queries = rows.together(q, kv_heads)
     real = queries.shape[2]
     row_pos = tiles.pad_axis(rows.positions(q_pos, real // t), call.rows, 1, NO_POSITION)
@@ -67,9 +73,10 @@ def forward(q, k, v, k_scale, v_scale, q_pos, kv_pos, *, mask, soft_cap, scale):
         ],
     )
     # [workers, B, K, rows, V] and [workers, B, K, rows]
-    out = out.reshape(*out.shape[:2], kv_heads, call.rows, -1)[..., :real, :]
-    lse = lse[..., :kv_heads].swapaxes(2, 3)[..., :real]
-    out, lse = online_softmax.merge_stacked(out, lse)
+    out = out.reshape(*out.shape[:2], kv_heads, call.rows, -1)
+    lse = lse.reshape(*lse.shape[:2], call.groups, call.rows, -1)[..., : call.heads]
+    lse = lse.swapaxes(3, 4).reshape(*out.shape[:4])[..., :real]
+    out, lse = online_softmax.merge_stacked(out[..., :real, :], lse)
     return rows.apart(out, t), rows.apart(lse, t)
 
 
@@ -77,27 +84,37 @@ class _Call:
     """The kernel on one set of shapes: block sizes, padding, index maps and the list of blocks.
 
     `rows` are queries of one KV head; `width` tokens are `block` rows of the cache, `sub` of them
-    those of a loop's body.
+    of a group of heads those of a loop's body, without and with a mask.
     """
 
-    def __init__(self, q, k, v, q_pos, kv_pos, mask):
+    def __init__(self, q, k, v, k_scale, q_pos, kv_pos, mask):
         self.interpret = target_platform() == "cpu"
         self.batch, slots, self.kv_heads, h = k.shape
         self.hv = v.shape[3]
         tuned = tuning.blocks("mosaic", max(h, self.hv), q.dtype, interpret=self.interpret)
         # the cache is never padded, unless it is shorter than the shortest block
         self.slots_there = max(slots, LANES)
-        most = max(LANES, tuned.rows // self.kv_heads // LANES * LANES)
-        self.width = tokens = min(most, self.slots_there // LANES * LANES)
-        self.block = tokens * self.kv_heads
-        self.sub = math.gcd(tuned.sub, self.block)
-        self.chunk = math.gcd(CHUNK, self.sub)
-        self.blocks = pl.cdiv(self.slots_there, tokens)
-        self.ragged = self.slots_there % tokens * self.kv_heads  # rows of the last block, or 0
         group_rows = q.shape[1] * (q.shape[2] // self.kv_heads)
+        # A register's words hold rows that lie side by side. Loads of every n-th word bring a few
+        # heads of all tokens: fewer bands.
+        words = 4 // k.dtype.itemsize
+        self.heads = words if self.kv_heads % words == 0 else self.kv_heads
+        self.groups = self.kv_heads // self.heads
         # bands of whole tiles: 8 rows, and of bfloat16 16 over all bands
-        least = SUBLANES if self.kv_heads > 1 else 2 * SUBLANES
+        least = SUBLANES if self.heads > 1 else 2 * SUBLANES
         self.rows = pl.cdiv(group_rows, least) * least
+        self.bands = self.heads * self.rows
+        most = min(tuned.rows, SCORES_BYTES // (4 * self.rows)) // self.kv_heads
+        most = max(LANES, most // LANES * LANES)
+        self.width = tokens = min(most, self.slots_there // LANES * LANES)
+        self.block = tokens * self.heads
+        # straight-line code overlaps best and takes long to compile: under a mask, and for many
+        # rows, a loop
+        whole = pl.next_power_of_2(max(LANES, tuned.sub * SUBLANES // self.rows))
+        self.sub = tuple(math.gcd(n, self.block) for n in (whole, min(whole, MASKED)))
+        self.blocks = pl.cdiv(self.slots_there, tokens)
+        self.ragged = self.slots_there % tokens * self.heads  # rows of the last block, or 0
+        self.scales = 0 if k_scale is None else 2
         self.order, self.counts = rows.block_list(mask, q_pos, kv_pos, tokens)
         self.workers = min(tuned.splits, self.blocks)
         # the longest list, dealt evenly; at least one step, which writes the results
@@ -109,12 +126,18 @@ class _Call:
         at = jnp.clip(worker * counts[2 * self.batch] + step, 0, counts[2 * b + 1] - 1)
         return order[b * self.blocks + jnp.maximum(at, 0)]
 
-    def each_part(self, part, carry):
-        """`part(begin, carry)` over the block; a loop keeps the program and its compiling small."""
-        parts = self.block // self.sub
-        if parts == 1:
-            return part(0, carry)
-        return jax.lax.fori_loop(0, parts, lambda i, carry: part(i * self.sub, carry), carry)
+    def each_chunk(self, chunk, carry, masked):
+        """`chunk(lanes, carry)` over a group's rows of the block."""
+        sub = self.sub[masked]
+        size = math.gcd(CHUNK, sub)
+
+        def part(i, carry):
+            for offset in range(0, sub, size):
+                carry = chunk(_at(i * sub + offset, size), carry)
+            return carry
+
+        parts = self.block // sub
+        return part(0, carry) if parts == 1 else jax.lax.fori_loop(0, parts, part, carry)
 
     def tokens(self, x):
         """`[B, 1 or K, S]`, a number a token."""
@@ -127,8 +150,22 @@ class _Call:
         x = tiles.pad_axis(x, self.slots_there, 1)
         x = x.reshape(self.batch, -1, x.shape[3])
         return x, pl.BlockSpec(
-            (1, self.block, x.shape[2]), lambda *at: (at[0], self.fetched(*at), 0)
+            (1, self.width * self.kv_heads, x.shape[2]),
+            lambda *at: (at[0], self.fetched(*at), 0),
         )
+
+    def rows_of(self, ref, g, rows, dtype):
+        """Of a block of the cache `rows` of group `g`, in `dtype`."""
+        if self.groups == 1 and ref.dtype.itemsize > 1:
+            return ref[0, rows, :].astype(dtype)
+        stored = ref.dtype
+        # 2026-11: loads of 8-bit rows fetch a quarter of a register each on v6e and tpu7x
+        words = 4 // ref.dtype.itemsize
+        size = rows.size // words
+        there = _at(rows.start // words * self.groups, size * self.groups)
+        ref = ref.bitcast(jnp.int32).at[0, there]
+        found = ref[...] if self.groups == 1 else ref[pl.ds(g, size, self.groups), :]
+        return pltpu.bitcast(found, stored).astype(dtype)
 
     def queries(self, x):
         """`[B, K, rows, H]` as K bands of rows."""
@@ -137,10 +174,8 @@ class _Call:
 
     def __call__(self, kernel, inputs):
         arrays, in_specs = zip(*inputs, strict=True)
-        bands = self.kv_heads * self.rows
-        shapes = (bands, self.hv), (self.rows, LANES)
-        lanes = self.block // LANES, LANES
-        scales = [pltpu.VMEM(lanes, jnp.float32)] * (len(inputs) - 5)
+        shapes = (self.groups * self.bands, self.hv), (self.groups * self.rows, LANES)
+        lines = self.block // LANES, LANES
         counts = jnp.append(self.counts.reshape(-1), self.steps)
         return pl.pallas_call(
             kernel,
@@ -155,10 +190,10 @@ class _Call:
                 scratch_shapes=[
                     *(
                         pltpu.VMEM(shape, jnp.float32)
-                        for shape in (shapes[0], shapes[1], shapes[1], (self.rows, self.block))
+                        for shape in (*shapes, shapes[1], (shapes[1][0], self.block))
                     ),
-                    pltpu.VMEM(lanes, jnp.int32),
-                    *scales,
+                    pltpu.VMEM((1, *lines), jnp.int32),
+                    *[pltpu.VMEM((self.groups, *lines), jnp.float32)] * self.scales,
                 ],
             ),
             out_shape=[
@@ -177,21 +212,15 @@ class _Call:
 
 
 def _kernel(order, counts, q_pos, kv_pos, q, k, v, *refs, call, mask, soft_cap, scale):
-    scaled = len(refs) > 7
-    scales, (out, lse, acc, high, total, s_ref, pos_lanes, *scale_lanes) = (
-        (refs[:2], refs[2:]) if scaled else ((), refs)
-    )
+    scales, refs = refs[: call.scales], refs[call.scales :]
+    out, lse, acc, high, total, s_ref, pos_lanes, *scale_lanes = refs
     b, worker, step = (pl.program_id(axis) for axis in range(3))
     at = worker * counts[2 * call.batch] + step
     some = at < counts[2 * b + 1]
     every = at < counts[2 * b]
-
-    def lanes_of(ref, begin):
-        """`[1, 128]` from `begin` on of what was laid out along lanes."""
-        return ref[pl.ds(begin // LANES, 1), :]
-
-    def along(refs, begin):
-        return jnp.concatenate([lanes_of(refs, begin + x) for x in range(0, call.chunk, LANES)], 1)
+    # the rows of a group of heads in what holds a number a head, and those of its bands
+    stats = [pl.ds(g * call.rows, call.rows) for g in range(call.groups)]
+    bands = [pl.ds(g * call.bands, call.bands) for g in range(call.groups)]
 
     @pl.when(step == 0)
     def start():
@@ -199,89 +228,99 @@ def _kernel(order, counts, q_pos, kv_pos, q, k, v, *refs, call, mask, soft_cap, 
         high[...] = jnp.full(high.shape, -jnp.inf, jnp.float32)
         total[...] = jnp.zeros(total.shape, jnp.float32)
 
-    def score(masked):
-        def part(begin, least):
-            for offset in range(0, call.sub, call.chunk):
-                lanes = pl.ds(pl.multiple_of(begin + offset, call.chunk), call.chunk)
-                s = dot(q[...], _rows(k, lanes, q.dtype), (1, 1))
-                s = _own_bands(s, call)
-                if scaled:
-                    s *= along(scale_lanes[0], begin + offset)
-                s, _ = online_softmax.scores(s, scale, soft_cap)
-                if masked:
-                    seen = tiles.visible(mask, [q_pos[...]], [along(pos_lanes, begin + offset)])
-                    s = jnp.where(seen, s, -jnp.inf)
-                s_ref[:, lanes] = s
-                least = functools.reduce(jnp.maximum, _tiles(s), least)
-            return least
+    def score(g, masked):
+        def chunk(lanes, most):
+            s = dot(q[bands[g], :], call.rows_of(k, g, lanes, q.dtype), (1, 1))
+            s = _own_bands(s, call)
+            if scales:
+                s *= _line(scale_lanes[0], g, lanes)
+            s, _ = online_softmax.scores(s, scale, soft_cap)
+            if masked:
+                seen = tiles.visible(mask, [q_pos[...]], [_line(pos_lanes, 0, lanes)])
+                s = jnp.where(seen, s, -jnp.inf)
+            s_ref[stats[g], lanes] = s
+            return functools.reduce(jnp.maximum, _tiles(s), most)
 
-        return part
+        most = call.each_chunk(chunk, high[stats[g], :], masked)
+        return _over_heads(most, jnp.maximum, call.heads)
 
-    def weigh(masked, shift):
-        def part(begin, carry):
+    def weigh(g, masked, shift, carry):
+        def chunk(lanes, carry):
             sums, added = carry
-            for offset in range(0, call.sub, call.chunk):
-                lanes = pl.ds(pl.multiple_of(begin + offset, call.chunk), call.chunk)
-                parts = [jnp.exp2(tile - shift) for tile in _tiles(s_ref[:, lanes])]
-                sums = functools.reduce(jnp.add, parts, sums)
-                p = jnp.concatenate(parts, axis=1)
-                if scaled:
-                    scales_there = along(scale_lanes[1], begin + offset)
-                    p = jnp.where(p > 0, p * scales_there, 0.0) if masked else p * scales_there
-                values = _rows(v, lanes, q.dtype)
-                if masked and call.ragged:  # what lies behind the cache may be NaN
-                    row = jax.lax.broadcasted_iota(jnp.int32, values.shape, 0) + begin + offset
-                    last = order[b * call.blocks + at] == call.blocks - 1
-                    values = jnp.where((row < call.ragged) | ~last, values, jnp.zeros_like(values))
-                added += dot(_spread(p, call, q.dtype), values, (1, 0))
-            return sums, added
+            parts = [jnp.exp2(tile - shift) for tile in _tiles(s_ref[stats[g], lanes])]
+            sums = functools.reduce(jnp.add, parts, sums)
+            p = jnp.concatenate(parts, axis=1)
+            if scales:
+                weighed = p * _line(scale_lanes[1], g, lanes)
+                # what lies behind the cache may be NaN, here and below
+                p = jnp.where(p > 0, weighed, 0.0) if masked else weighed
+            values = call.rows_of(v, g, lanes, q.dtype)
+            if masked and call.ragged:
+                row = jax.lax.broadcasted_iota(jnp.int32, values.shape, 0) + lanes.start
+                last = order[b * call.blocks + at] == call.blocks - 1
+                values = jnp.where((row < call.ragged) | ~last, values, jnp.zeros_like(values))
+            return sums, added + dot(_spread(p, call, q.dtype), values, (1, 0))
 
-        return part
+        return call.each_chunk(chunk, carry, masked)
 
     def work(masked):
-        _spread_tokens([*scales, *[kv_pos] * masked], [*scale_lanes, *[pos_lanes] * masked], call)
-        m = _over_heads(call.each_part(score(masked), high[...]), jnp.maximum, call.kv_heads)
-        shift = jnp.where(m == -jnp.inf, 0.0, m)
-        alpha = jnp.exp2(high[...] - shift)
-        high[...] = m
-        start = total[...] * alpha, acc[...] * _bands(alpha, call)
-        total[...], acc[...] = call.each_part(weigh(masked, shift), start)
+        _lay_out(scales, scale_lanes, call, unroll=not masked)
+        if masked:
+            _lay_out([kv_pos], [pos_lanes], call, unroll=False)
+        ahead = score(0, masked)
+        for g in range(call.groups):
+            m = ahead
+            if g + 1 < call.groups:  # the matrix unit has the next scores to do meanwhile
+                ahead = score(g + 1, masked)
+            shift = jnp.where(m == -jnp.inf, 0.0, m)
+            alpha = jnp.exp2(high[stats[g], :] - shift)
+            high[stats[g], :] = m
+            carry = total[stats[g], :] * alpha, acc[bands[g], :] * _bands(alpha, call)
+            total[stats[g], :], acc[bands[g], :] = weigh(g, masked, shift, carry)
 
     pl.when(every)(lambda: work(False))
     pl.when(some & ~every)(lambda: work(True))
 
     @pl.when(step == pl.num_programs(2) - 1)
     def finish():
-        whole = _over_heads(total[...], jnp.add, call.kv_heads)
-        inverse, lse[...] = online_softmax.finish(high[...], whole)
-        out[...] = acc[...] * _bands(inverse, call)
+        for g in range(call.groups):
+            whole = _over_heads(total[stats[g], :], jnp.add, call.heads)
+            inverse, lse[stats[g], :] = online_softmax.finish(high[stats[g], :], whole)
+            out[bands[g], :] = acc[bands[g], :] * _bands(inverse, call)
 
 
-def _rows(ref, rows, dtype):
-    """Rows of the cache in `dtype`; `rows` begin at a multiple of their number."""
-    if ref.dtype.itemsize > 1:
-        return ref[0, rows, :].astype(dtype)
-    # 2026-11: loads of 8-bit rows fetch a quarter of a register each on v6e and tpu7x
-    size = rows.size // 4
-    words = ref.bitcast(jnp.int32)[0, pl.ds(pl.multiple_of(rows.start // 4, size), size), :]
-    return pltpu.bitcast(words, ref.dtype).astype(dtype)
+def _at(first, size):
+    """The slice from `first` on, a multiple of `size`."""
+    return pl.ds(first if isinstance(first, int) else pl.multiple_of(first, size), size)
 
 
-def _spread_tokens(sources, targets, call):
-    """Lay `[1 or K, tokens]` out as the rows of the cache lie, 128 of them a line."""
-    k = call.kv_heads
+def _line(ref, g, lanes):
+    """`[1, lanes]` of group `g` of what `_lay_out` laid out."""
+    first = lanes.start // LANES
+    lines = [ref[g, pl.ds(first + i, 1), :] for i in range(lanes.size // LANES)]
+    return jnp.concatenate(lines, axis=1)
 
-    def group(i, _):
+
+def _lay_out(sources, targets, call, unroll):
+    """Numbers of tokens, `[1 or K, tokens]`, as the rows of the cache lie, 128 of them a line.
+
+    `[1, lines, 128]`, or `[groups, lines, 128]` where every head has its own.
+    """
+    n = call.heads
+
+    def turn(i, _):
         at = pl.ds(pl.multiple_of(i * LANES, LANES), LANES)
         for source, target in zip(sources, targets, strict=True):
-            x = source[:, at].astype(target.dtype)
-            if k > 1:
-                x = jnp.concatenate([x] * (max(k, SUBLANES) // x.shape[0]), axis=0)
-                x = _repeat(x, k) if source.shape[0] == 1 else _interleave(x, k)
-            target[pl.ds(i * k, k), :] = x[:k]
+            own = source.shape[0] > 1
+            for g in range(call.groups if own else 1):
+                x = source[pl.ds(g * n if own else 0, n if own else 1), at].astype(target.dtype)
+                if n > 1:
+                    x = jnp.concatenate([x] * (max(n, SUBLANES) // x.shape[0]), axis=0)
+                    x = _interleave(x, n) if own else _repeat(x, n)
+                target[g, pl.ds(i * n, n), :] = x[:n]
 
-    groups = call.width // LANES
-    jax.lax.fori_loop(0, groups, group, None, unroll=groups <= 16)
+    turns = call.width // LANES
+    jax.lax.fori_loop(0, turns, turn, None, unroll=unroll and turns <= 16)
 
 
 def _repeat(x, k):
@@ -320,11 +359,11 @@ def _head(shape, kv_heads):
 
 def _own_bands(s, call):
     """`[K * rows, R] -> [rows, R]`: of each column the band of its own head."""
-    head = _head((call.rows, LANES), call.kv_heads)
+    head = _head((call.rows, LANES), call.heads)
     kept = []
     for tile in _tiles(s):  # tile by tile: every one has the same masks
         own = tile[: call.rows]
-        for i in range(1, call.kv_heads):
+        for i in range(1, call.heads):
             own = jnp.where(head == i, tile[i * call.rows : (i + 1) * call.rows], own)
         kept.append(own)
     return jnp.concatenate(kept, axis=1)
@@ -335,15 +374,15 @@ def _spread(p, call, dtype):
 
     Masked as words of two bfloat16 rows each: one pack and one AND where a select needs three.
     """
-    if call.kv_heads == 1:
+    if call.heads == 1:
         return p.astype(dtype)
     packed = 4 // jnp.dtype(dtype).itemsize
-    shape = call.kv_heads * call.rows // packed, LANES
+    shape = call.heads * call.rows // packed, LANES
     band = jax.lax.broadcasted_iota(jnp.int32, shape, 0) // (call.rows // packed)
-    own = jnp.where(_head(shape, call.kv_heads) == band, -1, 0)
+    own = jnp.where(_head(shape, call.heads) == band, -1, 0)
     spread = []
     for tile in _tiles(p):
-        every = jnp.concatenate([tile] * call.kv_heads, axis=0).astype(dtype)
+        every = jnp.concatenate([tile] * call.heads, axis=0).astype(dtype)
         spread.append(pltpu.bitcast(pltpu.bitcast(every, jnp.int32) & own, dtype))
     return jnp.concatenate(spread, axis=1)
 
@@ -359,4 +398,4 @@ def _over_heads(x, combine, kv_heads):
 
 def _bands(x, call):
     """`[rows, 128]`, one number a head, as a column of K bands: `[K * rows, 1]`."""
-    return jnp.concatenate([x[:, i : i + 1] for i in range(call.kv_heads)], axis=0)
+    return jnp.concatenate([x[:, i : i + 1] for i in range(call.heads)], axis=0)

@@ -13,13 +13,14 @@ class Blocks:
     """How a cache is cut.
 
     `rows` is what one step of a kernel reads: of one KV head in Triton, so tokens; of all KV heads
-    on a TPU, so tokens times KV heads, `sub` of them in a loop's body. `splits` workers share a
+    on a TPU, so tokens times KV heads, of which a loop's body takes `sub` (for 8 query rows of a
+    KV head; fewer for more). `splits` workers share a
     sequence; 0 is as many as fill the GPU twice. `warps` and `stages` are Triton's.
     """
 
     rows: int
     splits: int = 0
-    sub: int = 8192
+    sub: int = 16384
     warps: int = 4
     stages: int = 3
 
@@ -34,7 +35,7 @@ TABLE: tuple[tuple[str, str, int, int, Blocks], ...] = (
     ("triton", "", 128, 4, Blocks(rows=32, stages=2)),
     ("triton", "", 256, 4, Blocks(rows=16, stages=2)),
     # two workers: the two cores of a v4 or v5p
-    ("mosaic", "", 128, 2, Blocks(rows=8192, splits=2)),
+    ("mosaic", "", 128, 2, Blocks(rows=16384, splits=2)),
     ("mosaic", "", 256, 4, Blocks(rows=4096, splits=2)),
 )
 
