@@ -68,18 +68,44 @@ def visible(mask: Mask, q, kv):
     return seen & (q[1] == kv[1]) if len(q) == 2 else seen
 
 
+MOST_PAIRS = 1 << 22  # of blocks that are sorted out at once; more take turns, row by row
+
+
 def block_lists(mask: Mask, q: Bounds, kv: Bounds, segmented: bool, *, along: str):
     """The blocks that matter, those that need no mask first.
 
     Returns `order [B, rows, columns]` and `counts [B, rows, 2]`: entries `[0, counts[0])` of a row
     see everything, `[counts[0], counts[1])` need the mask, the rest is not to be touched. A row is
-    a query block and lists key blocks (`along="kv"`), or the other way round (`along="q"`).
+    a query block and lists key blocks (`along="kv"`), or the other way round (`along="q"`). Where
+    rows take turns `order` is int16 if that holds it: of 1M x 1M tokens it is large.
     """
-    some, every = visibility(
-        mask, Bounds(*(x[:, :, None] for x in q)), Bounds(*(x[:, None, :] for x in kv)), segmented
-    )
-    if along == "q":
-        some, every = some.swapaxes(1, 2), every.swapaxes(1, 2)
+    row_side, column_side = (q, kv) if along == "kv" else (kv, q)
+
+    def lists(some_rows):
+        sides = Bounds(*(x[:, :, None] for x in some_rows)), columns
+        return _partition(*visibility(mask, *(sides if along == "kv" else sides[::-1]), segmented))
+
+    columns = Bounds(*(x[:, None, :] for x in column_side))
+    (batch, rows), width = row_side.min.shape, column_side.min.shape[1]
+    at_once = max(1, MOST_PAIRS // (batch * width))
+    if rows <= at_once:
+        return lists(row_side)
+    turns = -(-rows // at_once)
+
+    def turn(some_rows):
+        order, counts = lists(some_rows)
+        return order.astype(jnp.int16 if width <= 1 << 15 else jnp.int32), counts
+
+    split = [
+        pad_axis(x, turns * at_once, 1, "edge").reshape(batch, turns, at_once).swapaxes(0, 1)
+        for x in row_side
+    ]
+    found = jax.lax.map(turn, Bounds(*split))
+    return tuple(x.swapaxes(0, 1).reshape(batch, -1, x.shape[-1])[:, :rows] for x in found)
+
+
+def _partition(some, every):
+    """`block_lists` of booleans `[B, rows, columns]`."""
     partly = some & ~every
     before = jnp.stack([jnp.cumsum(x, axis=-1) for x in (every, partly, ~some)]) - 1
     full, seen = every.sum(-1, keepdims=True), some.sum(-1, keepdims=True)

@@ -251,6 +251,10 @@ def _add_products(accs, x, parts):
     return [acc + dot(x, part, (1, 0)) for acc, part in zip(accs, parts, strict=True)]
 
 
+def _block(order_ref, index, size):
+    return pl.ds(order_ref[index].astype(jnp.int32) * size, size)
+
+
 def _walk(counts_ref, step, carry):
     """`step(masked)(index, carry)` over the blocks that need no mask, then over those that do."""
     full, some = counts_ref[0], counts_ref[1]
@@ -269,7 +273,7 @@ def _forward_kernel(
     def step(masked):
         def body(index, carry):
             accs, m, total = carry
-            at = pl.ds(order_ref[index] * call.kv, call.kv)
+            at = _block(order_ref, index, call.kv)
             k = _parts(k_ref, depth, at)
             s, unit, _ = _scores(_product(q, k), scale, soft_cap)
             if masked:
@@ -312,7 +316,7 @@ def _dq_kernel(
 
     def step(masked):
         def body(index, dqs):
-            at = pl.ds(order_ref[index] * call.kv, call.kv)
+            at = _block(order_ref, index, call.kv)
             k = _parts(k_ref, columns, at)
             s, unit, slope = _scores(_product(q, k), scale, soft_cap)
             if masked:
@@ -343,7 +347,7 @@ def _dkv_kernel(
         def step(masked):
             def body(index, carry):
                 dks, dvs = carry
-                at = pl.ds(order_ref[index] * call.q, call.q)
+                at = _block(order_ref, index, call.q)
                 # everything here is transposed, keys x queries
                 q, dout = _parts(q_ref, columns, at, g), _parts(dout_ref, v_columns, at, g)
                 s, unit, slope = _scores(_product(k, q), scale, soft_cap)

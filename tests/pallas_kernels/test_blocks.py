@@ -56,6 +56,24 @@ def test_against_every_pair(along, causal, window, documents):
         assert not full & partial
 
 
+@pytest.mark.parametrize("along", ["q", "kv"])
+def test_rows_that_take_turns_get_the_same_lists(along, monkeypatch):
+    lines = np.tile(np.arange(96, dtype=np.int32), (3, 1))
+    positions = jnp.asarray(np.random.default_rng(0).permuted(lines, axis=1))
+    bounds = [
+        blocks.block_bounds(blocks.token_ids(positions, None, 96, pad), size, pad)
+        for size, pad in ((QUERIES, NO_POSITION), (KEYS, PAD_POSITION))
+    ]
+    order, counts = blocks.block_lists(Mask(window=60), *bounds, False, along=along)
+    for at_once in (1, 5):  # rows: 6 or 12, so that the last turn is not full
+        width = order.shape[2]
+        monkeypatch.setattr(blocks, "MOST_PAIRS", at_once * 3 * width)
+        again = blocks.block_lists(Mask(window=60), *bounds, False, along=along)
+        assert again[0].dtype == jnp.int16
+        np.testing.assert_array_equal(order, again[0])
+        np.testing.assert_array_equal(counts, again[1])
+
+
 def test_work_is_what_the_mask_leaves():
     """Causal over n blocks of queries: the blocks on the diagonal are partial, none is wasted."""
     line = jnp.arange(128, dtype=jnp.int32)

@@ -98,6 +98,25 @@ def test_a_million_keys_compile():
     assert report.temp_bytes < 64 << 20
 
 
+@pytest.mark.parametrize(("target", "temp_gib"), [("rtx-pro-6000:1", 0.5), ("v6e:2x2", 5)])
+def test_a_million_queries_and_a_million_keys_compile(target, temp_gib):
+    """The lists of blocks, 8192 x 16384, are made some rows at a time."""
+    tokens = 1 << 20
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct((1, tokens, *shape), dtype)
+
+    def attend(q, k, v, q_positions, kv_positions):
+        return flash_attention(q, k, v, q_positions=q_positions, kv_positions=kv_positions)
+
+    ids = (array(dtype=jnp.int32),) * 2
+    kv = array(1, 128)
+    mesh = parse_target(target).mesh(seq=parse_target(target).size)
+    report = compile_for(attend, (array(8, 128), kv, kv, *ids), mesh)
+    assert report.kernels == 1
+    assert report.temp_bytes < temp_gib * 2**30
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_described_chip_picks_the_backend_and_its_blocks(target):
     from pallas_kernels.dispatch import device_kind, target_platform
