@@ -14,6 +14,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PyTree
 
+from jaxcp.context_parallel.fixed_order import attend_in_fixed_order
 from jaxcp.context_parallel.halo import Halo
 from jaxcp.context_parallel.ring import Ring
 from jaxcp.context_parallel.strategy import Strategy
@@ -77,10 +78,15 @@ def context_parallel_attention(
         )
         return out
     strategy = Ring() if strategy is None else strategy
-    if consecutive and window is not None:
-        strategy = Halo(layout=strategy.layout, checked=False)
+    attend: Callable
+    if strategy.reproducible:
+        attend = functools.partial(attend_in_fixed_order, layout=strategy.layout)
+    elif consecutive and window is not None:
+        attend = Halo(layout=strategy.layout, checked=False).attend
+    else:
+        attend = strategy.attend
     local = functools.partial(
-        strategy.attend,
+        attend,
         axis_name=axis_name,
         mask=Mask(causal=causal, window=window),
         soft_cap=soft_cap,
@@ -129,6 +135,8 @@ def latent_attention(
     # shapes alone: what is sharded differently meets only inside shard_map
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (latent, *weights))
     k, v = jax.eval_shape(expand, *shapes)
+    if strategy is not None and strategy.reproducible:
+        raise NotImplementedError("latent_attention has no reproducible form yet")
     check(q, k, v, positions, positions, segment_ids, segment_ids, sinks, soft_cap)
     strategy = Ring() if strategy is None else strategy
     if consecutive and window is not None:

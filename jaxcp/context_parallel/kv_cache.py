@@ -19,7 +19,8 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from jaxcp.context_parallel.strategy import Strategy
-from pallas_kernels import PAD_POSITION, flash_attention
+from pallas_kernels import PAD_POSITION, decode_attention, flash_attention
+from pallas_kernels.decode_attention import MAX_QUERIES
 from pallas_kernels.flash_attention import Mask, attention_forward
 from pallas_kernels.online_softmax import merge_stacked
 
@@ -174,9 +175,7 @@ class Extend:
 
     def _local(self, q, k, v, cache_k, cache_v, q_pos, kv_pos, fill, turn, *, mask):
         cache_k, cache_v = _deal(cache_k, k, fill, turn), _deal(cache_v, v, fill, turn)
-        arrays = q, cache_k.astype(q.dtype), cache_v.astype(q.dtype), q_pos, kv_pos, None, None
-        options = {"mask": mask, "soft_cap": None, "scale": q.shape[-1] ** -0.5}
-        out, lse = attention_forward(*arrays, **options, out_dtype=jnp.float32)
+        out, lse = _attend(q, cache_k, cache_v, q_pos, kv_pos, mask.window)
         if not jax.sharding.get_abstract_mesh().empty:
             packed = lax.all_gather(jnp.concatenate([out, lse[..., None]], axis=-1), AXIS)
             out, lse = merge_stacked(packed[..., :-1], packed[..., -1])
@@ -187,6 +186,18 @@ class Extend:
         shards = self.cache.shards
         dealt = (added.max() - self.turn + shards - 1) // shards
         return _after(self, added, dealt, recent)
+
+
+def _attend(q, k, v, q_pos, kv_pos, window):
+    """`(out, lse)` of this shard, out in float32: no backward pass comes, so few rows may split."""
+    if q.shape[1] <= MAX_QUERIES:
+        return decode_attention(
+            q, k, v, q_positions=q_pos, kv_positions=kv_pos, window=window, out_dtype=jnp.float32
+        )
+    k, v = k.astype(q.dtype), v.astype(q.dtype)
+    options = {"mask": Mask(window=window), "soft_cap": None, "scale": q.shape[-1] ** -0.5}
+    arrays = q, k, v, q_pos, kv_pos, None, None
+    return attention_forward(*arrays, **options, out_dtype=jnp.float32)
 
 
 def _after(step: Prefill | Extend, added, slots, recent) -> KVCache:

@@ -12,9 +12,13 @@ class Strategy:
 
     `layout` is the order of tokens that suits the strategy; whoever puts tokens on devices asks
     for it. The result is right under any layout, because only positions mask.
+
+    `reproducible`: the same bits, forward and backward, from 1, 2, 4 and 8 shards and for every
+    strategy, at the cost that `fixed_order` states: keys are then gathered, whatever the strategy.
     """
 
     layout: Layout = dataclasses.field(default_factory=Zigzag)
+    reproducible: bool = False
 
     def attend(
         self, q, k, v, q_pos, kv_pos, q_seg, kv_seg, *,

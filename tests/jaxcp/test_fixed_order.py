@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Opt-in: bit-identical outputs and gradients for every number of shards and every strategy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from dense_attention import dense
+from jax.sharding import PartitionSpec as P
+
+import jaxcp
+from jaxcp import Contiguous
+
+B, T, N, K, H = 2, 96, 4, 2, 16
+OPTIONS = {"window": 41, "soft_cap": 3.0}
+RING = jaxcp.Ring(reproducible=True)
+CASES = [(RING, 2), (RING, 4), (RING, 8), (jaxcp.Ring(layout=Contiguous(), reproducible=True), 8)]
+CASES += [(jaxcp.AllGather(reproducible=True), 4), (jaxcp.Ulysses(reproducible=True), 2)]
+CASES += [(jaxcp.USP(ulysses=2, reproducible=True), 4), (jaxcp.Halo(reproducible=True), 4)]
+
+
+@functools.cache
+def problem(dtype):
+    rng = np.random.default_rng(0)
+    x = {name: rng.normal(size=(B, T, n, H)) for name, n in zip("qkvd", (N, K, K, N), strict=True)}
+    x = {name: jnp.asarray(y, dtype) for name, y in x.items()}
+    segments = (np.arange(T) >= np.array([[30], [71]])).astype(np.int32)
+    positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+    return x | {"positions": positions, "segment_ids": segments}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def both(strategy, x):
+    def attend(q, k, v):
+        return jaxcp.context_parallel_attention(
+            q, k, v, x["positions"], segment_ids=x["segment_ids"], strategy=strategy, **OPTIONS
+        )
+
+    out, pull = jax.vjp(attend, x["q"], x["k"], x["v"])
+    return out, *pull(x["d"])
+
+
+@functools.cache
+def found(strategy, shards, dtype):
+    mesh = jaxcp.make_mesh(seq=shards, devices=jax.devices()[:shards])
+    with jax.set_mesh(mesh):
+        there = jax.device_put(strategy.layout.permute(problem(dtype), shards), P(None, "seq"))
+        return strategy.layout.inverse(both(strategy, there), shards, T)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("strategy, shards", CASES, ids=str)
+def test_the_same_bits(strategy, shards, dtype):
+    for name, ours, one in zip(
+        ("out", "dq", "dk", "dv"),
+        found(strategy, shards, dtype),
+        found(RING, 1, dtype),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(ours, one, err_msg=name)
+
+
+def test_the_right_bits():
+    x = problem("float32")
+    wanted = dense(
+        x["q"], x["k"], x["v"], x["positions"], segment_ids=x["segment_ids"], dout=x["d"], **OPTIONS
+    )
+    for ours, theirs in zip(found(RING, 8, "float32"), wanted, strict=False):
+        np.testing.assert_allclose(ours, theirs, atol=5e-6, rtol=0)
+
+
+def test_without_it_the_bits_differ():
+    """Else the test above could not fail."""
+    results = [found(jaxcp.Ring(), shards, "float32")[0] for shards in (1, 8)]
+    assert not np.array_equal(*results)
+
+
+@pytest.mark.parametrize("shards, tokens", [(3, 96), (4, 88)])
+def test_what_does_not_fit(shards, tokens, mesh_of):
+    mesh_of(seq=shards)
+    x = jnp.ones((1, tokens, 2, 8))
+    positions = jnp.zeros((1, tokens), jnp.int32)
+    with pytest.raises(ValueError, match="1, 2, 4, 8 or 16 shards, a multiple of 16 tokens"):
+        jaxcp.context_parallel_attention(x, x, x, positions, strategy=RING)
