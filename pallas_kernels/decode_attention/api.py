@@ -65,7 +65,8 @@ def decode_attention(
       soft_cap: scores become `soft_cap * tanh(score / soft_cap)`.
       scale: multiplies `q @ k`; default `H ** -0.5`.
       out_dtype: default q's; float32 for partial results that are yet to be merged.
-      implementation: "reference", "xla", "triton", "mosaic_tpu"; None takes the platform's best.
+      implementation: "reference", "xla", "triton", "mosaic_tpu"; None takes the platform's best
+        (on a TPU "xla" where the number of KV heads does not divide 128).
     Raises:
       ValueError: shapes, dtypes or options that make no sense.
       NotImplementedError: the chosen implementation cannot; the message names those that can.
@@ -89,7 +90,8 @@ def decode_attention(
         soft_cap=soft_cap,
         scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
     )
-    backend = resolve("decode_attention", implementation, IMPLEMENTATIONS, BEST)
+    best = BEST if 128 % k.shape[2] == 0 else BEST | {"tpu": "xla"}
+    backend = resolve("decode_attention", implementation, IMPLEMENTATIONS, best)
     arrays = q, k, v, k_scale, v_scale, hide_pads(q_positions), kv_positions
     out, lse = _attend(backend, tuple(options.items()), *arrays)
     if sinks is not None:
