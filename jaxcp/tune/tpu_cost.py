@@ -54,12 +54,21 @@ def cycles(chip: str, hot: Hot, flops: float) -> float:
 
 
 def attention_tile(chip: str, kernel: Kernel, tile, flops: float) -> tuple[float, float]:
-    """Cycles of an unmasked and of a masked tile of `(queries, keys)`; `flops` of a pair."""
-    if len(kernel.hot) < 2:
-        raise ValueError(f"expected an unmasked and a masked part; got {len(kernel.hot)}")
+    """Cycles of an unmasked and of a diagonal tile of `(queries, keys)`; `flops` of a pair.
+
+    A kernel with code of its own for the diagonal has a region that multiplies less than a tile.
+    """
     needed = flops * tile[0] * tile[1]
-    unmasked, masked = (cycles(chip, hot, needed) for hot in kernel.hot[:2])
-    return unmasked, masked
+    most = max(hot.matmuls for hot in kernel.hot)
+    whole = [hot for hot in kernel.hot if hot.matmuls > 0.9 * most]
+    parts = [hot for hot in kernel.hot if hot.matmuls <= 0.9 * most]
+    if len(kernel.hot) < 2:
+        raise ValueError(f"expected an unmasked and a masked part; got {kernel.hot}")
+    unmasked = cycles(chip, whole[0], needed)
+    if not parts:
+        return unmasked, cycles(chip, whole[1], needed)
+    share = parts[0].matmuls / whole[0].matmuls
+    return unmasked, max(parts[0].bundles, share * needed / PEAK[chip])
 
 
 def expert(chip: str, kernel: Kernel, block, tokens: int, embed: int, width: int, products=1):
