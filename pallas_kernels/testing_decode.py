@@ -29,7 +29,8 @@ class Case:
 
     `layout` says which token lies in which slot: "natural"; "shuffled"; "dealt", a token in every
     third slot and none in the others, in two turns; "pads", where some slots are empty, some
-    queries pads, and the first query is before every key; "future", where all keys are.
+    queries pads, and the first query is before every key; "future", where all keys are; "far", up
+    to the greatest position there is.
     """
 
     batch: int = 1
@@ -61,13 +62,22 @@ OUTLIERS = Case(
     batch=2, queries=4, heads=16, kv_heads=2, slots=256, dtype="bfloat16", outliers=True
 )  # fmt: skip
 
+# so many KV heads that a TPU takes them a group at a time
+GROUPS = Case(
+    batch=2, queries=3, slots=420, heads=16, kv_heads=8, dtype="bfloat16", window=150, sinks=True
+)  # fmt: skip
+
 CASES = {
     "one query, 8:1": Case(heads=16, kv_heads=2, slots=512, head_dim=128),
     "sixteen queries": Case(queries=16, heads=8, kv_heads=2),
     "fewer slots than a block": Case(slots=5, queries=3),
     "no block divides": Case(batch=2, slots=611, queries=2),
     "eight KV heads": Case(heads=16, kv_heads=8, slots=300),
+    "eight KV heads, bfloat16": dataclasses.replace(GROUPS, cache="bfloat16"),
+    "eight KV heads, int8": dataclasses.replace(GROUPS, cache="int8", queries=16, head_dim=256),
+    "eight KV heads, float8": dataclasses.replace(GROUPS, cache="float8_e4m3fn", layout="pads"),
     "head dim 256": Case(head_dim=256, heads=2),
+    "the last positions": Case(batch=2, queries=3, window=100, layout="far"),
     "window": Case(slots=900, queries=4, window=50),
     "shuffled": Case(batch=2, layout="shuffled", queries=3, window=100),
     "dealt to slots": Case(batch=2, layout="dealt", queries=7),
@@ -150,6 +160,8 @@ def positions(case: Case) -> dict[str, np.ndarray]:
         length = turn.max() + 1
     q = length - case.queries + np.arange(case.queries)
     q = np.tile(q, (case.batch, 1))
+    if case.layout == "far":
+        kv, q = kv + PAD_POSITION - length, q + PAD_POSITION - length
     if case.layout == "pads":
         kv += 17
         for b in range(case.batch):
