@@ -73,7 +73,7 @@ def matmul_rows(compiler: Compiler, theirs: bool):
         block = tuning.blocks("mosaic_matmul", tokens, jnp.bfloat16, interpret=False)
         (kernel,) = kernels.values()
         sizes = tokens, moe_decode.EMBED, moe_decode.WIDTH
-        return {"cycles": tpu_cost.expert(compiler.chip, kernel, block, *sizes)}
+        return {"cycles": tpu_cost.expert(compiler.chip, kernel, block, *sizes, aligned=True)}
 
     def their(kernels):
         (kernel,) = kernels.values()

@@ -186,7 +186,8 @@ def code_cost(problem: Problem, compiler: machine_code.Compiler, blocks: Any) ->
             detail = f"{kernel.registers} registers, {kernel.loops[0].per_matrix:.2f} a matrix"
         else:
             detail = " and ".join(f"{hot.bundles:,}" for hot in kernel.hot[:2]) + " bundles"
-        cost, tie = part.cost(part, compiler.chip, kernel, blocks, problem.shape)
+        itemsize = jnp.dtype(problem.dtype).itemsize
+        cost, tie = part.cost(part, compiler.chip, kernel, blocks, problem.shape, itemsize)
         return {"cost": cost, "tie": tie, "detail": detail}
     except Exception as error:  # a candidate that cannot is refused, with the reason
         return {"refused": _said(error)}

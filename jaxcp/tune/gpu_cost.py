@@ -2,17 +2,21 @@
 """What an NVIDIA kernel costs, from its machine code: issue slots for a unit of work.
 
 A scheduler of a multiprocessor issues one instruction of one warp a cycle, so a loop's instructions
-times its warps are the slots that a tile takes; fewer for the same tile is better. A kernel that
-spills, or whose blocks do not fit into shared memory (the compiler then refuses), has no cost.
+times its warps are the slots that a tile takes; fewer for the same tile is better. What a turn
+fetches comes from L2 at 64 B a cycle at most, in which four schedulers issue: a tile takes no fewer
+slots than that. A kernel that spills, or whose blocks do not fit into shared memory (the compiler
+then refuses), has no cost.
 
 It is a necessary condition and no time. Not seen: latency that too few resident warps do not hide,
 bank conflicts, the rate of the matrix units (the same for every tile of a shape, so no help in
-choosing), HBM and L2. Between two rows within some 10 % only the device decides.
+choosing), HBM. Between two rows within some 10 % only the device decides.
 """
 
 import re
 
 from jaxcp.plan.gpu_code import Kernel, Loop
+
+L2_BYTES = 16  # an issue slot; 64 a cycle of a multiprocessor (A100 and H100 whitepapers)
 
 
 def refused(kernel: Kernel) -> str | None:
@@ -24,8 +28,10 @@ def refused(kernel: Kernel) -> str | None:
     return None
 
 
-def tile_slots(kernel: Kernel, warps: int, flops: float) -> tuple[float, float]:
+def tile_slots(kernel: Kernel, warps: int, flops: float, nbytes: float) -> tuple[float, float]:
     """Issue slots of an unmasked tile that takes `flops`, and of one under a mask.
+
+    `nbytes` is what a turn of the loop fetches.
 
     Raises:
       ValueError: a turn of a loop does less than a tile.
@@ -33,7 +39,8 @@ def tile_slots(kernel: Kernel, warps: int, flops: float) -> tuple[float, float]:
     loops = [*kernel.loops, kernel.loops[-1]][:2]
     for loop in loops:
         _does(kernel, loop, warps, flops)
-    return loops[0].instructions * warps, loops[1].instructions * warps
+    slots = [max(loop.instructions * warps, nbytes / L2_BYTES) for loop in loops]
+    return slots[0], slots[1]
 
 
 def _does(kernel: Kernel, loop: Loop, warps: int, flops: float) -> None:

@@ -45,7 +45,7 @@ IMPLEMENTATION = {"triton": "triton", "mosaic": "mosaic_tpu"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
-    """`cost(part, chip, kernel, blocks, shape)` is `(what counts, what breaks a tie)` in `unit`s.
+    """`cost(part, chip, kernel, blocks, shape, itemsize)`: `(what counts, what breaks a tie)`.
 
     `kernel`: how its machine code is called. `size`: the field of the shape that the third column
     of the table bounds; a row bounds it by its own value if `exact`, else as the row that it goes
@@ -153,18 +153,20 @@ def attention_flops(part: str, head_dim: int) -> int:
     return 2 * products * head_dim
 
 
-def attention_cost(part, chip, kernel, blocks, shape):
+def attention_cost(part, chip, kernel, blocks, shape, itemsize):
     """A causal pass of one head over the shape's tokens: whole tiles, and those under the mask."""
     whole, partly = causal_tiles(shape["tokens"], blocks.q, blocks.kv)
     flops = attention_flops(part.name, shape["head_dim"])
     if isinstance(kernel, tpu_code.Kernel):
         tile = tpu_cost.attention_tile(chip, kernel, (blocks.q, blocks.kv), flops)
         return whole * tile[0] + partly * tile[1] + (whole + partly) * kernel.around, 0.0
-    tile = gpu_cost.tile_slots(kernel, blocks.warps, flops * blocks.q * blocks.kv)
+    walked = blocks.q if part.name == "triton_dkv" else blocks.kv
+    nbytes = 2 * walked * shape["head_dim"] * itemsize
+    tile = gpu_cost.tile_slots(kernel, blocks.warps, flops * blocks.q * blocks.kv, nbytes)
     return whole * tile[0] + partly * tile[1], kernel.registers * blocks.warps
 
 
-def decode_cost(part, chip, kernel, blocks, shape):
+def decode_cost(part, chip, kernel, blocks, shape, itemsize):
     """All slots once, for one sequence: the slower of bundles and HBM, then the bundles."""
     if isinstance(kernel, tpu_code.Kernel):
         steps = shape["slots"] * shape["kv_heads"] / tpu_cost.step_rows(kernel)
@@ -175,24 +177,29 @@ def decode_cost(part, chip, kernel, blocks, shape):
     rows = max(16, 1 << (shape["heads"] // shape["kv_heads"] - 1).bit_length())
     warps = blocks.warps if rows <= 32 else 2 * blocks.warps
     flops = 4 * rows * blocks.rows * shape["head_dim"]
-    slots = gpu_cost.tile_slots(kernel, warps, flops)[0]
+    nbytes = 2 * blocks.rows * shape["head_dim"] * itemsize
+    slots = gpu_cost.tile_slots(kernel, warps, flops, nbytes)[0]
     tiles = shape["slots"] * shape["kv_heads"] / blocks.rows
     return slots * tiles, kernel.registers * warps
 
 
-def expert_cost(part, chip, kernel, blocks, shape, *, products=1):
-    """One expert: the slower of the work and of bringing its matrices, then the work."""
+def expert_cost(part, chip, kernel, blocks, shape, itemsize, *, products=1):
+    """One expert: the slower of the work and of bringing its matrices, then the work.
+
+    On a TPU its rows begin anywhere in a block, as in a model.
+    """
     sizes = shape["tokens"], shape["embed"], shape["width"]
     if isinstance(kernel, tpu_code.Kernel):
         outer = part.name.endswith("_outer")
         if outer:
             work = tpu_cost.expert_gradient(chip, kernel, blocks, *sizes)
         else:
-            work = tpu_cost.expert(chip, kernel, blocks, *sizes, products)
-        nbytes = products * shape["embed"] * shape["width"] * 2
+            work = tpu_cost.expert(chip, kernel, blocks, *sizes, products, aligned=False)
+        nbytes = products * shape["embed"] * shape["width"] * itemsize
         return max(work, tpu_cost.hbm_cycles(chip, nbytes)), work
     flops = 2 * products * blocks.m * blocks.n * blocks.k
-    slots = gpu_cost.tile_slots(kernel, blocks.warps, flops)[0]
+    nbytes = (blocks.m + products * blocks.n) * blocks.k * itemsize
+    slots = gpu_cost.tile_slots(kernel, blocks.warps, flops, nbytes)[0]
     sides = (("tokens", "m"), ("width", "n"), ("embed", "k"))
     tiles = math.prod(-(-shape[size] // getattr(blocks, side)) for size, side in sides)
     return slots * tiles, kernel.registers * blocks.warps
@@ -229,7 +236,7 @@ def _decode(name, values, unit):
 
 TILES = dict(q=(32, 64, 128), kv=(16, 32, 64, 128), warps=(4, 8), stages=(2, 3))
 GROUPED = dict(m=(16, 64, 128), n=(64, 128, 256), k=(32, 64, 128), warps=(4, 8), stages=(2, 3))
-PIECES = dict(rows=(16, 128, 256, 512), columns=(256, 512))
+PIECES = dict(rows=(16, 128, 256, 512), columns=(256, 512, 768))
 PARTS = (
     _flash("triton_forward", "forward", TILES, "issue slots"),
     _flash("triton_dq", "dq", TILES, "issue slots", wanted=("dq",)),

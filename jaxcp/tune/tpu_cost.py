@@ -71,29 +71,47 @@ def attention_tile(chip: str, kernel: Kernel, tile, flops: float) -> tuple[float
     return unmasked, max(parts[0].bundles, share * needed / PEAK[chip])
 
 
-def expert(chip: str, kernel: Kernel, block, tokens: int, embed: int, width: int, products=1):
-    """Cycles of one expert's product: pieces of a block, and what a grid step adds."""
-    rows, deep = math.ceil(tokens / block.rows), math.ceil(embed / block.k)
-    pieces = rows * math.ceil(width / block.columns) * deep
-    steps = math.ceil(tokens / block.m) * math.ceil(width / block.n) * deep
+def parts_of(tokens: int, size: int, *, aligned: bool) -> float:
+    """Parts of `size` rows that `tokens` rows touch: from a border, or the mean from anywhere."""
+    return math.ceil(tokens / size) if aligned else (tokens + size - 1) / size
+
+
+def expert(
+    chip: str,
+    kernel: Kernel,
+    block,
+    tokens: int,
+    embed: int,
+    width: int,
+    products: int = 1,
+    *,
+    aligned: bool,
+) -> float:
+    """Cycles of one expert's product: pieces of a block, and what a grid step adds.
+
+    `aligned`: the expert's rows begin where a block does. Real groups begin anywhere.
+    """
+    deep = math.ceil(embed / block.k)
+    pieces = parts_of(tokens, block.rows, aligned=aligned) * math.ceil(width / block.columns) * deep
+    steps = parts_of(tokens, block.m, aligned=aligned) * math.ceil(width / block.n) * deep
     flops = 2 * products * min(block.rows, tokens) * block.columns * block.k
     return pieces * cycles(chip, kernel.hot[0], flops) + steps * kernel.around
 
 
 def expert_gradient(chip: str, kernel: Kernel, block, tokens: int, embed: int, width: int):
-    """Cycles of one expert's `lhs.T @ dout`, summed over `rows` at a time."""
+    """Cycles of one expert's `lhs.T @ dout`, summed over `rows` at a time, from anywhere."""
     blocks = math.ceil(embed / block.k) * math.ceil(width / block.n)
-    pieces = blocks * math.ceil(tokens / block.rows) * math.ceil(block.n / block.columns)
-    steps = blocks * math.ceil(tokens / block.m)
+    pieces = parts_of(tokens, block.rows, aligned=False) * math.ceil(block.n / block.columns)
+    steps = parts_of(tokens, block.m, aligned=False)
     flops = 2 * min(block.rows, tokens) * block.columns * block.k
-    return pieces * cycles(chip, kernel.hot[0], flops) + steps * kernel.around
+    return blocks * (pieces * cycles(chip, kernel.hot[0], flops) + steps * kernel.around)
 
 
 def decode_step(chip: str, kernel: Kernel, block, flops: float) -> float:
     """Cycles of an unmasked step of our decode kernel: its branch comes before the masked one.
 
     A branch is straight-line code, or for each group of heads scores the keys and weighs the
-    values, each in a loop over `sub` of the group's rows. `flops` are those of one row of the cache.
+    values, each in a loop over `sub` of the group's rows. `flops`: of one row of the cache.
     """
     hot = sorted(kernel.hot, key=lambda h: h.first)
     rows = step_rows(kernel)

@@ -46,6 +46,9 @@ TABLE: tuple[tuple[str, str, int, int, Blocks], ...] = (
     ("triton_swiglu", "", MANY, 4, Blocks(m=64, n=32, k=32, warps=8, stages=2)),
     # any TPU
     ("mosaic_matmul", "", 32, 2, Blocks(m=128, n=768, k=4096, rows=16, columns=256)),
+    ("mosaic_matmul", "TPU v6", MANY, 2, Blocks(m=512, n=1536, k=4096, rows=128, columns=768)),
+    ("mosaic_matmul", "TPU v5 lite", MANY, 2, Blocks(m=512, n=1536, k=4096, rows=128, columns=256)),
+    ("mosaic_matmul", "TPU7x", MANY, 2, Blocks(m=512, n=1536, k=4096, rows=128, columns=512)),
     ("mosaic_matmul", "", MANY, 2, Blocks(m=512, n=768, k=4096, rows=256, columns=256)),
     ("mosaic_matmul", "", MANY, 4, Blocks(m=256, n=512, k=2048, rows=128, columns=256)),
     ("mosaic_outer", "", MANY, 2, Blocks(m=512, n=1536, k=1024, rows=128, columns=256)),

@@ -256,10 +256,11 @@ def test_a_loop_that_does_too_little_is_an_error():
     loop = gpu_code.Loop({"HMMA": 128, "FADD": 372})
     kernel = gpu_code.Kernel("k", "sm_120", 200, 0, 0, ("mma.sync.m16n8k16.f32",), (loop,))
     flops = 128 * 8 * 2 * 16 * 8 * 16  # of 8 warps
-    assert gpu_cost.tile_slots(kernel, 8, flops) == (4000, 4000)
-    assert gpu_cost.tile_slots(kernel, 8, flops / 2) == (4000, 4000), "warps may repeat work"
+    assert gpu_cost.tile_slots(kernel, 8, flops, 0) == (4000, 4000)
+    assert gpu_cost.tile_slots(kernel, 8, flops / 2, 0) == (4000, 4000), "warps may repeat work"
+    assert gpu_cost.tile_slots(kernel, 8, flops, 1 << 17) == (8192, 8192), "128 KiB from L2"
     with pytest.raises(ValueError, match=r"does 0\.50 of a tile"):
-        gpu_cost.tile_slots(kernel, 4, flops)
+        gpu_cost.tile_slots(kernel, 4, flops, 0)
     assert "spills 8 B" == gpu_cost.refused(dataclasses.replace(kernel, spilled_bytes=8))
 
 
