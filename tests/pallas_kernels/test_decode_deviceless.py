@@ -47,10 +47,19 @@ def compiled(target, cache, *, queries=1, heads=64, kv_heads=8):
     [
         *((target, "bfloat16") for target in TARGETS),
         ("rtx-pro-6000:1", "int8"),
-        ("v6e:2x2", "int8"),
+        *((target, "int8") for target in TARGETS[2:]),
+        ("tpu7x:2x2x1", "float8_e4m3fn"),
     ],
 )
 def test_a_million_slots_compile_and_are_not_copied(target, cache):
     report = compiled(target, cache)
     assert report.kernels == 1
     assert report.temp_bytes < 16 * SLOTS, "neither keys, values nor scales are copied"
+
+
+def test_sixteen_queries_compile():
+    assert compiled("v5p:2x2x1", "int8", queries=16).kernels == 1
+
+
+def test_kv_heads_that_do_not_divide_the_lanes_take_xla_on_a_tpu():
+    assert compiled("v6e:2x2", "bfloat16", heads=6, kv_heads=3).kernels == 0
