@@ -127,11 +127,18 @@ def tpu_attention(chip, found):
 def held_back(row, tile):
     """Our bundles, and the greatest floors of single units."""
     (kernel,) = row["kernels"].values()
-    hot = kernel["hot"][0 if tile == "unmasked" else 1]
+    most = max(hot["matmuls"] for hot in kernel["hot"])
+    whole = [hot for hot in kernel["hot"] if hot["matmuls"] > 0.9 * most]
+    parts = [hot for hot in kernel["hot"] if hot["matmuls"] <= 0.9 * most]  # of the diagonal
+    hot = whole[0] if tile == "unmasked" else [*parts, *whole[1:]][0]
     top = sorted(hot["floors"].items(), key=lambda pair: -pair[1])[:4]
     floors = ", ".join(f"{unit} {n * row['share']:,.0f}" for unit, n in top)
     bundles = hot["bundles"] * row["share"]
-    return f"ours {row[tile]:,.0f} cycles, {bundles:,.0f} bundles; floors {floors}"
+    said = f"ours {row[tile]:,.0f} cycles, {bundles:,.0f} bundles; floors {floors}"
+    if tile == "masked" and parts and whole[1:]:
+        other = whole[1]["bundles"] * row["share"]
+        said = f"the diagonal's triangle: {said}; a tile under any other mask {other:,.0f} bundles"
+    return said
 
 
 def zigzag(found):

@@ -49,6 +49,7 @@ TABLE: tuple[tuple[str, str, int, int, Blocks], ...] = (
     ("mosaic_matmul", "TPU v6", MANY, 2, Blocks(m=512, n=1536, k=4096, rows=128, columns=768)),
     ("mosaic_matmul", "TPU v5 lite", MANY, 2, Blocks(m=512, n=1536, k=4096, rows=128, columns=256)),
     ("mosaic_matmul", "TPU7x", MANY, 2, Blocks(m=512, n=1536, k=4096, rows=128, columns=512)),
+    ("mosaic_matmul", "TPU v5p", MANY, 2, Blocks(m=512, n=1536, k=4096, rows=128, columns=256)),
     ("mosaic_matmul", "", MANY, 2, Blocks(m=512, n=768, k=4096, rows=256, columns=256)),
     ("mosaic_matmul", "", MANY, 4, Blocks(m=256, n=512, k=2048, rows=128, columns=256)),
     ("mosaic_outer", "", MANY, 2, Blocks(m=512, n=1536, k=1024, rows=128, columns=256)),
