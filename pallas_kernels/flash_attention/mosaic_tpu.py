@@ -17,6 +17,8 @@ The forward kernel looks for no maximum where none is needed. By Cauchy and Schw
 head exceeds its longest query times its longest key, so where that is at most SAFE, `exp2(score)`
 can neither overflow nor vanish, and the softmax is the same without a shift. Other heads take the
 online softmax.
+
+float16 is computed in float32, which holds it exactly: the matrix units have no float16.
 """
 
 import functools
@@ -43,22 +45,33 @@ DQ_BYTES = 24 << 20  # of VMEM for the queries' gradient; the smallest chip has 
 
 
 def forward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, mask, soft_cap, scale, carry, out_dtype):
-    tiles.unsupported("mosaic_tpu", q, v)
+    _check(q, v)
+    q, k, v = _exactly(q, k, v)
     b, t, n, _ = q.shape
     call = _Call("mosaic_forward", q, k, v, mask, q_pos, kv_pos, q_seg, kv_seg, queries_inner=False)
     lse = None if carry is None else carry[1]
     call.scalars.append(_safe(q, k, q_pos, kv_pos, lse, soft_cap, scale).reshape(-1))
-    before = [] if carry is None else [call.outs(carry[0]), call.rows(carry[1])]
+    before = [] if carry is None else [call.outs(*_exactly(carry[0])), call.rows(carry[1])]
+    kernel_dtype = jnp.float32 if jnp.dtype(out_dtype) == jnp.float16 else out_dtype
     out, lse = call(
         functools.partial(_forward_kernel, soft_cap=soft_cap, scale=scale),
         [call.queries(q), call.keys(k), call.values(v), *before],
         [
-            ((b, call.t, n * call.hv), out_dtype, call.out_spec),
+            ((b, call.t, n * call.hv), kernel_dtype, call.out_spec),
             ((b, n, 1, call.t), None, call.row_spec),
         ],
         [(call.rows_v, call.q), (1, call.q), (1, call.q)],
     )
-    return _apart(out, n, t, v.shape[3]), lse[:, :, 0, :t].swapaxes(1, 2)
+    return _apart(out, n, t, v.shape[3]).astype(out_dtype), lse[:, :, 0, :t].swapaxes(1, 2)
+
+
+def _check(q, v):
+    tiles.unsupported("mosaic_tpu", q, v, dtypes=("float32", "bfloat16", "float16"), head_dim=512)
+
+
+def _exactly(*arrays):
+    """The arrays in a type that the chip's units take."""
+    return [x.astype(jnp.float32) if x.dtype == jnp.float16 else x for x in arrays]
 
 
 def _safe(q, k, q_pos, kv_pos, lse, soft_cap, scale):
@@ -78,7 +91,8 @@ def _safe(q, k, q_pos, kv_pos, lse, soft_cap, scale):
 
 
 def backward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, lse, dout, delta, *, mask, soft_cap, scale):
-    tiles.unsupported("mosaic_tpu", q, v)
+    _check(q, v)
+    q, k, v = _exactly(q, k, v)
     (_, t, n, h), kv_heads = q.shape, k.shape[2]
     lse, delta = online_softmax.backward_rows(lse, delta)
     options = dict(mask=mask, soft_cap=soft_cap, scale=scale)

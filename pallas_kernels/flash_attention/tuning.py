@@ -29,8 +29,8 @@ TABLE: tuple[tuple[str, str, int, int, Blocks], ...] = (
     ("triton_forward", INTERPRETED, 512, 4, Blocks(q=64, kv=32)),
     ("triton_dq", INTERPRETED, 512, 4, Blocks(q=64, kv=32)),
     ("triton_dkv", INTERPRETED, 512, 4, Blocks(q=32, kv=64)),
-    ("mosaic_forward", INTERPRETED, 256, 4, Blocks(q=128, kv=128, sub=64, strip=64)),
-    ("mosaic_backward", INTERPRETED, 256, 4, Blocks(q=128, kv=128, sub=64)),
+    ("mosaic_forward", INTERPRETED, 512, 4, Blocks(q=128, kv=128, sub=64, strip=64)),
+    ("mosaic_backward", INTERPRETED, 512, 4, Blocks(q=128, kv=128, sub=64)),
     # any NVIDIA GPU from sm_80
     ("triton_forward", "", 64, 2, Blocks(q=128, kv=128, warps=8, stages=2)),
     ("triton_forward", "", 128, 2, Blocks(q=128, kv=64, warps=8, stages=2)),
@@ -55,9 +55,13 @@ TABLE: tuple[tuple[str, str, int, int, Blocks], ...] = (
     ("mosaic_forward", "TPU v5", 256, 2, Blocks(q=1024, kv=1024, strip=256)),
     ("mosaic_forward", "", 256, 2, Blocks(q=1024, kv=1024)),
     ("mosaic_forward", "", 256, 4, Blocks(q=512, kv=512)),
+    ("mosaic_forward", "", 512, 2, Blocks(q=512, kv=512, strip=256)),
+    ("mosaic_forward", "", 512, 4, Blocks(q=256, kv=256)),
     ("mosaic_backward", "", 128, 2, Blocks(q=512, kv=1024)),
     ("mosaic_backward", "", 256, 2, Blocks(q=512, kv=1024)),
     ("mosaic_backward", "", 256, 4, Blocks(q=512, kv=512)),
+    ("mosaic_backward", "", 512, 2, Blocks(q=256, kv=512)),
+    ("mosaic_backward", "", 512, 4, Blocks(q=256, kv=256)),
 )
 
 

@@ -81,6 +81,14 @@ def test_float16_and_head_dim_512_compile_on_a_gpu():
     assert_holds("rtx-pro-6000:1", compiled("rtx-pro-6000:1", 512, "float16"))
 
 
+@pytest.mark.parametrize("target", ["v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize(("head_dim", "dtype"), [(512, "bfloat16"), (320, "float16")])
+def test_float16_and_head_dims_to_512_compile_on_a_tpu(target, head_dim, dtype):
+    report = compiled(target, head_dim, dtype)
+    assert report.kernels == 2
+    assert report.temp_bytes < 4 * TOKENS * TOKENS * 4, "the score matrix"
+
+
 def test_a_million_keys_compile():
     """Keys of 8 GiB: offsets do not fit 32 bits, and Pallas counts them with 64."""
     mesh = parse_target("rtx-pro-6000:1").mesh()

@@ -57,3 +57,12 @@ def test_blocks_on_the_diagonal(monkeypatch, window):
     """Their code knows the mask; a window that cuts the block does not let it run."""
     monkeypatch.setattr(mosaic_tpu, "EDGE", 64)
     check("mosaic_tpu", Case(queries=256, keys=256, window=window, kv_heads=1))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "value_dim", "dtype"),
+    [(32, None, "float16"), (320, 512, "bfloat16"), (512, 272, "float32")],
+)
+def test_float16_and_head_dims_to_512(head_dim, value_dim, dtype):
+    shape = dict(queries=130, keys=130, head_dim=head_dim, value_dim=value_dim, kv_heads=1)
+    check("mosaic_tpu", Case(dtype=dtype, carry=dtype == "float16", **shape))
