@@ -52,7 +52,8 @@ TABLE: tuple[tuple[str, str, int, int, Blocks], ...] = (
     ("triton_dkv", "", 256, 4, Blocks(q=16, kv=16, warps=8, stages=2)),
     ("triton_dkv", "", 512, 2, Blocks(q=32, kv=16, warps=8, stages=2)),
     # any TPU
-    ("mosaic_forward", "TPU v5", 256, 2, Blocks(q=1024, kv=1024, strip=256)),
+    ("mosaic_forward", "TPU v5", 128, 2, Blocks(q=1024, kv=1024, strip=256)),
+    ("mosaic_forward", "TPU v5", 256, 2, Blocks(q=512, kv=512, strip=256)),
     ("mosaic_forward", "", 256, 2, Blocks(q=1024, kv=1024)),
     ("mosaic_forward", "", 256, 4, Blocks(q=512, kv=512)),
     ("mosaic_forward", "", 512, 2, Blocks(q=512, kv=512, strip=256)),
