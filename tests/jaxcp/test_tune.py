@@ -113,7 +113,7 @@ def test_a_limit_that_cuts_the_search_is_said(monkeypatch):
         (dict(max_seconds=0), "max_seconds must be positive"),
         (dict(max_seconds=0.01), "not ready within max_seconds=0.01"),
         (dict(values={"warps": (4,)}), "searches q, kv, sub, strip; got warps"),
-        (dict(shape={"head_dim": 512}), "no block sizes for 'TPU v6 lite', head_dim=512"),
+        (dict(shape={"head_dim": 1024}), "no block sizes for .TPU v6 lite., head_dim=1024"),
     ],
 )
 def test_what_makes_no_sense_is_an_error(options, message):
