@@ -18,7 +18,7 @@ SKIP, FULL, PARTIAL = 0, 1, 2
 
 def forward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, mask, soft_cap, scale, carry, out_dtype):
     b, t, n, _ = q.shape
-    block = _block(mask)
+    block = _block(mask, max(t, k.shape[1]))
     queries = _query_blocks(q, q_pos, q_seg, k.shape[2], block)
     if carry is not None:
         for name, x in (("out", carry[0]), ("lse", carry[1][..., None])):
@@ -53,7 +53,7 @@ def forward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, mask, soft_cap, scale, car
 
 def backward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, lse, dout, delta, *, mask, soft_cap, scale):
     b, t, n, _ = q.shape
-    kv_heads, block = k.shape[2], _block(mask)
+    kv_heads, block = k.shape[2], _block(mask, max(t, k.shape[1]))
     queries = _query_blocks(q, q_pos, q_seg, kv_heads, block)
     shift = jnp.where(jnp.isneginf(lse), 0.0, lse)
     for name, x in (("dout", dout), ("lse", shift[..., None]), ("delta", delta[..., None])):
@@ -176,9 +176,14 @@ def _split(x, block, value):
     return x.reshape(x.shape[0], -1, block, *x.shape[2:]).swapaxes(0, 1)
 
 
-def _block(mask):
-    """Tokens of a block: few where a window is narrow, since blocks outside it are skipped."""
-    return BLOCK if mask.window is None else max(LEAST_BLOCK, min(BLOCK, mask.window))
+def _block(mask, tokens):
+    """Tokens of a block: few where a window is narrow or a shard short.
+
+    Blocks outside of a window are skipped, and one that straddles two pieces of a zigzag shard is
+    neither skipped nor free of the mask.
+    """
+    most = BLOCK if mask.window is None else min(BLOCK, mask.window)
+    return max(LEAST_BLOCK, min(most, tokens // 4))
 
 
 def _query_blocks(x, positions, segment_ids, kv_heads, block):
