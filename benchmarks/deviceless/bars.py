@@ -135,10 +135,17 @@ def held_back(row, tile):
     floors = ", ".join(f"{unit} {n * row['share']:,.0f}" for unit, n in top)
     bundles = hot["bundles"] * row["share"]
     said = f"ours {row[tile]:,.0f} cycles, {bundles:,.0f} bundles; floors {floors}"
-    if tile == "masked" and parts and whole[1:]:
-        other = whole[1]["bundles"] * row["share"]
-        said = f"the diagonal's triangle: {said}; a tile under any other mask {other:,.0f} bundles"
-    return said
+    if not parts or len(whole) != 4:
+        return said
+    # as the code stands: heads whose scores are bounded, then those that need a running maximum
+    whole.sort(key=lambda hot: hot["first"])
+    _, other, online, online_other = (f"{x['bundles'] * row['share']:,.0f}" for x in whole)
+    if tile == "unmasked":
+        return f"{said}; heads with a running maximum {online} bundles"
+    return (
+        f"the diagonal's triangle: {said}; a tile under any other mask {other} bundles, with a "
+        f"running maximum {online_other}"
+    )
 
 
 def zigzag(found):
