@@ -31,6 +31,7 @@ VARIANTS = (
     USP(ulysses=2),
     Halo(),
 )
+OPTIONS = (Ring(bidirectional=True), AllGather(chunks=3))
 HEADS, TOKENS = P("data", "seq", "model"), P("data", "seq")
 SPECS = {"q": HEADS, "k": HEADS, "v": HEADS, "dout": HEADS, "sinks": P("model")}
 SPECS |= {"positions": TOKENS, "segment_ids": TOKENS}
@@ -101,8 +102,12 @@ def refused(strategy, shards):
     return N % among != 0 or shards % among != 0
 
 
-@pytest.mark.parametrize("shards", [1, 2, 3, 4, 5, 8])
-@pytest.mark.parametrize("strategy", VARIANTS, ids=str)
+@pytest.mark.parametrize(
+    "strategy, shards",
+    [(kind, n) for kind in VARIANTS if kind not in OPTIONS for n in (1, 2, 3, 4, 5, 8)]
+    + [(kind, n) for kind in OPTIONS for n in (3, 8)],
+    ids=str,
+)
 def test_everything_at_once(strategy, shards, mesh_of):
     """Packing, window, sinks, soft cap, GQA, pads, in every layout."""
     mesh_of(seq=shards)

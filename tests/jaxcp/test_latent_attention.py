@@ -64,8 +64,12 @@ def expected(x, **options):
     return out, dq, dlatent, dweights
 
 
-@pytest.mark.parametrize("shards", [1, 2, 3, 8])
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+@pytest.mark.parametrize(
+    "strategy, shards",
+    [(strategy, n) for strategy in STRATEGIES for n in (3, 8)]
+    + [(jaxcp.Ring(), n) for n in (1, 2)],
+    ids=str,
+)
 def test_mla(strategy, shards, mesh_of):
     mesh_of(seq=shards)
     x = problem()
