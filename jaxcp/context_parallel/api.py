@@ -61,6 +61,8 @@ def context_parallel_attention(
     """
     check(q, k, v, positions, positions, segment_ids, segment_ids, sinks, soft_cap)
     if jax.sharding.get_abstract_mesh().empty:
+        if strategy is not None and strategy.reproducible:
+            raise ValueError("reproducible attention needs a mesh: jaxcp.make_mesh(seq=1) will do")
         out, _ = flash_attention(
             q,
             k,

@@ -112,6 +112,8 @@ class Prefill:
     """
 
     def __init__(self, cache: KVCache, positions, *, strategy: Strategy, used: int):
+        if strategy.reproducible:
+            raise NotImplementedError("prefill over a cache has no reproducible form; use Ring()")
         self.cache, self.positions, self.strategy, self.used = cache, positions, strategy, used
         self.k, self.v = list(cache.k), list(cache.v)
         tokens = P("data", AXIS)

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxcp
 from jaxcp import Contiguous
+from jaxcp.context_parallel.kv_cache import Prefill
 
 B, T, N, K, H = 2, 96, 4, 2, 16
 OPTIONS = {"window": 41, "soft_cap": 3.0}
@@ -75,6 +76,14 @@ def test_without_it_the_bits_differ():
     """Else the test above could not fail."""
     results = [found(jaxcp.Ring(), shards, "float32")[0] for shards in (1, 8)]
     assert not np.array_equal(*results)
+
+
+def test_where_it_cannot_be_kept():
+    x, positions = jnp.ones((1, 16, 2, 8)), jnp.zeros((1, 16), jnp.int32)
+    with pytest.raises(ValueError, match="needs a mesh"):
+        jaxcp.context_parallel_attention(x, x, x, positions, strategy=RING)
+    with pytest.raises(NotImplementedError, match="prefill over a cache"):
+        Prefill(None, positions, strategy=RING, used=16)
 
 
 @pytest.mark.parametrize("shards, tokens", [(3, 96), (4, 88)])
