@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jaxcp.context_parallel.strategy import Strategy
 from pallas_kernels import PAD_POSITION, decode_attention, flash_attention
 from pallas_kernels.decode_attention import MAX_QUERIES
-from pallas_kernels.flash_attention import Mask, attention_forward
+from pallas_kernels.flash_attention import Mask, apply_sinks, attention_forward
 from pallas_kernels.online_softmax import merge_stacked
 
 SLACK = 64
@@ -120,28 +120,32 @@ class Prefill:
         write = _on_shards(_write, (tokens, tokens, P(None)), tokens)
         self.kv_positions = write(cache.positions, positions, cache.fill)
 
-    def __call__(self, q, k, v, *, layer, window):
+    def __call__(self, q, k, v, *, layer, window, sinks=None, scale=None, soft_cap=None):
         heads, tokens = P("data", AXIS, "model", None), P("data", AXIS)
-        local = functools.partial(self._local, mask=Mask(window=window))
-        run = _on_shards(local, (heads,) * 5 + (tokens, tokens, P(None)), (heads,) * 3)
+        local = functools.partial(
+            self._local, mask=Mask(window=window), **_options(q, scale, soft_cap)
+        )
+        specs = (*[heads] * 5, tokens, tokens, P(None), P("model"))
+        run = _on_shards(local, specs, (heads,) * 3)
         state = self.k[layer], self.v[layer], self.positions, self.kv_positions, self.cache.fill
-        out, self.k[layer], self.v[layer] = run(q, k, v, *state)
+        out, self.k[layer], self.v[layer] = run(q, k, v, *state, _some(sinks))
         return out
 
-    def _local(self, q, k, v, cache_k, cache_v, q_pos, kv_pos, fill, *, mask):
+    def _local(self, q, k, v, cache_k, cache_v, q_pos, kv_pos, fill, sinks, *, mask, **options):
         cache_k, cache_v = _write(cache_k, k, fill), _write(cache_v, v, fill)
         seen_k, seen_v = (x[:, : self.used].astype(q.dtype) for x in (cache_k, cache_v))
         kv_pos = kv_pos[:, : self.used]
-        options = {"soft_cap": None, "scale": q.shape[-1] ** -0.5, "implementation": None}
         if jax.sharding.get_abstract_mesh().empty:
-            out, _ = flash_attention(
-                q, seen_k, seen_v, q_positions=q_pos, kv_positions=kv_pos, window=mask.window
+            positions = {"q_positions": q_pos, "kv_positions": kv_pos}
+            out, lse = flash_attention(
+                q, seen_k, seen_v, **positions, window=mask.window, **options
             )
         else:
-            out, _ = self.strategy.attend(
-                q, seen_k, seen_v, q_pos, kv_pos, None, None, axis_name=AXIS, mask=mask, **options
+            arrays = q, seen_k, seen_v, q_pos, kv_pos, None, None
+            out, lse = self.strategy.attend(
+                *arrays, axis_name=AXIS, mask=mask, implementation=None, **options
             )
-        return out, cache_k, cache_v
+        return _with_sinks(out, lse, sinks), cache_k, cache_v
 
     def filled(self, added, counts, recent) -> KVCache:
         """The cache after all layers: `added [B]` tokens a row, `counts [shards]` slots a shard."""
@@ -166,22 +170,23 @@ class Extend:
         write = _on_shards(local, (tokens, P("data"), P(None), P(None)), tokens)
         self.kv_positions = write(cache.positions, positions, cache.fill, self.turn)
 
-    def __call__(self, q, k, v, *, layer, window):
+    def __call__(self, q, k, v, *, layer, window, sinks=None, scale=None, soft_cap=None):
         sharded, whole = P("data", AXIS, "model", None), P("data", None, "model", None)
-        local = functools.partial(self._local, mask=Mask(window=window))
-        specs = (*[whole] * 3, *[sharded] * 2, P("data"), P("data", AXIS), P(None), P(None))
+        local = functools.partial(self._local, window=window, **_options(q, scale, soft_cap))
+        ids = P("data"), P("data", AXIS), P(None), P(None)
+        specs = (*[whole] * 3, *[sharded] * 2, *ids, P("model"))
         run = _on_shards(local, specs, (whole, sharded, sharded))
         state = self.k[layer], self.v[layer], self.positions, self.kv_positions, self.cache.fill
-        out, self.k[layer], self.v[layer] = run(q, k, v, *state, self.turn)
+        out, self.k[layer], self.v[layer] = run(q, k, v, *state, self.turn, _some(sinks))
         return out
 
-    def _local(self, q, k, v, cache_k, cache_v, q_pos, kv_pos, fill, turn, *, mask):
+    def _local(self, q, k, v, cache_k, cache_v, q_pos, kv_pos, fill, turn, sinks, **options):
         cache_k, cache_v = _deal(cache_k, k, fill, turn), _deal(cache_v, v, fill, turn)
-        out, lse = _attend(q, cache_k, cache_v, q_pos, kv_pos, mask.window)
+        out, lse = _attend(q, cache_k, cache_v, q_pos, kv_pos, **options)
         if not jax.sharding.get_abstract_mesh().empty:
             packed = lax.all_gather(jnp.concatenate([out, lse[..., None]], axis=-1), AXIS)
             out, lse = merge_stacked(packed[..., :-1], packed[..., -1])
-        return out.astype(q.dtype), cache_k, cache_v
+        return _with_sinks(out, lse, sinks).astype(q.dtype), cache_k, cache_v
 
     def extended(self, added, recent) -> KVCache:
         """The cache after all layers, with `added [B]` tokens a row."""
@@ -190,16 +195,29 @@ class Extend:
         return _after(self, added, dealt, recent)
 
 
-def _attend(q, k, v, q_pos, kv_pos, window):
+def _attend(q, k, v, q_pos, kv_pos, *, window, scale, soft_cap):
     """`(out, lse)` of this shard, out in float32: no backward pass comes, so few rows may split."""
+    options = {"scale": scale, "soft_cap": soft_cap, "out_dtype": jnp.float32}
     if q.shape[1] <= MAX_QUERIES:
-        return decode_attention(
-            q, k, v, q_positions=q_pos, kv_positions=kv_pos, window=window, out_dtype=jnp.float32
-        )
+        positions = {"q_positions": q_pos, "kv_positions": kv_pos}
+        return decode_attention(q, k, v, **positions, window=window, **options)
     k, v = k.astype(q.dtype), v.astype(q.dtype)
-    options = {"mask": Mask(window=window), "soft_cap": None, "scale": q.shape[-1] ** -0.5}
     arrays = q, k, v, q_pos, kv_pos, None, None
-    return attention_forward(*arrays, **options, out_dtype=jnp.float32)
+    return attention_forward(*arrays, mask=Mask(window=window), **options)
+
+
+def _options(q, scale, soft_cap):
+    return {"scale": q.shape[-1] ** -0.5 if scale is None else scale, "soft_cap": soft_cap}
+
+
+def _some(sinks):
+    """Sinks as a tree: empty where there are none."""
+    return () if sinks is None else (sinks,)
+
+
+def _with_sinks(out, lse, sinks):
+    """`out` of finished rows with the sinks `_some` gave: once, after the last merge."""
+    return apply_sinks(out, lse, *sinks)[0] if sinks else out
 
 
 def _after(step: Prefill | Extend, added, slots, recent) -> KVCache:

@@ -16,7 +16,10 @@ from jaxcp.layers.rope import rotate
 from jaxcp.sharding import tokens_spec
 
 Attend = Callable
-"""`attend(q, k, v, *, layer: int, window: int | None) -> out`, all `[B, T, heads, H]`."""
+"""`attend(q, k, v, *, layer: int, window: int | None) -> out`, all `[B, T, heads, H]`.
+
+It also takes `sinks [heads]`, `scale` and `soft_cap`, as `flash_attention` does.
+"""
 
 
 class Attention(nnx.Module):

@@ -65,7 +65,7 @@ class LanguageModel(nnx.Module):
         `consecutive`: see `context_parallel_attention`.
         """
 
-        def attend(q, k, v, *, layer, window):
+        def attend(q, k, v, *, layer, window, sinks=None, scale=None, soft_cap=None):
             return context_parallel_attention(
                 q,
                 k,
@@ -74,6 +74,9 @@ class LanguageModel(nnx.Module):
                 strategy=attention,
                 segment_ids=segment_ids,
                 window=window,
+                sinks=sinks,
+                scale=scale,
+                soft_cap=soft_cap,
                 consecutive=consecutive,
             )
 
