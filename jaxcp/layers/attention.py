@@ -12,7 +12,7 @@ from flax import nnx
 
 from jaxcp.layers.norm import RMSNorm
 from jaxcp.layers.parameter import constant, normal
-from jaxcp.layers.rope import rotate
+from jaxcp.layers.rope import Rope, rotate
 from jaxcp.sharding import tokens_spec
 
 Attend = Callable
@@ -35,7 +35,7 @@ class Attention(nnx.Module):
         out_std: float,
         qk_norm_eps: float | None = None,
         qk_gain: float = 1.0,
-        rope_theta: float | None = None,
+        rope: Rope | None = None,
         window: int | None = None,
         use_bias: bool = False,
         rngs: nnx.Rngs,
@@ -59,7 +59,7 @@ class Attention(nnx.Module):
             self.q_norm = RMSNorm(head_dim, eps=qk_norm_eps, axis="head_dim", gain=qk_gain)
             self.k_norm = RMSNorm(head_dim, eps=qk_norm_eps, axis="head_dim", gain=qk_gain)
         self.use_bias, self.qk_norm = use_bias, qk_norm_eps is not None
-        self.layer, self.rope_theta, self.window = layer, rope_theta, window
+        self.layer, self.rope, self.window = layer, rope, window
 
     def __call__(self, x, positions, attend: Attend):
         def project(name):
@@ -69,8 +69,8 @@ class Attention(nnx.Module):
         q, k, v = project("q"), project("k"), project("v")
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        if self.rope_theta is not None:
-            q, k = rotate(q, positions, self.rope_theta), rotate(k, positions, self.rope_theta)
+        if self.rope is not None:
+            q, k = rotate(q, positions, self.rope), rotate(k, positions, self.rope)
         out = attend(q, k, v, layer=self.layer, window=self.window)
         out = jnp.einsum("btnh,nhd->btd", out, self.o.astype(x.dtype), out_sharding=tokens_spec(x))
         return out + self.o_bias.astype(x.dtype) if self.use_bias else out

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dense feed-forward layers."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -43,20 +45,61 @@ class MLP(nnx.Module):
         return y + self.down_bias.astype(x.dtype) if self.use_bias else y
 
 
-class GatedMLP(nnx.Module):
-    """SwiGLU: `down(silu(gate(x)) * up(x))`. Source: arXiv 2002.05202."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SwiGLU:
+    """`(up + shift) * gate * sigmoid(alpha * gate)`. Source: arXiv 2002.05202.
 
-    def __init__(self, embed_dim: int, mlp_dim: int, *, std: float, out_std: float, rngs: nnx.Rngs):
+    `limit` first cuts gate to at most that and up to within it. Hy3 and Qwen3 have the defaults,
+    DeepSeek-V4 a limit, gpt-oss all three.
+    """
+
+    limit: float | None = None
+    alpha: float = 1.0
+    shift: float = 0.0
+
+    def __post_init__(self):
+        if self.limit is not None and self.limit <= 0:
+            raise ValueError(f"limit must be positive; got limit={self.limit}")
+
+    @property
+    def is_silu(self) -> bool:
+        """Whether it is `silu(gate) * up` but for the limit, as kernels have it."""
+        return self.alpha == 1 and self.shift == 0
+
+    def __call__(self, gate, up):
+        if self.limit is not None:
+            gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit)
+        up = up + self.shift if self.shift else up
+        return up * gate * jax.nn.sigmoid(self.alpha * gate)
+
+
+SILU = SwiGLU()
+
+
+class GatedMLP(nnx.Module):
+    """`down(activation(gate(x), up(x)))`."""
+
+    def __init__(
+        self,
+        embed_dim: int,
+        mlp_dim: int,
+        *,
+        activation: SwiGLU = SILU,
+        std: float,
+        out_std: float,
+        rngs: nnx.Rngs,
+    ):
         self.gate = normal(rngs, (embed_dim, mlp_dim), ("embed", "mlp"), std)
         self.up = normal(rngs, (embed_dim, mlp_dim), ("embed", "mlp"), std)
         self.down = normal(rngs, (mlp_dim, embed_dim), ("mlp", "embed"), out_std)
+        self.activation = activation
 
     def __call__(self, x):
         gate = jnp.einsum("btd,df->btf", x, self.gate.astype(x.dtype))
         up = jnp.einsum("btd,df->btf", x, self.up.astype(x.dtype))
         return jnp.einsum(
             "btf,fd->btd",
-            jax.nn.silu(gate) * up,
+            self.activation(gate, up),
             self.down.astype(x.dtype),
             out_sharding=tokens_spec(x),
         )

@@ -9,15 +9,29 @@ from jaxcp.layers.parameter import constant
 
 
 class RMSNorm(nnx.Module):
-    """`x / rms(x) * scale`; rounded to x's dtype before the scale, as Llama and Hy3 do."""
+    """`x / rms(x) * scale`.
 
-    def __init__(self, size: int, *, eps: float, axis: str = "embed", gain: float = 1.0):
+    Rounded to x's dtype before the scale, as Llama and Hy3 do; `float32_scale`: after it, as
+    gpt-oss and DeepSeek-V4 do.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        eps: float,
+        axis: str = "embed",
+        gain: float = 1.0,
+        float32_scale: bool = False,
+    ):
         self.scale = constant((size,), (axis,), gain)
-        self.eps = eps
+        self.eps, self.float32_scale = eps, float32_scale
 
     def __call__(self, x):
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        if self.float32_scale:
+            return (y * self.scale.astype(jnp.float32)).astype(x.dtype)
         return y.astype(x.dtype) * self.scale.astype(x.dtype)
 
 

@@ -1,17 +1,160 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotary positions, half-split (NeoX, Llama, Hy3): channel j turns with channel j + H/2."""
+"""Rotary positions: pairs of channels turn by position times frequency. Source: arXiv 2104.09864.
+
+Half-split (NeoX, Llama, Hy3) pairs channel j with j + H/2, interleaved (DeepSeek) 2j with 2j + 1.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
+
+HF_KEYS = {
+    "rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "truncate",
+    "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor",
+    "mscale", "mscale_all_dim",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class YaRN:
+    """Longer contexts: slow channels turn `factor` times slower. Source: arXiv 2309.00071.
+
+    Channels that turn more than `beta_fast` times over `original_max_positions` stay, those that
+    turn less than `beta_slow` times are slowed, those between are blended. `truncate` rounds the
+    borders to whole channels. cos and sin are multiplied by `attention_factor`; None is the
+    paper's `0.1 ln(factor) + 1`.
+    """
+
+    factor: float
+    original_max_positions: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float | None = None
+
+    def slowed(self, frequencies: np.ndarray, theta: float) -> np.ndarray:
+        """`frequencies [H / 2]` of base `theta`, blended."""
+        half = len(frequencies)
+
+        def channel(turns):  # the one that turns so often
+            length = self.original_max_positions / (2 * math.pi * turns)
+            return half * math.log(length) / math.log(theta)
+
+        low, high = channel(self.beta_fast), channel(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, 2 * half - 1)
+        ramp = np.clip((np.arange(half) - low) / max(high - low, 1e-3), 0, 1)
+        return frequencies * (1 - ramp) + frequencies / self.factor * ramp
+
+    @property
+    def gain(self) -> float:
+        """What cos and sin are multiplied by."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        return 0.1 * math.log(self.factor) + 1 if self.factor > 1 else 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rope:
+    theta: float = 10_000.0
+    yarn: YaRN | None = None
+    interleaved: bool = False
+
+    def __post_init__(self):
+        if self.theta <= 1:
+            raise ValueError(f"theta must be above 1; got theta={self.theta}")
+
+    def frequencies(self, size: int) -> np.ndarray:
+        """Radians a position, of each of the `size / 2` pairs; float64."""
+        frequencies = self.theta ** (-np.arange(0, size, 2) / size)
+        return frequencies if self.yarn is None else self.yarn.slowed(frequencies, self.theta)
+
+    @classmethod
+    def from_hf(cls, fields: Mapping[str, Any], *, interleaved: bool = False) -> "Rope":
+        """From a config.json: `rope_parameters`, or `rope_theta` and `rope_scaling` before that.
+
+        Raises:
+          NotImplementedError: a `rope_type` other than default and yarn, a partial rotation, or
+            parameters that are not known here (such as one set a kind of layer).
+          ValueError: a yarn without `factor` or `original_max_position_embeddings`.
+        """
+        rope = {**(fields.get("rope_scaling") or {}), **(fields.get("rope_parameters") or {})}
+        if unknown := sorted(rope.keys() - HF_KEYS):
+            raise NotImplementedError(f"rope_parameters: not known are {', '.join(unknown)}")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in ("default", "yarn"):
+            raise NotImplementedError(f"rope_type must be default or yarn; got rope_type={kind!r}")
+        if rope.get("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0)) != 1.0:
+            raise NotImplementedError("partial_rotary_factor must be 1: all channels turn")
+        theta = rope.get("rope_theta", fields.get("rope_theta", 10_000.0))
+        yarn = _yarn(rope, fields) if kind == "yarn" else None
+        return cls(theta=float(theta), yarn=yarn, interleaved=interleaved)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The `rope_parameters` that `from_hf` reads."""
+        if self.yarn is None:
+            return {"rope_type": "default", "rope_theta": self.theta}
+        y = self.yarn
+        given = {} if y.attention_factor is None else {"attention_factor": y.attention_factor}
+        return given | {
+            "rope_type": "yarn",
+            "rope_theta": self.theta,
+            "factor": y.factor,
+            "original_max_position_embeddings": y.original_max_positions,
+            "beta_fast": y.beta_fast,
+            "beta_slow": y.beta_slow,
+            "truncate": y.truncate,
+        }
 
 
 def rotate(
-    x: Float[Array, "B T N H"], positions: Int[Array, "B T"], theta: float
+    x: Float[Array, "B T N H"], positions: Int[Array, "B T"], rope: Rope, *, sign: int = 1
 ) -> Float[Array, "B T N H"]:
-    """Turn each pair of channels by `position * theta ** (-2j / H)`. Source: arXiv 2104.09864."""
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None, None].astype(jnp.float32) * frequency
-    cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
-    first, second = x[..., :half], x[..., half:]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    """Every pair of x's channels, turned by its position; `sign=-1` turns back.
+
+    Angles are float32, the rotation is in x's dtype. Rotate a slice where only some channels turn.
+    """
+    frequencies = jnp.asarray(rope.frequencies(x.shape[-1]), jnp.float32)
+    angle = positions[..., None, None].astype(jnp.float32) * frequencies
+    gain = 1.0 if rope.yarn is None else rope.yarn.gain
+    cos = (jnp.cos(angle) * gain).astype(x.dtype)
+    sin = (jnp.sin(angle) * (gain * sign)).astype(x.dtype)
+    if rope.interleaved:
+        first, second = x[..., ::2], x[..., 1::2]
+    else:
+        first, second = jnp.split(x, 2, axis=-1)
+    turned = first * cos - second * sin, second * cos + first * sin
+    if rope.interleaved:
+        return jnp.stack(turned, axis=-1).reshape(x.shape)
+    return jnp.concatenate(turned, axis=-1)
+
+
+def _yarn(rope, fields):
+    original = rope.get("original_max_position_embeddings", fields.get("max_position_embeddings"))
+    if rope.get("factor") is None or original is None:
+        raise ValueError(
+            f"yarn needs factor and original_max_position_embeddings; got {dict(rope)}"
+        )
+    gain = rope.get("attention_factor")
+    if gain is None and rope.get("mscale") and rope.get("mscale_all_dim"):
+        one, all_dim = (_mscale(rope["factor"], rope[k]) for k in ("mscale", "mscale_all_dim"))
+        gain = one / all_dim
+    return YaRN(
+        factor=float(rope["factor"]),
+        original_max_positions=original,
+        # null in a config.json is as if it were not there
+        beta_fast=float(rope.get("beta_fast") or 32),
+        beta_slow=float(rope.get("beta_slow") or 1),
+        truncate=rope.get("truncate", True),
+        attention_factor=gain,
+    )
+
+
+def _mscale(factor, weight):
+    return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0

@@ -132,7 +132,7 @@ def one_token_at_a_time(layer, x):
         score = 1 / (1 + np.exp(-token @ w["router"]))
         chosen = np.argsort(-(score + w["router_bias"]), kind="stable")[: layer.num_experts_per_tok]
         for e in chosen:
-            weight = score[e] / score[chosen].sum() * layer.route_scale
+            weight = score[e] / score[chosen].sum() * layer.routing.scale
             y[at] += weight * swiglu(token, w["gate"][e], w["up"][e], w["down"][e])
             count[e] += 1
         y[at] += swiglu(token, w["shared.gate"], w["shared.up"], w["shared.down"])

@@ -18,6 +18,8 @@ from jaxcp.layers.moe import MoE
 from jaxcp.layers.ngram import NGram
 from jaxcp.layers.norm import RMSNorm
 from jaxcp.layers.parameter import normal
+from jaxcp.layers.rope import Rope
+from jaxcp.layers.routing import Routing
 from jaxcp.models.base import LanguageModel, embed
 
 OURS = {
@@ -206,7 +208,7 @@ class Block(nnx.Module):
             out_std=out_std,
             qk_norm_eps=c.norm_eps,
             qk_gain=1.2 if kind == "L" else 1.5,
-            rope_theta=None if kind == "N" else c.rope_theta,
+            rope=None if kind == "N" else Rope(theta=c.rope_theta),
             window=c.window if kind == "L" else None,
             rngs=rngs,
         )
@@ -221,8 +223,7 @@ class Block(nnx.Module):
                 num_experts=c.num_experts,
                 num_experts_per_tok=c.num_experts_per_tok,
                 num_shared_experts=c.num_shared_experts,
-                route_norm=c.route_norm,
-                route_scale=c.route_scale,
+                routing=Routing(normalise=c.route_norm, scale=c.route_scale),
                 std=std,
                 out_std=out_std,
                 rngs=rngs,

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which experts a token goes to, and how much each of them counts.
+
+A new way to score is an entry of `SCORES`; a new way to select is a field of `Routing` that
+`select` reads. Experts that something else names (a table of token ids) are `weigh`ed alike.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+SCORES = {
+    "sigmoid": jax.nn.sigmoid,  # Hy3, DeepSeek-V3
+    "softmax": jax.nn.softmax,  # Qwen3-MoE; gpt-oss, whose softmax over the chosen is `normalise`
+    "sqrt_softplus": lambda x: jnp.sqrt(jax.nn.softplus(x)),  # DeepSeek-V4
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Routing:
+    """Scores over all experts, the highest of which are chosen and weigh.
+
+    `selection_bias`: a float32 bias that balances load; it selects and does not weigh.
+    `linear_bias`: the router's projection has a bias, which does both.
+    `normalise`: weights of the chosen sum to one, before `scale`.
+    `num_groups`, `top_groups`: experts lie in groups, and only those of the `top_groups` with the
+    highest sum of two best scores are open to a token. Source: arXiv 2412.19437.
+    """
+
+    scores: str = "sigmoid"
+    selection_bias: bool = True
+    linear_bias: bool = False
+    normalise: bool = True
+    scale: float = 1.0
+    num_groups: int = 1
+    top_groups: int = 1
+
+    def __post_init__(self):
+        if self.scores not in SCORES:
+            raise ValueError(f"scores must be one of {sorted(SCORES)}; got {self.scores!r}")
+        if not 1 <= self.top_groups <= self.num_groups:
+            raise ValueError(
+                f"needs 1 <= top_groups <= num_groups; got {self.top_groups} of {self.num_groups}"
+            )
+
+    def select(
+        self, scores: Float[Array, "M E"], k: int, bias: Float[Array, "E"] | None = None
+    ) -> Int[Array, "M k"]:
+        """The `k` experts of each token; the lower index where scores are equal.
+
+        Raises:
+          ValueError: `num_groups` does not divide the experts into groups of two and more, or
+            the open groups hold fewer than `k`.
+        """
+        wanted = lax.stop_gradient(scores if bias is None else scores + bias)
+        if self.num_groups > 1:
+            wanted = self._only_top_groups(wanted, k)
+        return lax.top_k(wanted, k)[1]
+
+    def weigh(self, scores: Float[Array, "M E"], chosen: Int[Array, "M k"]) -> Float[Array, "M k"]:
+        """What each of the `chosen` counts: its score without the selection bias."""
+        weights = jnp.take_along_axis(scores, chosen, axis=-1)
+        if self.normalise:
+            weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
+        return weights * self.scale
+
+    def _only_top_groups(self, wanted, k):
+        tokens, experts = wanted.shape
+        size = experts // self.num_groups
+        if size * self.num_groups != experts or size < 2 or size * self.top_groups < k:
+            raise ValueError(
+                "num_groups must divide the experts into groups of two and more, top_groups of "
+                f"which hold k; got {self.top_groups} of {self.num_groups} groups, "
+                f"{experts} experts, k={k}"
+            )
+        grouped = wanted.reshape(tokens, self.num_groups, size)
+        best = lax.top_k(grouped, 2)[0].sum(-1)
+        open_groups = lax.top_k(best, self.top_groups)[1]
+        is_open = (open_groups[..., None] == jnp.arange(self.num_groups)).any(1)
+        return jnp.where(is_open[..., None], grouped, -jnp.inf).reshape(tokens, experts)

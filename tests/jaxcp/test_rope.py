@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rotary positions, from the definition in complex float64."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxcp.layers.rope import Rope, YaRN, rotate
+
+
+def yarn_by_channel(size, theta, factor, original, fast, slow, truncate):
+    """Frequencies of arXiv 2309.00071, a channel at a time."""
+    low, high = (
+        size * np.log(original / (2 * np.pi * turns)) / (2 * np.log(theta))
+        for turns in (fast, slow)
+    )
+    low, high = (np.floor(low), np.ceil(high)) if truncate else (low, high)
+    low, high = max(low, 0), min(high, size - 1)
+    out = []
+    for j in range(size // 2):
+        plain = theta ** (-2 * j / size)
+        slowed = min(max((j - low) / (high - low), 0), 1)
+        out.append(plain / factor * slowed + plain * (1 - slowed))
+    return np.asarray(out)
+
+
+GPT_OSS = YaRN(factor=32.0, original_max_positions=4096, truncate=False)
+
+
+@pytest.mark.parametrize(
+    "rope, expected, gain",
+    [
+        (Rope(theta=1e6), 1e6 ** (-np.arange(8) / 8), 1),
+        (
+            Rope(theta=150_000.0, yarn=GPT_OSS),
+            yarn_by_channel(16, 150_000, 32, 4096, 32, 1, False),
+            0.1 * np.log(32) + 1,
+        ),
+        (
+            Rope(yarn=YaRN(factor=40.0, original_max_positions=64, attention_factor=1.0)),
+            yarn_by_channel(16, 10_000, 40, 64, 32, 1, True),
+            1,
+        ),
+    ],
+    ids=["default", "gpt-oss", "deepseek"],
+)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_pairs_turn_by_position_times_frequency(rope, expected, gain, interleaved, sign):
+    rope = Rope(theta=rope.theta, yarn=rope.yarn, interleaved=interleaved)
+    x = np.random.default_rng(0).normal(size=(2, 5, 3, 16))
+    positions = np.asarray([[0, 1, 2, 100, 4000], [7, 3, 3, 9, 1000]], np.int32)
+    turn = gain * np.exp(1j * sign * positions[..., None, None] * expected)
+    found = np.asarray(rotate(jnp.asarray(x, jnp.float32), jnp.asarray(positions), rope, sign=sign))
+    if interleaved:
+        pairs, found = x[..., ::2] + 1j * x[..., 1::2], found[..., ::2] + 1j * found[..., 1::2]
+    else:
+        pairs, found = x[..., :8] + 1j * x[..., 8:], found[..., :8] + 1j * found[..., 8:]
+    np.testing.assert_allclose(found, pairs * turn, atol=2e-3)  # float32 angles of 4,000 radians
+    np.testing.assert_allclose(found[:, :3], (pairs * turn)[:, :3], atol=1e-5)
+
+
+def test_rope_of_a_config():
+    old = {"rope_theta": 150000, "rope_scaling": {
+        "rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096,
+        "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}}  # fmt: skip
+    expected = Rope(theta=150_000.0, yarn=GPT_OSS)
+    assert Rope.from_hf(old) == expected
+    assert Rope.from_hf({"rope_parameters": expected.to_hf()}) == expected
+    assert Rope.from_hf({"rope_theta": 1e6, "rope_scaling": None}) == Rope(theta=1e6)
+    assert Rope.from_hf({}) == Rope()
+    v3 = {"rope_type": "yarn", "factor": 40, "original_max_position_embeddings": 4096,
+          "mscale": 1.0, "mscale_all_dim": 1.0}  # fmt: skip
+    assert Rope.from_hf({"rope_parameters": v3}).yarn.gain == 1
+    without = {k: v for k, v in v3.items() if not k.startswith("mscale")}
+    assert Rope.from_hf({"rope_parameters": without}).yarn.gain == pytest.approx(1.36889, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear'"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type='llama3'"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "not known are full_att"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "yarn needs factor and original_max"),
+    ],
+)
+def test_ropes_that_are_not_there(fields, message):
+    with pytest.raises((NotImplementedError, ValueError), match=message):
+        Rope.from_hf(fields)
