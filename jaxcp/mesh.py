@@ -14,29 +14,30 @@ AXES = ("data", "seq", "model", "expert")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each axis: `data` rows, `seq` tokens of a row, `model` heads and widths."""
+    """Devices along each axis: `data` rows, `seq` tokens of a row, `model` heads and widths,
+    `expert` experts."""
 
     data: int = 1
     seq: int = 1
     model: int = 1
     expert: int = 1
+    experts: str = "expert"
+    """The axis over which experts lie: with "seq" or "data" on the devices that hold tokens, which
+    then travel to them; over `expert` every device sees the same tokens."""
 
     def __post_init__(self):
         for axis in AXES:
             if getattr(self, axis) < 1:
                 raise ValueError(f"mesh axis {axis} must be at least 1; got {getattr(self, axis)}")
-        if self.expert > 1:
-            raise NotImplementedError(
-                f"expert parallelism is not there yet: expert must be 1; got expert={self.expert}. "
-                "Shard expert widths with model=... instead"
-            )
+        if self.experts not in ("expert", "seq", "data"):
+            raise ValueError(f"experts lie over expert, seq or data; got experts={self.experts!r}")
 
     @property
     def size(self) -> int:
         return math.prod(getattr(self, axis) for axis in AXES)
 
     def make(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
-        return make_mesh(**dataclasses.asdict(self), devices=devices)
+        return make_mesh(**{axis: getattr(self, axis) for axis in AXES}, devices=devices)
 
 
 def make_mesh(

@@ -14,28 +14,29 @@ RULES: dict[str, str | None] = {
     "embed": None,  # the residual stream is whole on every device, so norms need no communication
     "head_dim": None,
     "vocab": None,  # the loss and the sampler read whole rows
-    "experts": None,  # expert parallelism is not there yet
+    "experts": "expert",  # or another axis, see `place`: tokens travel to their experts
+    "choices": None,  # a router's columns: every device chooses among all experts
     "positions": None,
     "window": None,  # of an n-gram embedding: small
     "ngram": None,
 }
 
 
-def spec_of(axes: tuple[str | None, ...]) -> P:
-    """PartitionSpec of logical axes under `RULES`."""
-    return P(*(None if axis is None else RULES[axis] for axis in axes))
+def sharding_of(variable: nnx.Variable, experts: str = "expert") -> P:
+    """How a parameter lies on the mesh under `RULES`; replicated where it names no axes."""
+    rules = RULES | {"experts": experts}
+    axes = variable.get_metadata().get("axes") or ()
+    return P(*(None if axis is None else rules[axis] for axis in axes))
 
 
-def sharding_of(variable: nnx.Variable) -> P:
-    """How a parameter lies on the mesh; replicated where it names no axes."""
-    return spec_of(variable.get_metadata().get("axes") or ())
-
-
-def place(model: Any) -> Any:
+def place(model: Any, *, experts: str = "expert") -> Any:
     """The model with every parameter on the mesh in scope (unchanged where there is none).
 
+    Args:
+      experts: the mesh axis over which the experts of MoE layers are spread. With "seq" (or
+        "data") they lie on the devices that hold the sequence, and tokens travel to them.
     Raises:
-      ValueError: a width that the model axis does not divide, all of them listed.
+      ValueError: a width that its mesh axis does not divide, all of them listed.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -44,18 +45,18 @@ def place(model: Any) -> Any:
         model, is_leaf=lambda x: isinstance(x, nnx.Variable)
     )
     problems = [
-        p for path, leaf in leaves if (p := _misfit(jax.tree_util.keystr(path), leaf, mesh))
+        p for path, leaf in leaves if (p := _misfit(jax.tree_util.keystr(path), leaf, mesh, experts))
     ]
     if problems:
-        raise ValueError("the mesh's model axis does not divide: " + "; ".join(problems))
-    placed = [jax.device_put(leaf.get_value(), sharding_of(leaf)) for _, leaf in leaves]
+        raise ValueError("the mesh does not divide: " + "; ".join(problems))
+    placed = [jax.device_put(leaf.get_value(), sharding_of(leaf, experts)) for _, leaf in leaves]
     new = [leaf.replace(value) for (_, leaf), value in zip(leaves, placed, strict=True)]
     return jax.tree.unflatten(tree, new)
 
 
-def _misfit(name, variable, mesh):
+def _misfit(name, variable, mesh, experts):
     shape = variable.get_value().shape
-    for size, axis in zip(shape, sharding_of(variable), strict=False):
+    for size, axis in zip(shape, sharding_of(variable, experts), strict=False):
         if axis is not None and size % mesh.shape.get(axis, 1):
             return f"{name} {shape} by {axis}={mesh.shape[axis]}"
     return None

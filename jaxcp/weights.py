@@ -37,13 +37,17 @@ LISTED = 50  # of each kind of problem: a wrong checkpoint of 47,000 tensors mus
 
 
 def load(
-    path: str | os.PathLike, dtype: jax.typing.DTypeLike | None = None
+    path: str | os.PathLike,
+    dtype: jax.typing.DTypeLike | None = None,
+    *,
+    experts: str = "expert",
 ) -> tuple[LanguageModel, Tokenizer | None]:
     """The model and the tokenizer (None when there is no tokenizer.json) of a checkpoint folder.
 
     Under `jax.set_mesh` every leaf is put on the mesh with the model's own sharding. `dtype` is
     that of the parameters and of the computation; None keeps each tensor's own. The router's
-    selection bias stays float32.
+    selection bias stays float32. `experts`: the mesh axis over which experts lie, see
+    `jaxcp.sharding.place`.
 
     Raises:
       FileNotFoundError: config.json, the safetensors or a shard that the index names is not there.
@@ -72,7 +76,7 @@ def load(
                 value = value.astype(leaf.dtype)
             elif dtype is not None:
                 value = value.astype(jnp.dtype(dtype))
-            read[keys] = leaf.replace(_put(name, value, sharding_of(leaf)))
+            read[keys] = leaf.replace(_put(name, value, sharding_of(leaf, experts)))
     model = nnx.merge(graph, nnx.from_flat_state(list(read.items())))
     tokenizer = Path(path, TOKENIZER)
     return model, Tokenizer.from_file(tokenizer) if tokenizer.exists() else None

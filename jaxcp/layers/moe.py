@@ -2,7 +2,9 @@
 """Mixture of experts: a router, gated experts, and shared experts that every token goes through.
 
 No token is ever dropped: tokens are sorted by expert and every group is multiplied whole. Each
-device routes the tokens it holds; expert widths are split over the model axis.
+device routes the tokens it holds; expert widths are split over the model axis. Where experts lie
+on a mesh axis over which tokens are sharded too, tokens travel to them (`expert_exchange`); on an
+axis that tokens do not know, each device adds what its own experts say of all its tokens.
 """
 
 import jax
@@ -11,11 +13,15 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from jaxcp.layers.expert_exchange import exchanged
 from jaxcp.layers.mlp import SILU, GatedMLP, SwiGLU
 from jaxcp.layers.parameter import RouterBias, constant, normal
 from jaxcp.layers.routing import SCORES, Routing
-from jaxcp.sharding import spec_of, tokens_spec
+from jaxcp.sharding import tokens_spec
 from pallas_kernels import grouped_matmul, grouped_swiglu
+
+EXPERT_WEIGHTS = ("gate", "up", "down", "gate_bias", "up_bias")
+"""What an expert's own device applies."""
 
 
 class MoE(nnx.Module):
@@ -37,18 +43,18 @@ class MoE(nnx.Module):
         rngs: nnx.Rngs,
     ):
         wide, narrow = (num_experts, embed_dim, moe_dim), (num_experts, moe_dim, embed_dim)
-        self.router = normal(rngs, (embed_dim, num_experts), ("embed", "experts"), std)
+        self.router = normal(rngs, (embed_dim, num_experts), ("embed", "choices"), std)
         if routing.selection_bias:
-            self.router_bias = RouterBias(jnp.zeros((num_experts,), jnp.float32), axes=("experts",))
+            self.router_bias = RouterBias(jnp.zeros((num_experts,), jnp.float32), axes=("choices",))
         if routing.linear_bias:
-            self.router_linear_bias = constant((num_experts,), ("experts",), 0.0)
+            self.router_linear_bias = constant((num_experts,), ("choices",), 0.0)
         self.gate = normal(rngs, wide, ("experts", "embed", "mlp"), std)
         self.up = normal(rngs, wide, ("experts", "embed", "mlp"), std)
         self.down = normal(rngs, narrow, ("experts", "mlp", "embed"), out_std)
         if use_bias:
             self.gate_bias = constant((num_experts, moe_dim), ("experts", "mlp"), 0.0)
             self.up_bias = constant((num_experts, moe_dim), ("experts", "mlp"), 0.0)
-            self.down_bias = constant((num_experts, embed_dim), ("experts", "embed"), 0.0)
+            self.down_bias = constant((num_experts, embed_dim), ("choices", "embed"), 0.0)
         if num_shared_experts:
             self.shared = GatedMLP(
                 embed_dim,
@@ -69,17 +75,23 @@ class MoE(nnx.Module):
         w = self._weights(x.dtype)
         spec = tokens_spec(x)
         if spec is None:
-            y, load = self._routed(x, chosen, w, axes=(), model_axis=None)
+            y, load = self._routed(x, chosen, w, axes=(), experts=None, partial=())
         else:
             tokens = P(*spec, None)
             axes = tuple(jax.tree.leaves(tuple(spec)))
-            placed = {name: spec_of(getattr(self, name).get_metadata()["axes"]) for name in w}
+            placed = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, w)
+            experts, width, _ = placed["down"]
+            apart = experts if experts not in axes else None
+            mesh = jax.sharding.get_abstract_mesh().shape
+            partial = tuple(a for a in (width, apart) if a is not None and mesh[a] > 1)
 
             def local(x, chosen, w):
-                return self._routed(x, chosen, w, axes=axes, model_axis="model")
+                return self._routed(x, chosen, w, axes=axes, experts=experts, partial=partial)
 
             ins = (tokens, None if chosen is None else tokens, placed)
-            y, load = jax.shard_map(local, in_specs=ins, out_specs=(tokens, P()))(x, chosen, w)
+            # check_vma=False: rounds of an exchange that are skipped vary over no axis
+            run = jax.shard_map(local, in_specs=ins, out_specs=(tokens, P()), check_vma=False)
+            y, load = run(x, chosen, w)
         return (y + self.shared(x) if self.num_shared_experts else y), load
 
     def _weights(self, dtype):
@@ -91,8 +103,11 @@ class MoE(nnx.Module):
         w = {name: getattr(self, name).astype(jnp.float32) for name in router}
         return w | {name: getattr(self, name).astype(dtype) for name in experts}
 
-    def _routed(self, x, chosen, w, *, axes, model_axis):
-        """The routed experts' sum over local tokens."""
+    def _routed(self, x, chosen, w, *, axes, experts, partial):
+        """The routed experts' sum over local tokens.
+
+        `axes` shard tokens, `experts` the experts; over `partial` results are parts of a sum.
+        """
         b, t, d = x.shape
         k, num_experts = self.num_experts_per_tok, w["router"].shape[1]
         flat = x.reshape(b * t, d)
@@ -102,32 +117,49 @@ class MoE(nnx.Module):
         else:
             chosen = chosen.reshape(b * t, k)
         weights = self.routing.weigh(scores, chosen)
-        order = jnp.argsort(chosen.reshape(-1))  # stable: choices of one expert stay in token order
-        sizes = jnp.bincount(chosen.reshape(-1), length=num_experts).astype(jnp.int32)
-        expert = chosen.reshape(-1)[order]
-        hidden = self._activated(flat[order // k], w, expert, sizes)
-        out = grouped_matmul(hidden, w["down"], sizes)
-        out = jnp.zeros_like(out).at[order].set(out, unique_indices=True).reshape(b * t, k, d)
+        if experts in axes and lax.axis_size(experts) > 1:
+            shared = {name: x for name, x in w.items() if name in EXPERT_WEIGHTS}
+            options = {"axis_name": experts, "num_experts": num_experts}
+            out = exchanged(flat, chosen, self._applied, shared, **options)
+        else:
+            out = self._own_experts(flat, chosen, w, experts)
         y = jnp.einsum("mkd,mk->md", out.astype(jnp.float32), weights)
-        load = sizes.astype(jnp.float32) / (b * t * k)
-        if model_axis is not None:
-            y = lax.psum(y, model_axis)
+        if partial:
+            y = lax.psum(y, partial)
         if self.use_bias:  # after the sum over devices: once
             bias = w["down_bias"].astype(jnp.float32)[chosen]
             y = y + jnp.einsum("mkd,mk->md", bias, weights)
+        sizes = jnp.bincount(chosen.reshape(-1), length=num_experts)
+        load = sizes.astype(jnp.float32) / (b * t * k)
         if axes:
             load = lax.pmean(load, axes)
         return y.astype(x.dtype).reshape(b, t, d), load
 
+    def _own_experts(self, rows, chosen, w, experts):
+        """`[M, k, D]`: what each choice makes of its row; 0 where its expert is elsewhere."""
+        each = w["down"].shape[0]
+        first = 0 if experts is None else lax.axis_index(experts) * each
+        number = (chosen - first).reshape(-1)
+        number = jnp.where((number >= 0) & (number < each), number, each)
+        order = jnp.argsort(number)  # stable: choices of one expert stay in token order
+        sizes = jnp.bincount(number, length=each).astype(jnp.int32)
+        out = self._applied(w, rows[order // chosen.shape[1]], number[order], sizes)
+        out = jnp.zeros_like(out).at[order].set(out, unique_indices=True)
+        return out.reshape(*chosen.shape, -1)
+
+    def _applied(self, w, rows, expert, sizes):
+        """`[R, D]` of rows sorted by expert; 0 past the last one's."""
+        return grouped_matmul(self._activated(rows, w, expert, sizes), w["down"], sizes)
+
     def _activated(self, rows, w, expert, sizes):
-        """`[M * k, F]`, rows sorted by expert."""
+        """`[R, F]`, rows sorted by expert."""
         if self.activation.is_silu and not self.use_bias:
             limit = self.activation.limit
             return grouped_swiglu(rows, w["gate"], w["up"], sizes, clamp=limit)
 
         def project(name):
             y = grouped_matmul(rows, w[name], sizes)
-            return y + w[f"{name}_bias"][expert] if self.use_bias else y
+            return y + w[f"{name}_bias"].at[expert].get(mode="clip") if self.use_bias else y
 
         return self.activation(project("gate"), project("up"))
 

@@ -54,7 +54,9 @@ def init_state(config: TrainConfig) -> State:
     learnt = skeleton(config.model).learnt
     arrays = {
         name: v.get_value()
-        for name, v in _variables(place(_new_model(config.model, config.seed))).items()
+        for name, v in _variables(
+            place(_new_model(config.model, config.seed), experts=config.mesh.experts)
+        ).items()
     }
     params = {name: x.astype(jnp.float32) for name, x in arrays.items() if name in learnt}
     state = {
@@ -87,7 +89,7 @@ def abstract_inputs(config: TrainConfig, mesh: Mesh) -> tuple[State, dict[str, A
     for name, variable in _variables(model).items():
         dtype = jnp.float32 if name in learnt else variable.dtype
         (params if name in learnt else others)[name] = leaf(
-            variable.shape, dtype, sharding_of(variable)
+            variable.shape, dtype, sharding_of(variable, config.mesh.experts)
         )
     with jax.sharding.use_abstract_mesh(abstract_mesh):
         state = jax.eval_shape(fresh, params) | {"params": params, "others": others}

@@ -33,7 +33,7 @@ MOE = HybridMoEConfig(
     vocab_size=256, num_layers=1, embed_dim=32, num_heads=2, num_kv_heads=2, head_dim=16,
     mlp_dim=64, moe_dim=16, num_experts=4, num_experts_per_tok=2, first_dense_layers=0,
 )  # fmt: skip
-SPREAD = MeshConfig(data=2, seq=4)
+SPREAD = MeshConfig(data=2, seq=4, experts="seq")
 
 
 def run(out_dir, **changes):
