@@ -44,9 +44,8 @@ def place(model: Any, *, experts: str = "expert") -> Any:
     leaves, tree = jax.tree_util.tree_flatten_with_path(
         model, is_leaf=lambda x: isinstance(x, nnx.Variable)
     )
-    problems = [
-        p for path, leaf in leaves if (p := _misfit(jax.tree_util.keystr(path), leaf, mesh, experts))
-    ]
+    found = [_misfit(jax.tree_util.keystr(path), leaf, mesh, experts) for path, leaf in leaves]
+    problems = [problem for problem in found if problem]
     if problems:
         raise ValueError("the mesh does not divide: " + "; ".join(problems))
     placed = [jax.device_put(leaf.get_value(), sharding_of(leaf, experts)) for _, leaf in leaves]
