@@ -105,7 +105,6 @@ def _evaluate(model, tokenizer, size: Size, length: int, bar: Progress, task) ->
         tokenizer,
         lengths=[length],
         needles=size.needles,
-        attention=Ring(),
         on_answer=advance,
     )
 

@@ -13,6 +13,7 @@ with NaN where they are not; whoever made the positions from the layout needs no
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,7 @@ class Halo(Strategy):
 
         reach = reached(self.layout, n, tokens, mask.window, mask.causal)
         keys = k, v, kv_pos, kv_seg
-        halo = [_fetch(keys, rows, distance, axis_name) for distance, rows in reach.items()]
+        halo = [fetch(keys, rows, distance, axis_name) for distance, rows in reach.items()]
         # own keys first: the halo is on its way meanwhile
         dtype = np.promote_types(q.dtype, np.float32) if halo else q.dtype
         done = attend(*keys, out_dtype=dtype)
@@ -73,31 +74,40 @@ class Halo(Strategy):
         return jnp.where(good[..., None], done[0], jnp.nan), jnp.where(good, done[1], jnp.nan)
 
 
-def _fetch(keys, rows, distance, axis_name):
-    """K, V, positions and segment ids of `rows` of the shard `distance` before this one."""
+def fetch(keys, rows, distance, axis_name):
+    """K, V, positions (and whatever follows) of `rows` of the shard `distance` before this one."""
     n = len(rows)
     mine = jnp.asarray(rows)[lax.axis_index(axis_name)]
-    k, v, positions, segments = jax.tree.map(
+    k, v, positions, *more = jax.tree.map(
         lambda x: jnp.take(x, jnp.maximum(mine, 0), axis=1, unique_indices=False), keys
     )
     positions = jnp.where(mine < 0, PAD_POSITION, positions)
     hops = [(i, (i + distance) % n) for i in range(n)]
-    return jax.tree.map(lambda x: lax.ppermute(x, axis_name, hops), (k, v, positions, segments))
+    return jax.tree.map(lambda x: lax.ppermute(x, axis_name, hops), (k, v, positions, *more))
 
 
 @functools.lru_cache(maxsize=64)
 def reached(
     layout: Layout, shards: int, tokens: int, window: int, causal: bool
 ) -> dict[int, np.ndarray]:
+    """`rows_to_send` under a layout of `tokens` a shard, whatever pads it may have added."""
+    padded = shards * tokens
+    lengths = [padded - pads for pads in range(min(layout.padded_length(1, shards), padded))]
+    orders = [layout.order(length, shards).reshape(shards, tokens) for length in lengths]
+    return rows_to_send(zip(orders, lengths, strict=True), window, causal)
+
+
+def rows_to_send(
+    orders: Iterable[tuple[np.ndarray, int]], window: int, causal: bool = True
+) -> dict[int, np.ndarray]:
     """Which rows each shard sends how far: `{distance: local rows [shards, most]}`, -1 for none.
 
-    `tokens` a shard. The union over every number of pads that the layout may have added.
+    Enough for each of `orders`: the natural index of the token at each place `[shards, tokens]`,
+    in order on a shard and pads last, and how many tokens there are; pads are not below that.
     """
-    padded = shards * tokens
     wanted: dict[tuple[int, int], set] = {}
-    for pads in range(min(layout.padded_length(1, shards), padded)):
-        length = padded - pads
-        order = layout.order(length, shards).reshape(shards, tokens)
+    for order, length in orders:
+        shards, tokens = order.shape
         place = np.argsort(order, axis=None)  # of a natural index: shard * tokens + row
         for shard, own in enumerate(order):
             own = own[own < length]
@@ -117,12 +127,16 @@ def reached(
 
 def _beyond(own, window, length, causal):
     """Natural indices that the windows of `own` (sorted) reach and that are not among them."""
-    starts = own[np.diff(own, prepend=-2) != 1]
-    ends = own[np.diff(own, append=length + 1) != 1]
-    spans = [(a - window + 1, a) for a in starts]
-    spans += [] if causal else [(b + 1, b + window) for b in ends]
-    indices = [np.arange(max(a, 0), min(b, length)) for a, b in spans]
-    return np.setdiff1d(np.concatenate(indices), own) if indices else np.zeros(0, int)
+    if not own.size:
+        return own
+    firsts = own[np.diff(own, prepend=-2) != 1].tolist()
+    lasts = own[np.diff(own, append=length + 1) != 1].tolist()
+    gaps = zip(firsts, [-1, *lasts[:-1]], strict=True)  # before each run: up to the run before
+    spans = [(max(first - window, last) + 1, first) for first, last in gaps]
+    if not causal:
+        gaps = zip([*firsts[1:], length], lasts, strict=True)
+        spans += [(last + 1, min(last + window, first)) for first, last in gaps]
+    return np.unique(np.concatenate([np.arange(*span) for span in spans]))
 
 
 def _consecutive(layout, n, positions, segments, axis_name):

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sequence-sharded cache, and the two ways to attend over it.
+"""The cache, and the two ways to attend over it.
 
-A slot belongs to no position: it holds whatever token was written there, and its position says
-which. So new tokens go wherever there is room, shards fill evenly over any number of turns, and
-an empty slot (position `PAD_POSITION`) masks itself.
+A layer that sees everything keeps a key and a value for each slot, and slots are sharded. A slot
+belongs to no position: it holds whatever token was written there, and its position says which. So
+new tokens go wherever there is room, shards fill evenly over any number of turns, and an empty
+slot (position `PAD_POSITION`) masks itself. A layer with a window keeps the newest tokens alone, on
+every device (`window_cache`).
 
 `Prefill`: many new tokens, sharded like the cache; keys travel by the strategy.
 `Extend`: few new tokens, the same on every device; each attends to its own shard and one
-collective a layer merges `(out, lse)`.
+collective merges `(out, lse)`.
 """
 
 import dataclasses
@@ -18,35 +20,38 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from jaxcp.context_parallel import window_cache
+from jaxcp.context_parallel.ring import Ring
+from jaxcp.context_parallel.ring_pass_q import RingPassQ
 from jaxcp.context_parallel.strategy import Strategy
 from pallas_kernels import PAD_POSITION, decode_attention, flash_attention
 from pallas_kernels.decode_attention import MAX_QUERIES
 from pallas_kernels.flash_attention import Mask, apply_sinks, attention_forward
 from pallas_kernels.online_softmax import merge_stacked
 
-SLACK = 64
-"""Slots a shard has beyond its share of `max_len`, for the pads of a short turn.
-
-`2 * shards` come on top: so far ahead of another may it be (see `jaxcp.inference.steps`).
-"""
+MAX_EXTEND = 64
+"""Tokens that `Extend` takes at most; slots that a shard has for pads beyond its share."""
 AXIS = "seq"
+TOKENS, ROWS, SAME = P("data", AXIS), P("data"), P(None)
+SHARDED, WHOLE = P("data", AXIS, "model", None), P("data", None, "model", None)
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["k", "v", "positions", "fill", "lengths", "recent"],
-    meta_fields=["max_len"],
+    meta_fields=["windows", "max_len"],
 )
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of every layer, sharded over slots. S = shards * slots per shard."""
+    """Keys and values of every layer. S = shards * slots per shard."""
 
-    k: tuple[jax.Array, ...]  # a layer: [B, S, K, H]
+    k: tuple[jax.Array, ...]  # a layer: [B, S, K, H], sharded; with a window [B, R, K, H], not
     v: tuple[jax.Array, ...]
     positions: jax.Array  # int32 [B, S]
     fill: jax.Array  # int32 [shards]: slots in use
     lengths: jax.Array  # int32 [B]: tokens in the cache; the next token's position
     recent: jax.Array  # int32 [B, W - 1]: the latest token ids, newest first, for n-gram embeddings
+    windows: tuple[int | None, ...]  # a layer: it keeps no more than this needs
     max_len: int
 
     @property
@@ -72,32 +77,38 @@ def empty_cache(
     head_dim: int,
     dtype,
     recent: int = 0,
+    windows: tuple[int | None, ...] | None = None,
 ) -> KVCache:
-    """A cache for `max_len` tokens a row, on the mesh in scope."""
+    """A cache for `max_len` tokens a row, on the mesh in scope.
+
+    `windows`: of each layer, None for one that sees everything.
+    """
+    windows = (None,) * layers if windows is None else windows
+    if len(windows) != layers:
+        raise ValueError(f"windows must name {layers} layers; got {windows}")
     if batch_size < 1 or max_len < 1:
         raise ValueError(
             f"a cache needs batch_size >= 1 and max_len >= 1; got {batch_size} and {max_len}"
         )
     shards = _shards()
-    slots = -(-max_len // shards) + SLACK + 2 * shards
-    shape = (batch_size, shards * slots, num_kv_heads, head_dim)
+    total = shards * (-(-max_len // shards) + MAX_EXTEND)
+
+    def layer(window):
+        rows = total if window is None else window - 1 + MAX_EXTEND
+        zeros = jnp.zeros((batch_size, rows, num_kv_heads, head_dim), dtype)
+        return _on_mesh(zeros, SHARDED if window is None else WHOLE)
 
     @jax.jit
     def make():
-        def zeros():
-            return tuple(
-                _on_mesh(jnp.zeros(shape, dtype), P("data", AXIS, "model", None))
-                for _ in range(layers)
-            )
-
-        positions = jnp.full(shape[:2], PAD_POSITION, jnp.int32)
+        positions = jnp.full((batch_size, total), PAD_POSITION, jnp.int32)
         return KVCache(
-            k=zeros(),
-            v=zeros(),
-            positions=_on_mesh(positions, P("data", AXIS)),
-            fill=_on_mesh(jnp.zeros(shards, jnp.int32), P(None)),
-            lengths=_on_mesh(jnp.zeros(batch_size, jnp.int32), P("data")),
+            k=tuple(map(layer, windows)),
+            v=tuple(map(layer, windows)),
+            positions=_on_mesh(positions, TOKENS),
+            fill=_on_mesh(jnp.zeros(shards, jnp.int32), SAME),
+            lengths=_on_mesh(jnp.zeros(batch_size, jnp.int32), ROWS),
             recent=_on_mesh(jnp.full((batch_size, recent), -1, jnp.int32), P("data", None)),
+            windows=windows,
             max_len=max_len,
         )
 
@@ -107,49 +118,68 @@ def empty_cache(
 class Prefill:
     """Attention of new tokens `[B, T]` (sharded over `seq`) over the cache, which it fills.
 
-    Every shard writes its `T / shards` new rows behind its fill; `used` (static) bounds the slots
-    a shard holds after that, and only those travel.
+    Every shard writes its `T / shards` new rows behind its fill.
+
+    Args:
+      added: int32 `[B]`, new tokens of each row.
+      strategy: for layers that see everything; None passes queries around where that sends less
+        than rotating keys (`RingPassQ.fewer_bytes`), else it is `Ring()`.
+      used: (static) bounds the slots that a shard holds afterwards, and only those travel; equal
+        to `T / shards` it says that the cache was empty.
+      halos: by window, what shards send each other of the new tokens: see `window_cache.attend`.
     """
 
-    def __init__(self, cache: KVCache, positions, *, strategy: Strategy, used: int):
-        if strategy.reproducible:
+    def __init__(self, cache: KVCache, positions, added, *, strategy: Strategy | None, used, halos):
+        if strategy is not None and strategy.reproducible:
             raise NotImplementedError("prefill over a cache has no reproducible form; use Ring()")
         self.cache, self.positions, self.strategy, self.used = cache, positions, strategy, used
+        self.added, self.halos = added, halos
         self.k, self.v = list(cache.k), list(cache.v)
-        tokens = P("data", AXIS)
-        write = _on_shards(_write, (tokens, tokens, P(None)), tokens)
+        write = _on_shards(_write, (TOKENS, TOKENS, SAME), TOKENS)
         self.kv_positions = write(cache.positions, positions, cache.fill)
 
     def __call__(self, q, k, v, *, layer, window, sinks=None, scale=None, soft_cap=None):
-        heads, tokens = P("data", AXIS, "model", None), P("data", AXIS)
-        local = functools.partial(
-            self._local, mask=Mask(window=window), **_options(q, scale, soft_cap)
-        )
-        specs = (*[heads] * 5, tokens, tokens, P(None), P("model"))
-        run = _on_shards(local, specs, (heads,) * 3)
-        state = self.k[layer], self.v[layer], self.positions, self.kv_positions, self.cache.fill
-        out, self.k[layer], self.v[layer] = run(q, k, v, *state, _some(sinks))
-        return out
+        options, more = _options(q, window, scale, soft_cap), [(self.positions, TOKENS)]
+        if _keeps_window(self.cache, layer, window):
+            local, held = functools.partial(self._windowed, **options), WHOLE
+            more += [(self.cache.lengths, ROWS), (self.added, ROWS), (self.halos[window], SAME)]
+        else:
+            local, held = functools.partial(self._full, **options), SHARDED
+            more += [(self.kv_positions, TOKENS), (self.cache.fill, SAME)]
+        return _run(self, layer, local, SHARDED, held, (q, k, v), more, sinks)
 
-    def _local(self, q, k, v, cache_k, cache_v, q_pos, kv_pos, fill, sinks, *, mask, **options):
+    def _full(self, q, k, v, cache_k, cache_v, q_pos, kv_pos, fill, sinks, *, window, **options):
         cache_k, cache_v = _write(cache_k, k, fill), _write(cache_v, v, fill)
         seen_k, seen_v = (x[:, : self.used].astype(q.dtype) for x in (cache_k, cache_v))
         kv_pos = kv_pos[:, : self.used]
-        if jax.sharding.get_abstract_mesh().empty:
+        if _axis() is None:
             positions = {"q_positions": q_pos, "kv_positions": kv_pos}
-            out, lse = flash_attention(
-                q, seen_k, seen_v, **positions, window=mask.window, **options
-            )
+            out, lse = flash_attention(q, seen_k, seen_v, **positions, window=window, **options)
         else:
-            arrays = q, seen_k, seen_v, q_pos, kv_pos, None, None
-            out, lse = self.strategy.attend(
-                *arrays, axis_name=AXIS, mask=mask, implementation=None, **options
-            )
+            strategy = self.strategy
+            if strategy is None:
+                strategy = RingPassQ() if RingPassQ.fewer_bytes(q, seen_k, seen_v) else Ring()
+            options |= {"axis_name": AXIS, "mask": Mask(window=window), "implementation": None}
+            out, lse = strategy.attend(q, seen_k, seen_v, q_pos, kv_pos, None, None, **options)
         return _with_sinks(out, lse, sinks), cache_k, cache_v
 
-    def filled(self, added, counts, recent) -> KVCache:
-        """The cache after all layers: `added [B]` tokens a row, `counts [shards]` slots a shard."""
-        return _after(self, added, counts, recent)
+    def _windowed(self, q, k, v, held_k, held_v, pos, start, added, halo, sinks, **options):
+        held = None
+        if self.used > pos.shape[1]:
+            before = window_cache.positions_held(start, held_k.shape[1])
+            held = held_k.astype(q.dtype), held_v.astype(q.dtype), before
+        options["axis_name"] = _axis()
+        out, lse = window_cache.attend(q, k, v, pos, held, halo, **options)
+        tokens = pos, start, start + added
+        held_k, held_v = (
+            window_cache.renew(x, new, *tokens, axis_name=_axis())
+            for x, new in ((held_k, k), (held_v, v))
+        )
+        return _with_sinks(out, lse, sinks), held_k, held_v
+
+    def filled(self, counts, recent) -> KVCache:
+        """The cache after all layers, with `counts [shards]` more slots in use."""
+        return _after(self, self.added, counts, recent)
 
 
 class Extend:
@@ -157,36 +187,29 @@ class Extend:
 
     The tokens are the same on every shard; their keys are dealt out one by one, the emptiest shard
     first. One all-gather a layer carries the partial results: `shards * B * T * N * (H + 1)`
-    float32.
+    float32. A layer that keeps its window alone sends nothing.
     """
 
     def __init__(self, cache: KVCache, positions):
+        if positions.shape[1] > MAX_EXTEND:  # more would push out of a window what it still needs
+            raise ValueError(f"at most {MAX_EXTEND} tokens; got {positions.shape[1]}: use Prefill")
         self.cache, self.positions = cache, positions
         self.k, self.v = list(cache.k), list(cache.v)
         # the order in which shards receive: the emptiest is 0
         self.turn = jnp.argsort(jnp.argsort(cache.fill)).astype(jnp.int32)
-        tokens = P("data", AXIS)
         local = functools.partial(_deal, pad=PAD_POSITION)
-        write = _on_shards(local, (tokens, P("data"), P(None), P(None)), tokens)
+        write = _on_shards(local, (TOKENS, ROWS, SAME, SAME), TOKENS)
         self.kv_positions = write(cache.positions, positions, cache.fill, self.turn)
 
     def __call__(self, q, k, v, *, layer, window, sinks=None, scale=None, soft_cap=None):
-        sharded, whole = P("data", AXIS, "model", None), P("data", None, "model", None)
-        local = functools.partial(self._local, window=window, **_options(q, scale, soft_cap))
-        ids = P("data"), P("data", AXIS), P(None), P(None)
-        specs = (*[whole] * 3, *[sharded] * 2, *ids, P("model"))
-        run = _on_shards(local, specs, (whole, sharded, sharded))
-        state = self.k[layer], self.v[layer], self.positions, self.kv_positions, self.cache.fill
-        out, self.k[layer], self.v[layer] = run(q, k, v, *state, self.turn, _some(sinks))
-        return out
-
-    def _local(self, q, k, v, cache_k, cache_v, q_pos, kv_pos, fill, turn, sinks, **options):
-        cache_k, cache_v = _deal(cache_k, k, fill, turn), _deal(cache_v, v, fill, turn)
-        out, lse = _attend(q, cache_k, cache_v, q_pos, kv_pos, **options)
-        if not jax.sharding.get_abstract_mesh().empty:
-            packed = lax.all_gather(jnp.concatenate([out, lse[..., None]], axis=-1), AXIS)
-            out, lse = merge_stacked(packed[..., :-1], packed[..., -1])
-        return _with_sinks(out, lse, sinks).astype(q.dtype), cache_k, cache_v
+        options, more = _options(q, window, scale, soft_cap), [(self.positions, ROWS)]
+        if _keeps_window(self.cache, layer, window):
+            local, held = functools.partial(_extend_window, **options), WHOLE
+            more += [(self.cache.lengths, ROWS)]
+        else:
+            local, held = functools.partial(_extend_full, **options), SHARDED
+            more += [(self.kv_positions, TOKENS), (self.cache.fill, SAME), (self.turn, SAME)]
+        return _run(self, layer, local, WHOLE, held, (q, k, v), more, sinks)
 
     def extended(self, added, recent) -> KVCache:
         """The cache after all layers, with `added [B]` tokens a row."""
@@ -195,9 +218,26 @@ class Extend:
         return _after(self, added, dealt, recent)
 
 
-def _attend(q, k, v, q_pos, kv_pos, *, window, scale, soft_cap):
+def _extend_full(q, k, v, cache_k, cache_v, q_pos, kv_pos, fill, turn, sinks, **options):
+    cache_k, cache_v = _deal(cache_k, k, fill, turn), _deal(cache_v, v, fill, turn)
+    out, lse = _attend(q, cache_k, cache_v, q_pos, kv_pos, **options)
+    if _axis() is not None:
+        packed = lax.all_gather(jnp.concatenate([out, lse[..., None]], axis=-1), AXIS)
+        out, lse = merge_stacked(packed[..., :-1], packed[..., -1])
+    return _with_sinks(out, lse, sinks).astype(q.dtype), cache_k, cache_v
+
+
+def _extend_window(q, k, v, held_k, held_v, pos, start, sinks, **options):
+    held_k, held_v = (window_cache.append(x, new, pos) for x, new in ((held_k, k), (held_v, v)))
+    end = start + (pos != PAD_POSITION).sum(1, dtype=jnp.int32)
+    kv_pos = window_cache.positions_held(end, held_k.shape[1])
+    out, lse = _attend(q, held_k, held_v, pos, kv_pos, **options)
+    return _with_sinks(out, lse, sinks).astype(q.dtype), held_k, held_v
+
+
+def _attend(q, k, v, q_pos, kv_pos, *, window, **options):
     """`(out, lse)` of this shard, out in float32: no backward pass comes, so few rows may split."""
-    options = {"scale": scale, "soft_cap": soft_cap, "out_dtype": jnp.float32}
+    options["out_dtype"] = jnp.float32
     if q.shape[1] <= MAX_QUERIES:
         positions = {"q_positions": q_pos, "kv_positions": kv_pos}
         return decode_attention(q, k, v, **positions, window=window, **options)
@@ -206,17 +246,38 @@ def _attend(q, k, v, q_pos, kv_pos, *, window, scale, soft_cap):
     return attention_forward(*arrays, mask=Mask(window=window), **options)
 
 
-def _options(q, scale, soft_cap):
-    return {"scale": q.shape[-1] ** -0.5 if scale is None else scale, "soft_cap": soft_cap}
+def _run(step, layer, local, new, held, qkv, more, sinks):
+    """`local` on every device's shards, and what it makes of the layer's cache kept in `step`.
+
+    `new` is the layout of q, k and v, `held` that of the cache; `more` are pairs of an array (or
+    a tree) and its layout.
+    """
+    arrays, specs = zip(*more, strict=True)
+    run = _on_shards(local, (*[new] * 3, held, held, *specs, P("model")), (new, held, held))
+    some = () if sinks is None else (sinks,)
+    found = run(*qkv, step.k[layer], step.v[layer], *arrays, some)
+    out, step.k[layer], step.v[layer] = found
+    return out
 
 
-def _some(sinks):
-    """Sinks as a tree: empty where there are none."""
-    return () if sinks is None else (sinks,)
+def _options(q, window, scale, soft_cap):
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return {"window": window, "scale": scale, "soft_cap": soft_cap}
+
+
+def _keeps_window(cache: KVCache, layer: int, window: int | None) -> bool:
+    """Whether the layer's cache is that of `window_cache`."""
+    kept = cache.windows[layer]
+    if kept is not None and kept != window:
+        raise ValueError(
+            f"layer {layer} attends with window={window}, but its cache was made for {kept}: "
+            "the model's `windows()` must say what its layers do"
+        )
+    return kept is not None
 
 
 def _with_sinks(out, lse, sinks):
-    """`out` of finished rows with the sinks `_some` gave: once, after the last merge."""
+    """`out` of finished rows with the sinks, none or one array: once, after the last merge."""
     return apply_sinks(out, lse, *sinks)[0] if sinks else out
 
 
@@ -256,8 +317,13 @@ def _shards() -> int:
     return jax.sharding.get_abstract_mesh().shape.get(AXIS, 1)
 
 
+def _axis() -> str | None:
+    """The axis of the shards; None without a mesh."""
+    return None if jax.sharding.get_abstract_mesh().empty else AXIS
+
+
 def _rank():
-    return 0 if jax.sharding.get_abstract_mesh().empty else lax.axis_index(AXIS)
+    return 0 if _axis() is None else lax.axis_index(AXIS)
 
 
 def _on_mesh(x, spec):

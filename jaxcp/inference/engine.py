@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxcp.context_parallel import Ring, Strategy
+from jaxcp.context_parallel import Strategy
 from jaxcp.inference.session import Session
 from jaxcp.tokenizer import Tokenizer
 
@@ -17,7 +17,7 @@ class Engine:
     Args:
       tokenizer: None to talk in token ids.
       max_len: tokens that a session holds at most, prompts and answers.
-      attention: the strategy for prefill; None takes `Ring()`.
+      attention: the strategy for prefill; None lets each turn choose (see `jaxcp.prefill`).
       stop_tokens: ids that end an answer (and are not part of it).
     Raises:
       ValueError: the model has fewer positions than `max_len`.
@@ -41,8 +41,7 @@ class Engine:
                 f"max_len must be in 1..{limit} (the model's positions); got {max_len}"
             )
         self.model, self.tokenizer, self.max_len = model, tokenizer, max_len
-        self.attention = Ring() if attention is None else attention
-        self.stop_tokens = tuple(stop_tokens)
+        self.attention, self.stop_tokens = attention, tuple(stop_tokens)
         self._mesh = None if jax.sharding.get_abstract_mesh().empty else jax.sharding.get_mesh()
 
     def session(self, *, seed: int = 0) -> "Session":

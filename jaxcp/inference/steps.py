@@ -14,11 +14,12 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from jaxcp.context_parallel import Ring, Strategy
-from jaxcp.context_parallel.kv_cache import Extend, KVCache, Prefill
+from jaxcp.context_parallel.halo import rows_to_send
+from jaxcp.context_parallel.kv_cache import MAX_EXTEND, Extend, KVCache, Prefill
 from jaxcp.layers.ngram import windows
 from pallas_kernels import PAD_POSITION
 
-EXTEND_SIZES = (1, 8, 32, 64)
+EXTEND_SIZES = (1, 8, 32, MAX_EXTEND)
 """Widths to which short turns are padded; longer turns are prefilled by the strategy."""
 
 
@@ -39,6 +40,8 @@ def prefill(
     Args:
       tokens: int `[B, T]`, natural order, on the host.
       lengths: int `[B]`, real tokens of each row; default T.
+      attention: the strategy of a long turn; None takes `Ring()`, or `RingPassQ()` where the cache
+        is so long that it sends less. Layers with a window send their window, whatever this is.
       donate: False keeps the given cache alive, for forks.
     Raises:
       ValueError: no tokens, rows that do not fit the cache, ids out of range.
@@ -46,6 +49,7 @@ def prefill(
     tokens = np.asarray(tokens)
     lengths = _check_tokens(model, cache, tokens, lengths)
     start, fill = np.asarray(cache.lengths), np.asarray(cache.fill)
+    tokens = tokens[:, : lengths.max()]
     offsets = np.arange(tokens.shape[1], dtype=np.int32)
     real = offsets < lengths[:, None]
     positions = np.where(real, start[:, None] + offsets, PAD_POSITION).astype(np.int32)
@@ -60,11 +64,9 @@ def prefill(
         return _jitted(_extend, donate)(
             model, cache, *_put(arrays, P("data", None)), lengths, recent
         )
-    strategy = Ring() if attention is None else attention
-    tokens, positions, counts = _spread(strategy, cache, tokens, positions, fill)
+    tokens, positions, counts, halos = _spread(attention, cache, tokens, positions, fill)
     width = tokens.shape[1] // cache.shards
-    _check_room(fill.max() + width, cache)
-    used = min(_bucket(int(fill.max()) + width), cache.slots)
+    _check_room(int(fill.max()) + width, cache)
     last = (start + lengths - 1).astype(np.int32)
     return _jitted(_prefill, donate)(
         model,
@@ -74,8 +76,9 @@ def prefill(
         lengths,
         counts,
         recent,
-        strategy,
-        used,
+        halos,
+        attention,
+        _used(cache, int(fill.max()), width),
     )
 
 
@@ -125,10 +128,10 @@ def _whole(model, tokens, positions, strategy):
     return model(tokens, positions, attention=strategy, consecutive=True)
 
 
-def _prefill(model, cache, tokens, positions, last, lengths, counts, recent, strategy, used):
-    attend = Prefill(cache, positions, strategy=strategy, used=used)
+def _prefill(model, cache, tokens, positions, last, lengths, counts, recent, halos, strategy, used):
+    attend = Prefill(cache, positions, lengths, strategy=strategy, used=used, halos=halos)
     hidden, _ = model.forward(tokens, positions, attend)
-    return _at(model, hidden, positions, last), attend.filled(lengths, counts, recent)
+    return _at(model, hidden, positions, last), attend.filled(counts, recent)
 
 
 def _extend(model, cache, tokens, positions, lengths, recent):
@@ -156,31 +159,54 @@ def _at(model, hidden, positions, last):
 
 @functools.cache
 def _jitted(fn, donate: bool):
-    static = (8, 9) if fn is _prefill else ()
+    static = (9, 10) if fn is _prefill else ()
     return jax.jit(fn, static_argnums=static, donate_argnums=(1,) if donate else ())
 
 
 def _spread(strategy, cache, tokens, positions, fill):
-    """Tokens and positions in shard order, and how many slots each shard gains.
+    """Tokens and positions in shard order, how many slots each shard gains, and the halos.
 
-    The shard with most new tokens is the emptiest one: positions mask, so any shard may hold any
-    chunk. So over any number of turns no shard is further ahead of another than one turn can put
-    it, which is less than `2 * shards` slots: the pads of a layout.
+    The layout's places are more than there are tokens. Which of them stay empty is chosen so that
+    afterwards no shard holds more than one slot more than another, whatever the turns; they are
+    spread evenly, so the work stays balanced as in the layout.
     """
-    shards = cache.shards
-    batch = strategy.layout.permute({"tokens": tokens, "positions": positions}, shards)
-    by_shard = {name: x.reshape(x.shape[0], shards, -1, *x.shape[2:]) for name, x in batch.items()}
-    counts = (by_shard["positions"] != PAD_POSITION).any(0).sum(-1)
-    place = np.empty(shards, int)  # place[s]: which of the layout's shards lies on device s
-    place[np.argsort(fill, kind="stable")] = np.argsort(-counts, kind="stable")
-    width = by_shard["tokens"].shape[2]
-    room = cache.slots - int(fill.max())
-    pad = [(0, 0), (0, 0), (0, max(0, min(_bucket(width), room) - width))]
-    tokens = _pad(by_shard["tokens"][:, place], pad)
-    positions = np.pad(by_shard["positions"][:, place], pad, constant_values=PAD_POSITION)
-    rows = tokens.shape[0]
-    tokens = tokens.reshape(rows, -1, *tokens.shape[3:])
-    return tokens, positions.reshape(rows, -1), counts[place].astype(np.int32)
+    layout = (Ring() if strategy is None else strategy).layout
+    shards, length = cache.shards, tokens.shape[1]
+    width = layout.padded_length(length, shards) // shards
+    longer = layout.padded_length(shards * _bucket(width), shards) // shards
+    width = longer if int(fill.max()) + longer <= cache.slots else width
+    counts = _gains(fill, length)
+    places = layout.places(shards * width, shards)
+    kept = [row[np.arange(n) * width // max(n, 1)] for row, n in zip(places, counts, strict=True)]
+    natural = np.argsort(np.argsort(np.concatenate(kept)))  # their ranks are the natural indices
+    order = np.full((shards, width), length)  # `length` is a pad
+    for row, mine in zip(order, np.split(natural, np.cumsum(counts)[:-1]), strict=True):
+        row[: len(mine)] = np.sort(mine)
+    flat, one = order.reshape(-1), [(0, 0), (0, 1)]
+    positions = np.pad(positions, one, constant_values=PAD_POSITION)[:, flat]
+    halos = {window: _halo(order, length, window) for window in {*cache.windows} - {None}}
+    return _pad(tokens, one)[:, flat], positions, counts.astype(np.int32), halos
+
+
+def _gains(fill, length):
+    """Slots that each shard gains of `length`: then no two differ by more than one."""
+    each, more = divmod(int(fill.sum()) + length, len(fill))
+    level = np.full(len(fill), each)
+    level[np.argsort(-fill, kind="stable")[:more]] += 1
+    assert (level >= fill).all(), (fill, length)  # they did not differ by more before
+    return level - fill
+
+
+def _halo(order, length, window):
+    """What shards send each other for a window (see `window_cache.attend`)."""
+    rows = rows_to_send([(order, length)], window)
+    sent = sum(table.shape[1] for table in rows.values())
+    return None if 2 * sent > (len(order) - 1) * order.shape[1] > 0 else rows
+
+
+def _used(cache, fill, width) -> int:
+    """Slots of a shard that a prefill may look at."""
+    return width if fill == 0 else min(_bucket(fill + width), cache.slots)
 
 
 def _pad(x, pad):

@@ -32,11 +32,15 @@ class LanguageModel(nnx.Module):
         """The matrix from hidden states to logits."""
         raise NotImplementedError
 
-    def cache_shape(self) -> dict[str, int]:
-        """`layers`, `num_kv_heads`, `head_dim` and `recent` (token ids kept) of the cache."""
+    def windows(self) -> tuple[int | None, ...]:
+        """Of each layer, None for one that sees everything: what its cache must keep."""
+        return (None,) * self.config.num_layers
+
+    def cache_shape(self) -> dict[str, Any]:
+        """What `empty_cache` must know; `recent` is the number of token ids kept."""
         c = self.config
         shape = {"layers": c.num_layers, "num_kv_heads": c.num_kv_heads, "head_dim": c.head_dim}
-        return shape | {"recent": getattr(c, "ngram_width", 1) - 1}
+        return shape | {"recent": getattr(c, "ngram_width", 1) - 1, "windows": self.windows()}
 
     def init_cache(self, batch_size: int, max_len: int) -> KVCache:
         """An empty cache for `max_len` tokens a row, sharded over the mesh in scope.

@@ -11,7 +11,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxcp.context_parallel import Ring, Strategy
+from jaxcp.context_parallel import Strategy
+from jaxcp.context_parallel.kv_cache import MAX_EXTEND
 from jaxcp.inference import steps
 from jaxcp.layers.ngram import windows
 from jaxcp.sharding import sharding_of
@@ -22,34 +23,38 @@ def prefill_program(
     mesh: Mesh,
     *,
     tokens: int,
+    held: int = 0,
     max_len: int | None = None,
     batch_size: int = 1,
     attention: Strategy | None = None,
 ) -> tuple[Callable, tuple]:
-    """What `jaxcp.prefill` runs on `[batch_size, tokens]` and an empty cache for `max_len` tokens.
+    """What `jaxcp.prefill` runs on `[batch_size, tokens]` and a cache that holds `held` tokens.
 
     Args:
       model: `jaxcp.abstract_model(config)`.
-      max_len: default `tokens`.
+      held: a turn of up to 64 tokens on a filled cache runs another program, and raises here.
+      max_len: what the cache is made for; default `held + tokens`.
 
     >>> fn, args = prefill_program(jaxcp.abstract_model(config), mesh, tokens=131_072)
     >>> print(compile_for(fn, args, mesh))
     """
-    strategy = Ring() if attention is None else attention
-    cache = _cache(model, mesh, batch_size, tokens if max_len is None else max_len)
+    if held and tokens <= MAX_EXTEND:
+        raise ValueError(f"needs over {MAX_EXTEND} tokens where some are held; got {tokens}")
+    cache = _cache(model, mesh, batch_size, held + tokens if max_len is None else max_len)
     text = np.zeros((batch_size, tokens), np.int32)
     positions = np.broadcast_to(np.arange(tokens, dtype=np.int32), text.shape)
-    empty = np.zeros(cache.shards, np.int32)
+    fill = steps._gains(np.zeros(cache.shards, np.int32), held)
     text = windows(text, cache.recent.shape[1] + 1)
-    spread, _, counts = steps._spread(strategy, cache, text, positions, empty)
-    used = min(steps._bucket(spread.shape[1] // cache.shards), cache.slots)
+    spread, _, counts, halos = steps._spread(attention, cache, text, positions, fill)
+    used = steps._used(cache, int(fill.max()), spread.shape[1] // cache.shards)
     shards = NamedSharding(mesh, P("data", "seq"))
     ids = jax.ShapeDtypeStruct(spread.shape, jnp.int32, sharding=shards)
     where = jax.ShapeDtypeStruct(spread.shape[:2], jnp.int32, sharding=shards)
     row = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
     recent = jax.ShapeDtypeStruct(cache.recent.shape, jnp.int32)
     fn = steps._jitted(steps._prefill, True)
-    return fn, (_model(model, mesh), cache, ids, where, row, row, counts, recent, strategy, used)
+    arrays = ids, where, row, row, counts, recent, halos
+    return fn, (_model(model, mesh), cache, *arrays, attention, used)
 
 
 def decode_program(

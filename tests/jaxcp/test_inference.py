@@ -156,17 +156,17 @@ def fills(cache):
 
 @pytest.mark.parametrize("shards", [1, 3, 8])
 def test_growth_stays_balanced(shards, mesh_of):
-    """Whatever the turns: no two shards are further apart than one turn can put them."""
+    """Whatever the turns: no shard holds more than one slot more than another."""
     mesh_of(seq=shards)
     model, rng = Nothing(), np.random.default_rng(shards)
     cache = model.init_cache(batch_size=1, max_len=2000)
-    assert cache.slots < 2000 / shards + 64 + 2 * shards + 1
+    assert cache.slots == -(-2000 // shards) + 64
     while (left := 2000 - int(cache.lengths[0])) > 0:
         turn = min(left, int(rng.choice([1, 1, 3, 7, 30, 64, 65, 100, 129, 333])))
         logits, cache = jaxcp.prefill(model, cache, tokens := ids(1, turn, seed=left))
         assert int(logits.argmax()) == tokens[0, -1]
         fill = fills(cache)
-        assert fill.max() - fill.min() < max(2, 2 * shards)
+        assert fill.max() - fill.min() <= 1
     with pytest.raises(ValueError, match="the cache is full: 2000 of max_len=2000"):
         jaxcp.decode_step(model, cache, [1])
 
@@ -243,7 +243,7 @@ def test_uneven_rows_can_use_up_the_slots():
     assert int(cache.lengths.max()) < 100
     for grow in (lambda: jaxcp.decode_step(model, cache, [1, 2]),
                  lambda: jaxcp.prefill(model, cache, ids(2, 2))):  # fmt: skip
-        with pytest.raises(ValueError, match=r"a shard needs .* and has 166; make the cache with"):
+        with pytest.raises(ValueError, match=r"a shard needs .* and has 164; make the cache with"):
             grow()
 
 

@@ -259,6 +259,9 @@ class HybridMoE(LanguageModel):
             loads += [] if load is None else [load]
         return self.final_norm(x), jnp.stack(loads) if loads else None
 
+    def windows(self):
+        return tuple(layer.attention.window for layer in self.layers)
+
     def _embedded(self, tokens, dtype):
         c = self.config
         if tokens.shape[2:] != ((c.ngram_width,) if c.ngram_width > 1 else ()):
