@@ -14,6 +14,9 @@ Many different keys a document matter later: with few, two digits of a value nam
 
 import jaxcp
 from jaxcp.evaluate.haystack import NeedleSource, Stage
+from jaxcp.layers.rope import Rope
+from jaxcp.layers.routing import Routing
+from jaxcp.models.hybrid_moe.config import AttentionConfig, ExpertsConfig, NGramConfig
 
 
 def config() -> jaxcp.TrainConfig:
@@ -28,13 +31,11 @@ def config() -> jaxcp.TrainConfig:
         moe_dim=32,
         num_experts=8,
         num_experts_per_tok=2,
-        num_shared_experts=2,
-        route_scale=2.0,
-        rope_theta=1_000.0,
         layer_pattern="LNLL",
         window=32,
-        full_num_heads=2,
-        ngram_width=12,
+        attention=AttentionConfig(rope=Rope(theta=1_000.0), full_num_heads=2),
+        experts=ExpertsConfig(num_shared=2, routing=Routing(scale=2.0)),
+        ngram=NGramConfig(width=12),
     )
     stages = (
         Stage(document_length=128, spacing=(12, 30)),

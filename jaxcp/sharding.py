@@ -19,6 +19,7 @@ RULES: dict[str, str | None] = {
     "positions": None,
     "window": None,  # of an n-gram embedding: small
     "ngram": None,
+    "parts": None,  # what an MTP layer joins: embedding and state
 }
 
 

@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 
 from jaxcp import models
 from jaxcp.models.base import LanguageModel
-from jaxcp.models.weight_table import Source, sources
+from jaxcp.models.weight_table import Source, sources, spelling_of
 from jaxcp.sharding import sharding_of
 from jaxcp.tokenizer import Tokenizer
 
@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 INDEX = f"{WEIGHTS}.index.json"
 DTYPES = ("F32", "BF16", "F16")
+SHARD_BYTES = 5_000_000_000
 LISTED = 50  # of each kind of problem: a wrong checkpoint of 47,000 tensors must stay readable
 
 
@@ -41,6 +42,7 @@ def load(
     dtype: jax.typing.DTypeLike | None = None,
     *,
     experts: str = "expert",
+    allow_nonfinite: bool = False,
 ) -> tuple[LanguageModel, Tokenizer | None]:
     """The model and the tokenizer (None when there is no tokenizer.json) of a checkpoint folder.
 
@@ -52,34 +54,58 @@ def load(
     Raises:
       FileNotFoundError: config.json, the safetensors or a shard that the index names is not there.
       ValueError: a file cannot be read, the model_type is unknown, or tensors are missing, left
-        over, of a wrong shape or of a number format that is not float (all listed at once); or
-        the mesh does not divide a leaf.
+        over, of a wrong shape or of a number format that is not float (all listed at once); NaN
+        or Inf in tensors, unless `allow_nonfinite`; or the mesh does not divide a leaf.
+      NotImplementedError: config.json asks for something that the family does not do.
     """
     config = load_config(path)
     if dtype is not None:
         config = dataclasses.replace(config, dtype=jnp.dtype(dtype).name)
-    weights = models.family_of(config).weights
-    graph, state = nnx.split(abstract_model(config))
-    leaves = {".".join(map(str, keys)): leaf for keys, leaf in nnx.to_flat_state(state)}
+    family = models.family_of(config)
     with open_checkpoint(path) as checkpoint:
-        shapes = {name: leaf.shape for name, leaf in leaves.items()}
-        found = sources(weights.TABLE, shapes, checkpoint.shapes)
-        ignored = weights.left_out(checkpoint.shapes.keys(), config)
+        config = family.fit(config, checkpoint.shapes.keys())
+        graph, state = nnx.split(abstract_model(config))
+        flat = [(".".join(map(str, keys)), keys, leaf) for keys, leaf in nnx.to_flat_state(state)]
+        shapes = {name: leaf.shape for name, _, leaf in flat}
+        found = sources(family.table(config), shapes, checkpoint.shapes)
+        ignored = family.weights.left_out(checkpoint.shapes.keys(), config)
         if ignored:
             log.info("%s: left out %d tensors, such as %s", path, len(ignored), min(ignored))
-        _check(path, checkpoint, found, ignored, weights.COPIES)
-        read = {}
-        for keys, leaf in nnx.to_flat_state(state):
-            name = ".".join(map(str, keys))
+        _check(path, checkpoint, found, ignored, family.weights.COPIES)
+        read, strange = {}, []
+        for name, keys, leaf in flat:
             value = found[name].read(name, checkpoint.read)
             if not isinstance(leaf, nnx.Param):
                 value = value.astype(leaf.dtype)
             elif dtype is not None:
-                value = value.astype(jnp.dtype(dtype))
+                value = _rounded(value, jnp.dtype(dtype))
+            if not np.isfinite(value).all():
+                strange += _nonfinite(found[name], checkpoint, value.dtype)
             read[keys] = leaf.replace(_put(name, value, sharding_of(leaf, experts)))
+    if strange and not allow_nonfinite:
+        raise ValueError(
+            f"needed finite weights; {path} has {_listed('tensors with NaN or Inf', strange)}\n"
+            "Copy the checkpoint again, choose a dtype with a wider range, "
+            "or load it with allow_nonfinite=True"
+        )
     model = nnx.merge(graph, nnx.from_flat_state(list(read.items())))
+    model.spelling = spelling_of(found)
     tokenizer = Path(path, TOKENIZER)
     return model, Tokenizer.from_file(tokenizer) if tokenizer.exists() else None
+
+
+def _rounded(value: np.ndarray, dtype: Any) -> np.ndarray:
+    with np.errstate(over="ignore"):  # what overflows is reported by name
+        return value.astype(dtype)
+
+
+def _nonfinite(source: Source, checkpoint: "Checkpoint", dtype: Any) -> list[str]:
+    """Which tensors of `source` hold NaN or Inf, and how many values of how many."""
+    counts = {
+        name: (~np.isfinite(_rounded(checkpoint.read(name), dtype))).sum() for name in source.names
+    }
+    shape = source.shape
+    return [f"{name} {shape}: {n} of them, as {dtype}" for name, n in counts.items() if n]
 
 
 def _put(name: str, value: np.ndarray, spec: jax.P) -> jax.Array:
@@ -121,38 +147,53 @@ def abstract_model(config: Any) -> LanguageModel:
     return nnx.eval_shape(build)
 
 
-def save(model: Any, out: str | os.PathLike, tokenizer: Tokenizer | None = None) -> None:
-    """Writes config.json, model.safetensors and tokenizer.json under the names `load` reads.
+def save(
+    model: Any,
+    out: str | os.PathLike,
+    tokenizer: Tokenizer | None = None,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes config.json, safetensors and tokenizer.json, under the names they were loaded from.
+
+    Weights of more than `shard_bytes` become several files of about as many bytes, and an index;
+    the host holds one at a time.
 
     Atomic: files are renamed to their places when all are complete, so a save that is killed
     leaves what was there. Into a folder that already holds a checkpoint of the same
     configuration, the new weights replace the old ones.
 
     Raises:
-      ValueError: `out` is a file, holds a checkpoint of another configuration or a sharded one.
+      ValueError: `out` is a file, holds a checkpoint of another configuration, or one in several
+        files, or one that would become several.
       NotImplementedError: the model is spread over several processes.
     """
     out = Path(os.path.abspath(out))
     keep_config = _check_target(out, model.config)
+    leaves = _leaves(model)
+    shards = _shards(model, leaves, shard_bytes)
+    if len(shards) > 1 and Path(out, WEIGHTS).exists():
+        raise ValueError(
+            f"needed a folder without {WEIGHTS} for weights in {len(shards)} files; "
+            f"{out} has one. Name another"
+        )
     # Same filesystem as `out`, and a fixed name: the next save clears what a killed one has left.
     staging = out / ".saving" if out.is_dir() else out.parent / f".{out.name}.saving"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
         if not keep_config:
-            text = json.dumps(model.config.to_hf(), indent=2, sort_keys=True)
-            Path(staging, CONFIG).write_text(text + "\n", encoding="utf-8")
+            _write_json(staging / CONFIG, model.config.to_hf())
         if tokenizer is not None:
             tokenizer.save(staging / TOKENIZER)
-        save_file(_tensors(model), staging / WEIGHTS, metadata={"format": "pt"})
+        _write_weights(staging, shards, leaves)
         for file in staging.iterdir():
             file.chmod(0o644)  # safetensors writes for the owner only
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
         if out.exists():
-            for name in (TOKENIZER, CONFIG, WEIGHTS):
-                if Path(staging, name).exists():
-                    os.replace(staging / name, out / name)
+            for file in sorted(staging.iterdir(), key=lambda file: file.name == INDEX):
+                os.replace(file, out / file.name)
         else:
             os.rename(staging, out)
     finally:
@@ -169,7 +210,11 @@ def _check_target(out: Path, config: Any) -> bool:
         )
     if not Path(out, CONFIG).exists():
         return False
-    if load_config(out).to_hf() != config.to_hf():  # remat and the like are not in the file
+    there = load_config(out)
+    if Path(out, WEIGHTS).exists():
+        with open_checkpoint(out) as checkpoint:
+            there = models.family_of(there).fit(there, checkpoint.shapes.keys())
+    if there.to_hf() != config.to_hf():  # remat and the like are not in the file
         raise ValueError(
             f"needed a folder without a checkpoint of another configuration; {out}/{CONFIG} "
             "differs from the model's config. Name another folder, or remove this one first"
@@ -177,7 +222,7 @@ def _check_target(out: Path, config: Any) -> bool:
     return True
 
 
-def _tensors(model: Any) -> dict[str, np.ndarray]:
+def _leaves(model: Any) -> dict[str, jax.Array]:
     flat = nnx.to_flat_state(nnx.state(model))
     leaves = {".".join(map(str, keys)): leaf.get_value() for keys, leaf in flat}
     if not all(leaf.is_fully_addressable for leaf in leaves.values()):
@@ -185,13 +230,46 @@ def _tensors(model: Any) -> dict[str, np.ndarray]:
             "save cannot gather a model that is spread over several processes; "
             "bring its leaves to one process first, or use the training checkpoints"
         )
-    table = models.family_of(model.config).weights.TABLE
-    written: dict[str, np.ndarray] = {}
-    for source in sources(table, {path: leaf.shape for path, leaf in leaves.items()}).values():
-        if source.names[0] not in written:
-            written.update(source.write(lambda path: np.asarray(leaves[path])))
-    # save_file writes the memory of an array that is not in C order as if it were: wrong values.
-    return {name: np.ascontiguousarray(tensor) for name, tensor in written.items()}
+    return leaves
+
+
+def _shards(model: Any, leaves: Mapping[str, jax.Array], shard_bytes: int) -> list[list[Source]]:
+    """The sources of a model, each once, in the order of its leaves, cut into files."""
+    table = models.family_of(model.config).table(model.config)
+    shapes = {path: leaf.shape for path, leaf in leaves.items()}
+    found = sources(table, shapes, spelling=getattr(model, "spelling", ()))
+    shards: list[list[Source]] = [[]]
+    held = 0
+    for source in {source.names[0]: source for source in found.values()}.values():
+        size = sum(leaves[path].nbytes for path, _ in source.leaves)
+        if shards[-1] and held + size > shard_bytes:
+            shards, held = [*shards, []], 0
+        shards[-1].append(source)
+        held += size
+    return shards
+
+
+def _write_weights(
+    folder: Path, shards: list[list[Source]], leaves: Mapping[str, jax.Array]
+) -> None:
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards):
+        name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if shards[1:] else WEIGHTS
+        tensors: dict[str, np.ndarray] = {}
+        for source in shard:
+            tensors.update(source.write(lambda path: np.asarray(leaves[path])))
+        # save_file writes the memory of an array not in C order as if it were: wrong values.
+        tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
+    if shards[1:]:
+        size = sum(leaf.nbytes for leaf in leaves.values())
+        _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+
+
+def _write_json(file: Path, contents: Mapping[str, Any]) -> None:
+    text = json.dumps(contents, indent=2, sort_keys=True)
+    file.write_text(text + "\n", encoding="utf-8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,14 +371,17 @@ def _check(
             if name in have
             and not np.array_equal(checkpoint.read(name), checkpoint.read(found[leaf].names[0]))
         ]
-    lines = [
-        "\n    ".join([f"  {len(items)} {kind}:", *items[:LISTED], *["..."][: len(items) > LISTED]])
-        for kind, items in problems.items()
-        if items
-    ]
+    lines = [f"  {_listed(kind, items)}" for kind, items in problems.items() if items]
     if lines:
         raise ValueError(
             f"the tensors of {path} do not fit its {CONFIG}:\n"
             + "\n".join(lines)
             + f"\nUse the {CONFIG} and the safetensors of one checkpoint"
         )
+
+
+def _listed(kind: str, items: list[str]) -> str:
+    """`3 missing:` and the names, or as many as can be read."""
+    return "\n    ".join(
+        [f"{len(items)} {kind}:", *items[:LISTED], *["..."][: len(items) > LISTED]]
+    )

@@ -38,6 +38,7 @@ class Attention(nnx.Module):
         rope: Rope | None = None,
         window: int | None = None,
         use_bias: bool = False,
+        sinks: bool = False,
         rngs: nnx.Rngs,
     ):
         self.q = normal(rngs, (embed_dim, num_heads, head_dim), ("embed", "heads", "head_dim"), std)
@@ -55,10 +56,12 @@ class Attention(nnx.Module):
             self.k_bias = constant((num_kv_heads, head_dim), ("kv_heads", "head_dim"), 0.0)
             self.v_bias = constant((num_kv_heads, head_dim), ("kv_heads", "head_dim"), 0.0)
             self.o_bias = constant((embed_dim,), ("embed",), 0.0)
+        if sinks:
+            self.sinks = constant((num_heads,), ("heads",), 0.0)
         if qk_norm_eps is not None:
             self.q_norm = RMSNorm(head_dim, eps=qk_norm_eps, axis="head_dim", gain=qk_gain)
             self.k_norm = RMSNorm(head_dim, eps=qk_norm_eps, axis="head_dim", gain=qk_gain)
-        self.use_bias, self.qk_norm = use_bias, qk_norm_eps is not None
+        self.use_bias, self.qk_norm, self.has_sinks = use_bias, qk_norm_eps is not None, sinks
         self.layer, self.rope, self.window = layer, rope, window
 
     def __call__(self, x, positions, attend: Attend):
@@ -71,6 +74,7 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope is not None:
             q, k = rotate(q, positions, self.rope), rotate(k, positions, self.rope)
-        out = attend(q, k, v, layer=self.layer, window=self.window)
+        options = {"sinks": self.sinks.astype(jnp.float32)} if self.has_sinks else {}
+        out = attend(q, k, v, layer=self.layer, window=self.window, **options)
         out = jnp.einsum("btnh,nhd->btd", out, self.o.astype(x.dtype), out_sharding=tokens_spec(x))
         return out + self.o_bias.astype(x.dtype) if self.use_bias else out

@@ -25,7 +25,10 @@ EXPERT_WEIGHTS = ("gate", "up", "down", "gate_bias", "up_bias")
 
 
 class MoE(nnx.Module):
-    """`use_bias`: the experts' projections (not the shared ones') have biases, as gpt-oss has."""
+    """`use_bias`: the experts' projections (not the shared ones') have biases, as gpt-oss has.
+
+    `float32_sum`: routed and shared experts are added in float32, then rounded to x's dtype.
+    """
 
     def __init__(
         self,
@@ -38,6 +41,7 @@ class MoE(nnx.Module):
         routing: Routing,
         activation: SwiGLU = SILU,
         use_bias: bool = False,
+        float32_sum: bool = False,
         std: float,
         out_std: float,
         rngs: nnx.Rngs,
@@ -66,6 +70,7 @@ class MoE(nnx.Module):
             )
         self.num_experts_per_tok, self.num_shared_experts = num_experts_per_tok, num_shared_experts
         self.routing, self.activation, self.use_bias = routing, activation, use_bias
+        self.float32_sum = float32_sum
 
     def __call__(self, x, chosen=None):
         """`(y [B, T, D], load [E])`: load is the fraction of choices that fell on each expert.
@@ -92,7 +97,10 @@ class MoE(nnx.Module):
             # check_vma=False: rounds of an exchange that are skipped vary over no axis
             run = jax.shard_map(local, in_specs=ins, out_specs=(tokens, P()), check_vma=False)
             y, load = run(x, chosen, w)
-        return (y + self.shared(x) if self.num_shared_experts else y), load
+        if self.num_shared_experts:
+            dtype = y.dtype if self.float32_sum else x.dtype
+            y = y.astype(dtype) + self.shared(x).astype(dtype)
+        return y.astype(x.dtype), load
 
     def _weights(self, dtype):
         """Every leaf of the router (float32) and of the routed experts (`dtype`), by name."""
@@ -104,7 +112,7 @@ class MoE(nnx.Module):
         return w | {name: getattr(self, name).astype(dtype) for name in experts}
 
     def _routed(self, x, chosen, w, *, axes, experts, partial):
-        """The routed experts' sum over local tokens.
+        """The routed experts' sum over local tokens, float32.
 
         `axes` shard tokens, `experts` the experts; over `partial` results are parts of a sum.
         """
@@ -133,7 +141,7 @@ class MoE(nnx.Module):
         load = sizes.astype(jnp.float32) / (b * t * k)
         if axes:
             load = lax.pmean(load, axes)
-        return y.astype(x.dtype).reshape(b, t, d), load
+        return y.reshape(b, t, d), load
 
     def _own_experts(self, rows, chosen, w, experts):
         """`[M, k, D]`: what each choice makes of its row; 0 where its expert is elsewhere."""

@@ -3,9 +3,11 @@
 
 import dataclasses
 import importlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from types import ModuleType
 from typing import Any
+
+from jaxcp.models.weight_table import Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +30,23 @@ class Family:
     def weights(self) -> ModuleType:
         return importlib.import_module(f"{self.package}.weights")
 
+    def table(self, config: Any) -> Sequence[Row]:
+        """The tensors of a model: `weights.TABLE`, or `weights.table(config)` where they differ."""
+        weights = self.weights
+        return weights.table(config) if hasattr(weights, "table") else weights.TABLE
+
+    def fit(self, config: Any, names: Collection[str]) -> Any:
+        """`config`, less what a checkpoint of these tensors may lack (`weights.fit`)."""
+        weights = self.weights
+        return weights.fit(config, names) if hasattr(weights, "fit") else config
+
 
 FAMILIES = {
     "gpt2": Family("jaxcp.models.gpt", config="GPTConfig", model="GPT"),
-    "hy_v3": Family("jaxcp.models.hybrid_moe", config="HybridMoEConfig", model="HybridMoE"),
+    **dict.fromkeys(
+        ("hy_v3", "qwen3_moe", "gpt_oss", "jaxcp_hybrid_moe"),
+        Family("jaxcp.models.hybrid_moe", config="HybridMoEConfig", model="HybridMoE"),
+    ),
 }
 
 
@@ -44,7 +59,7 @@ def family_of(config: Any) -> Family:
     for family in FAMILIES.values():
         if type(config).__name__ == family.config and isinstance(config, family.config_class):
             return family
-    known = ", ".join(family.config for family in FAMILIES.values())
+    known = ", ".join(dict.fromkeys(family.config for family in FAMILIES.values()))
     raise ValueError(f"needed a model config ({known}); got {type(config).__name__}")
 
 

@@ -21,6 +21,8 @@ class LanguageModel(nnx.Module):
     """
 
     config: Any
+    spelling: tuple[str, ...] = ()
+    """How the checkpoint that was loaded names its tensors, for `save` (`models/weight_table`)."""
 
     def forward(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], attend: Attend
@@ -55,16 +57,19 @@ class LanguageModel(nnx.Module):
             batch_size=batch_size, max_len=max_len, dtype=self.config.dtype, **self.cache_shape()
         )
 
-    def hidden(
+    def hidden(self, tokens, positions, **options):
+        """`forward` over a whole sequence, no cache; `options` as `attend_over` takes them."""
+        return self.forward(tokens, positions, self.attend_over(positions, **options))
+
+    def attend_over(
         self,
-        tokens,
         positions,
         *,
         segment_ids=None,
         attention: Strategy | None = None,
         consecutive: bool = False,
-    ):
-        """`forward` over a whole sequence, no cache; `attention` defaults to `Ring()`.
+    ) -> Attend:
+        """Attention over a whole sequence, for `forward`; `attention` defaults to `Ring()`.
 
         `consecutive`: see `context_parallel_attention`.
         """
@@ -84,7 +89,7 @@ class LanguageModel(nnx.Module):
                 consecutive=consecutive,
             )
 
-        return self.forward(tokens, positions, attend)
+        return attend
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Float32 logits of hidden states, accumulated in float32."""

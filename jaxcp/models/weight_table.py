@@ -6,9 +6,9 @@ A row names a checkpoint tensor, its axes, the leaf of our model, and that leaf'
     Row("h.{i}.attn.q.weight", "(n h) d", "layers.{i}.attention.q", "d n h")
 
 `{i}` is a layer. `{e}` is an expert: one tensor each, stacked on a leading axis `e`. Several names
-are aliases: the first is written, all are read. Several paths lie side by side in one tensor along
-its axis `join`. Where several rows fit a leaf (number of axes included), the first that the
-checkpoint has is read, and the first is written.
+are aliases: all are read, the first is written unless the checkpoint that was read had another.
+Several paths lie side by side in one tensor along its axis `join`, or take turns on it where
+`interleaved`. Of several rows that fit a leaf (number of axes included), the same holds.
 """
 
 import dataclasses
@@ -28,6 +28,7 @@ class Row:
     paths: str | tuple[str, ...]
     leaf_axes: str
     join: int = 0
+    interleaved: bool = False
 
     @property
     def all_names(self) -> tuple[str, ...]:
@@ -71,6 +72,7 @@ class Source:
     """A row at one layer: the tensors of the checkpoint, their shape, the leaves they hold."""
 
     row: Row
+    pattern: str  # of the names: the one of the row's that was chosen
     names: tuple[str, ...]  # one; or one an expert
     shape: Shape  # of each
     leaves: tuple[tuple[str, Shape], ...]
@@ -80,19 +82,22 @@ class Source:
         stacked = [tensor(name) for name in self.names]
         whole = np.stack(stacked) if self.row.per_expert else stacked[0]
         start = 0
-        for leaf_path, shape in self.leaves:
-            part = self.row.tensor_shape(shape)
+        for place, (leaf_path, shape) in enumerate(self.leaves):
+            end = start + self.row.tensor_shape(shape)[self._join]
             if leaf_path == path:
+                turns = slice(place, None, len(self.leaves))
                 index = [slice(None)] * whole.ndim
-                index[self._join] = slice(start, start + part[self._join])
+                index[self._join] = turns if self.row.interleaved else slice(start, end)
                 return self.row.to_leaf(whole[tuple(index)], shape)
-            start += part[self._join]
+            start = end
         raise AssertionError(path)
 
     def write(self, leaf: Callable[[str], np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
         """`(name, tensor)` for every tensor, from `leaf(path)`."""
         parts = [self.row.to_tensor(leaf(path)) for path, _ in self.leaves]
         whole = np.concatenate(parts, self._join)
+        if self.row.interleaved:
+            whole = np.stack(parts, self._join + 1).reshape(whole.shape)
         yield from zip(self.names, whole if self.row.per_expert else [whole], strict=True)
 
     @property
@@ -101,24 +106,38 @@ class Source:
 
 
 def sources(
-    table: Sequence[Row], leaves: Mapping[str, Shape], available: Iterable[str] | None = None
+    table: Sequence[Row],
+    leaves: Mapping[str, Shape],
+    available: Iterable[str] | None = None,
+    *,
+    spelling: Iterable[str] = (),
 ) -> dict[str, Source]:
     """For every leaf of a model (`layers.0.mlp.up` -> shape) where its values are.
 
-    Chooses among rows and aliases by the names that are `available`; None: the first of each.
+    Chooses among rows and aliases by the names that are `available`, or by patterns of names that
+    an earlier choice had (`spelling`); where none fits, the first.
 
     Raises:
       ValueError: the table has no row for a leaf.
     """
-    present = frozenset(available or ())
+    present, wanted = frozenset(available or ()), frozenset(spelling)
     chosen = {}
     for path in leaves:
         options = [source for row in table for source in _at(row, path, leaves)]
         if not options:
             raise ValueError(f"needed a row for the leaf {path} {leaves[path]}; the table has none")
-        fitting = (source for source in options if not present.isdisjoint(source.names))
+        fitting = (
+            source
+            for source in options
+            if source.pattern in wanted or not present.isdisjoint(source.names)
+        )
         chosen[path] = next(fitting, options[0])
     return chosen
+
+
+def spelling_of(chosen: Mapping[str, Source]) -> tuple[str, ...]:
+    """How the tensors of a checkpoint are named: a pattern for each kind of leaf."""
+    return tuple(sorted({source.pattern for source in chosen.values()}))
 
 
 def _at(row: Row, path: str, leaves: Mapping[str, Shape]) -> Iterator[Source]:
@@ -141,4 +160,4 @@ def _at(row: Row, path: str, leaves: Mapping[str, Shape]) -> Iterator[Source]:
     experts = range(shape.pop(0)) if row.per_expert else (0,)
     for name in row.all_names:
         names = tuple(name.replace("{i}", layer or "").replace("{e}", str(e)) for e in experts)
-        yield Source(row, names, tuple(shape), held)
+        yield Source(row, name, names, tuple(shape), held)

@@ -107,6 +107,11 @@ class TrainConfig:
                 "data must be a glob of token files or an object with batch(step, rows, length); "
                 f"got {self.data!r}"
             )
+        if getattr(self.model, "num_mtp_layers", 0):
+            raise NotImplementedError(
+                "train has no loss for an MTP layer, whose weights would only decay; "
+                "set num_mtp_layers=0"
+            )
         limit = getattr(self.model, "max_positions", self.seq_len)
         if self.seq_len > limit:
             raise ValueError(

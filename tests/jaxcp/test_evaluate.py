@@ -27,7 +27,7 @@ def test_shipped_checkpoint_is_a_small_hybrid():
     assert sum(x.size for x in jax.tree.leaves(model)) <= 2_000_000
     assert (NEEDLE / "model.safetensors").stat().st_size <= 4_000_000
     assert {config.kind(i) for i in range(config.num_layers)} == {"L", "N"}
-    assert config.first_dense_layers == 1 and config.num_shared_experts >= 1
+    assert config.first_dense_layers == 1 and config.experts.num_shared >= 1
     assert tokenizer.vocab_size == config.vocab_size == 256
 
 

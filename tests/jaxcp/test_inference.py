@@ -14,13 +14,14 @@ import jaxcp
 from jaxcp import AllGather, HybridMoE, HybridMoEConfig, Striped
 from jaxcp.context_parallel.kv_cache import empty_cache
 from jaxcp.models.base import LanguageModel
+from jaxcp.models.hybrid_moe.config import NGramConfig
 from jaxcp.sharding import place
 from pallas_kernels import PAD_POSITION
 
 CONFIG = HybridMoEConfig(
     vocab_size=64, num_layers=2, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8,
     mlp_dim=16, moe_dim=8, num_experts=4, num_experts_per_tok=2, layer_pattern="LN", window=40,
-    ngram_width=3, ngram_dim=4,
+    ngram=NGramConfig(width=3, dim=4),
 )  # fmt: skip
 CLOSE = {"atol": 2e-5, "rtol": 0}
 

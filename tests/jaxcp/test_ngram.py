@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Windows of tokens, and the embedding that sees them."""
 
-import dataclasses
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,10 +10,11 @@ from hypothesis import strategies as st
 
 from jaxcp import HybridMoE, HybridMoEConfig
 from jaxcp.layers.ngram import NONE, NGram, windows
+from jaxcp.models.hybrid_moe.config import NGramConfig
 
 CONFIG = HybridMoEConfig(
     vocab_size=8, num_layers=1, embed_dim=8, num_heads=1, num_kv_heads=1, head_dim=4, mlp_dim=4,
-    moe_dim=4, num_experts=2, num_experts_per_tok=1, ngram_width=3, ngram_dim=2,
+    moe_dim=4, num_experts=2, num_experts_per_tok=1, ngram=NGramConfig(width=3, dim=2),
 )  # fmt: skip
 
 
@@ -52,8 +51,8 @@ def test_the_embedding_is_a_sum_over_the_window():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="ngram_width and ngram_dim must be at least 1; got 0 and"):
-        dataclasses.replace(CONFIG, ngram_width=0)
+    with pytest.raises(ValueError, match="width and dim must be at least 1; got 0 and 2"):
+        NGramConfig(width=0, dim=2)
     model, ids = HybridMoE(CONFIG, rngs=nnx.Rngs(0)), jnp.zeros((1, 4), jnp.int32)
     with pytest.raises(ValueError, match=r"windows of 3 tokens; got ids \(1, 4\)"):
         model(ids, ids)

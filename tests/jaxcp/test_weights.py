@@ -3,7 +3,6 @@
 
 import json
 import logging
-import math
 import shutil
 
 import jax
@@ -18,12 +17,14 @@ from tiny_checkpoints import FIXTURES, flat, same, tensors, write
 from jaxcp import models, weights
 from jaxcp.layers.parameter import RouterBias
 from jaxcp.models.gpt.model import GPTConfig
-from jaxcp.models.hybrid_moe.model import HybridMoE, HybridMoEConfig
+from jaxcp.models.hybrid_moe.config import ExpertsConfig, HybridMoEConfig
+from jaxcp.models.hybrid_moe.model import HybridMoE
 from jaxcp.models.weight_table import Row, sources
 from jaxcp.sharding import sharding_of
 from jaxcp.tokenizer import byte_level
 
 BOTH = pytest.mark.parametrize("name", ["hy3-tiny", "gpt2-tiny"])
+ALL = pytest.mark.parametrize("name", ["hy3-tiny", "gpt2-tiny", "qwen3-moe-tiny", "gpt-oss-tiny"])
 
 
 def inputs(name):
@@ -33,13 +34,22 @@ def inputs(name):
     return reference, tokens, positions
 
 
+def same_tensors(folder, expected):
+    """The checkpoint has these, bit for bit, and no others."""
+    with weights.open_checkpoint(folder) as checkpoint:
+        assert checkpoint.shapes.keys() == expected.keys()
+        for name, tensor in expected.items():
+            found = checkpoint.read(name)
+            assert found.dtype == tensor.dtype and found.tobytes() == tensor.tobytes(), name
+
+
 # What is loaded is the model
 
 
-@BOTH
-def test_logits_are_those_of_transformers(name):
-    model, tokenizer = weights.load(FIXTURES / name)
-    reference, tokens, positions = inputs(name)
+def test_logits_are_those_of_transformers():
+    """Those of the others: test_hybrid_moe.py."""
+    model, tokenizer = weights.load(FIXTURES / "gpt2-tiny")
+    reference, tokens, positions = inputs("gpt2-tiny")
     logits = jax.jit(lambda model: model(tokens, positions))(model)
     np.testing.assert_allclose(logits, reference["logits"], atol=1e-4, rtol=0)
     assert tokenizer is None
@@ -74,7 +84,7 @@ def test_gradients_are_those_of_transformers(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@BOTH
+@ALL
 def test_round_trip_is_exact(name, dtype, tmp_path):
     before = {
         k: v if k.endswith("expert_bias") else v.astype(jnp.dtype(dtype))
@@ -83,10 +93,7 @@ def test_round_trip_is_exact(name, dtype, tmp_path):
     model, _ = weights.load(write(tmp_path / "in", name, before, dtype=dtype))
     assert model.config.dtype == dtype
     weights.save(model, tmp_path / "out", byte_level())
-    after = load_file(tmp_path / "out" / "model.safetensors")
-    assert after.keys() == before.keys()
-    for k in before:
-        assert after[k].dtype == before[k].dtype and after[k].tobytes() == before[k].tobytes(), k
+    same_tensors(tmp_path / "out", before)
     again, tokenizer = weights.load(tmp_path / "out")
     assert again.config == model.config and same(again, model)
     assert tokenizer.decode(tokenizer.encode("ü")) == "ü"
@@ -110,7 +117,15 @@ def test_shards_are_one_checkpoint(name, tmp_path):
     weight_map = {k: file for file, held in files.items() for k in held}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     shutil.copy(FIXTURES / name / "config.json", tmp_path)
-    assert same(weights.load(tmp_path)[0], weights.load(FIXTURES / name)[0])
+    model, _ = weights.load(tmp_path)
+    assert same(model, weights.load(FIXTURES / name)[0])
+    weights.save(model, tmp_path / "again", shard_bytes=300_000)
+    same_tensors(tmp_path / "again", everything)
+    shards = sorted(p.name for p in (tmp_path / "again").glob("*.safetensors"))
+    assert len(shards) >= 3 and shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
+    index = json.loads((tmp_path / "again/model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(x.nbytes for x in everything.values())
+    assert set(index["weight_map"].values()) == set(shards)
     with pytest.raises(ValueError, match="needed a folder without a sharded checkpoint"):
         weights.save(weights.load(FIXTURES / name)[0], tmp_path)
 
@@ -150,10 +165,10 @@ def rename(contents, *pairs):
     return contents
 
 
-def fused(contents):
+def fused(contents, layers=(1, 2, 3)):
     """The experts of every layer in two tensors, as transformers holds them in memory."""
     kept = {k: v for k, v in contents.items() if ".experts." not in k}
-    for i in (1, 2, 3):
+    for i in layers:
         prefix = f"model.layers.{i}.mlp.experts"
         gate, up, down = (
             np.stack([contents[f"{prefix}.{e}.{kind}_proj.weight"] for e in range(8)])
@@ -180,19 +195,34 @@ def fused(contents):
 def test_aliases_of_hy3(alias, tmp_path):
     renamed = alias(tensors("hy3-tiny"))
     assert renamed.keys() != tensors("hy3-tiny").keys()
-    model, _ = weights.load(write(tmp_path, "hy3-tiny", renamed))
+    model, _ = weights.load(write(tmp_path / "in", "hy3-tiny", renamed))
     assert same(model, weights.load(FIXTURES / "hy3-tiny")[0])
+    weights.save(model, tmp_path / "out")
+    same_tensors(tmp_path / "out", renamed)
+
+
+def test_qwen3_as_transformers_holds_it(tmp_path):
+    renamed = fused(tensors("qwen3-moe-tiny"), (0, 1, 2))
+    model, _ = weights.load(write(tmp_path / "in", "qwen3-moe-tiny", renamed))
+    assert same(model, weights.load(FIXTURES / "qwen3-moe-tiny")[0])
+    weights.save(model, tmp_path / "out")
+    same_tensors(tmp_path / "out", renamed)
 
 
 def test_gpt2_as_openai_named_it(tmp_path):
     contents = rename(tensors("gpt2-tiny"), ("transformer.", ""))
-    contents |= {f"h.{i}.attn.bias": np.ones((1, 1, 64, 64), np.float32) for i in range(3)}
+    bare = contents
+    contents = contents | {
+        f"h.{i}.attn.bias": np.ones((1, 1, 64, 64), np.float32) for i in range(3)
+    }
     contents |= {
         "h.0.attn.masked_bias": np.float32([-1e4]),
         "lm_head.weight": contents["wte.weight"],
     }
     model, _ = weights.load(write(tmp_path, "gpt2-tiny", contents))
     assert same(model, weights.load(FIXTURES / "gpt2-tiny")[0])
+    weights.save(model, tmp_path / "out")
+    same_tensors(tmp_path / "out", bare)
     contents["lm_head.weight"] = contents["wte.weight"] + 1
     with pytest.raises(ValueError, match=r"lm_head\.weight \(is not wte\.weight\)"):
         weights.load(write(tmp_path, "gpt2-tiny", contents))
@@ -203,41 +233,39 @@ def test_draft_layer_is_left_out_knowingly(tmp_path, caplog):
     draft = {k.replace(".3.", ".4."): v for k, v in contents.items() if ".layers.3." in k}
     draft |= {"model.layers.4.eh_proj.weight": np.ones((64, 128), np.float32)}
     with caplog.at_level(logging.INFO, "jaxcp.weights"):
-        model, _ = weights.load(write(tmp_path, "hy3-tiny", contents | draft))
+        model, _ = weights.load(
+            write(tmp_path, "hy3-tiny", contents | draft, num_nextn_predict_layers=0)
+        )
     assert same(model, weights.load(FIXTURES / "hy3-tiny")[0])
     assert f"left out {len(draft)} tensors" in caplog.text and "model.layers.4" in caplog.text
 
 
+def test_the_draft_layer_is_kept_where_the_config_speaks_of_it(tmp_path):
+    both = tensors("hy3-tiny") | load_file(FIXTURES / "hy3-tiny/model_mtp.safetensors")
+    model, _ = weights.load(write(tmp_path / "in", "hy3-tiny", both))
+    assert model.config.num_mtp_layers == 1
+    weights.save(model, tmp_path / "out")
+    same_tensors(tmp_path / "out", both)
+    # transformers saves a checkpoint without it, and a config.json that still says 1
+    without, _ = weights.load(FIXTURES / "hy3-tiny")
+    assert without.config.num_mtp_layers == 0
+    weights.save(without, write(tmp_path / "there", "hy3-tiny", tensors("hy3-tiny")))
+    with pytest.raises(ValueError, match="without a checkpoint of another configuration"):
+        weights.save(model, tmp_path / "there")
+
+
 def test_a_layer_too_many_is_no_draft_layer(tmp_path):
     kinds = {"num_hidden_layers": 3, "mlp_layer_types": ["dense", "sparse", "sparse"]}
-    with pytest.raises(ValueError, match=r"left over:\n    model\.layers\.3\."):
-        weights.load(write(tmp_path, "hy3-tiny", tensors("hy3-tiny"), **kinds))
-
-
-def test_table_names_all_of_hy3():
-    """The published model: names, parameters and bytes are known."""
-    fields = json.loads((FIXTURES / "hy3-tiny/config.json").read_text())
-    fields |= {
-        "vocab_size": 120832, "hidden_size": 4096, "num_hidden_layers": 80,
-        "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128,
-        "num_experts": 192, "num_experts_per_tok": 8, "intermediate_size": 13312,
-        "moe_intermediate_size": 1536, "expert_hidden_dim": 1536,
-        "mlp_layer_types": ["dense"] + ["sparse"] * 79, "dtype": "bfloat16",
-    }  # fmt: skip
-    config = models.config_from_dict(fields)
-    leaves = {path: leaf.shape for path, leaf in flat(weights.abstract_model(config)).items()}
-    found = sources(models.FAMILIES["hy_v3"].weights.TABLE, leaves)
-    named = {name: source.shape for source in found.values() for name in source.names}
-    assert len(named) == 47_138 - 593  # the hub's less the draft layer's
-    assert sum(map(math.prod, named.values())) == 298_786_140_416 - 3_752_612_096 + 79 * 192
-    assert named["model.layers.79.mlp.experts.191.down_proj.weight"] == (4096, 1536)
-    assert named["model.layers.79.self_attn.o_proj.weight"] == (4096, 8192)
+    for draft_layers, message in ((0, "left over"), (1, "missing")):
+        kinds["num_nextn_predict_layers"] = draft_layers
+        with pytest.raises(ValueError, match=rf"{message}:\n    model\.layers\.3\."):
+            weights.load(write(tmp_path, "hy3-tiny", tensors("hy3-tiny"), **kinds))
 
 
 HYBRID = HybridMoEConfig(
     vocab_size=32, num_layers=3, embed_dim=16, num_heads=4, num_kv_heads=2, head_dim=8,
-    mlp_dim=24, moe_dim=12, num_experts=3, num_experts_per_tok=2, num_shared_experts=0,
-    first_dense_layers=2, layer_pattern="LN", window=5,
+    mlp_dim=24, moe_dim=12, num_experts=3, num_experts_per_tok=2,
+    first_dense_layers=2, layer_pattern="LN", window=5, experts=ExpertsConfig(num_shared=0),
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from tiny_checkpoints import FIXTURES, same, tensors, write
+from tiny_checkpoints import FIXTURES, flat, same, tensors, write
 
 from jaxcp import weights
 
@@ -48,6 +48,33 @@ def test_a_long_list_is_cut(tmp_path):
     assert str(caught.value).count("\n") < weights.LISTED + 10
 
 
+@pytest.mark.parametrize(
+    "name", ["model.norm.weight", "model.layers.2.mlp.experts.5.up_proj.weight"]
+)
+def test_nan_and_inf_are_found_by_name(name, tmp_path):
+    contents = tensors("hy3-tiny")
+    contents[name].flat[:2] = np.nan, np.inf
+    contents["model.layers.1.mlp.expert_bias"][3] = -np.inf
+    folder = write(tmp_path, "hy3-tiny", contents)
+    with pytest.raises(ValueError) as caught:
+        weights.load(folder)
+    message = str(caught.value)
+    assert "has 2 tensors with NaN or Inf" in message and "allow_nonfinite=True" in message
+    assert f"{name} {contents[name].shape}: 2 of them, as float32" in message
+    assert "model.layers.1.mlp.expert_bias (8,): 1 of them" in message
+    model, _ = weights.load(folder, allow_nonfinite=True)
+    assert sum(not np.isfinite(x).all() for x in flat(model).values()) == 2
+
+
+def test_what_overflows_in_the_dtype_asked_for(tmp_path):
+    contents = tensors("gpt2-tiny")
+    contents["transformer.ln_f.weight"][0] = 1e5
+    folder = write(tmp_path, "gpt2-tiny", contents)
+    with pytest.raises(ValueError, match=r"ln_f\.weight \(64,\): 1 of them, as float16"):
+        weights.load(folder, dtype="float16")
+    weights.load(folder, dtype="bfloat16")
+
+
 def test_no_config(tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(
@@ -66,7 +93,7 @@ def test_config_that_is_no_json_object(text, tmp_path):
 @pytest.mark.parametrize("fields", [{"model_type": "mamba"}, {}])
 def test_unknown_model_type(fields, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match=r"\(gpt2, hy_v3\); got"):
+    with pytest.raises(ValueError, match=r"jaxcp knows \(gpt2, hy_v3, .*\); got"):
         weights.load_config(tmp_path)
 
 
@@ -132,6 +159,14 @@ def test_saving_again_replaces_the_weights_only(tmp_path):
         "model.safetensors",
         "notes.txt",
     ]
+
+
+def test_saving_several_files_over_one(tmp_path):
+    out = write(tmp_path / "out", "gpt2-tiny", tensors("gpt2-tiny"))
+    model, _ = weights.load(out)
+    with pytest.raises(ValueError, match=r"without model\.safetensors for weights in \d+ files"):
+        weights.save(model, out, shard_bytes=300_000)
+    assert same(weights.load(out)[0], model)
 
 
 def test_saving_over_another_model(tmp_path):

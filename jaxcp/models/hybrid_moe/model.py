@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hy3's architecture (model_type hy_v3), plus a layer pattern.
+"""Hy3, Qwen3-MoE, gpt-oss and what lies between: grouped-query attention and experts.
 
-QK-normed grouped-query attention, dense first layers, then mixture of experts. The pattern adds
-layers with a sliding window and layers without rotary positions.
+Dense layers first, then mixture of experts. The layer pattern adds layers with a sliding window
+and layers without rotary positions.
 """
-
-import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,178 +15,8 @@ from jaxcp.layers.moe import MoE
 from jaxcp.layers.ngram import NGram
 from jaxcp.layers.norm import RMSNorm
 from jaxcp.layers.parameter import normal
-from jaxcp.layers.rope import Rope
-from jaxcp.layers.routing import Routing
 from jaxcp.models.base import LanguageModel, embed
-
-OURS = {
-    "layer_pattern": "layer_pattern",
-    "sliding_window": "window",
-    "full_attention_heads": "full_num_heads",
-    "ngram_width": "ngram_width",
-    "ngram_dim": "ngram_dim",
-}
-"""config.json keys that Hy3's own lacks -> our fields. A plain Hy3 has none of them."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class HybridMoEConfig:
-    """`layer_pattern` is cycled over the layers.
-
-    G: full attention with rotary positions (all of Hy3), L: sliding window with rotary positions,
-    N: full attention without positions.
-    """
-
-    vocab_size: int
-    num_layers: int
-    embed_dim: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    mlp_dim: int
-    moe_dim: int
-    num_experts: int
-    num_experts_per_tok: int
-    num_shared_experts: int = 1
-    first_dense_layers: int = 1
-    route_scale: float = 1.0
-    route_norm: bool = True
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-5
-    layer_pattern: str = "G"
-    window: int | None = None
-    full_num_heads: int | None = None
-    """Query heads of G and N layers, where not `num_heads`: full attention pays for each."""
-    ngram_width: int = 1
-    """Tokens that the embedding sees: 1 is the token itself, 12 adds the eleven before it."""
-    ngram_dim: int = 16
-    dtype: str = "float32"
-    remat: bool = False
-
-    def __post_init__(self):
-        if not self.layer_pattern or set(self.layer_pattern) - set("GLN"):
-            raise ValueError(f"layer_pattern is made of G, L and N; got {self.layer_pattern!r}")
-        if "L" in self.layer_pattern and (self.window is None or self.window < 1):
-            raise ValueError(f"a pattern with L needs window >= 1; got window={self.window}")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_kv_heads must divide num_heads; got {self.num_kv_heads} and {self.num_heads}"
-            )
-        if self.full_num_heads is not None and self.full_num_heads % self.num_kv_heads:
-            raise ValueError(
-                "num_kv_heads must divide full_num_heads; "
-                f"got {self.num_kv_heads} and {self.full_num_heads}"
-            )
-        if self.ngram_width < 1 or self.ngram_dim < 1:
-            raise ValueError(
-                "ngram_width and ngram_dim must be at least 1; "
-                f"got {self.ngram_width} and {self.ngram_dim}"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for rotary positions; got {self.head_dim}")
-        if not 1 <= self.num_experts_per_tok <= self.num_experts:
-            raise ValueError(
-                "needs 1 <= num_experts_per_tok <= num_experts; "
-                f"got {self.num_experts_per_tok} of {self.num_experts}"
-            )
-
-    def kind(self, layer: int) -> str:
-        """G, L or N."""
-        return self.layer_pattern[layer % len(self.layer_pattern)]
-
-    def query_heads(self, layer: int) -> int:
-        return self.num_heads if self.kind(layer) == "L" else self.full_num_heads or self.num_heads
-
-    @classmethod
-    def from_hf(cls, d: dict[str, Any]) -> "HybridMoEConfig":
-        """From a `config.json` of model_type hy_v3 (Hy3's, or one that `to_hf` wrote)."""
-        _refuse(d)
-        types = d.get("mlp_layer_types")
-        dense = d.get("first_k_dense_replace", 1) if types is None else types.count("dense")
-        if types is not None and types != ["dense"] * dense + ["sparse"] * (len(types) - dense):
-            raise NotImplementedError(
-                f"hy_v3: dense layers must come first; got mlp_layer_types={types}"
-            )
-        rope = d.get("rope_parameters") or d.get("rope_scaling") or {}
-        if rope.get("rope_type", "default") != "default":
-            raise NotImplementedError(
-                f"hy_v3: rope_type must be default; got {rope['rope_type']!r}"
-            )
-        return cls(
-            vocab_size=d["vocab_size"],
-            num_layers=d["num_hidden_layers"],
-            embed_dim=d["hidden_size"],
-            num_heads=d["num_attention_heads"],
-            num_kv_heads=d["num_key_value_heads"],
-            head_dim=d["head_dim"],
-            mlp_dim=d["intermediate_size"],
-            moe_dim=d.get("moe_intermediate_size") or d["expert_hidden_dim"],
-            num_experts=d["num_experts"],
-            num_experts_per_tok=d["num_experts_per_tok"],
-            num_shared_experts=d.get("num_shared_experts", 1),
-            first_dense_layers=dense,
-            route_scale=d.get("router_scaling_factor", 1.0),
-            route_norm=d.get("route_norm", True),
-            rope_theta=rope.get("rope_theta", d.get("rope_theta", 10_000.0)),
-            norm_eps=d["rms_norm_eps"],
-            dtype=d.get("dtype") or d.get("torch_dtype") or "float32",
-            **{field: d[key] for key, field in OURS.items() if d.get(key) is not None},
-        )
-
-    def to_hf(self) -> dict[str, Any]:
-        """What `from_hf` reads."""
-        sparse = self.num_layers - self.first_dense_layers
-        d = {
-            "architectures": ["HYV3ForCausalLM"],
-            "model_type": "hy_v3",
-            "vocab_size": self.vocab_size,
-            "num_hidden_layers": self.num_layers,
-            "hidden_size": self.embed_dim,
-            "num_attention_heads": self.num_heads,
-            "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
-            "intermediate_size": self.mlp_dim,
-            "moe_intermediate_size": self.moe_dim,
-            "expert_hidden_dim": self.moe_dim,
-            "num_experts": self.num_experts,
-            "num_experts_per_tok": self.num_experts_per_tok,
-            "num_shared_experts": self.num_shared_experts,
-            "first_k_dense_replace": self.first_dense_layers,
-            "mlp_layer_types": ["dense"] * self.first_dense_layers + ["sparse"] * sparse,
-            "router_scaling_factor": self.route_scale,
-            "route_norm": self.route_norm,
-            "qk_norm": True,
-            "moe_router_use_sigmoid": True,
-            "moe_router_enable_expert_bias": True,
-            "hidden_act": "silu",
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
-            "rms_norm_eps": self.norm_eps,
-            "tie_word_embeddings": False,
-            "enable_lm_head_fp32": True,
-            "dtype": self.dtype,
-        }
-        return d | (
-            {}
-            if (self.layer_pattern, self.full_num_heads, self.ngram_width) == ("G", None, 1)
-            else {key: getattr(self, field) for key, field in OURS.items()}
-        )
-
-
-def _refuse(d: dict[str, Any]) -> None:
-    """Raise for options that a hy_v3 config may carry and this model does not have."""
-    wanted = {
-        "qk_norm": True,
-        "moe_router_use_sigmoid": True,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "attention_bias": False,
-        "mlp_bias": False,
-    }
-    wrong = {k: d[k] for k, v in wanted.items() if d.get(k, v) != v}
-    if wrong:
-        raise NotImplementedError(
-            f"hy_v3: supported are { ({k: wanted[k] for k in wrong}) }; got {wrong}"
-        )
+from jaxcp.models.hybrid_moe.config import HybridMoEConfig
 
 
 class Block(nnx.Module):
@@ -197,7 +24,7 @@ class Block(nnx.Module):
         c, kind = config, config.kind(layer)
         std = c.embed_dim**-0.5
         out_std = std * (2 * c.num_layers) ** -0.5
-        self.attention_norm = RMSNorm(c.embed_dim, eps=c.norm_eps)
+        self.attention_norm = norm(c)
         self.attention = Attention(
             c.embed_dim,
             c.query_heads(layer),
@@ -206,13 +33,15 @@ class Block(nnx.Module):
             layer=layer,
             std=std,
             out_std=out_std,
-            qk_norm_eps=c.norm_eps,
+            qk_norm_eps=c.norm.eps if c.attention.qk_norm else None,
             qk_gain=1.2 if kind == "L" else 1.5,
-            rope=None if kind == "N" else Rope(theta=c.rope_theta),
+            rope=None if kind == "N" else c.attention.rope,
             window=c.window if kind == "L" else None,
+            use_bias=c.attention.use_bias,
+            sinks=c.attention.sinks,
             rngs=rngs,
         )
-        self.mlp_norm = RMSNorm(c.embed_dim, eps=c.norm_eps)
+        self.mlp_norm = norm(c)
         self.mlp: GatedMLP | MoE
         if layer < c.first_dense_layers:
             self.mlp = GatedMLP(c.embed_dim, c.mlp_dim, std=std, out_std=out_std, rngs=rngs)
@@ -222,8 +51,11 @@ class Block(nnx.Module):
                 c.moe_dim,
                 num_experts=c.num_experts,
                 num_experts_per_tok=c.num_experts_per_tok,
-                num_shared_experts=c.num_shared_experts,
-                routing=Routing(normalise=c.route_norm, scale=c.route_scale),
+                num_shared_experts=c.experts.num_shared,
+                routing=c.experts.routing,
+                activation=c.experts.activation,
+                use_bias=c.experts.use_bias,
+                float32_sum=c.experts.float32_sum,
                 std=std,
                 out_std=out_std,
                 rngs=rngs,
@@ -236,19 +68,43 @@ class Block(nnx.Module):
         return x + y, load
 
 
+class MTP(nnx.Module):
+    """The layer that drafts the token after next, from the trunk's state and the next token.
+
+    Source: arXiv 2412.19437, as Hy3 wires it: the state is the one after the final norm, the
+    embedding comes first, and position 0 embeds nothing.
+    """
+
+    def __init__(self, config: HybridMoEConfig, rngs: nnx.Rngs):
+        d = config.embed_dim
+        self.embed_norm, self.hidden_norm = norm(config), norm(config)
+        self.join = normal(rngs, (2, d, d), ("parts", "embed", "embed"), (2 * d) ** -0.5)
+        self.block = Block(config, config.num_layers, rngs)
+        self.final_norm = norm(config)
+
+    def __call__(self, embedded, hidden, positions, attend):
+        embedded = jnp.where((positions == 0)[..., None], 0, embedded).astype(hidden.dtype)
+        parts = self.embed_norm(embedded), self.hidden_norm(hidden)
+        x = jnp.einsum("pbtc,pcd->btd", jnp.stack(parts), self.join.astype(hidden.dtype))
+        x, _ = self.block(x, positions, attend)
+        return self.final_norm(x)
+
+
 class HybridMoE(LanguageModel):
-    """Hy3 and its hybrids. `HybridMoE(config, rngs=nnx.Rngs(0))`."""
+    """`HybridMoE(config, rngs=nnx.Rngs(0))`."""
 
     def __init__(self, config: HybridMoEConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.embed = normal(rngs, (config.vocab_size, config.embed_dim), ("vocab", "embed"), 1.0)
-        if config.ngram_width > 1:
+        if config.ngram.width > 1:
             self.ngram = NGram(
-                config.vocab_size, config.ngram_dim, config.ngram_width, config.embed_dim, rngs=rngs
+                config.vocab_size, config.ngram.dim, config.ngram.width, config.embed_dim, rngs=rngs
             )
         self.layers = nnx.List([Block(config, i, rngs) for i in range(config.num_layers)])
-        self.final_norm = RMSNorm(config.embed_dim, eps=config.norm_eps)
+        self.final_norm = norm(config)
         self.lm_head = normal(rngs, (config.embed_dim, config.vocab_size), ("embed", "vocab"), 0.01)
+        if config.num_mtp_layers:
+            self.mtp = MTP(config, rngs)
 
     def forward(self, tokens, positions, attend):
         x = self._embedded(tokens, jnp.dtype(self.config.dtype))
@@ -260,22 +116,64 @@ class HybridMoE(LanguageModel):
         return self.final_norm(x), jnp.stack(loads) if loads else None
 
     def windows(self):
-        return tuple(layer.attention.window for layer in self.layers)
+        kept = tuple(layer.attention.window for layer in self.layers)
+        return kept + (None,) * self.config.num_mtp_layers
+
+    def draft(self, hidden, next_tokens, positions, attend):
+        """`[B, T, D]`, of which `logits` are those of the token after next.
+
+        Of a draft again, with the tokens after those: one token further, and so on. The layer has
+        keys and values of its own, as layer `num_layers`.
+
+        Args:
+          hidden: what `forward` gave, or `draft`.
+          next_tokens: `[B, T]`, laid out as `hidden` is: the token after the one at each place
+            (after two, of a draft of a draft). See `following`.
+        Raises:
+          ValueError: the model has no MTP layer.
+        """
+        if not self.config.num_mtp_layers:
+            raise ValueError("drafting needs a model with an MTP layer; num_mtp_layers is 0")
+        return self.mtp(embed(self.embed, next_tokens, hidden.dtype), hidden, positions, attend)
+
+    def mtp_logits(self, tokens, following, positions, **options):
+        """Float32 logits `[B, T, V]` a draft: of the token after next, the one after that, ...
+
+        `following [B, T, n]` has the n tokens after each one, see there; `options` are those of
+        `hidden`.
+        """
+        attend = self.attend_over(positions, **options)
+        x, _ = self.forward(tokens, positions, attend)
+        logits = []
+        for depth in range(following.shape[-1]):
+            x = self.draft(x, following[..., depth], positions, attend)
+            logits.append(self.logits(x))
+        return logits
 
     def _embedded(self, tokens, dtype):
-        c = self.config
-        if tokens.shape[2:] != ((c.ngram_width,) if c.ngram_width > 1 else ()):
+        width = self.config.ngram.width
+        if tokens.shape[2:] != ((width,) if width > 1 else ()):
             raise ValueError(
-                f"this model embeds windows of {c.ngram_width} tokens; got ids {tokens.shape}. "
+                f"this model embeds windows of {width} tokens; got ids {tokens.shape}. "
                 "Make them with jaxcp.layers.ngram.windows before the layout permutes, "
                 "or use jaxcp.logits"
             )
-        if c.ngram_width == 1:
+        if width == 1:
             return embed(self.embed, tokens, dtype)
         return embed(self.embed, tokens[..., 0], dtype) + self.ngram(tokens, dtype)
 
+    def cache_shape(self):
+        shape = super().cache_shape()
+        return shape | {"layers": shape["layers"] + self.config.num_mtp_layers}
+
     def head_kernel(self):
         return self.lm_head.get_value()
+
+
+def norm(config: HybridMoEConfig) -> RMSNorm:
+    """Of the residual stream."""
+    c = config.norm
+    return RMSNorm(config.embed_dim, eps=c.eps, float32_scale=c.float32_scale)
 
 
 def _block(layer, x, positions, attend):

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration of a hybrid MoE: Hy3, Qwen3-MoE, gpt-oss, and any mixture of their features."""
+
+import dataclasses
+from typing import Any
+
+from jaxcp.layers.mlp import SILU, SwiGLU
+from jaxcp.layers.rope import Rope
+from jaxcp.layers.routing import Routing
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    rope: Rope = dataclasses.field(default_factory=Rope)
+    qk_norm: bool = True
+    use_bias: bool = False
+    sinks: bool = False
+    """A learned logit a head that joins the softmax and whose probability is dropped."""
+    full_num_heads: int | None = None
+    """Query heads of G and N layers, where not `num_heads`: full attention pays for each."""
+    max_positions: int | None = None
+    """What config.json says of the lengths a model was trained for; limits nothing here."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    num_shared: int = 1
+    """Experts that every token goes through, as one MLP of that many widths."""
+    routing: Routing = dataclasses.field(default_factory=Routing)
+    activation: SwiGLU = SILU
+    use_bias: bool = False
+    float32_sum: bool = False
+    """Routed and shared experts are added in float32 and rounded once."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NormConfig:
+    eps: float = 1e-5
+    float32_scale: bool = False
+    """Rounded after the scale, not before it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NGramConfig:
+    """Tokens that the embedding sees: width 1 is the token itself, 12 adds the eleven before."""
+
+    width: int = 1
+    dim: int = 16
+
+    def __post_init__(self):
+        if self.width < 1 or self.dim < 1:
+            raise ValueError(
+                f"ngram: width and dim must be at least 1; got {self.width} and {self.dim}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HybridMoEConfig:
+    """`layer_pattern` is cycled over the layers.
+
+    G: full attention with rotary positions (all of Hy3), L: sliding window with rotary positions,
+    N: full attention without positions. The first `first_dense_layers` have an MLP of width
+    `mlp_dim` and no experts. `num_mtp_layers`: 1 adds the layer that drafts the token after next.
+    """
+
+    vocab_size: int
+    num_layers: int
+    embed_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    moe_dim: int
+    num_experts: int
+    num_experts_per_tok: int
+    first_dense_layers: int = 1
+    layer_pattern: str = "G"
+    window: int | None = None
+    attention: AttentionConfig = AttentionConfig()
+    experts: ExpertsConfig = ExpertsConfig()
+    norm: NormConfig = NormConfig()
+    ngram: NGramConfig = NGramConfig()
+    num_mtp_layers: int = 0
+    dtype: str = "float32"
+    remat: bool = False
+
+    def __post_init__(self):
+        full_num_heads = self.attention.full_num_heads
+        if not self.layer_pattern or set(self.layer_pattern) - set("GLN"):
+            raise ValueError(f"layer_pattern is made of G, L and N; got {self.layer_pattern!r}")
+        if "L" in self.layer_pattern and (self.window is None or self.window < 1):
+            raise ValueError(f"a pattern with L needs window >= 1; got window={self.window}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads must divide num_heads; got {self.num_kv_heads} and {self.num_heads}"
+            )
+        if full_num_heads is not None and full_num_heads % self.num_kv_heads:
+            raise ValueError(
+                "num_kv_heads must divide full_num_heads; "
+                f"got {self.num_kv_heads} and {full_num_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary positions; got {self.head_dim}")
+        if not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                "needs 1 <= num_experts_per_tok <= num_experts; "
+                f"got {self.num_experts_per_tok} of {self.num_experts}"
+            )
+        if not 0 <= self.first_dense_layers <= self.num_layers:
+            raise ValueError(
+                "needs 0 <= first_dense_layers <= num_layers; "
+                f"got {self.first_dense_layers} of {self.num_layers}"
+            )
+        if self.num_mtp_layers not in (0, 1):
+            raise NotImplementedError(
+                "num_mtp_layers must be 0 or 1 (deeper drafts use the one layer again); "
+                f"got {self.num_mtp_layers}"
+            )
+        if self.num_mtp_layers and self.ngram.width > 1:
+            raise NotImplementedError(
+                f"an MTP layer embeds single tokens; got ngram.width={self.ngram.width}"
+            )
+
+    def kind(self, layer: int) -> str:
+        """G, L or N. The layer after the last is the MTP layer: G."""
+        if layer >= self.num_layers:
+            return "G"
+        return self.layer_pattern[layer % len(self.layer_pattern)]
+
+    def query_heads(self, layer: int) -> int:
+        if self.kind(layer) == "L" or layer >= self.num_layers:
+            return self.num_heads
+        return self.attention.full_num_heads or self.num_heads
+
+    @property
+    def ngram_width(self) -> int:
+        return self.ngram.width
+
+    @classmethod
+    def from_hf(cls, fields: dict[str, Any]) -> "HybridMoEConfig":
+        """From a `config.json` of model_type hy_v3, qwen3_moe or gpt_oss, or one of `to_hf`.
+
+        Raises:
+          NotImplementedError: a field that changes what the model computes and is not known here.
+          ValueError: fields that contradict each other.
+        """
+        from jaxcp.models.hybrid_moe import hf  # it imports this module
+
+        return hf.read(fields)
+
+    def to_hf(self) -> dict[str, Any]:
+        """What `from_hf` reads, with the model_type that it came from.
+
+        A mixture that none of the three can express gets a model_type of ours, jaxcp_hybrid_moe,
+        which no other program takes for something else.
+        """
+        from jaxcp.models.hybrid_moe import hf
+
+        return hf.write(self)
+
+    @property
+    def model_type(self) -> str:
+        """Whose features these are: hy_v3, qwen3_moe, gpt_oss; jaxcp_hybrid_moe for a mixture."""
+        from jaxcp.models.hybrid_moe import hf
+
+        return hf.model_type(self)

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What jaxcp saves is what transformers loads: the same names, and the same logits.
+
+Needs the extra `hf`: transformers and a torch that runs on the CPU.
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from tiny_checkpoints import FIXTURES
+
+import jaxcp
+from jaxcp import GPT, GPTConfig, HybridMoE
+from jaxcp.layers.rope import Rope
+
+transformers = pytest.importorskip("transformers", reason="needs pip install jaxcp[hf]")
+torch = pytest.importorskip("torch", reason="needs pip install jaxcp[hf]")
+pytestmark = pytest.mark.filterwarnings("default")  # theirs are not ours to mend
+
+
+def config_of(name):
+    return jaxcp.load_config(FIXTURES / name)
+
+
+def changed(name, **fields):
+    """A fixture's config with other values in `attention`, `experts` or itself."""
+    config = config_of(name)
+    for part in ("attention", "experts"):
+        if part in fields:
+            fields[part] = dataclasses.replace(getattr(config, part), **fields[part])
+    return dataclasses.replace(config, **fields)
+
+
+def variants():
+    """The fixtures' configs, and some with every switch of the format set the other way."""
+    hy3, qwen, oss = (f"{name}-tiny" for name in ("hy3", "qwen3-moe", "gpt-oss"))
+    yarn = config_of(oss).attention.rope.yarn
+    routing = config_of(qwen).experts.routing
+    yield "hy3", dataclasses.replace(config_of(hy3), num_mtp_layers=0)
+    yield "hy3, two dense layers", changed(
+        hy3, num_mtp_layers=0, first_dense_layers=2, attention={"rope": Rope(theta=500.0)},
+        experts={"num_shared": 2, "float32_sum": True},
+    )  # fmt: skip
+    yield "qwen3", config_of(qwen)
+    yield "qwen3, other switches", changed(
+        qwen, first_dense_layers=1, layer_pattern="L", window=7,
+        attention={"use_bias": True, "rope": Rope(theta=1e4, yarn=yarn)},
+        experts={"routing": dataclasses.replace(routing, normalise=False)},
+    )  # fmt: skip
+    yield "gpt-oss", config_of(oss)
+    yield "gpt-oss, other switches", changed(
+        oss, layer_pattern="GGL", window=5,
+        attention={"use_bias": False, "rope": Rope(theta=1e4)},
+    )  # fmt: skip
+    yield "gpt2", config_of("gpt2-tiny")
+
+
+@jax.jit
+def shaken(model):
+    """Nothing is left at the zeros and ones that it starts with."""
+    leaves, tree = jax.tree.flatten(model)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noise = [0.2 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, [x + n for x, n in zip(leaves, noise, strict=True)])
+
+
+@pytest.mark.parametrize("config", [pytest.param(c, id=name) for name, c in variants()])
+def test_transformers_loads_what_is_saved(config, tmp_path):
+    model_class = GPT if isinstance(config, GPTConfig) else HybridMoE
+    model = shaken(jax.jit(lambda: model_class(config, rngs=nnx.Rngs(0)))())
+    jaxcp.save(model, tmp_path / "out")
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True, attn_implementation="eager"
+    )
+    wrong = {k: v for k, v in report.items() if v and k != "error_msgs"}
+    assert not wrong and not report.get("error_msgs")
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 24))
+    with torch.no_grad():
+        expected = theirs.eval()(torch.from_numpy(tokens)).logits.numpy()
+    found = jaxcp.logits(model, tokens)
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
