@@ -4,14 +4,13 @@
 Knows files and placement. Which tensor is which leaf is the family's table, models/*/weights.py.
 """
 
-import contextlib
 import dataclasses
 import json
 import logging
 import os
 import shutil
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxcp import models
+from jaxcp import models, mxfp4
+from jaxcp.checkpoint_files import CONFIG, INDEX, WEIGHTS, Checkpoint, open_checkpoint, read_json
 from jaxcp.models.base import LanguageModel
 from jaxcp.models.weight_table import Source, sources, spelling_of
 from jaxcp.sharding import sharding_of
@@ -30,9 +29,8 @@ from jaxcp.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
-INDEX = f"{WEIGHTS}.index.json"
-DTYPES = ("F32", "BF16", "F16")
+TOKENIZER = "tokenizer.json"
+DTYPES = ("F32", "BF16", "F16", mxfp4.NAME)
 SHARD_BYTES = 5_000_000_000
 LISTED = 50  # of each kind of problem: a wrong checkpoint of 47,000 tensors must stay readable
 
@@ -99,7 +97,7 @@ def _rounded(value: np.ndarray, dtype: Any) -> np.ndarray:
         return value.astype(dtype)
 
 
-def _nonfinite(source: Source, checkpoint: "Checkpoint", dtype: Any) -> list[str]:
+def _nonfinite(source: Source, checkpoint: Checkpoint, dtype: Any) -> list[str]:
     """Which tensors of `source` hold NaN or Inf, and how many values of how many."""
     counts = {
         name: (~np.isfinite(_rounded(checkpoint.read(name), dtype))).sum() for name in source.names
@@ -131,7 +129,7 @@ def load_config(path: str | os.PathLike) -> Any:
         raise FileNotFoundError(
             f"needed a checkpoint folder with {CONFIG} and *.safetensors; {file} is not there"
         )
-    return models.config_from_dict(_read_json(file))
+    return models.config_from_dict(read_json(file))
 
 
 def abstract_model(config: Any) -> LanguageModel:
@@ -270,70 +268,6 @@ def _write_weights(
 def _write_json(file: Path, contents: Mapping[str, Any]) -> None:
     text = json.dumps(contents, indent=2, sort_keys=True)
     file.write_text(text + "\n", encoding="utf-8")
-
-
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """The open safetensors files of a folder, as one set of tensors."""
-
-    files: Mapping[str, Any]  # tensor name -> open file
-    shapes: Mapping[str, tuple[int, ...]]
-    dtypes: Mapping[str, str]
-
-    def read(self, name: str) -> np.ndarray:
-        return self.files[name].get_tensor(name)
-
-
-@contextlib.contextmanager
-def open_checkpoint(path: str | os.PathLike) -> Iterator[Checkpoint]:
-    """Opens `model.safetensors`, or the shards that `model.safetensors.index.json` names."""
-    files, shapes, dtypes = {}, {}, {}
-    with contextlib.ExitStack() as stack:
-        for file in _files(Path(path)):
-            try:
-                handle = stack.enter_context(safe_open(file, framework="numpy"))
-            except SafetensorError as error:
-                raise ValueError(
-                    f"needed a whole safetensors file; got {file} ({file.stat().st_size} bytes), "
-                    f"which is truncated or no safetensors: {error}. Copy it again"
-                ) from error
-            for name in handle.keys():
-                header = handle.get_slice(name)
-                files[name] = handle
-                shapes[name], dtypes[name] = tuple(header.get_shape()), header.get_dtype()
-        yield Checkpoint(files, shapes, dtypes)
-
-
-def _files(folder: Path) -> list[Path]:
-    if Path(folder, WEIGHTS).exists():
-        return [folder / WEIGHTS]
-    if not Path(folder, INDEX).exists():
-        raise FileNotFoundError(
-            f"needed {WEIGHTS} or {INDEX} beside {folder / CONFIG}; neither is there"
-        )
-    weight_map = _read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(
-            f"needed a weight_map (tensor name -> file) in {folder / INDEX}; it has none"
-        )
-    shards = sorted(set(weight_map.values()))
-    absent = [shard for shard in shards if not Path(folder, shard).exists()]
-    if absent:
-        raise FileNotFoundError(
-            f"{folder / INDEX} names {len(shards)} files; {len(absent)} are not there: "
-            f"{', '.join(absent)}. Copy them too"
-        )
-    return [folder / shard for shard in shards]
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise ValueError(f"needed JSON; got {file}: {error}. Copy it again") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"needed a JSON object; got {file} with a {type(fields).__name__}")
-    return fields
 
 
 def _check(

@@ -20,6 +20,8 @@ RANKS = (
     ("jaxcp.context_parallel",),
     ("jaxcp.layers",),
     ("jaxcp.models",),
+    ("jaxcp.mxfp4",),
+    ("jaxcp.checkpoint_files",),
     ("jaxcp.weights", "jaxcp.tokenizer", "jaxcp.sampling", "jaxcp.checkpoints"),
     ("jaxcp.inference", "jaxcp.training", "jaxcp.plan", "jaxcp.evaluate"),
     ("jaxcp.tune",),

@@ -13,7 +13,7 @@ from flax import nnx
 from tiny_checkpoints import FIXTURES
 
 import jaxcp
-from jaxcp import GPT, GPTConfig, HybridMoE
+from jaxcp import GPT, GPTConfig, HybridMoE, mxfp4
 from jaxcp.layers.rope import Rope
 
 transformers = pytest.importorskip("transformers", reason="needs pip install jaxcp[hf]")
@@ -82,3 +82,15 @@ def test_transformers_loads_what_is_saved(config, tmp_path):
         expected = theirs.eval()(torch.from_numpy(tokens)).logits.numpy()
     found = jaxcp.logits(model, tokens)
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
+
+
+def test_packed_experts_are_unpacked_as_transformers_does():
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 256, (2, 6, 3, 16), dtype=np.uint8)
+    scales = rng.integers(90, 140, (2, 6, 3), dtype=np.uint8)
+    theirs = convert_moe_packed_tensors(torch.from_numpy(blocks), torch.from_numpy(scales))
+    found = mxfp4.unpack(blocks, scales)
+    assert theirs.shape == found.shape
+    np.testing.assert_array_equal(found.astype(np.float32), theirs.float().numpy())

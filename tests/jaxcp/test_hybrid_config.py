@@ -110,7 +110,9 @@ def test_parameters_of_the_others(fields, billions):
 
 
 def test_what_is_published_of_gpt_oss():
-    config = models.config_from_dict(GPT_OSS_120B)
+    packed = {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": []}}
+    config = models.config_from_dict(GPT_OSS_120B | packed)
+    assert config == models.config_from_dict(GPT_OSS_120B)
     shapes = named(config)
     assert shapes["model.layers.35.mlp.experts.gate_up_proj"] == (128, 2880, 5760)
     assert shapes["model.layers.0.self_attn.sinks"] == (64,)
@@ -188,6 +190,7 @@ def test_the_expert_count_has_two_names():
         (HY3, {"mlp_layer_types": ["sparse", "dense"] * 40}),
         (HY3, {"mlp_layer_types": ["dense"]}),
         (HY3, {"rope_parameters": {"rope_type": "dynamic", "alpha": 1000.0}}),
+        (GPT_OSS_120B, {"quantization_config": {"quant_method": "fp8"}}),
         (QWEN3_30B, {"mlp_only_layers": [3]}),
         (QWEN3_30B, {"decoder_sparse_step": 2}),
         (QWEN3_30B, {"shared_expert_intermediate_size": 64}),

@@ -231,8 +231,11 @@ def _write_qwen3_moe(c: HybridMoEConfig) -> dict[str, Any]:
 
 
 def _read_gpt_oss(d: dict[str, Any]) -> HybridMoEConfig:
-    reads = "attention_bias", "sliding_window", "layer_types", "swiglu_limit", "swiglu_alpha"
-    _refuse_others(d, *reads, "use_sliding_window")  # which transformers does not read here
+    reads = ["attention_bias", "sliding_window", "layer_types", "swiglu_limit", "swiglu_alpha"]
+    reads += ["use_sliding_window"]  # which transformers does not read here
+    if (d.get("quantization_config") or {}).get("quant_method") == "mxfp4":
+        reads += ["quantization_config"]  # unpacked where the tensors are read
+    _refuse_others(d, *reads)
     layers = d["num_hidden_layers"]
     types = d.get("layer_types") or [list(KINDS)[i % 2] for i in range(layers)]
     if len(types) != layers or set(types) - KINDS.keys():
