@@ -8,7 +8,7 @@ import math
 import pytest
 from tiny_checkpoints import FIXTURES, flat
 
-from jaxcp import HybridMoEConfig, models, weights
+from jaxcp import HybridMoEConfig, TrainConfig, models, weights
 from jaxcp.layers.mlp import SwiGLU
 from jaxcp.layers.rope import Rope, YaRN
 from jaxcp.layers.routing import Routing
@@ -293,6 +293,14 @@ def test_a_plain_one_has_the_format_of_its_family():
 def test_a_hybrid_that_makes_no_sense(change, message):
     with pytest.raises((ValueError, NotImplementedError), match=message):
         dataclasses.replace(MIXTURE, **change)
+
+
+def test_an_mtp_layer_is_not_trained_unawares(tmp_path):
+    plain = dataclasses.replace(MIXTURE, ngram=NGramConfig())
+    run = {"seq_len": 8, "batch_size": 1, "steps": 1, "data": "*.bin", "out_dir": tmp_path}
+    assert TrainConfig(model=plain, **run).model == plain
+    with pytest.raises(NotImplementedError, match="no loss for an MTP layer"):
+        TrainConfig(model=dataclasses.replace(plain, num_mtp_layers=1), **run)
 
 
 def test_fixtures_are_of_their_families():

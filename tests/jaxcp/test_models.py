@@ -79,17 +79,22 @@ def test_logits_are_those_of_transformers(name, mesh_of):
     np.testing.assert_allclose(found, reference["logits"], atol=1e-4, rtol=0)
 
 
-def test_gradients_are_those_of_transformers(mesh_of, tmp_path):
-    theirs = np.load(FIXTURES / "hy3-tiny/grads.npz")
-    gradients = {k.removeprefix("grad/"): v for k, v in theirs.items()}
-    bias = {k: v for k, v in tensors("hy3-tiny").items() if k.endswith("expert_bias")}
-    expected, _ = jaxcp.load(write(tmp_path / "grads", "hy3-tiny", gradients | bias))
+@pytest.mark.parametrize(
+    "name, axes", [("hy3-tiny", {"seq": 8}), ("gpt-oss-tiny", {"seq": 2, "model": 2})]
+)
+def test_gradients_are_those_of_transformers(name, axes, mesh_of, tmp_path):
+    """They bear the names of transformers in memory: a checkpoint like any other."""
+    theirs = np.load(FIXTURES / name / "grads.npz")
+    gradients = {k.removeprefix("grad/"): v for k, v in theirs.items() if k != "lm_loss"}
+    bias = {k: v for k, v in tensors(name).items() if k.endswith("expert_bias")}
+    expected, _ = jaxcp.load(write(tmp_path / "grads", name, gradients | bias))
     expected = {k: v for k, v in flat(expected).items() if not k.endswith("router_bias")}
-    reference = np.load(FIXTURES / "hy3-tiny/reference.npz")
-    mesh_of(seq=8)
-    model, _ = jaxcp.load(FIXTURES / "hy3-tiny")
-    loss, found = loss_and_gradients(model, on_mesh(reference["input_ids"], 8))
-    np.testing.assert_allclose(loss, reference["lm_loss"], rtol=1e-5)
+    reference = np.load(FIXTURES / name / "reference.npz")
+    lm_loss = reference["lm_loss"] if "lm_loss" in reference else theirs["lm_loss"]
+    mesh_of(**axes)
+    model, _ = jaxcp.load(FIXTURES / name)
+    loss, found = loss_and_gradients(model, on_mesh(reference["input_ids"], axes["seq"]))
+    np.testing.assert_allclose(loss, lm_loss, rtol=1e-5)
     same_gradients(named(found), expected)
 
 
