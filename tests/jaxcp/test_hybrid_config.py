@@ -98,7 +98,8 @@ def test_names_parameters_and_bytes_of_hy3():
 
 
 @pytest.mark.parametrize(
-    "fields, billions", [(QWEN3_30B, 30.5), (QWEN3_235B, 235), (GPT_OSS_120B, 116.83)]
+    "fields, billions",
+    [(QWEN3_30B, 30.5), (QWEN3_235B, 235), (GPT_OSS_120B, 116.83), (GPT_OSS_20B, 20.91)],
 )
 def test_parameters_of_the_others(fields, billions):
     """As their authors round them."""
