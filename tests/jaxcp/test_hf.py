@@ -6,14 +6,12 @@ Needs the extra `hf`: transformers and a torch that runs on the CPU.
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
-from flax import nnx
-from tiny_checkpoints import FIXTURES
+from tiny_checkpoints import FIXTURES, random_model
 
 import jaxcp
-from jaxcp import GPT, GPTConfig, HybridMoE, mxfp4
+from jaxcp import mxfp4
 from jaxcp.layers.rope import Rope
 
 transformers = pytest.importorskip("transformers", reason="needs pip install jaxcp[hf]")
@@ -58,19 +56,9 @@ def variants():
     yield "gpt2", config_of("gpt2-tiny")
 
 
-@jax.jit
-def shaken(model):
-    """Nothing is left at the zeros and ones that it starts with."""
-    leaves, tree = jax.tree.flatten(model)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noise = [0.2 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(tree, [x + n for x, n in zip(leaves, noise, strict=True)])
-
-
 @pytest.mark.parametrize("config", [pytest.param(c, id=name) for name, c in variants()])
 def test_transformers_loads_what_is_saved(config, tmp_path):
-    model_class = GPT if isinstance(config, GPTConfig) else HybridMoE
-    model = shaken(jax.jit(lambda: model_class(config, rngs=nnx.Rngs(0)))())
+    model = random_model(config)
     jaxcp.save(model, tmp_path / "out")
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", output_loading_info=True, attn_implementation="eager"

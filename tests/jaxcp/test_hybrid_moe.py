@@ -9,13 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
-from tiny_checkpoints import FIXTURES, same, tensors, write
+from tiny_checkpoints import FIXTURES, random_model, same, tensors, write
 
 import jaxcp
-from jaxcp import USP, AllGather, HybridMoE, HybridMoEConfig, Ring, RingPassQ, Zigzag
+from jaxcp import USP, AllGather, HybridMoEConfig, Ring, RingPassQ, Zigzag
 from jaxcp.context_parallel.kv_cache import Extend, Prefill
 from jaxcp.layers.lookahead import following
 from jaxcp.layers.mlp import SwiGLU
@@ -90,20 +89,17 @@ def test_over_a_mesh_it_is_that_of_transformers(name, axes, attention, mesh_of):
     np.testing.assert_allclose(found, expected["logits"], **CLOSE)
 
 
-@pytest.mark.parametrize(
-    "name, chunks, axes",
-    [("gpt-oss-tiny", (11, 6, 8), {"seq": 2, "model": 2}), ("qwen3-moe-tiny", (20,), {})],
-    ids=["gpt-oss", "qwen3-moe"],
-)
-def test_chunks_over_a_cache_are_the_whole_sequence(name, chunks, axes, mesh_of):
-    """Sinks and windows too: the window of 8 ends inside a chunk, and inside the cache."""
-    if axes:
-        mesh_of(**axes)
-    expected = reference(name)
+def test_chunks_over_a_cache_are_the_whole_sequence(mesh_of):
+    """Sinks and windows too: the window of 8 ends inside a chunk, and inside the cache.
+
+    Layers that all see everything, as those of Hy3 and Qwen3-MoE do: test_inference.py.
+    """
+    mesh_of(seq=2, model=2)
+    expected = reference("gpt-oss-tiny")
     tokens, logits = expected["input_ids"], expected["logits"]
-    model, _ = jaxcp.load(FIXTURES / name)
+    model, _ = jaxcp.load(FIXTURES / "gpt-oss-tiny")
     cache, end = model.init_cache(batch_size=2, max_len=40), 0
-    for chunk in chunks:
+    for chunk in (11, 6, 8):
         start, end = end, end + chunk
         part = tokens[:, start:end]
         found, cache = jaxcp.prefill(model, cache, part, attention=AllGather())
@@ -211,19 +207,7 @@ MIXTURE = HybridMoEConfig(
 
 @functools.cache
 def mixture():
-    """Nothing is left at the zeros and ones that it starts with."""
-
-    @jax.jit
-    def make():
-        model = HybridMoE(MIXTURE, rngs=nnx.Rngs(0))
-        leaves, tree = jax.tree.flatten(model)
-        keys = jax.random.split(jax.random.key(1), len(leaves))
-        noisy = [
-            x + 0.2 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)
-        ]
-        return jax.tree.unflatten(tree, noisy)
-
-    return make()
+    return random_model(MIXTURE)
 
 
 def test_a_mixture_over_a_mesh_and_a_cache_is_itself(mesh_of):

@@ -4,9 +4,13 @@
 import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file, save_file
+
+from jaxcp import abstract_model
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -35,3 +39,14 @@ def write(folder, name, contents, **config):
         {k: np.ascontiguousarray(v) for k, v in contents.items()}, folder / "model.safetensors"
     )
     return folder
+
+
+def random_model(config, seed=0):
+    """A model whose every leaf is random, biases too; norms are near one."""
+    rng = np.random.default_rng(seed)
+
+    def fill(path, leaf):
+        noise = rng.normal(scale=leaf.shape[0] ** -0.5, size=leaf.shape)
+        return jnp.asarray(noise + ("scale" in jax.tree_util.keystr(path)), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(fill, abstract_model(config))
