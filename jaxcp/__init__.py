@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from jaxcp.inference import decode_step as decode_step
     from jaxcp.inference import logits as logits
     from jaxcp.inference import prefill as prefill
+    from jaxcp.layout import Balanced as Balanced
     from jaxcp.layout import Contiguous as Contiguous
     from jaxcp.layout import Striped as Striped
     from jaxcp.layout import Zigzag as Zigzag
@@ -48,7 +49,7 @@ _HOME = {
         "context_parallel_attention", "latent_attention", "ring_attention",
     ),
     "jaxcp.inference": ("Engine", "decode_step", "logits", "prefill"),
-    "jaxcp.layout": ("Contiguous", "Striped", "Zigzag"),
+    "jaxcp.layout": ("Balanced", "Contiguous", "Striped", "Zigzag"),
     "jaxcp.mesh": ("MeshConfig", "emulate_devices", "make_mesh"),
     "jaxcp.models.gpt.model": ("GPT", "GPTConfig"),
     "jaxcp.models.hybrid_moe.model": ("HybridMoE", "HybridMoEConfig"),

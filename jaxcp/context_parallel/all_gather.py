@@ -67,7 +67,8 @@ class AllGather(Strategy):
         n = lax.axis_size(axis_name)
         total = n * jax.tree.leaves(tree)[0].shape[1]
         order = np.arange(total)
-        if self.chunks == 1 and self.layout.padded_length(total, n) == total:
+        known = self.chunks == 1 and not self.layout.by_segment
+        if known and self.layout.padded_length(total, n) == total:
             order = np.argsort(self.layout.order(total, n))
 
         def one(x):

@@ -172,7 +172,8 @@ class _Run:
         width = getattr(config.model, "ngram_width", 1)
         host["tokens"] = windows(host["tokens"], width, segment_ids=host.get("segment_ids"))
         batch = put(host, mesh=self.mesh, layout=self.layout, accumulate=config.accumulate)
-        return batch, count, consecutive(host)
+        # window layers exchange the window alone where programs know who lies where
+        return batch, count, consecutive(host) and not self.layout.by_segment
 
 
 class _Meter:

@@ -97,6 +97,8 @@ def abstract_inputs(config: TrainConfig, mesh: Mesh) -> tuple[State, dict[str, A
     length = layout.padded_length(config.seq_len, mesh.shape["seq"])
     shape = (config.accumulate, config.batch_size // config.accumulate, length)
     dtypes = dict.fromkeys(("tokens", "targets", "positions"), jnp.int32) | {"weights": jnp.float32}
+    if layout.by_segment:
+        dtypes["segment_ids"] = jnp.int32
     batch = {name: leaf(shape, x, P(None, "data", "seq")) for name, x in dtypes.items()}
     if (width := getattr(config.model, "ngram_width", 1)) > 1:
         batch["tokens"] = leaf((*shape, width), jnp.int32, P(None, "data", "seq"))
