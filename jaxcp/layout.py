@@ -158,7 +158,7 @@ class Balanced(Layout):
     """Packed documents: every shard visits as many tiles, whatever the lengths of the documents.
 
     Causal work is per document, so a zigzag over the row is not fair to packed rows: with one
-    document of 60 % of the row the busiest of eight shards has 1.5 to 2.7 of the mean. Here each
+    document of half of the row the busiest of eight shards has 1.5 to 3 times the mean. Here each
     row is cut into blocks, which are dealt out, equally many to each shard: those with most work
     first, to the shard that has least. Then blocks are swapped with the busiest shard while that
     helps. Work is counted in tiles as kernels visit them, of several shapes at once, and in pairs.
