@@ -14,7 +14,6 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PyTree
 
-from jaxcp.context_parallel.fixed_order import attend_in_fixed_order
 from jaxcp.context_parallel.halo import Halo
 from jaxcp.context_parallel.ring import Ring
 from jaxcp.context_parallel.strategy import Strategy
@@ -61,8 +60,7 @@ def context_parallel_attention(
     """
     check(q, k, v, positions, positions, segment_ids, segment_ids, sinks, soft_cap)
     if jax.sharding.get_abstract_mesh().empty:
-        if strategy is not None and strategy.reproducible:
-            raise ValueError("reproducible attention needs a mesh: jaxcp.make_mesh(seq=1) will do")
+        _check_mesh_needed(strategy)
         out, _ = flash_attention(
             q,
             k,
@@ -79,16 +77,8 @@ def context_parallel_attention(
             implementation=implementation,
         )
         return out
-    strategy = Ring() if strategy is None else strategy
-    attend: Callable
-    if strategy.reproducible:
-        attend = functools.partial(attend_in_fixed_order, layout=strategy.layout)
-    elif consecutive and window is not None:
-        attend = Halo(layout=strategy.layout, checked=False).attend
-    else:
-        attend = strategy.attend
     local = functools.partial(
-        attend,
+        _for_mask(strategy, window, consecutive).attend,
         axis_name=axis_name,
         mask=Mask(causal=causal, window=window),
         soft_cap=soft_cap,
@@ -132,18 +122,14 @@ def latent_attention(
         call compiles anew.
       Others as in `context_parallel_attention`.
     Raises:
-      NotImplementedError: the strategy sends heads (`Ulysses`, `USP`).
+      NotImplementedError: the strategy sends heads (`Ulysses`, `USP`), and is not reproducible.
     """
     # shapes alone: what is sharded differently meets only inside shard_map
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (latent, *weights))
     k, v = jax.eval_shape(expand, *shapes)
-    if strategy is not None and strategy.reproducible:
-        raise NotImplementedError("latent_attention has no reproducible form yet")
     check(q, k, v, positions, positions, segment_ids, segment_ids, sinks, soft_cap)
-    strategy = Ring() if strategy is None else strategy
-    if consecutive and window is not None:
-        strategy = Halo(layout=strategy.layout, checked=False)
     if jax.sharding.get_abstract_mesh().empty:
+        _check_mesh_needed(strategy)
         out, lse = flash_attention(
             q,
             *expand(latent, *weights),
@@ -158,6 +144,10 @@ def latent_attention(
             implementation=implementation,
         )
     else:
+        strategy = _for_mask(strategy, window, consecutive)
+        heads = qkv_spec(q, k, axis_name)
+        tokens = jax.tree.map(lambda _: P(*heads[:2]), latent)
+        specs = heads, tokens, None, tuple(_weight_spec(x, heads) for x in weights)
         local = functools.partial(
             strategy.attend,
             axis_name=axis_name,
@@ -166,17 +156,49 @@ def latent_attention(
             scale=q.shape[-1] ** -0.5 if scale is None else scale,
             implementation=implementation,
             expand=expand,
+            **({"copies": _copies(specs, axis_name)} if strategy.reproducible else {}),
         )
-        heads = qkv_spec(q, k, axis_name)
-        tokens = jax.tree.map(lambda _: P(*heads[:2]), latent)
-        specs = heads, tokens, None, tuple(_own_spec(x) for x in weights)
         out, lse = _over_shards(local, specs, q, latent, None, weights, positions, segment_ids)
     return out if sinks is None else apply_sinks(out, lse, sinks)[0]
 
 
-def _own_spec(x) -> P:
-    explicit = AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
-    return jax.typeof(x).sharding.spec if explicit else P()
+def _for_mask(strategy, window, consecutive) -> Strategy:
+    """The strategy to run: windows need no more than themselves, where the order is known."""
+    strategy = Ring() if strategy is None else strategy
+    if consecutive and window is not None and not strategy.reproducible:
+        return Halo(layout=strategy.layout, checked=False)
+    return strategy
+
+
+def _check_mesh_needed(strategy):
+    if strategy is not None and strategy.reproducible:
+        raise ValueError("reproducible attention needs a mesh: jaxcp.make_mesh(seq=1) will do")
+
+
+def _copies(specs, axis_name):
+    """Axes beside `axis_name` on which the latent, and each weight, are the same everywhere."""
+    heads, _, _, weights = specs
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def missing(spec):
+        used = {name for entry in (*spec, axis_name) for name in _names(entry)}
+        return tuple(name for name in mesh.axis_names if name not in used and mesh.shape[name] > 1)
+
+    return missing(heads[:2]), tuple(missing(spec) for spec in weights)
+
+
+def _weight_spec(x, heads) -> P:
+    """How a weight lies: whole, or sharded as heads are. `expand` cannot know of anything else."""
+    if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
+        return P()
+    spec = jax.typeof(x).sharding.spec
+    used = {name for entry in spec for name in _names(entry)} - {None}
+    if not used <= set(_names(heads[2])):
+        raise ValueError(
+            f"weights of latent_attention are whole or sharded as heads are ({heads[2]!r}); "
+            f"got {x.shape} over {spec}: jax.sharding.reshard it"
+        )
+    return spec
 
 
 def _over_shards(attend, specs, q, k, v, weights, positions, segment_ids):

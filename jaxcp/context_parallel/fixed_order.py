@@ -5,9 +5,15 @@ The sequence is cut into 16 pieces whatever the number of shards. Every pair of 
 by one program of one shape, partial results stay in float32, and each sum runs over pieces in
 natural order: over keys for `out` and dQ, over queries for dK and dV.
 
-What it costs: K and V are gathered, and in the backward pass q, dout, lse and delta as well, to
-the memory of `AllGather`; dQ and dK/dV each compute the scores again; grouped heads are repeated
-on the device (not on the wire). Pairs with nothing to see are skipped, which changes no bit.
+What it costs: K and V (of a latent, the latent) are gathered, and in the backward pass q, dout, lse
+and delta as well, to the memory of `AllGather`; dQ and dK/dV each compute the scores again; grouped
+heads are repeated on the device (not on the wire), and a latent is expanded anew for every pair.
+Pairs with nothing to see are skipped, which changes no bit.
+
+The gradient of a latent's weights is a sum over all tokens: a part for each piece, in float32,
+gathered and added in natural order. Where devices hold copies (of weights, of a latent whose heads
+are sharded) JAX adds their gradients up in an order of its own; so the sum is made here, and one
+device brings it, the others zeros.
 """
 
 import functools
@@ -31,18 +37,30 @@ PIECES = 16
 
 
 def attend_in_fixed_order(
-    q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, layout, axis_name, mask, **options
-):
+    q, k, v, q_pos, kv_pos, q_seg, kv_seg, *,
+    layout, axis_name, mask, expand=None, weights=(), copies=None, **options,
+):  # fmt: skip
     """`(out, lse)` of local queries over all shards' keys. Inside shard_map.
+
+    `copies`: with `expand`, the mesh axes (beside `axis_name`) whose devices hold the same latent,
+    and those that hold the same of each weight: `(axes, (axes, ...))`.
 
     Raises:
       ValueError: shards or tokens that 16 pieces of consecutive tokens do not fit.
+      NotImplementedError: a latent, and no word about copies: only `latent_attention` knows them.
     """
     where = axis_name, _pieces(layout, lax.axis_size(axis_name), q.shape[1], kv_pos.shape[1])
+    if expand is not None and copies is None:
+        raise NotImplementedError(
+            "reproducible attention of a latent needs to know which devices hold copies of it; "
+            "call jaxcp.latent_attention, which does, in place of strategy.attend"
+        )
     if q_seg is None:
         q_seg, kv_seg = jnp.zeros_like(q_pos), jnp.zeros_like(kv_pos)
     static = tuple({"mask": mask, **options}.items())
-    return _attend(where, static, q, k, v, q_pos, kv_pos, q_seg, kv_seg)
+    keys = (k, v) if expand is None else k
+    making = expand, copies
+    return _attend(where, static, making, q, keys, weights, q_pos, kv_pos, q_seg, kv_seg)
 
 
 def _pieces(layout, shards, tokens, keys):
@@ -62,87 +80,145 @@ def _pieces(layout, shards, tokens, keys):
     return tuple(map(tuple, numbers.reshape(shards, -1).tolist()))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(where, options, q, k, v, *ids):
-    q_pos, kv_pos, q_seg, kv_seg = ids
-    keys = _all(where, (*_repeated(q, k, v), kv_pos, kv_seg))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attend(where, options, making, q, keys, weights, q_pos, kv_pos, q_seg, kv_seg):
+    everyone = _all(where, _own(where, (keys, kv_pos, kv_seg)))
+    expand = _expander(making, weights, q.shape[2])
+    acc = np.promote_types(q.dtype, np.float32)
+    width = jax.eval_shape(expand, keys)[1].shape[3]
 
     def row(mine):
         q, pos, seg = mine
-        acc = np.promote_types(q.dtype, np.float32)
-        start = jnp.zeros((*q.shape[:3], v.shape[3]), acc), jnp.full(q.shape[:3], -jnp.inf, acc)
+        start = jnp.zeros((*q.shape[:3], width), acc), jnp.full(q.shape[:3], -jnp.inf, acc)
 
         def more(done, other):
-            k, v, kv_pos, kv_seg = other
+            keys, kv_pos, kv_seg = other
 
             def part():
-                arrays = q, k, v, pos, kv_pos, seg, kv_seg
+                arrays = q, *expand(keys), pos, kv_pos, seg, kv_seg
                 return merge(done, attention_forward(*arrays, out_dtype=acc, **dict(options)))
 
             return lax.cond(_visible(options, pos, kv_pos), part, lambda: done), None
 
-        out, lse = lax.scan(more, start, keys)[0]
+        out, lse = lax.scan(more, start, everyone)[0]
         return out.astype(q.dtype), lse
 
     return _joined(lax.map(row, _own(where, (q, q_pos, q_seg))))
 
 
-def _forward(where, options, *arrays):
-    out, lse = _attend(where, options, *arrays)
+def _forward(where, options, making, *arrays):
+    out, lse = _attend(where, options, making, *arrays)
     return (out, lse), (*arrays, out, lse)
 
 
-def _backward(where, options, saved, grads):
-    q, k, v, q_pos, kv_pos, q_seg, kv_seg, out, lse = saved
+def _backward(where, options, making, saved, grads):
+    q, keys, weights, q_pos, kv_pos, q_seg, kv_seg, out, lse = saved
     dout, dlse = grads
+    expand = _expander(making, weights, q.shape[2])
     # in pieces too: another shape would be another order of additions
     delta = _joined(lax.map(lambda x: row_delta(*x), _own(where, (out, dout, dlse))))
     queries = q, q_pos, q_seg, lse, dout, delta
-    keys = (*_repeated(q, k, v), kv_pos, kv_seg)
+    own_queries, own_keys = _own(where, queries), _own(where, (keys, kv_pos, kv_seg))
+    all_queries, all_keys = _all(where, own_queries), _all(where, own_keys)
 
-    def pair(query, key):
+    def summed(wanted, total, query, k, v, kv_pos, kv_seg):
+        """`total` and what a pair of pieces adds to it: `wanted` of its `(dq, dk, dv)`."""
         q, q_pos, q_seg, lse, dout, delta = query
-        k, v, kv_pos, kv_seg = key
-        arrays = q, k, v, q_pos, kv_pos, q_seg, kv_seg, lse, dout, delta
-        return attention_backward(*arrays, **dict(options))
 
-    def summed(wanted, mine, others, swap):
-        """Over `others` in order: the entries `wanted` of the pair's `(dq, dk, dv)`."""
+        def part():
+            arrays = q, k, v, q_pos, kv_pos, q_seg, kv_seg, lse, dout, delta
+            found = attention_backward(*arrays, **dict(options))
+            return jax.tree.map(jnp.add, total, found[wanted])
 
-        def one(own):
-            def more(total, other):
-                both = (other, own) if swap else (own, other)
+        return lax.cond(_visible(options, q_pos, kv_pos), part, lambda: total)
 
-                def part():
-                    found = pair(*both)
-                    return jax.tree.map(jnp.add, total, tuple(found[i] for i in wanted))
+    def over_keys(query):
+        def more(total, other):
+            keys, kv_pos, kv_seg = other
+            k, v = expand(keys)
+            return summed(slice(0, 1), total, query, k, v, kv_pos, kv_seg), None
 
-                seen = _visible(options, both[0][1], both[1][2])
-                return lax.cond(seen, part, lambda: total), None
+        start = (jnp.zeros(query[0].shape, lse.dtype),)
+        return lax.scan(more, start, all_keys)[0][0]
 
-            shapes = jax.eval_shape(pair, *((first, own) if swap else (own, first)))
-            start = tuple(jnp.zeros(shapes[i].shape, shapes[i].dtype) for i in wanted)
-            return lax.scan(more, start, others)[0]
+    def over_queries(key):
+        keys, kv_pos, kv_seg = key
+        k, v = expand(keys)
 
-        first = jax.tree.map(lambda x: x[0], others)
-        return _joined(lax.map(one, mine))
+        def more(total, query):
+            return summed(slice(1, 3), total, query, k, v, kv_pos, kv_seg), None
 
-    (dq,) = summed((0,), _own(where, queries), _all(where, keys), swap=False)
-    dk, dv = summed((1, 2), _own(where, keys), _all(where, queries), swap=True)
-    dk, dv = (
-        x.reshape(*x.shape[:2], k.shape[2], -1, x.shape[3]).sum(3).astype(like.dtype)
-        for x, like in ((dk, k), (dv, v))
-    )
-    return dq.astype(q.dtype), dk, dv, None, None, None, None
+        start = tuple(jnp.zeros(x.shape, lse.dtype) for x in (k, v))
+        return _pulled(making, keys, weights, *lax.scan(more, start, all_queries)[0])
+
+    dq = _joined(lax.map(over_keys, own_queries))
+    dkeys, dweights = lax.map(over_queries, own_keys)
+    found = dq, *_added(where, making, _joined(dkeys), dweights)
+    found = jax.tree.map(lambda x, like: x.astype(like.dtype), found, (q, keys, weights))
+    return *found, None, None, None, None
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _repeated(q, k, v):
-    """One KV head for each query head, so that gradients add up outside of the kernel."""
-    group = q.shape[2] // k.shape[2]
-    return jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
+def _expander(making, weights, heads):
+    """The function from what was gathered to k and v, one KV head for each query head, so that
+    gradients add up outside of the kernel."""
+    expand, _ = making
+
+    def full(keys):
+        k, v = keys if expand is None else expand(keys, *weights)
+        return tuple(jnp.repeat(x, heads // x.shape[2], axis=2) for x in (k, v))
+
+    return full
+
+
+def _pulled(making, keys, weights, dk, dv):
+    """`(dkeys, dweights)` of a piece, not rounded further, from those of k and v for each head."""
+    expand, _ = making
+    k, v = keys if expand is None else jax.eval_shape(expand, keys, *weights)
+    dk, dv = (
+        x.reshape(*x.shape[:2], like.shape[2], -1, x.shape[3]).sum(3)
+        for x, like in ((dk, k), (dv, v))
+    )
+    if expand is None:
+        return (dk, dv), ()
+    _, pull = jax.vjp(expand, keys, *weights)
+    dkeys, *dweights = pull((dk.astype(k.dtype), dv.astype(v.dtype)))
+    return jax.tree.map(lambda x: x.astype(dk.dtype), (dkeys, tuple(dweights)))
+
+
+def _added(where, making, dkeys, dweights):
+    """Gradients as JAX's sum over devices that hold copies leaves them: see the module."""
+    expand, copies = making
+    if expand is None:
+        return dkeys, dweights
+    axis_name, _ = where
+    of_latent, of_weights = copies
+    dkeys = jax.tree.map(lambda x: _once(_over(x, of_latent), of_latent), dkeys)
+    axes = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    each = [
+        _once(_over(_in_order(_all(where, x)), more), (*axes, *more))
+        for x, more in zip(dweights, of_weights, strict=True)
+    ]
+    return dkeys, tuple(each)
+
+
+def _over(x, axes):
+    """The sum over the devices of `axes`, in their order."""
+    return _in_order(lax.all_gather(x, axes)) if axes else x
+
+
+def _in_order(x):
+    return functools.reduce(jnp.add, list(x))
+
+
+def _once(x, axes):
+    """`x` on the first device of `axes`, zeros on the others: any sum over them is x, bit for bit
+    (but for the sign of a zero, which is made plus)."""
+    if not axes:
+        return x
+    return jnp.where((lax.axis_index(axes) == 0) & (x != 0), x, jnp.zeros_like(x))
 
 
 def _own(where, tree):
@@ -158,13 +234,12 @@ def _joined(tree):
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:]), tree)
 
 
-def _all(where, tree):
-    """Every piece of the sequence, `[16, B, P, ...]`, in natural order."""
+def _all(where, own):
+    """Of the local `[pieces, ...]` every piece of the sequence, `[16, ...]`, in natural order."""
     axis_name, numbers = where
     order = np.argsort(np.reshape(numbers, -1))
     return jax.tree.map(
-        lambda x: jnp.take(lax.all_gather(x, axis_name, tiled=True), order, axis=0),
-        _own(where, tree),
+        lambda x: jnp.take(lax.all_gather(x, axis_name, tiled=True), order, axis=0), own
     )
 
 

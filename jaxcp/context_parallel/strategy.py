@@ -2,7 +2,9 @@
 """What every strategy is: a frozen value with one method on local shards."""
 
 import dataclasses
+import functools
 
+from jaxcp.context_parallel.fixed_order import attend_in_fixed_order
 from jaxcp.layout import Layout, Zigzag
 
 
@@ -20,6 +22,12 @@ class Strategy:
     layout: Layout = dataclasses.field(default_factory=Zigzag)
     reproducible: bool = False
 
+    def __init_subclass__(cls, **options):
+        """No `attend` of a subclass can overlook `reproducible`."""
+        super().__init_subclass__(**options)
+        if "attend" in cls.__dict__:
+            cls.attend = _or_in_fixed_order(cls.attend)  # type: ignore[method-assign]
+
     def attend(
         self, q, k, v, q_pos, kv_pos, q_seg, kv_seg, *,
         axis_name, mask, expand=None, weights=(), **options,
@@ -33,6 +41,16 @@ class Strategy:
         Differentiable in q, k, v and weights. Raises NotImplementedError for what it cannot honour.
         """
         raise NotImplementedError
+
+
+def _or_in_fixed_order(attend):
+    @functools.wraps(attend)
+    def either(self, *arrays, **options):
+        if self.reproducible:
+            return attend_in_fixed_order(*arrays, layout=self.layout, **options)
+        return attend(self, *arrays, **options)
+
+    return either
 
 
 def expanded(k, v, expand, weights):

@@ -2,6 +2,7 @@
 """Attention whose keys and values are made from a latent that travels: MLA, and shared K = V."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import jaxcp
 from jaxcp import Zigzag
 from jaxcp.context_parallel import latent_attention
 from jaxcp.plan import collectives
+from pallas_kernels.flash_attention import Mask
 
 B, T, N, R, L, H, V = 2, 45, 4, 4, 12, 8, 6  # R: rotated part of a key; L: width of the latent
 TOKENS = P("data", "seq")
@@ -140,4 +142,89 @@ def test_heads_do_not_travel(strategy, mesh_of):
         latent_attention(
             x["q"][:, :44], jax.tree.map(lambda y: y[:, :44], x["latent"]), x["weights"],
             x["positions"][:, :44], expand=mla, strategy=strategy,
+        )  # fmt: skip
+
+
+# The same bits from any number of shards
+
+REPRODUCIBLE, SAME = jaxcp.Ring(reproducible=True), 48
+
+
+@functools.cache
+def reproduced(dtype, shards, **axes):
+    """`(out, dq, dlatent, dweights)`; `axes` beside `seq`: copies of weights, and of the latent."""
+    rng = np.random.default_rng(2)
+    shapes = (N, H + R), (L,), (R,), (N, V)
+    q, *latent, dout = (jnp.asarray(rng.normal(size=(B, SAME, *x)), dtype) for x in shapes)
+    weights = tuple(jnp.asarray(rng.normal(size=(L, N, x)) / L**0.5, dtype) for x in (H, V))
+    positions = np.broadcast_to(np.arange(SAME, dtype=np.int32), (B, SAME))
+    x = {"q": q, "latent": tuple(latent), "dout": dout, "positions": positions}
+    devices = jax.devices()[: shards * math.prod(axes.values())]
+
+    @jax.jit
+    def run(x, weights):
+        def attend(q, latent, weights):
+            return latent_attention(
+                q, latent, weights, x["positions"], expand=mla, strategy=REPRODUCIBLE, window=29
+            )
+
+        out, pull = jax.vjp(attend, x["q"], x["latent"], weights)
+        return out, *pull(x["dout"])
+
+    with jax.set_mesh(jaxcp.make_mesh(seq=shards, **axes, devices=devices)):
+        heads = P("data", "seq", "model")
+        specs = {"q": heads, "latent": TOKENS, "dout": heads, "positions": TOKENS}
+        there = Zigzag().permute(x, shards)
+        there = {k: jax.device_put(y, specs[k]) for k, y in there.items()}
+        *found, dweights = run(there, jax.device_put(weights, P(None, "model")))
+        found = *Zigzag().inverse(found, shards, SAME), dweights
+    return x | {"weights": weights}, jax.tree.map(np.asarray, found)
+
+
+@pytest.mark.parametrize(
+    "dtype, shards, axes",
+    [("float32", 8, {}), ("bfloat16", 2, {"data": 2, "model": 2})],
+    ids=str,
+)
+def test_the_same_bits(dtype, shards, axes):
+    for ours, one in zip(
+        *(jax.tree.leaves(reproduced(dtype, n, **axes)[1]) for n in (shards, 1)), strict=True
+    ):
+        bits = np.uint16 if dtype == "bfloat16" else np.uint32
+        np.testing.assert_array_equal(ours.view(bits), one.view(bits))
+
+
+def test_the_right_bits():
+    x, found = reproduced("float32", 8)
+    for ours, theirs in zip(*map(jax.tree.leaves, (found, expected(x, window=29))), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5 * max(1, np.abs(theirs).max()), rtol=0)
+
+
+def test_where_the_bits_cannot_be_kept(mesh_of):
+    x = problem()
+    arrays = x["q"], x["latent"], x["weights"], x["positions"]
+    with pytest.raises(ValueError, match="needs a mesh"):
+        latent_attention(*arrays, expand=mla, strategy=REPRODUCIBLE)
+    mesh_of(seq=2)
+
+    def local(q, positions):
+        return REPRODUCIBLE.attend(
+            q, q, None, positions, positions, None, None, axis_name="seq", mask=Mask(),
+            soft_cap=None, scale=1.0, expand=mla,
+        )[0]  # fmt: skip
+
+    run = jax.shard_map(local, out_specs=P(None, "seq"), check_vma=False)
+    tokens = jax.device_put((x["q"][:, :32], x["positions"][:, :32]), P(None, "seq"))
+    with pytest.raises(NotImplementedError, match=r"call jaxcp\.latent_attention"):
+        run(*tokens)
+
+
+def test_weights_lie_as_heads_do(mesh_of):
+    mesh_of(data=2, seq=2)
+    x = problem()
+    weights = jax.device_put(x["weights"], P("data"))
+    with pytest.raises(ValueError, match=r"whole or sharded as heads are \(None\).*reshard"):
+        latent_attention(
+            x["q"][:, :44], jax.tree.map(lambda y: y[:, :44], x["latent"]), weights,
+            x["positions"][:, :44], expand=mla,
         )  # fmt: skip
