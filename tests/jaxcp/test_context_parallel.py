@@ -235,3 +235,36 @@ def test_a_mesh_whose_axes_are_auto(axis_name):
     out = Zigzag().inverse(out, 4, T)
     natural = {k: problem()[k] for k in ("q", "k", "v", "positions")}
     np.testing.assert_allclose(out, dense(**natural), atol=2e-6, rtol=0)
+
+
+def test_inside_a_scan_over_layers_that_are_computed_again(mesh_of):
+    """`lax.scan` over weights, `jax.checkpoint` around a layer: the gradients of a plain loop."""
+    mesh_of(seq=4)
+    rng, layers = np.random.default_rng(0), 2
+    x = rng.normal(size=(1, 40, 8)).astype(np.float32)
+    weights = rng.normal(size=(layers, 8, 3, 2, 4)).astype(np.float32) / 3
+    positions = np.arange(40, dtype=np.int32)[None]
+    there = Zigzag().permute({"x": x, "positions": positions}, 4)
+    x, positions = jax.device_put((there["x"], there["positions"]), TOKENS)
+
+    def layer(x, weight):
+        q, k, v = (jnp.einsum("btd,dnh->btnh", x, weight[:, i]) for i in range(3))
+        out = jaxcp.context_parallel_attention(q, k, v, positions, window=23)
+        return x + jnp.reshape(out, x.shape, out_sharding=TOKENS), None
+
+    def loop(x, weights):
+        for weight in weights:
+            x, _ = layer(x, weight)
+        return (x**2).sum()
+
+    def scan(x, weights):
+        return (jax.lax.scan(jax.checkpoint(layer), x, weights)[0] ** 2).sum()
+
+    found = [
+        jax.jit(jax.value_and_grad(f, (0, 1)))
+        .lower(x, weights)
+        .compile(compiler_options={"xla_backend_optimization_level": 0})(x, weights)
+        for f in (loop, scan)
+    ]
+    for one, other in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * float(jnp.abs(one).max()), rtol=0)

@@ -23,14 +23,15 @@ def programs(draw):
     """What is compiled: `(strategy, shards, shapes, options, leaves)`."""
     shards = draw(st.sampled_from((1, 2, 3, 4, 5, 8)))
     layout = draw(st.sampled_from(STATIC))
+    balanced = draw(st.sampled_from((layout, Balanced(4))))
     among = draw(st.sampled_from([u for u in range(1, shards + 1) if shards % u == 0]))
     strategy = draw(
         st.sampled_from(
             (
-                Ring(layout=layout),
+                Ring(layout=balanced),
                 Ring(layout=layout, bidirectional=True),
                 RingPassQ(layout=layout),
-                AllGather(layout=layout, chunks=draw(st.integers(1, 3))),
+                AllGather(layout=balanced, chunks=draw(st.integers(1, 3))),
                 Ulysses(layout=layout),
                 USP(layout=layout, ulysses=among),
                 Halo(layout=layout),
@@ -41,13 +42,13 @@ def programs(draw):
     kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     group *= {Ulysses: shards, USP: among}.get(type(strategy), 1)
     widths = draw(st.integers(1, 9)), draw(st.integers(1, 9))
-    halo = isinstance(strategy, Halo)
+    halo, by_segment = isinstance(strategy, Halo), strategy.layout.by_segment
     options = {
         "causal": draw(st.booleans()),
         "window": draw(st.integers(1, tokens + 2) if halo else st.none() | st.integers(1, 45)),
         "soft_cap": draw(st.sampled_from((None, 1.5, 20.0))),
         "scale": draw(st.sampled_from((None, 0.4))),
-        "consecutive": halo or draw(st.booleans()),
+        "consecutive": halo or (draw(st.booleans()) and not by_segment),
     }
     leaves = {name for name in ("segment_ids", "sinks") if draw(st.booleans())}
     return strategy, shards, (batch, tokens, kv_heads, group * kv_heads, *widths), options, leaves

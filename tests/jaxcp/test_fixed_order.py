@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 import jaxcp
 from jaxcp import Contiguous
 from jaxcp.context_parallel.kv_cache import Prefill
+from pallas_kernels.flash_attention import Mask
 
 B, T, N, K, H = 2, 96, 4, 2, 16
 OPTIONS = {"window": 41, "soft_cap": 3.0}
@@ -61,6 +62,24 @@ def test_the_same_bits(strategy, shards, dtype):
         strict=True,
     ):
         np.testing.assert_array_equal(ours, one, err_msg=name)
+
+
+def test_the_same_bits_from_a_shard_map_of_ones_own(mesh_of):
+    """Nobody but `attend` itself is there to see to it."""
+    mesh_of(seq=4)
+    x = {k: v for k, v in problem("float32").items() if k != "d"}
+    there = jax.device_put(RING.layout.permute(x, 4), P(None, "seq"))
+
+    def local(x):
+        positions, segments = x["positions"], x["segment_ids"]
+        return RING.attend(
+            x["q"], x["k"], x["v"], positions, positions, segments, segments, axis_name="seq",
+            mask=Mask(window=OPTIONS["window"]), soft_cap=OPTIONS["soft_cap"], scale=H**-0.5,
+        )[0]  # fmt: skip
+
+    spec = P(None, "seq")
+    out = jax.jit(jax.shard_map(local, in_specs=spec, out_specs=spec, check_vma=False))(there)
+    np.testing.assert_array_equal(RING.layout.inverse(out, 4, T), found(RING, 1, "float32")[0])
 
 
 def test_the_right_bits():
