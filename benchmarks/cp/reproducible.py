@@ -6,7 +6,7 @@
 
 Four emulated devices, float32, causal, zigzag. Plain and reproducible take turns, so that a busy
 moment hits both; a ratio is of medians. Memory is what the compiler reserves for temporaries, sent
-what a device sends by the compiled program; forward and backward are one program here, and what both
+what a device sends by the compiled program: forward and backward are one program, and what both
 gather is gathered once. Writes cp_reproducible.json and cp_reproducible.md.
 """
 
