@@ -11,7 +11,7 @@ import pytest
 from dense_attention import dense
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from tiny_checkpoints import FIXTURES, flat, tensors, write
+from tiny_checkpoints import FIXTURES, flat, random_model, tensors, write
 
 import jaxcp
 from jaxcp import GPT, GPTConfig, HybridMoE, HybridMoEConfig, Zigzag
@@ -29,7 +29,7 @@ HYBRID = HybridMoEConfig(
 
 @functools.cache
 def hybrid():
-    return HybridMoE(HYBRID, rngs=nnx.Rngs(0))
+    return random_model(HYBRID)
 
 
 def on_mesh(tokens, shards):

@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
-from tiny_checkpoints import FIXTURES, flat, same, tensors, write
+from tiny_checkpoints import FIXTURES, flat, random_model, same, tensors, write
 
 from jaxcp import models, weights
 from jaxcp.layers.parameter import RouterBias
 from jaxcp.models.gpt.model import GPTConfig
 from jaxcp.models.hybrid_moe.config import ExpertsConfig, HybridMoEConfig
-from jaxcp.models.hybrid_moe.model import HybridMoE
 from jaxcp.models.weight_table import Row, sources
 from jaxcp.sharding import sharding_of
 from jaxcp.tokenizer import byte_level
@@ -242,7 +241,7 @@ HYBRID = HybridMoEConfig(
 
 
 def test_a_hybrid_of_ours_round_trips(tmp_path):
-    model = HybridMoE(HYBRID, rngs=nnx.Rngs(0))
+    model = random_model(HYBRID)
     weights.save(model, tmp_path / "out")
     again, _ = weights.load(tmp_path / "out")
     assert again.config == HYBRID and same(again, model)
