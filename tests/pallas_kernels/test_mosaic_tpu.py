@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from pallas_kernels.flash_attention import PAD_POSITION, mosaic_tpu
+from pallas_kernels.flash_attention import PAD_POSITION, mosaic_tpu, mosaic_tpu_tile
 from pallas_kernels.testing import Case, check
 
 
@@ -55,7 +55,7 @@ def test_the_bound_counts_what_is_seen_and_refuses_nan():
 @pytest.mark.parametrize("window", [None, 128, 100])
 def test_blocks_on_the_diagonal(monkeypatch, window):
     """Their code knows the mask; a window that cuts the block does not let it run."""
-    monkeypatch.setattr(mosaic_tpu, "EDGE", 64)
+    monkeypatch.setattr(mosaic_tpu_tile, "EDGE", 64)
     check("mosaic_tpu", Case(queries=256, keys=256, window=window, kv_heads=1))
 
 

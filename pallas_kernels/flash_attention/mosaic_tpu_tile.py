@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One tile of attention on a TPU: its masks, and the code of its scores, forward and backward.
+
+What `flash_attention` and `ring_attention` share. Everything inside a kernel is transposed,
+keys x queries: a query is a lane, so its maximum, sum, lse and delta are rows of one sublane and
+reductions run down the sublanes. Heads lie side by side in the minor axis, `[B, T, N * H]` with H
+padded to whole lanes.
+
+The compiler overlaps matrix and vector work only where it finds both side by side with nothing
+between them. A block is therefore cut into pieces, and the code of one piece's softmax stands
+between the first product of the piece after it and the last product of the piece before it.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels import online_softmax
+from pallas_kernels.flash_attention import blocks as tiles
+from pallas_kernels.flash_attention import tuning
+from pallas_kernels.online_softmax import dot
+
+LANES = 128
+SUBLANES = 16  # rows of a tile of bfloat16
+EDGE = 256  # queries of a block on the diagonal that share their keys
+
+
+class Tile:
+    """Sizes of a block of queries and a block of keys, and which pairs of it are visible."""
+
+    def __init__(self, op, q, k, v, mask, *, segmented, queries_inner, interpret):
+        widest = max(q.shape[3], v.shape[3])
+        tuned = tuning.blocks(op, widest, q.dtype, interpret=interpret)
+        self.batch, t, self.heads, h = q.shape
+        s, self.kv_heads = k.shape[1:3]
+        self.group = self.heads // self.kv_heads
+        self.q, self.kv = min(tuned.q, lanes(t)), min(tuned.kv, lanes(s))
+        self.sub = min(tuned.sub, self.kv)
+        self.edge = min(EDGE, self.q)
+        self.strip = self.q if queries_inner else min(tuned.strip, self.q)
+        self.h, self.hv = lanes(h), lanes(v.shape[3])
+        # transposed, a head is rows: no more of them than it has
+        self.rows_h, self.rows_v = (pl.cdiv(x, SUBLANES) * SUBLANES for x in (h, v.shape[3]))
+        self.mask, self.segmented, self.queries_inner = mask, segmented, queries_inner
+
+    def visibility(self, q_block, kv_block):
+        """Whether any pair of a block is visible, every pair, exactly its lower triangle.
+
+        Each argument is `(scalars of block_scalars, blocks a row, row, block)`.
+        """
+        rows = len(tiles.Bounds._fields) + 1
+
+        def block_of(ref, blocks, b, block):
+            *found, run = (ref[(b * rows + row) * blocks + block] for row in range(rows))
+            return tiles.Bounds(*found), run
+
+        q, q_run = block_of(*q_block)
+        kv, kv_run = block_of(*kv_block)
+        some, every = tiles.visibility(self.mask, q, kv, self.segmented)
+        if not self.mask.causal or self.q != self.kv:
+            return some, every, None
+        # as if every query stood where the last does: what is left of the mask is the triangle
+        _, lower = tiles.visibility(self.mask, q._replace(min=q.max), kv, self.segmented)
+        return some, every, lower & (q.min == kv.min) & (q_run & kv_run == 1) & ~every
+
+    def columns(self):
+        """The shape of the scratch that `work` keeps the ids of a block's keys in."""
+        return 1 + self.segmented, self.kv, LANES
+
+
+class At(NamedTuple):
+    """One grid step: batch, heads, blocks, and which pairs in it are visible.
+
+    Any pair, every pair, the lower triangle (queries and keys at the same consecutive positions).
+    """
+
+    b: jax.Array
+    head: jax.Array
+    kv_head: jax.Array
+    i: jax.Array
+    j: jax.Array
+    some: jax.Array
+    every: jax.Array
+    diagonal: jax.Array | None
+
+
+class Piece(NamedTuple):
+    """Queries and keys of a block that are worked on at a time, and `mask(scores, queries, keys)`
+    that hides what is not to be seen; scores are keys x queries."""
+
+    queries: pl.Slice
+    keys: pl.Slice
+    mask: Callable
+
+
+class Turn(NamedTuple):
+    """Where the accumulators stand: `first` and `last` step of what the inner grid axes sum up.
+
+    In the backward kernel that is a block of keys, and `first_keys`, `last_keys` are the turns of
+    a block of queries, the `queries`-th of its KV head.
+    """
+
+    first: jax.Array
+    last: jax.Array
+    first_keys: jax.Array
+    last_keys: jax.Array
+    queries: jax.Array
+
+
+def lanes(size):
+    return pl.cdiv(size, LANES) * LANES
+
+
+def side_by_side(x, tokens, h):
+    x = tiles.pad_axis(tiles.pad_axis(x, tokens, 1), h, 3)
+    return x.reshape(x.shape[0], tokens, -1)
+
+
+def apart(x, heads, tokens, h):
+    return x.reshape(*x.shape[:2], heads, -1)[:, :tokens, :, :h]
+
+
+def block_scalars(ids, block, pad):
+    """`[B, rows, blocks]` flat (SMEM pads a minor axis): the bounds, and 1 for consecutive."""
+    positions = ids[:, 0].reshape(ids.shape[0], -1, block)
+    run = jnp.all(positions[..., 1:] - positions[..., :-1] == 1, axis=-1).astype(jnp.int32)
+    return jnp.stack([*tiles.block_bounds(ids, block, pad), run], axis=1).reshape(-1)
+
+
+def work(tile, at, parts, q_ids_ref, kv_ids_ref, columns_ref):
+    """One grid step of a kernel's `parts`: start the accumulators, work on the block as its mask
+    asks, write them at the end."""
+
+    def masked(s, queries, keys):
+        lanes = min(LANES, queries.size)
+        q = [q_ids_ref[row : row + 1, queries] for row in range(q_ids_ref.shape[0])]
+        kv = [
+            jnp.concatenate([columns_ref[row, keys, :lanes]] * (queries.size // lanes), axis=1)
+            for row in range(q_ids_ref.shape[0])
+        ]
+        return jnp.where(tiles.visible(tile.mask, q, kv), s, -jnp.inf)
+
+    def columns():  # a key's ids in every lane, once a block: turning them is slow
+        for row in range(kv_ids_ref.shape[0]):
+            ids = kv_ids_ref[row : row + 1, :].T
+            columns_ref[row] = jnp.broadcast_to(ids, columns_ref.shape[1:])
+
+    before, steps, after = parts
+    partly = at.some & ~at.every
+    for when, do in before:
+        pl.when(when)(do)
+    for when, step, triangle in steps:
+        pl.when(when & at.every)(functools.partial(step, _pieces(tile, _unmasked)))
+        general = partly
+        if triangle and at.diagonal is not None:
+            pl.when(when & at.diagonal)(functools.partial(step, _triangle(tile)))
+            general = partly & ~at.diagonal
+
+        @pl.when(when & general)
+        def _(step=step):
+            columns()
+            step(_pieces(tile, masked))
+
+    for when, do in after:
+        pl.when(when)(do)
+
+
+def _unmasked(s, queries, keys):
+    return s
+
+
+def _lower(s, queries, keys):
+    key, query = (jax.lax.broadcasted_iota(jnp.int32, s.shape, axis) for axis in (0, 1))
+    return jnp.where(key + keys.start <= query + queries.start, s, -jnp.inf)
+
+
+def _pieces(tile, mask):
+    return [
+        Piece(queries, keys, mask)
+        for queries in _cut(tile.q, tile.strip)
+        for keys in _cut(tile.kv, tile.sub)
+    ]
+
+
+def _triangle(tile):
+    """Keys up to each strip of queries, and under the mask only those beside it."""
+    pieces = []
+    for queries in _cut(tile.q, tile.edge):
+        pieces += [Piece(queries, keys, _unmasked) for keys in _cut(queries.start, tile.sub)]
+        pieces.append(Piece(queries, queries, _lower))
+    return pieces
+
+
+def _cut(size, most):
+    return [pl.ds(begin, min(most, size - begin)) for begin in range(0, size, most)]
+
+
+def _columns(x, ref):
+    """`x` transposed for `ref`, which is whole lanes wide."""
+    return tiles.pad_axis(x.T.astype(ref.dtype), ref.shape[1], 1)
+
+
+# A kernel gives what to do before and when, what to do with the pieces of a block (and when, and
+# whether a block on the diagonal gets code of its own), and what to do after it and when.
+
+
+def forward_kernel(turn, safe, q_ref, k_ref, v_ref, *refs, soft_cap, scale):
+    *before, out_ref, lse_ref, acc_ref, m_ref, total_ref = refs
+
+    def start():
+        if before:
+            out, lse = before[0][...].astype(jnp.float32).T[: acc_ref.shape[0]], before[1][...]
+            acc, m, total = online_softmax.carried(out, lse)
+            # relative to a maximum of 0 where there is to be none
+            weight = jnp.where(safe, jnp.exp2(jnp.where(safe, m, 0.0)), 1.0)
+            acc_ref[...], total_ref[...] = acc * weight, total * weight
+            m_ref[...] = jnp.where(safe, 0.0, m)
+            return
+        acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
+        m_ref[...] = jnp.full(m_ref.shape, jnp.where(safe, 0.0, -jnp.inf), jnp.float32)
+        total_ref[...] = jnp.zeros(total_ref.shape, jnp.float32)
+
+    def scores(piece):
+        qk = dot(k_ref[piece.keys, :], q_ref[piece.queries, :], (1, 1))
+        s, _ = online_softmax.scores(qk, scale, soft_cap)
+        return piece.mask(s, piece.queries, piece.keys)
+
+    def step(pieces, online):
+        def values(piece, p, alpha):
+            taken = dot(v_ref[piece.keys, : acc_ref.shape[0]], p, (0, 0))
+            acc = acc_ref[:, piece.queries]
+            acc_ref[:, piece.queries] = (acc * alpha if online else acc) + taken
+
+        waiting: list[tuple] = []
+        coming = scores(pieces[0])
+        for piece, after in zip(pieces, [*pieces[1:], None], strict=True):
+            s, coming = coming, None if after is None else scores(after)
+            if waiting:
+                values(*waiting.pop())
+            m, total = m_ref[:, piece.queries], total_ref[:, piece.queries]
+            if online:
+                p, alpha, m_ref[:, piece.queries], total = online_softmax.update(s, m, total, 0)
+            else:
+                p, alpha = jnp.exp2(s), None
+                total = total + jnp.sum(p, axis=0, keepdims=True)
+            total_ref[:, piece.queries] = total
+            waiting.append((piece, p.astype(v_ref.dtype), alpha))
+        values(*waiting.pop())
+
+    def finish():
+        inverse, lse_ref[...] = online_softmax.finish(m_ref[...], total_ref[...])
+        out_ref[...] = _columns(acc_ref[...] * inverse, out_ref)
+
+    steps = [
+        (safe, functools.partial(step, online=False), True),
+        (~safe, functools.partial(step, online=True), False),
+    ]
+    return [(turn.first, start)], steps, [(turn.last, finish)]
+
+
+def _gradients(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, piece, soft_cap, scale):
+    """Issue the products of some keys; what comes back finishes `(p, ds)`, keys x queries.
+
+    `ds` still lacks the scale.
+    """
+    qk = dot(k_ref[piece.keys, :], q_ref[...], (1, 1))
+    dp = dot(v_ref[piece.keys, :], dout_ref[...], (1, 1))
+
+    def rest():
+        s, slope = online_softmax.scores(qk, scale, soft_cap)
+        p = jnp.exp2(piece.mask(s, piece.queries, piece.keys) - lse_ref[...])
+        ds = p * (dp - delta_ref[...])
+        if slope is not None:
+            ds *= slope
+        return p.astype(q_ref.dtype), ds.astype(q_ref.dtype)
+
+    return rest
+
+
+def backward_kernel(
+    turn, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, dq_ref, dk_ref, dv_ref,
+    dq_acc, dk_acc, dv_acc, *, soft_cap, scale,
+):  # fmt: skip
+    def start_queries():
+        dq_acc[turn.queries] = jnp.zeros(dq_acc.shape[1:], jnp.float32)
+
+    def start_keys():
+        dk_acc[...] = jnp.zeros(dk_acc.shape, jnp.float32)
+        dv_acc[...] = jnp.zeros(dv_acc.shape, jnp.float32)
+
+    def step(pieces):
+        queries = q_ref[...].T[: dk_acc.shape[0]]
+        douts = dout_ref[...].T[: dv_acc.shape[0]]
+        gradients = functools.partial(
+            _gradients, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref,
+            soft_cap=soft_cap, scale=scale,
+        )  # fmt: skip
+
+        def add(keys, p, ds):
+            dv_acc[:, keys] += dot(douts, p, (1, 1))
+            dk_acc[:, keys] += dot(queries, ds, (1, 1))
+            dq_acc[turn.queries] += dot(k_ref[keys, : dk_acc.shape[0]], ds, (0, 0))
+
+        waiting: list[tuple] = []
+        coming = gradients(pieces[0])
+        for piece, after in zip(pieces, [*pieces[1:], None], strict=True):
+            here, coming = coming, None if after is None else gradients(after)
+            if waiting:
+                add(*waiting.pop())
+            waiting.append((piece.keys, *here()))
+        add(*waiting.pop())
+
+    def finish_queries():
+        dq_ref[...] = _columns(dq_acc[turn.queries] * scale, dq_ref)
+
+    def finish_keys():
+        dk_ref[...] = _columns(dk_acc[...] * scale, dk_ref)
+        dv_ref[...] = _columns(dv_acc[...], dv_ref)
+
+    before = [(turn.first_keys, start_queries), (turn.first, start_keys)]
+    after = [(turn.last_keys, finish_queries), (turn.last, finish_keys)]
+    return before, [(True, step, False)], after
