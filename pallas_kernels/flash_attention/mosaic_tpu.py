@@ -6,13 +6,6 @@ blocks and accumulates in VMEM; a block with nothing to see is neither fetched n
 backward pass is one kernel: keys outside, queries inside, with the gradient of all queries in
 VMEM. Nothing is transposed outside a kernel. Interpreted on CPU; inside `shard_map` the
 interpreter needs the caller's `check_vma=False`.
-
-The forward kernel looks for no maximum where none is needed. By Cauchy and Schwarz no score of a
-head exceeds its longest query times its longest key, so where that is at most SAFE, `exp2(score)`
-can neither overflow nor vanish, and the softmax is the same without a shift. Other heads take the
-online softmax.
-
-float16 is computed in float32, which holds it exactly: the matrix units have no float16.
 """
 
 import functools
@@ -27,20 +20,25 @@ from pallas_kernels.dispatch import target_platform
 from pallas_kernels.flash_attention import blocks as tiles
 from pallas_kernels.flash_attention import mosaic_tpu_tile as tile
 from pallas_kernels.flash_attention.mask import NO_POSITION, PAD_POSITION
-from pallas_kernels.flash_attention.mosaic_tpu_tile import LANES, apart, lanes, side_by_side
+from pallas_kernels.flash_attention.mosaic_tpu_tile import (
+    LANES,
+    apart,
+    exactly,
+    lanes,
+    side_by_side,
+)
 
-SAFE = 80.0  # log2 units: 2^80 times a million keys and values of 2^20 is below float32's 2^128
 DQ_BYTES = 24 << 20  # of VMEM for the queries' gradient; the smallest chip has 64 MiB
 
 
 def forward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, mask, soft_cap, scale, carry, out_dtype):
     _check(q, v)
-    q, k, v = _exactly(q, k, v)
+    q, k, v = exactly(q, k, v)
     b, t, n, _ = q.shape
     call = _Call("mosaic_forward", q, k, v, mask, q_pos, kv_pos, q_seg, kv_seg, queries_inner=False)
     lse = None if carry is None else carry[1]
     call.scalars.append(_safe(q, k, q_pos, kv_pos, lse, soft_cap, scale).reshape(-1))
-    before = [] if carry is None else [call.outs(*_exactly(carry[0])), call.rows(carry[1])]
+    before = [] if carry is None else [call.outs(*exactly(carry[0])), call.rows(carry[1])]
     kernel_dtype = jnp.float32 if jnp.dtype(out_dtype) == jnp.float16 else out_dtype
     out, lse = call(
         functools.partial(tile.forward_kernel, soft_cap=soft_cap, scale=scale),
@@ -58,30 +56,14 @@ def _check(q, v):
     tiles.unsupported("mosaic_tpu", q, v, dtypes=("float32", "bfloat16", "float16"), head_dim=512)
 
 
-def _exactly(*arrays):
-    """The arrays in a type that the chip's units take."""
-    return [x.astype(jnp.float32) if x.dtype == jnp.float16 else x for x in arrays]
-
-
 def _safe(q, k, q_pos, kv_pos, lse, soft_cap, scale):
-    """int32 `[B, N]`: 1 for a head none of whose scores, in log2 units, can exceed SAFE."""
-
-    def longest(x, hidden):
-        square = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1)
-        return jnp.where(hidden[..., None], 0, square).max(1)
-
-    keys = jnp.repeat(longest(k, kv_pos == PAD_POSITION), q.shape[2] // k.shape[2], axis=1)
-    most = jnp.sqrt(longest(q, q_pos == NO_POSITION)) * jnp.sqrt(keys) * abs(scale)
-    if soft_cap is not None:
-        most = jnp.minimum(most, soft_cap)
-    if lse is not None:
-        most = jnp.maximum(most, jnp.where(jnp.isneginf(lse), 0, jnp.abs(lse)).max(1))
-    return (most * online_softmax.LOG2E <= SAFE).astype(jnp.int32)  # not for NaN
+    keys = tile.longest(k, kv_pos == PAD_POSITION)
+    return tile.safe(tile.longest(q, q_pos == NO_POSITION), keys, lse, soft_cap, scale)
 
 
 def backward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, lse, dout, delta, *, mask, soft_cap, scale):
     _check(q, v)
-    q, k, v = _exactly(q, k, v)
+    q, k, v = exactly(q, k, v)
     (_, t, n, h), kv_heads = q.shape, k.shape[2]
     lse, delta = online_softmax.backward_rows(lse, delta)
     options = dict(mask=mask, soft_cap=soft_cap, scale=scale)

@@ -9,6 +9,13 @@ padded to whole lanes.
 The compiler overlaps matrix and vector work only where it finds both side by side with nothing
 between them. A block is therefore cut into pieces, and the code of one piece's softmax stands
 between the first product of the piece after it and the last product of the piece before it.
+
+The forward kernel looks for no maximum where none is needed. By Cauchy and Schwarz no score of a
+head exceeds its longest query times its longest key, so where that is at most SAFE, `exp2(score)`
+can neither overflow nor vanish, and the softmax is the same without a shift. Other heads take the
+online softmax.
+
+float16 is computed in float32, which holds it exactly: the matrix units have no float16.
 """
 
 import functools
@@ -26,7 +33,28 @@ from pallas_kernels.online_softmax import dot
 
 LANES = 128
 SUBLANES = 16  # rows of a tile of bfloat16
+SAFE = 80.0  # log2 units: 2^80 times a million keys and values of 2^20 is below float32's 2^128
 EDGE = 256  # queries of a block on the diagonal that share their keys
+
+
+def longest(x, hidden):
+    """`[B, heads]`: the greatest squared length of a vector of `[B, T, heads, H]` not `hidden`."""
+    square = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1)
+    return jnp.where(hidden[..., None], 0, square).max(1)
+
+
+def safe(queries, keys, lse, soft_cap, scale):
+    """int32 `[B, N]`: 1 for a head none of whose scores, in log2 units, can exceed SAFE.
+
+    `queries [B, N]` and `keys [B, K]` are squared lengths; `lse [B, T, N]` what is carried in.
+    """
+    keys = jnp.repeat(keys, queries.shape[1] // keys.shape[1], axis=1)
+    most = jnp.sqrt(queries) * jnp.sqrt(keys) * abs(scale)
+    if soft_cap is not None:
+        most = jnp.minimum(most, soft_cap)
+    if lse is not None:
+        most = jnp.maximum(most, jnp.where(jnp.isneginf(lse), 0, jnp.abs(lse)).max(1))
+    return (most * online_softmax.LOG2E <= SAFE).astype(jnp.int32)  # not for NaN
 
 
 class Tile:
@@ -113,6 +141,11 @@ class Turn(NamedTuple):
 
 def lanes(size):
     return pl.cdiv(size, LANES) * LANES
+
+
+def exactly(*arrays):
+    """The arrays in a type that the chip's units take."""
+    return [x.astype(jnp.float32) if x.dtype == jnp.float16 else x for x in arrays]
 
 
 def side_by_side(x, tokens, h):
@@ -208,12 +241,19 @@ def _columns(x, ref):
 # whether a block on the diagonal gets code of its own), and what to do after it and when.
 
 
-def forward_kernel(turn, safe, q_ref, k_ref, v_ref, *refs, soft_cap, scale):
+def forward_kernel(turn, safe, q_ref, k_ref, v_ref, *refs, soft_cap, scale, fresh=None):
+    """`refs`: what is carried in, `(out, lse)`, if anything; results; accumulators.
+
+    With `fresh` what is carried in is not to be read: it holds nothing yet.
+    """
     *before, out_ref, lse_ref, acc_ref, m_ref, total_ref = refs
 
     def start():
         if before:
-            out, lse = before[0][...].astype(jnp.float32).T[: acc_ref.shape[0]], before[1][...]
+            out = before[0][...].astype(jnp.float32).T[: acc_ref.shape[0]]
+            lse = before[1][...]
+            if fresh is not None:
+                lse = jnp.where(fresh, -jnp.inf, lse)
             acc, m, total = online_softmax.carried(out, lse)
             # relative to a maximum of 0 where there is to be none
             weight = jnp.where(safe, jnp.exp2(jnp.where(safe, m, 0.0)), 1.0)
@@ -282,9 +322,20 @@ def _gradients(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, piece, soft_ca
 
 
 def backward_kernel(
-    turn, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, dq_ref, dk_ref, dv_ref,
-    dq_acc, dk_acc, dv_acc, *, soft_cap, scale,
+    turn, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, *refs, soft_cap, scale, fresh=None,
 ):  # fmt: skip
+    """`refs`: the gradients so far, if `fresh` is given; gradients; accumulators.
+
+    `fresh`: whether dq, and whether dk and dv, hold nothing yet.
+    """
+    *before, dq_ref, dk_ref, dv_ref, dq_acc, dk_acc, dv_acc = refs
+
+    def put(ref, found, which, new):
+        found = _columns(found, ref)
+        ref[...] = found + jnp.where(new, 0.0, before[which][...]) if before else found
+
+    dq_new, dkv_new = (None, None) if fresh is None else fresh
+
     def start_queries():
         dq_acc[turn.queries] = jnp.zeros(dq_acc.shape[1:], jnp.float32)
 
@@ -315,12 +366,12 @@ def backward_kernel(
         add(*waiting.pop())
 
     def finish_queries():
-        dq_ref[...] = _columns(dq_acc[turn.queries] * scale, dq_ref)
+        put(dq_ref, dq_acc[turn.queries] * scale, 0, dq_new)
 
     def finish_keys():
-        dk_ref[...] = _columns(dk_acc[...] * scale, dk_ref)
-        dv_ref[...] = _columns(dv_acc[...], dv_ref)
+        put(dk_ref, dk_acc[...] * scale, 1, dkv_new)
+        put(dv_ref, dv_acc[...], 2, dkv_new)
 
-    before = [(turn.first_keys, start_queries), (turn.first, start_keys)]
-    after = [(turn.last_keys, finish_queries), (turn.last, finish_keys)]
-    return before, [(True, step, False)], after
+    first = [(turn.first_keys, start_queries), (turn.first, start_keys)]
+    last = [(turn.last_keys, finish_queries), (turn.last, finish_keys)]
+    return first, [(True, step, False)], last

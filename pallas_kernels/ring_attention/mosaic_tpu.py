@@ -1,0 +1,364 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ring attention for TPUs in one kernel a pass: keys and values go from device to device by remote
+DMA while the kernel attends to those that are there.
+
+A shard's keys are cut into chunks, and every chunk goes round on a ring of its own (`_Stream`),
+every other one in the opposite direction if asked. Two slots in HBM take what arrives; positions
+and what says which blocks to skip are small and gathered before. At step s, for each chunk: wait
+for it, pass it on to the neighbour's other slot, attend to it with a pipeline from HBM, and tell
+the neighbour before that the slot is free.
+
+Backward, the gradients of keys and values travel in float32 one step behind: a chunk's begin at its
+first foreign host, leave each host when that has added its part, while the next chunk is worked on,
+and need one hop home. What a host adds to its own keys waits there.
+
+No deadlock, whatever the number of devices: order the parts of the program by (step, chunk) and
+within one by free, wait, send, work, pass on gradients. Whatever a device waits for, its neighbours
+do in an earlier part. Every semaphore is 0 again at the end: there are as many credits as sends
+that need one.
+
+Nothing is aliased, and every sum has a fixed order.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.dispatch import target_platform
+from pallas_kernels.flash_attention import blocks as tiles
+from pallas_kernels.flash_attention import mosaic_tpu_tile as tile
+from pallas_kernels.flash_attention.mask import NO_POSITION, PAD_POSITION
+from pallas_kernels.flash_attention.mosaic_tpu_tile import apart, exactly, lanes, side_by_side
+
+MOST_CHUNKS = 8
+SLOTS = 2
+HOME = SLOTS  # where the gradients of a device's own keys wait for those from elsewhere
+DQ_BYTES = 24 << 20  # of VMEM for the queries' gradient; the smallest chip has 64 MiB
+VMEM_BYTES = 56 << 20
+COLLECTIVE_IDS = {"forward": 21, "backward": 22}
+INTERPRETED = pltpu.InterpretParams()
+
+
+def forward(
+    q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, axis_name, bidirectional, mask, soft_cap, scale
+):
+    """`(out, lse)`, both float32."""
+    tiles.unsupported("mosaic_tpu", q, v, dtypes=("float32", "bfloat16", "float16"), head_dim=512)
+    q, k, v = exactly(q, k, v)
+    b, t, n, _ = q.shape
+    ring = _Ring(
+        "mosaic_forward", q, k, v, q_pos, kv_pos, q_seg, kv_seg,
+        axis_name=axis_name, bidirectional=bidirectional, mask=mask, queries_inner=False,
+    )  # fmt: skip
+    keys = lax.pmax(tile.longest(k, kv_pos == PAD_POSITION), axis_name)
+    safe = tile.safe(tile.longest(q, q_pos == NO_POSITION), keys, None, soft_cap, scale)
+    out, lse, *_ = ring.call(
+        functools.partial(_forward_kernel, ring=ring, soft_cap=soft_cap, scale=scale),
+        [safe.reshape(-1)],
+        [ring.queries(q), ring.keys(k), ring.values(v)],
+        [
+            ((b, ring.t, n * ring.hv), jnp.float32),
+            ((b, n, 1, ring.t), jnp.float32),
+            *ring.slots(SLOTS, k.dtype),
+        ],
+        [(ring.rows_v, ring.q), (1, ring.q), (1, ring.q)],
+        streams=1,
+        name="forward",
+    )
+    return apart(out, n, t, v.shape[3]), lse[:, :, 0, :t].swapaxes(1, 2)
+
+
+class _Ring(tile.Tile):
+    """One kernel on one set of shapes: blocks, chunks, neighbours, and which blocks to skip."""
+
+    def __init__(
+        self, op, q, k, v, q_pos, kv_pos, q_seg, kv_seg, *,
+        axis_name, bidirectional, mask, queries_inner,
+    ):  # fmt: skip
+        self.interpret = INTERPRETED if target_platform() == "cpu" else False
+        segmented = q_seg is not None
+        super().__init__(
+            op, q, k, v, mask,
+            segmented=segmented, queries_inner=queries_inner, interpret=bool(self.interpret),
+        )  # fmt: skip
+        # a pipeline asks which TPU it is for, which the interpreter cannot say, unless told a tiling
+        self.tiling = pltpu.Tiling.SPARSE_CORE if self.interpret else None
+        t, s = q.shape[1], k.shape[1]
+        # at least two chunks, if there are the tokens
+        self.kv = min(self.kv, lanes(pl.cdiv(s, 2)))
+        self.sub = min(self.sub, self.kv)
+        nk, nq = pl.cdiv(s, self.kv), pl.cdiv(t, self.q)
+        self.chunk_blocks = pl.cdiv(nk, MOST_CHUNKS)
+        self.chunks = pl.cdiv(nk, self.chunk_blocks)
+        self.chunk = self.chunk_blocks * self.kv
+        self.nk, self.s = self.chunks * self.chunk_blocks, self.chunks * self.chunk
+        # how often the queries are cut for their gradient to fit into VMEM
+        most = max(DQ_BYTES // (self.group * self.q * self.h * 4), 1) if queries_inner else nq
+        self.cuts = pl.cdiv(nq, most)
+        self.cut_blocks = pl.cdiv(nq, self.cuts)
+        self.nq = self.cuts * self.cut_blocks
+        self.t = self.nq * self.q
+        self.size, self.bidirectional = lax.axis_size(axis_name), bidirectional
+        self.axes = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+        # inside shard_map an output varies over the axes that the inputs vary over
+        self.varies = jax.typeof(q).manual_axis_type
+        self._ids(axis_name, q_pos, kv_pos, q_seg, kv_seg)
+
+    def _ids(self, axis_name, q_pos, kv_pos, q_seg, kv_seg):
+        """Ids of the queries and of all keys, `[n * B, 1 or 2, S]`, and what kernels read first."""
+        self.q_ids = tiles.token_ids(q_pos, q_seg, self.t, NO_POSITION)
+        kv_ids = tiles.token_ids(kv_pos, kv_seg, self.s, PAD_POSITION)
+        self.kv_ids = lax.all_gather(kv_ids, axis_name, tiled=True)
+        q, kv = (
+            tiles.block_bounds(ids, block, pad)
+            for ids, block, pad in (
+                (self.q_ids, self.q, NO_POSITION),
+                (self.kv_ids, self.kv, PAD_POSITION),
+            )
+        )
+        of_queries = tiles.Bounds(*(x[None, :, :, None] for x in q))
+        of_keys = tiles.Bounds(*(x.reshape(self.size, self.batch, 1, self.nk) for x in kv))
+        some, _ = tiles.visibility(self.mask, of_queries, of_keys, self.segmented)
+        some = some.reshape(self.size, self.batch * self.nq, self.chunks, self.chunk_blocks)
+        me = lax.axis_index(axis_name)
+        ends = [self._coordinates((me + hop) % self.size) for hop in (1, self.size - 1)]
+        self.scalars = [
+            jnp.stack([me, *ends[0], *ends[1]]).astype(jnp.int32),
+            some.any((1, 3)).astype(jnp.int32).reshape(-1),
+            tile.block_scalars(self.q_ids, self.q, NO_POSITION),
+            tile.block_scalars(self.kv_ids, self.kv, PAD_POSITION),
+        ]
+
+    def _coordinates(self, index):
+        found: list = []
+        for name in reversed(self.axes):
+            found.insert(0, index % lax.axis_size(name))
+            index = index // lax.axis_size(name)
+        return found
+
+    def queries(self, x):
+        return side_by_side(x, self.t, self.h)
+
+    def outs(self, x):
+        return side_by_side(x, self.t, self.hv)
+
+    def keys(self, x):
+        return side_by_side(x, self.s, self.h)
+
+    def values(self, x):
+        return side_by_side(x, self.s, self.hv)
+
+    def rows(self, x):
+        return tiles.pad_axis(x.swapaxes(1, 2), self.t, 2)[:, :, None]
+
+    def slots(self, count, dtype):
+        """Shapes that hold keys and values, or their gradients, `count` times."""
+        widths = self.kv_heads * self.h, self.kv_heads * self.hv
+        return [((count, self.batch, self.s, width), dtype) for width in widths]
+
+    def call(self, kernel, scalars, inputs, outs, scratch, *, streams, name):
+        anywhere = pl.BlockSpec(memory_space=pl.ANY)
+        scalars = [*self.scalars, *scalars]
+        semaphores = [
+            pltpu.SemaphoreType.DMA((2, self.chunks)),
+            pltpu.SemaphoreType.DMA((2, SLOTS, self.chunks)),
+            pltpu.SemaphoreType.REGULAR((self.chunks,)),
+        ]
+        return pl.pallas_call(
+            kernel,
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=len(scalars),
+                grid=(),
+                in_specs=[anywhere] * (2 + len(inputs)),
+                out_specs=[anywhere] * len(outs),
+                scratch_shapes=[
+                    *(pltpu.VMEM(shape, jnp.float32) for shape in scratch),
+                    pltpu.VMEM(self.columns(), jnp.int32),
+                    *semaphores * streams,
+                ],
+            ),
+            out_shape=[
+                jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=self.varies)
+                for shape, dtype in outs
+            ],
+            compiler_params=pltpu.CompilerParams(
+                collective_id=COLLECTIVE_IDS[name],
+                has_side_effects=True,
+                vmem_limit_bytes=VMEM_BYTES,
+            ),
+            interpret=self.interpret,
+            name=f"ring_attention_{name}",
+        )(*scalars, self.q_ids, self.kv_ids, *inputs)
+
+    def neighbour(self, ring_ref, chunk, *, ahead):
+        """Where `chunk` goes, or comes from."""
+        axes = len(self.axes)
+        up, down = ([ring_ref[1 + i + side * axes] for i in range(axes)] for side in (0, 1))
+        if not ahead:
+            up, down = down, up
+        if self.bidirectional:
+            up = [jnp.where(chunk % 2 == 0, a, b) for a, b in zip(up, down, strict=True)]
+        return dict(zip(self.axes, up, strict=True))
+
+    def owner(self, ring_ref, step, chunk):
+        """Whose keys `chunk` holds at `step`."""
+        back = self.size - step
+        if self.bidirectional:
+            back = jnp.where(chunk % 2 == 0, back, step)
+        return lax.rem(ring_ref[0] + back, jnp.int32(self.size))
+
+    def visible(self, scalars, b, i, owner, j):
+        """As `visibility`: query block `i`, and block `j` of the owner's keys."""
+        q = scalars[2], self.nq, b, i
+        return self.visibility(q, (scalars[3], self.nk, owner * self.batch + b, j))
+
+    def barrier(self, ring_ref):
+        """Nobody writes to a neighbour that has not begun."""
+        semaphore = pltpu.get_barrier_semaphore()
+        axes = len(self.axes)
+        for side in (0, 1):
+            device = {name: ring_ref[1 + side * axes + i] for i, name in enumerate(self.axes)}
+            pl.semaphore_signal(semaphore, 1, device_id=device)
+        pl.semaphore_wait(semaphore, 2)
+
+    def each(self, do):
+        """`do(step, chunk)` in order."""
+
+        @pl.loop(0, self.size)
+        def _(step):
+            pl.loop(0, self.chunks)(functools.partial(do, step))
+
+
+class _Stream:
+    """Arrays `[slots, B, S, width]` whose chunks travel from slot to slot, a ring for each chunk.
+
+    A credit says that the neighbour ahead has read the slot that is written next and sent it on.
+    """
+
+    def __init__(self, ring, ring_ref, arrays, sent, arrived, credit):
+        self.ring, self.ring_ref, self.arrays = ring, ring_ref, arrays
+        self._sent, self._arrived, self._credit = sent, arrived, credit
+
+    def part(self, ref, chunk):
+        return ref.at[:, pl.ds(chunk * self.ring.chunk, self.ring.chunk), :]
+
+    def fill(self, slot, chunk, sources):
+        """Begin to copy `[B, S, width]` of this device; `wait` for it as for what arrives."""
+        for i, (source, ref) in enumerate(zip(sources, self.arrays, strict=True)):
+            parts = self.part(source, chunk), self.part(ref.at[slot], chunk)
+            pltpu.make_async_copy(*parts, self._arrived.at[i, slot, chunk]).start()
+
+    def wait(self, slot, chunk):
+        for i, ref in enumerate(self.arrays):
+            part = self.part(ref.at[slot], chunk)
+            pltpu.make_async_copy(part, part, self._arrived.at[i, slot, chunk]).wait()
+
+    def _copies(self, source, chunk):
+        target = 1 - source
+        device = self.ring.neighbour(self.ring_ref, chunk, ahead=True)
+        for i, ref in enumerate(self.arrays):
+            yield pltpu.make_async_remote_copy(
+                self.part(ref.at[source], chunk),
+                self.part(ref.at[target], chunk),
+                self._sent.at[i, chunk],
+                self._arrived.at[i, target, chunk],
+                device_id=device,
+            )
+
+    def send(self, source, chunk):
+        for copy in self._copies(source, chunk):
+            copy.start()
+
+    def sent(self, source, chunk):
+        for copy in self._copies(source, chunk):
+            copy.wait_send()
+
+    def grant(self, chunk):
+        device = self.ring.neighbour(self.ring_ref, chunk, ahead=False)
+        pl.semaphore_signal(self._credit.at[chunk], 1, device_id=device)
+
+    def take(self, chunk):
+        pl.semaphore_wait(self._credit.at[chunk], 1)
+
+
+def _forward_kernel(
+    ring_ref, busy_ref, q_blocks, kv_blocks, safe_ref, q_ids, kv_ids, q, k, v,
+    out, lse, k_slots, v_slots, acc, m, total, columns, *semaphores, ring, soft_cap, scale,
+):  # fmt: skip
+    keys = _Stream(ring, ring_ref, (k_slots, v_slots), *semaphores)
+    scalars = ring_ref, busy_ref, q_blocks, kv_blocks
+    for chunk in range(ring.chunks):
+        keys.fill(0, chunk, (k, v))
+    ring.barrier(ring_ref)
+
+    def attend(step, chunk, owner):
+        def at(b, head, i, j, *, fetch=False):
+            j = chunk * ring.chunk_blocks + j
+            seen = ring.visible(scalars, b, i, owner, j)
+            if fetch:
+                j = jnp.where(seen[0], j, chunk * ring.chunk_blocks)
+            return tile.At(b, head, head // ring.group, i, j, *seen)
+
+        def spec(shape, where):
+            return pl.BlockSpec(shape, lambda *index: where(at(*index, fetch=True)))
+
+        def body(q_ids, kv_ids, *blocks):
+            here = at(*(pl.program_id(axis) for axis in range(4)))
+            j = pl.program_id(3)
+            turn = tile.Turn(j == 0, j == ring.chunk_blocks - 1, None, None, None)
+            parts = tile.forward_kernel(
+                turn, safe_ref[here.b * ring.heads + here.head] == 1, *blocks, acc, m, total,
+                soft_cap=soft_cap, scale=scale, fresh=(step == 0) & (chunk == 0),
+            )  # fmt: skip
+            tile.work(ring, here, parts, q_ids, kv_ids, columns)
+
+        ids = q_ids.shape[1]
+        out_spec = spec((None, ring.q, ring.hv), lambda at: (at.b, at.i, at.head))
+        row_spec = spec((None, None, 1, ring.q), lambda at: (at.b, at.head, 0, at.i))
+        slot = lax.rem(step, SLOTS)
+        pltpu.emit_pipeline(
+            body,
+            grid=(ring.batch, ring.heads, ring.nq, ring.chunk_blocks),
+            in_specs=[
+                spec((None, ids, ring.q), lambda at: (at.b, 0, at.i)),
+                spec((None, ids, ring.kv), lambda at: (owner * ring.batch + at.b, 0, at.j)),
+                spec((None, ring.q, ring.h), lambda at: (at.b, at.i, at.head)),
+                spec((None, ring.kv, ring.h), lambda at: (at.b, at.j, at.kv_head)),
+                spec((None, ring.kv, ring.hv), lambda at: (at.b, at.j, at.kv_head)),
+                out_spec,
+                row_spec,
+            ],
+            out_specs=[out_spec, row_spec],
+            tiling=ring.tiling,
+        )(q_ids, kv_ids, q, k_slots.at[slot], v_slots.at[slot], out, lse, out, lse)
+
+    def work(step, chunk):
+        _arrive(ring, keys, step, chunk)
+        owner = ring.owner(ring_ref, step, chunk)
+        busy = busy_ref[owner * ring.chunks + chunk] == 1
+        first = (step == 0) & (chunk == 0)
+        pl.when(busy | first)(lambda: attend(step, chunk, owner))
+        _leave(ring, keys, step, chunk)
+
+    ring.each(work)
+
+
+def _arrive(ring, keys, step, chunk):
+    """Wait for the chunk of this step and pass it on."""
+    slot = lax.rem(step, SLOTS)
+    keys.wait(slot, chunk)
+
+    @pl.when(step < ring.size - 1)
+    def _():
+        pl.when(step > 0)(lambda: keys.take(chunk))
+        keys.send(slot, chunk)
+
+
+def _leave(ring, keys, step, chunk):
+    """Give the slot free, once it is read and sent on."""
+    pl.when(step < ring.size - 1)(lambda: keys.sent(lax.rem(step, SLOTS), chunk))
+    pl.when(step < ring.size - 2)(lambda: keys.grant(chunk))
