@@ -134,7 +134,8 @@ class _Call(tile.Tile):
         self.q_ids = tiles.token_ids(q_pos, q_seg, self.t, NO_POSITION)
         self.kv_ids = tiles.token_ids(kv_pos, kv_seg, self.s, PAD_POSITION)
         self.scalars = [
-            tile.block_scalars(ids, block, pad)
+            # flat: SMEM pads a minor axis
+            jnp.stack(tile.block_scalars(ids, block, pad), axis=1).reshape(-1)
             for ids, block, pad in (
                 (self.q_ids, self.q, NO_POSITION),
                 (self.kv_ids, self.kv, PAD_POSITION),
@@ -197,13 +198,17 @@ class _Call(tile.Tile):
             b, head, i, j = index
             kv_head = head // self.group
         some, every, diagonal = self.visibility(
-            (scalars[0], self.nq, b, i), (scalars[1], self.nk, b, j)
+            self._block(scalars[0], self.nq, b, i), self._block(scalars[1], self.nk, b, j)
         )
         if fetch and self.queries_inner:
             i = jnp.where(some, i, self.nq - 1)  # causal: the last query block sees the most keys
         elif fetch:
             j = jnp.where(some, j, 0)
         return tile.At(b, head, kv_head, i, j, some, every, diagonal)
+
+    def _block(self, ref, blocks, b, block):
+        rows = len(tiles.Bounds._fields) + 1
+        return [ref[(b * rows + row) * blocks + block] for row in range(rows)]
 
     def __call__(self, kernel, inputs, outs, scratch):
         """`outs`: shape, dtype (None is float32) and block of each; `scratch`: float32 shapes."""

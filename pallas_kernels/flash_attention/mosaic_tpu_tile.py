@@ -75,19 +75,13 @@ class Tile:
         self.rows_h, self.rows_v = (pl.cdiv(x, SUBLANES) * SUBLANES for x in (h, v.shape[3]))
         self.mask, self.segmented, self.queries_inner = mask, segmented, queries_inner
 
-    def visibility(self, q_block, kv_block):
+    def visibility(self, q, kv):
         """Whether any pair of a block is visible, every pair, exactly its lower triangle.
 
-        Each argument is `(scalars of block_scalars, blocks a row, row, block)`.
+        `q` and `kv` are rows of `block_scalars`, of a block each or of many that broadcast.
         """
-        rows = len(tiles.Bounds._fields) + 1
-
-        def block_of(ref, blocks, b, block):
-            *found, run = (ref[(b * rows + row) * blocks + block] for row in range(rows))
-            return tiles.Bounds(*found), run
-
-        q, q_run = block_of(*q_block)
-        kv, kv_run = block_of(*kv_block)
+        (*q, q_run), (*kv, kv_run) = q, kv
+        q, kv = tiles.Bounds(*q), tiles.Bounds(*kv)
         some, every = tiles.visibility(self.mask, q, kv, self.segmented)
         if not self.mask.causal or self.q != self.kv:
             return some, every, None
@@ -158,10 +152,10 @@ def apart(x, heads, tokens, h):
 
 
 def block_scalars(ids, block, pad):
-    """`[B, rows, blocks]` flat (SMEM pads a minor axis): the bounds, and 1 for consecutive."""
+    """Rows of `[B, blocks]`: the bounds of each block, and 1 for consecutive positions."""
     positions = ids[:, 0].reshape(ids.shape[0], -1, block)
     run = jnp.all(positions[..., 1:] - positions[..., :-1] == 1, axis=-1).astype(jnp.int32)
-    return jnp.stack([*tiles.block_bounds(ids, block, pad), run], axis=1).reshape(-1)
+    return [*tiles.block_bounds(ids, block, pad), run]
 
 
 def work(tile, at, parts, q_ids_ref, kv_ids_ref, columns_ref):

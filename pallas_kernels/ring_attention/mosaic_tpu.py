@@ -28,6 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import online_softmax
 from pallas_kernels.dispatch import target_platform
 from pallas_kernels.flash_attention import blocks as tiles
 from pallas_kernels.flash_attention import mosaic_tpu_tile as tile
@@ -39,6 +40,7 @@ SLOTS = 2
 HOME = SLOTS  # where the gradients of a device's own keys wait for those from elsewhere
 DQ_BYTES = 24 << 20  # of VMEM for the queries' gradient; the smallest chip has 64 MiB
 VMEM_BYTES = 56 << 20
+BITS, CODES = 3, 10  # of what a block shows, and how many of those in an int32
 COLLECTIVE_IDS = {"forward": 21, "backward": 22}
 INTERPRETED = pltpu.InterpretParams()
 
@@ -72,6 +74,42 @@ def forward(
     return apart(out, n, t, v.shape[3]), lse[:, :, 0, :t].swapaxes(1, 2)
 
 
+def backward(
+    q, k, v, q_pos, kv_pos, q_seg, kv_seg, lse, dout, delta, *,
+    axis_name, bidirectional, mask, soft_cap, scale,
+):  # fmt: skip
+    """`(dq, dk, dv)` in float32; `lse` of the whole row, `delta` as for flash attention."""
+    dtype = jnp.float32 if q.dtype == jnp.float16 else q.dtype
+    q, k, v = exactly(q, k, v)
+    (b, t, n, h), (_, s, kv_heads, _) = q.shape, k.shape
+    ring = _Ring(
+        "mosaic_backward", q, k, v, q_pos, kv_pos, q_seg, kv_seg,
+        axis_name=axis_name, bidirectional=bidirectional, mask=mask, queries_inner=True,
+    )  # fmt: skip
+    lse, delta = online_softmax.backward_rows(lse, delta)
+    inputs = [ring.queries(q), ring.keys(k), ring.values(v), ring.outs(dout.astype(dtype))]
+    dq, dk, dv, *_ = ring.call(
+        functools.partial(_backward_kernel, ring=ring, soft_cap=soft_cap, scale=scale),
+        [],
+        [*inputs, ring.rows(lse), ring.rows(delta)],
+        [
+            ((b, ring.t, n * ring.h), jnp.float32),
+            *ring.slots(SLOTS + 1, jnp.float32),
+            *ring.slots(SLOTS, k.dtype),
+        ],
+        [
+            (ring.group * ring.cut_blocks, ring.rows_h, ring.q),
+            (ring.rows_h, ring.kv),
+            (ring.rows_v, ring.kv),
+        ],
+        streams=2,
+        name="backward",
+    )
+    last = ring.size % SLOTS
+    dk, dv = (x[HOME] + x[last] for x in (dk, dv))
+    return apart(dq, n, t, h), apart(dk, kv_heads, s, h), apart(dv, kv_heads, s, v.shape[3])
+
+
 class _Ring(tile.Tile):
     """One kernel on one set of shapes: blocks, chunks, neighbours, and which blocks to skip."""
 
@@ -85,7 +123,7 @@ class _Ring(tile.Tile):
             op, q, k, v, mask,
             segmented=segmented, queries_inner=queries_inner, interpret=bool(self.interpret),
         )  # fmt: skip
-        # a pipeline asks which TPU it is for, which the interpreter cannot say, unless told a tiling
+        # without a tiling a pipeline asks which TPU it is for, which the interpreter cannot say
         self.tiling = pltpu.Tiling.SPARSE_CORE if self.interpret else None
         t, s = q.shape[1], k.shape[1]
         # at least two chunks, if there are the tokens
@@ -113,24 +151,19 @@ class _Ring(tile.Tile):
         self.q_ids = tiles.token_ids(q_pos, q_seg, self.t, NO_POSITION)
         kv_ids = tiles.token_ids(kv_pos, kv_seg, self.s, PAD_POSITION)
         self.kv_ids = lax.all_gather(kv_ids, axis_name, tiled=True)
-        q, kv = (
-            tiles.block_bounds(ids, block, pad)
-            for ids, block, pad in (
-                (self.q_ids, self.q, NO_POSITION),
-                (self.kv_ids, self.kv, PAD_POSITION),
-            )
+        q = tile.block_scalars(self.q_ids, self.q, NO_POSITION)
+        kv = tile.block_scalars(self.kv_ids, self.kv, PAD_POSITION)
+        seen = self.visibility(
+            [x[None, :, :, None] for x in q],
+            [x.reshape(self.size, self.batch, 1, self.nk) for x in kv],
         )
-        of_queries = tiles.Bounds(*(x[None, :, :, None] for x in q))
-        of_keys = tiles.Bounds(*(x.reshape(self.size, self.batch, 1, self.nk) for x in kv))
-        some, _ = tiles.visibility(self.mask, of_queries, of_keys, self.segmented)
-        some = some.reshape(self.size, self.batch * self.nq, self.chunks, self.chunk_blocks)
+        some = seen[0].reshape(self.size, self.batch * self.nq, self.chunks, self.chunk_blocks)
         me = lax.axis_index(axis_name)
         ends = [self._coordinates((me + hop) % self.size) for hop in (1, self.size - 1)]
         self.scalars = [
             jnp.stack([me, *ends[0], *ends[1]]).astype(jnp.int32),
             some.any((1, 3)).astype(jnp.int32).reshape(-1),
-            tile.block_scalars(self.q_ids, self.q, NO_POSITION),
-            tile.block_scalars(self.kv_ids, self.kv, PAD_POSITION),
+            _packed(seen),
         ]
 
     def _coordinates(self, index):
@@ -211,10 +244,12 @@ class _Ring(tile.Tile):
             back = jnp.where(chunk % 2 == 0, back, step)
         return lax.rem(ring_ref[0] + back, jnp.int32(self.size))
 
-    def visible(self, scalars, b, i, owner, j):
+    def seen(self, blocks_ref, owner, b, i, j):
         """As `visibility`: query block `i`, and block `j` of the owner's keys."""
-        q = scalars[2], self.nq, b, i
-        return self.visibility(q, (scalars[3], self.nk, owner * self.batch + b, j))
+        at = ((owner * self.batch + b) * self.nq + i) * self.nk + j
+        bits = blocks_ref[lax.div(at, jnp.int32(CODES))] >> (lax.rem(at, jnp.int32(CODES)) * BITS)
+        some, every, diagonal = (bits & (1 << k) != 0 for k in range(BITS))
+        return some, every, diagonal if self.mask.causal and self.q == self.kv else None
 
     def barrier(self, ring_ref):
         """Nobody writes to a neighbour that has not begun."""
@@ -231,6 +266,14 @@ class _Ring(tile.Tile):
         @pl.loop(0, self.size)
         def _(step):
             pl.loop(0, self.chunks)(functools.partial(do, step))
+
+
+def _packed(seen):
+    """What `visibility` says of all blocks, CODES of them in an int32."""
+    flags = [x for x in seen if x is not None]
+    code = sum(x.astype(jnp.int32) << i for i, x in enumerate(flags)).reshape(-1)
+    code = tiles.pad_axis(code, pl.cdiv(code.size, CODES) * CODES, 0).reshape(-1, CODES)
+    return (code << (BITS * jnp.arange(CODES, dtype=jnp.int32))).sum(1, dtype=jnp.int32)
 
 
 class _Stream:
@@ -286,52 +329,54 @@ class _Stream:
 
 
 def _forward_kernel(
-    ring_ref, busy_ref, q_blocks, kv_blocks, safe_ref, q_ids, kv_ids, q, k, v,
+    ring_ref, busy_ref, blocks_ref, safe_ref, q_ids, kv_ids, q, k, v,
     out, lse, k_slots, v_slots, acc, m, total, columns, *semaphores, ring, soft_cap, scale,
 ):  # fmt: skip
     keys = _Stream(ring, ring_ref, (k_slots, v_slots), *semaphores)
-    scalars = ring_ref, busy_ref, q_blocks, kv_blocks
     for chunk in range(ring.chunks):
         keys.fill(0, chunk, (k, v))
     ring.barrier(ring_ref)
 
     def attend(step, chunk, owner):
-        def at(b, head, i, j, *, fetch=False):
+        def keys_of(b, head, i, j):
             j = chunk * ring.chunk_blocks + j
-            seen = ring.visible(scalars, b, i, owner, j)
-            if fetch:
-                j = jnp.where(seen[0], j, chunk * ring.chunk_blocks)
-            return tile.At(b, head, head // ring.group, i, j, *seen)
-
-        def spec(shape, where):
-            return pl.BlockSpec(shape, lambda *index: where(at(*index, fetch=True)))
+            some, *_ = ring.seen(blocks_ref, owner, b, i, j)
+            return jnp.where(some, j, chunk * ring.chunk_blocks)
 
         def body(q_ids, kv_ids, *blocks):
-            here = at(*(pl.program_id(axis) for axis in range(4)))
-            j = pl.program_id(3)
+            b, head, i, j = (pl.program_id(axis) for axis in range(4))
+            seen = ring.seen(blocks_ref, owner, b, i, chunk * ring.chunk_blocks + j)
+            here = tile.At(b, head, head // ring.group, i, j, *seen)
             turn = tile.Turn(j == 0, j == ring.chunk_blocks - 1, None, None, None)
             parts = tile.forward_kernel(
-                turn, safe_ref[here.b * ring.heads + here.head] == 1, *blocks, acc, m, total,
+                turn, safe_ref[b * ring.heads + head] == 1, *blocks, acc, m, total,
                 soft_cap=soft_cap, scale=scale, fresh=(step == 0) & (chunk == 0),
             )  # fmt: skip
             tile.work(ring, here, parts, q_ids, kv_ids, columns)
 
         ids = q_ids.shape[1]
-        out_spec = spec((None, ring.q, ring.hv), lambda at: (at.b, at.i, at.head))
-        row_spec = spec((None, None, 1, ring.q), lambda at: (at.b, at.head, 0, at.i))
+        q_spec, out_spec = (
+            pl.BlockSpec((None, ring.q, width), lambda b, head, i, j: (b, i, head))
+            for width in (ring.h, ring.hv)
+        )
+        k_spec, v_spec = (
+            pl.BlockSpec(
+                (None, ring.kv, width),
+                lambda b, head, i, j: (b, keys_of(b, head, i, j), head // ring.group),
+            )
+            for width in (ring.h, ring.hv)
+        )
+        q_ids_spec = pl.BlockSpec((None, ids, ring.q), lambda b, head, i, j: (b, 0, i))
+        kv_ids_spec = pl.BlockSpec(
+            (None, ids, ring.kv),
+            lambda b, head, i, j: (owner * ring.batch + b, 0, keys_of(b, head, i, j)),
+        )
+        row_spec = pl.BlockSpec((None, None, 1, ring.q), lambda b, head, i, j: (b, head, 0, i))
         slot = lax.rem(step, SLOTS)
         pltpu.emit_pipeline(
             body,
             grid=(ring.batch, ring.heads, ring.nq, ring.chunk_blocks),
-            in_specs=[
-                spec((None, ids, ring.q), lambda at: (at.b, 0, at.i)),
-                spec((None, ids, ring.kv), lambda at: (owner * ring.batch + at.b, 0, at.j)),
-                spec((None, ring.q, ring.h), lambda at: (at.b, at.i, at.head)),
-                spec((None, ring.kv, ring.h), lambda at: (at.b, at.j, at.kv_head)),
-                spec((None, ring.kv, ring.hv), lambda at: (at.b, at.j, at.kv_head)),
-                out_spec,
-                row_spec,
-            ],
+            in_specs=[q_ids_spec, kv_ids_spec, q_spec, k_spec, v_spec, out_spec, row_spec],
             out_specs=[out_spec, row_spec],
             tiling=ring.tiling,
         )(q_ids, kv_ids, q, k_slots.at[slot], v_slots.at[slot], out, lse, out, lse)
@@ -362,3 +407,138 @@ def _leave(ring, keys, step, chunk):
     """Give the slot free, once it is read and sent on."""
     pl.when(step < ring.size - 1)(lambda: keys.sent(lax.rem(step, SLOTS), chunk))
     pl.when(step < ring.size - 2)(lambda: keys.grant(chunk))
+
+
+def _backward_kernel(
+    ring_ref, busy_ref, blocks_ref, q_ids, kv_ids, q, k, v, dout, lse, delta,
+    dq, dk, dv, k_slots, v_slots, dq_acc, dk_acc, dv_acc, columns, *semaphores,
+    ring, soft_cap, scale,
+):  # fmt: skip
+    keys = _Stream(ring, ring_ref, (k_slots, v_slots), *semaphores[:3])
+    gradients = _Stream(ring, ring_ref, (dk, dv), *semaphores[3:])
+    for chunk in range(ring.chunks):
+        keys.fill(0, chunk, (k, v))
+    ring.barrier(ring_ref)
+
+    def attend(step, chunk, owner, cut):
+        """Some queries and a chunk; their gradients grow in HBM, each block read and written once.
+
+        Where the block of an input or output is not to change, it stands still.
+        """
+        first_chunk, first_cut = chunk * ring.chunk_blocks, cut * ring.cut_blocks
+        last_block, last_head, last_keys = (
+            ring.cut_blocks - 1,
+            ring.group - 1,
+            ring.chunk_blocks - 1,
+        )
+
+        def queries_of(b, kv_head, j, g, i):
+            some, *_ = ring.seen(blocks_ref, owner, b, first_cut + i, first_chunk + j)
+            return first_cut + jnp.where(some, i, last_block)
+
+        def body(q_ids, kv_ids, *blocks):
+            b, kv_head, j, g, i = (pl.program_id(axis) for axis in range(5))
+            seen = ring.seen(blocks_ref, owner, b, first_cut + i, first_chunk + j)
+            here = tile.At(b, kv_head * ring.group + g, kv_head, i, j, *seen)
+            turn = tile.Turn(
+                first=(g == 0) & (i == 0),
+                last=(g == last_head) & (i == last_block),
+                first_keys=j == 0,
+                last_keys=j == last_keys,
+                queries=g * ring.cut_blocks + i,
+            )
+            fresh = (step == 0) & (chunk == 0), (step <= 1) & (cut == 0)
+            parts = tile.backward_kernel(
+                turn, *blocks, dq_acc, dk_acc, dv_acc,
+                soft_cap=soft_cap, scale=scale, fresh=fresh,
+            )  # fmt: skip
+            tile.work(ring, here, parts, q_ids, kv_ids, columns)
+
+        ids = q_ids.shape[1]
+        q_spec, out_spec = (
+            pl.BlockSpec(
+                (None, ring.q, width),
+                lambda b, kv_head, j, g, i: (
+                    b, queries_of(b, kv_head, j, g, i), kv_head * ring.group + g,
+                ),
+            )
+            for width in (ring.h, ring.hv)
+        )  # fmt: skip
+        row_spec = pl.BlockSpec(
+            (None, None, 1, ring.q),
+            lambda b, kv_head, j, g, i: (
+                b, kv_head * ring.group + g, 0, queries_of(b, kv_head, j, g, i),
+            ),
+        )  # fmt: skip
+        k_spec, v_spec = (
+            pl.BlockSpec(
+                (None, ring.kv, width), lambda b, kv_head, j, g, i: (b, first_chunk + j, kv_head)
+            )
+            for width in (ring.h, ring.hv)
+        )
+
+        def dq_spec(turn, before):
+            """Moves in the turn `turn` of the keys alone, and stands at one end `before` it."""
+
+            def where(b, kv_head, j, g, i):
+                moves = j == turn
+                i = jnp.where(moves, i, 0 if before else last_block)
+                g = jnp.where(moves, g, 0 if before else last_head)
+                return b, first_cut + i, kv_head * ring.group + g
+
+            return pl.BlockSpec((None, ring.q, ring.h), where)
+
+        slot = lax.rem(step, SLOTS)
+        part = jnp.where(step == 0, HOME, slot)
+        sums = dk.at[part], dv.at[part]
+        pltpu.emit_pipeline(
+            body,
+            grid=(ring.batch, ring.kv_heads, ring.chunk_blocks, ring.group, ring.cut_blocks),
+            in_specs=[
+                pl.BlockSpec(
+                    (None, ids, ring.q), lambda b, *index: (b, 0, queries_of(b, *index))
+                ),
+                pl.BlockSpec(
+                    (None, ids, ring.kv),
+                    lambda b, kv_head, j, g, i: (owner * ring.batch + b, 0, first_chunk + j),
+                ),
+                q_spec, k_spec, v_spec, out_spec, row_spec, row_spec,
+                dq_spec(0, before=False), k_spec, v_spec,
+            ],
+            out_specs=[dq_spec(last_keys, before=True), k_spec, v_spec],
+            tiling=ring.tiling,
+        )(
+            q_ids, kv_ids, q, k_slots.at[slot], v_slots.at[slot], dout, lse, delta,
+            dq, *sums, dq, *sums,
+        )  # fmt: skip
+
+    def work(step, chunk):
+        slot = lax.rem(step, SLOTS)
+
+        @pl.when(step > 1)
+        def _():
+            gradients.sent(1 - slot, chunk)
+            gradients.grant(chunk)
+
+        _arrive(ring, keys, step, chunk)
+        pl.when(step > 1)(lambda: gradients.wait(slot, chunk))
+        owner = ring.owner(ring_ref, step, chunk)
+        busy = busy_ref[owner * ring.chunks + chunk] == 1
+
+        @pl.when(busy | (step <= 1))
+        def _():
+            pl.loop(0, ring.cuts)(functools.partial(attend, step, chunk, owner))
+
+        _leave(ring, keys, step, chunk)
+
+        @pl.when(step > 0)
+        def _():
+            pl.when(step > 1)(lambda: gradients.take(chunk))
+            gradients.send(slot, chunk)
+
+    ring.each(work)
+
+    @pl.loop(0, ring.chunks)
+    def _(chunk):
+        gradients.sent((ring.size - 1) % SLOTS, chunk)
+        gradients.wait(ring.size % SLOTS, chunk)
