@@ -142,8 +142,6 @@ class _Ring(tile.Tile):
         self.t = self.nq * self.q
         self.size, self.bidirectional = lax.axis_size(axis_name), bidirectional
         self.axes = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-        # inside shard_map an output varies over the axes that the inputs vary over
-        self.varies = jax.typeof(q).manual_axis_type
         self._ids(axis_name, q_pos, kv_pos, q_seg, kv_seg)
 
     def _ids(self, axis_name, q_pos, kv_pos, q_seg, kv_seg):
@@ -194,7 +192,11 @@ class _Ring(tile.Tile):
         return [((count, self.batch, self.s, width), dtype) for width in widths]
 
     def call(self, kernel, scalars, inputs, outs, scratch, *, streams, name):
-        anywhere = pl.BlockSpec(memory_space=pl.ANY)
+        inputs = [self.q_ids, self.kv_ids, *inputs]
+        if not self.interpret:
+            # what XLA would put into VMEM for the kernel's sake
+            inputs = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in inputs]
+        in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
         scalars = [*self.scalars, *scalars]
         semaphores = [
             pltpu.SemaphoreType.DMA((2, self.chunks)),
@@ -206,18 +208,15 @@ class _Ring(tile.Tile):
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=len(scalars),
                 grid=(),
-                in_specs=[anywhere] * (2 + len(inputs)),
-                out_specs=[anywhere] * len(outs),
+                in_specs=[in_hbm] * len(inputs),
+                out_specs=[in_hbm] * len(outs),
                 scratch_shapes=[
                     *(pltpu.VMEM(shape, jnp.float32) for shape in scratch),
                     pltpu.VMEM(self.columns(), jnp.int32),
                     *semaphores * streams,
                 ],
             ),
-            out_shape=[
-                jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=self.varies)
-                for shape, dtype in outs
-            ],
+            out_shape=[pltpu.HBM(shape, dtype) for shape, dtype in outs],
             compiler_params=pltpu.CompilerParams(
                 collective_id=COLLECTIVE_IDS[name],
                 has_side_effects=True,
@@ -225,7 +224,7 @@ class _Ring(tile.Tile):
             ),
             interpret=self.interpret,
             name=f"ring_attention_{name}",
-        )(*scalars, self.q_ids, self.kv_ids, *inputs)
+        )(*scalars, *inputs)
 
     def neighbour(self, ring_ref, chunk, *, ahead):
         """Where `chunk` goes, or comes from."""
