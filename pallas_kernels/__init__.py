@@ -4,6 +4,7 @@
 from pallas_kernels.decode_attention import decode_attention, quantize_cache
 from pallas_kernels.flash_attention import PAD_POSITION, flash_attention
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
+from pallas_kernels.ring_attention import ring_attention
 
 __all__ = [
     "PAD_POSITION",
@@ -12,4 +13,5 @@ __all__ = [
     "grouped_matmul",
     "grouped_swiglu",
     "quantize_cache",
+    "ring_attention",
 ]

@@ -22,7 +22,6 @@ Nothing is aliased, and every sum has a fixed order.
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -346,7 +345,7 @@ def _forward_kernel(
             b, head, i, j = (pl.program_id(axis) for axis in range(4))
             seen = ring.seen(blocks_ref, owner, b, i, chunk * ring.chunk_blocks + j)
             here = tile.At(b, head, head // ring.group, i, j, *seen)
-            turn = tile.Turn(j == 0, j == ring.chunk_blocks - 1, None, None, None)
+            turn = tile.Turn(j == 0, j == ring.chunk_blocks - 1, i == 0, i == ring.nq - 1, i)
             parts = tile.forward_kernel(
                 turn, safe_ref[b * ring.heads + head] == 1, *blocks, acc, m, total,
                 soft_cap=soft_cap, scale=scale, fresh=(step == 0) & (chunk == 0),
