@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Ring(fused=True)`, interpreted: it is dense attention, and nothing in it races."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from dense_attention import dense
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec as P
+
+import jaxcp
+from jaxcp.layout import Contiguous, Zigzag
+from pallas_kernels import PAD_POSITION
+from pallas_kernels.flash_attention import tuning
+from pallas_kernels.ring_attention import mosaic_tpu
+
+HEADS, TOKENS = P("data", "seq"), P("data", "seq")
+
+
+@pytest.fixture(autouse=True)
+def races(monkeypatch, capsys, caplog):
+    """Look for races; call it for how many were reported: jax 0.10 prints them, 0.12 logs them."""
+    more = {"on_race": "warn"} if hasattr(pltpu.InterpretParams, "on_race") else {}
+    watching = pltpu.InterpretParams(detect_races=True, **more)
+    monkeypatch.setattr(mosaic_tpu, "INTERPRETED", watching)
+    # a block in one piece, which is faster: how pieces go together test_mosaic_tpu tests
+    blocks = tuning.Blocks(q=256, kv=128, sub=128, strip=256)
+    rows = tuple((op, "", 512, 4, blocks) for op in ("mosaic_forward", "mosaic_backward"))
+    monkeypatch.setattr(tuning, "TABLE", (*rows, *tuning.TABLE))
+    yield lambda: (capsys.readouterr().out + caplog.text).count("RACE DETECTED")
+    pltpu.reset_tpu_interpret_mode_state()
+
+
+def problem(tokens, *, batch=1, heads=1, kv_heads=1, width=16):
+    rng = np.random.default_rng(0)
+
+    def normal(heads):
+        return rng.normal(size=(batch, tokens, heads, width)).astype(np.float32)
+
+    positions = np.broadcast_to(np.arange(tokens, dtype=np.int32), (batch, tokens))
+    arrays = {"q": normal(heads), "k": normal(kv_heads), "v": normal(kv_heads)}
+    return {**arrays, "dout": normal(heads), "positions": positions}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def with_gradients(strategy, options, x):
+    def attend(q, k, v):
+        return jaxcp.context_parallel_attention(
+            q, k, v, x["positions"], strategy=strategy, segment_ids=x.get("segment_ids"),
+            implementation="mosaic_tpu", **dict(options),
+        )  # fmt: skip
+
+    if "dout" not in x:
+        return (attend(x["q"], x["k"], x["v"]),)
+    out, pull = jax.vjp(attend, x["q"], x["k"], x["v"])
+    return out, *pull(x["dout"])
+
+
+def check(strategy, shards, x, **options):
+    """Under the mesh in scope, against float64, in natural order."""
+    there = strategy.layout.permute(x, shards)
+    there = {name: jax.device_put(y, TOKENS) for name, y in there.items()}
+    found = with_gradients(strategy, tuple(options.items()), there)
+    wanted = dense(
+        x["q"], x["k"], x["v"], x["positions"], segment_ids=x.get("segment_ids"),
+        dout=x.get("dout"), **options,
+    )  # fmt: skip
+    wanted = wanted[:4] if "dout" in x else (wanted,)
+    for a, b in zip(found, wanted, strict=True):
+        a = strategy.layout.inverse(a, shards, x["q"].shape[1])
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * max(1, np.abs(b).max()))
+
+
+def test_every_mask_and_option_beside_another_mesh_axis(mesh_of, races):
+    """An odd length, pads, documents, a window, a soft cap, a group of heads; two rings."""
+    mesh_of(data=2, seq=2)
+    x = problem(301, batch=2, heads=2)
+    x["segment_ids"] = np.sort(np.arange(602).reshape(2, 301) % 3, axis=1).astype(np.int32)
+    x["positions"] = np.where(np.arange(301) < 5, PAD_POSITION, x["positions"]).astype(np.int32)
+    options = {"window": 140, "soft_cap": 2.0, "scale": 0.4}
+    check(jaxcp.Ring(fused=True), 2, x, **options)
+    assert races() == 0
+
+
+def test_three_devices_and_no_causality(mesh_of, races):
+    mesh_of(seq=3)
+    check(jaxcp.Ring(fused=True), 3, problem(3 * 200), causal=False)
+    assert races() == 0
+
+
+def test_both_directions(mesh_of, races):
+    mesh_of(seq=4)
+    check(jaxcp.Ring(fused=True, bidirectional=True), 4, problem(4 * 200))
+    assert races() == 0
+
+
+def test_eight_devices_of_which_half_has_nothing_to_do(mesh_of, races):
+    mesh_of(seq=8)
+    check(jaxcp.Ring(fused=True, layout=Contiguous()), 8, problem(8 * 128))
+    assert races() == 0
+
+
+def test_without_credits_it_races(mesh_of, races, monkeypatch):
+    """What the other tests would not see if the detector did not look."""
+    for name in ("grant", "take"):
+        monkeypatch.setattr(mosaic_tpu._Stream, name, lambda *_: None)
+    mesh_of(seq=4)
+    x = problem(4 * 128)
+    del x["dout"]
+    layout = Zigzag()
+    there = {name: jax.device_put(y, TOKENS) for name, y in layout.permute(x, 4).items()}
+    jax.block_until_ready(with_gradients(jaxcp.Ring(fused=True), (("window", None),), there))
+    assert races() > 0
+
+
+def test_what_it_refuses(mesh_of):
+    x = problem(8)
+    arrays = x["q"], x["k"], x["v"], x["positions"]
+    attend = jaxcp.context_parallel_attention
+    with pytest.raises(NotImplementedError, match="without fused"):
+        jaxcp.Ring(fused=True, reproducible=True)
+    mesh_of(seq=2)
+    fused = jaxcp.Ring(fused=True)
+    for implementation in (None, "xla", "triton"):  # this is a CPU
+        with pytest.raises(NotImplementedError, match=r"use a ring of ppermute.*jaxcp.Ring\(\)"):
+            attend(*arrays, strategy=fused, implementation=implementation)
+    with pytest.raises(ValueError, match="implementation must be one of"):
+        attend(*arrays, strategy=fused, implementation="cuda")
+    wide = np.zeros((1, 8, 1, 640), np.float32)
+    with pytest.raises(NotImplementedError, match="head dims up to 512; got float32 and head dims"):
+        attend(wide, wide, wide, x["positions"], strategy=fused, implementation="mosaic_tpu")
+    with pytest.raises(NotImplementedError, match="no latents; use Ring"):
+        jaxcp.latent_attention(
+            x["q"], x["k"], (), x["positions"], strategy=fused, expand=lambda k: (k, k)
+        )
+
+
+def test_one_device_is_flash_attention(mesh_of):
+    mesh_of(seq=1)
+    check(jaxcp.Ring(fused=True), 1, problem(40))

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fused ring becomes machine code for TPUs that are not there, and XLA adds no traffic to it.
+
+What it computes, and that nothing races, `tests/jaxcp/test_fused_ring.py` tests.
+"""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxcp.plan import parse_target
+from pallas_kernels import ring_attention
+from pallas_kernels.flash_attention import tuning
+
+TOKENS, HEADS, KV_HEADS, WIDTH = 8192, 16, 2, 128  # of a device
+SHARD = TOKENS * KV_HEADS * WIDTH
+
+
+def compiled(target, *, bidirectional):
+    """The text of forward and backward, every array as a projection leaves it: `[B, T, N * H]`."""
+    parsed = parse_target(target)
+    mesh = parsed.mesh(seq=parsed.size)
+
+    def apart(x):
+        return x.reshape(*x.shape[:2], -1, WIDTH)
+
+    def local(q, k, v, positions, dout):
+        def attend(q, k, v):
+            out, lse = ring_attention(
+                apart(q), apart(k), apart(v),
+                axis_name="seq", q_positions=positions, kv_positions=positions,
+                bidirectional=bidirectional,
+            )  # fmt: skip
+            return out.reshape(q.shape), lse
+
+        (out, lse), pull = jax.vjp(attend, q, k, v)
+        return out, *pull((dout, lse))
+
+    def array(*width, dtype=jnp.bfloat16):
+        by_tokens = NamedSharding(mesh, P(None, "seq"))
+        shape = (1, TOKENS * mesh.size, *width)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=by_tokens)
+
+    q, kv = array(HEADS * WIDTH), array(KV_HEADS * WIDTH)
+    run = jax.shard_map(
+        local, in_specs=(P(None, "seq"),) * 5, out_specs=(P(None, "seq"),) * 4, check_vma=False
+    )
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        traced = jax.jit(run).trace(q, kv, kv, array(dtype=jnp.int32), q)
+        return traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+
+
+@pytest.mark.parametrize(
+    ("target", "bidirectional"),
+    [("v5e:2x4", False), ("v5p:2x2x1", True), ("v6e:2x2", True), ("tpu7x:2x2x1", False)],
+)
+def test_it_compiles_and_only_the_kernels_move_keys(monkeypatch, target, bidirectional):
+    if target != "v6e:2x2":  # one of them with the blocks it runs with, the others faster
+        small = tuning.Blocks(q=256, kv=512, strip=256)
+        rows = tuple((op, "", 256, 4, small) for op in ("mosaic_forward", "mosaic_backward"))
+        monkeypatch.setattr(tuning, "TABLE", (*rows, *tuning.TABLE))
+    text = compiled(target, bidirectional=bidirectional)
+    kernels = re.findall(r"%ring_attention_(\w+?)(?:\.\d+)? = .*custom-call\(", text)
+    assert sorted(kernels) == ["backward", "forward"]
+    assert "collective-permute" not in text and "all-to-all" not in text
+    for shape, op in re.findall(
+        r" = \(?\w+\[([\d,]*)\]\S*.* (all-gather|all-gather-start|copy|copy-start|transpose)\(",
+        text,
+    ):
+        size = math.prod(int(x) for x in shape.split(",") if x)
+        # its keys, their slots, their gradients; positions of all devices are far smaller
+        assert size not in (SHARD, 2 * SHARD, 3 * SHARD), (op, shape)
+        assert op.startswith(("copy", "transpose")) or size < SHARD, (op, shape)
