@@ -19,15 +19,18 @@ from pallas_kernels.ring_attention import mosaic_tpu
 HEADS, TOKENS = P("data", "seq"), P("data", "seq")
 
 
+def row(queries, op="mosaic_backward"):
+    """Blocks in one piece, which is faster: how pieces go together `test_mosaic_tpu` tests."""
+    return op, "", 512, 4, tuning.Blocks(q=queries, kv=128, sub=128, strip=256)
+
+
 @pytest.fixture(autouse=True)
 def races(monkeypatch, capsys, caplog):
     """Look for races; call it for how many were reported: jax 0.10 prints them, 0.12 logs them."""
     more = {"on_race": "warn"} if hasattr(pltpu.InterpretParams, "on_race") else {}
     watching = pltpu.InterpretParams(detect_races=True, **more)
     monkeypatch.setattr(mosaic_tpu, "INTERPRETED", watching)
-    # a block in one piece, which is faster: how pieces go together test_mosaic_tpu tests
-    blocks = tuning.Blocks(q=256, kv=128, sub=128, strip=256)
-    rows = tuple((op, "", 512, 4, blocks) for op in ("mosaic_forward", "mosaic_backward"))
+    rows = row(256, "mosaic_forward"), row(256)
     monkeypatch.setattr(tuning, "TABLE", (*rows, *tuning.TABLE))
     yield lambda: (capsys.readouterr().out + caplog.text).count("RACE DETECTED")
     pltpu.reset_tpu_interpret_mode_state()
@@ -74,19 +77,22 @@ def check(strategy, shards, x, **options):
 
 
 def test_every_mask_and_option_beside_another_mesh_axis(mesh_of, races):
-    """An odd length, pads, documents, a window, a soft cap, a group of heads; two rings."""
-    mesh_of(data=2, seq=2)
-    x = problem(301, batch=2, heads=2)
-    x["segment_ids"] = np.sort(np.arange(602).reshape(2, 301) % 3, axis=1).astype(np.int32)
-    x["positions"] = np.where(np.arange(301) < 5, PAD_POSITION, x["positions"]).astype(np.int32)
-    options = {"window": 140, "soft_cap": 2.0, "scale": 0.4}
-    check(jaxcp.Ring(fused=True), 2, x, **options)
+    """An odd length, pads, documents, a window, a soft cap, grouped heads; two rings."""
+    mesh_of(data=2, seq=3)
+    x = problem(353, batch=2, heads=2)
+    x["segment_ids"] = np.sort(np.arange(706).reshape(2, 353) % 3, axis=1).astype(np.int32)
+    x["positions"] = np.where(np.arange(353) < 5, PAD_POSITION, x["positions"]).astype(np.int32)
+    check(jaxcp.Ring(fused=True), 3, x, window=140, soft_cap=2.0, scale=0.4)
     assert races() == 0
 
 
-def test_three_devices_and_no_causality(mesh_of, races):
-    mesh_of(seq=3)
-    check(jaxcp.Ring(fused=True), 3, problem(3 * 200), causal=False)
+def test_more_keys_a_chunk_and_more_queries_than_vmem_holds(mesh_of, races, monkeypatch):
+    """And no causality, and two rows a device."""
+    monkeypatch.setattr(mosaic_tpu, "MOST_CHUNKS", 1)
+    monkeypatch.setattr(mosaic_tpu, "DQ_BYTES", 1)
+    monkeypatch.setattr(tuning, "TABLE", (row(128), *tuning.TABLE))
+    mesh_of(seq=2)
+    check(jaxcp.Ring(fused=True), 2, problem(2 * 200, batch=2), causal=False)
     assert races() == 0
 
 
