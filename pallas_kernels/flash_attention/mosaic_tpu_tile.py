@@ -235,19 +235,13 @@ def _columns(x, ref):
 # whether a block on the diagonal gets code of its own), and what to do after it and when.
 
 
-def forward_kernel(turn, safe, q_ref, k_ref, v_ref, *refs, soft_cap, scale, fresh=None):
-    """`refs`: what is carried in, `(out, lse)`, if anything; results; accumulators.
-
-    With `fresh` what is carried in is not to be read: it holds nothing yet.
-    """
+def forward_kernel(turn, safe, q_ref, k_ref, v_ref, *refs, soft_cap, scale):
+    """`refs`: what is carried in, `(out, lse)`, if anything; results; accumulators."""
     *before, out_ref, lse_ref, acc_ref, m_ref, total_ref = refs
 
     def start():
         if before:
-            out = before[0][...].astype(jnp.float32).T[: acc_ref.shape[0]]
-            lse = before[1][...]
-            if fresh is not None:
-                lse = jnp.where(fresh, -jnp.inf, lse)
+            out, lse = before[0][...].astype(jnp.float32).T[: acc_ref.shape[0]], before[1][...]
             acc, m, total = online_softmax.carried(out, lse)
             # relative to a maximum of 0 where there is to be none
             weight = jnp.where(safe, jnp.exp2(jnp.where(safe, m, 0.0)), 1.0)
@@ -257,6 +251,18 @@ def forward_kernel(turn, safe, q_ref, k_ref, v_ref, *refs, soft_cap, scale, fres
         acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
         m_ref[...] = jnp.full(m_ref.shape, jnp.where(safe, 0.0, -jnp.inf), jnp.float32)
         total_ref[...] = jnp.zeros(total_ref.shape, jnp.float32)
+
+    def finish():
+        inverse, lse_ref[...] = online_softmax.finish(m_ref[...], total_ref[...])
+        out_ref[...] = _columns(acc_ref[...] * inverse, out_ref)
+
+    accumulators = acc_ref, m_ref, total_ref
+    steps = forward_steps(safe, q_ref, k_ref, v_ref, *accumulators, soft_cap=soft_cap, scale=scale)
+    return [(turn.first, start)], steps, [(turn.last, finish)]
+
+
+def forward_steps(safe, q_ref, k_ref, v_ref, acc_ref, m_ref, total_ref, *, soft_cap, scale):
+    """What to do with a block, with and without a maximum: `acc` is `[V, queries]`."""
 
     def scores(piece):
         qk = dot(k_ref[piece.keys, :], q_ref[piece.queries, :], (1, 1))
@@ -285,15 +291,10 @@ def forward_kernel(turn, safe, q_ref, k_ref, v_ref, *refs, soft_cap, scale, fres
             waiting.append((piece, p.astype(v_ref.dtype), alpha))
         values(*waiting.pop())
 
-    def finish():
-        inverse, lse_ref[...] = online_softmax.finish(m_ref[...], total_ref[...])
-        out_ref[...] = _columns(acc_ref[...] * inverse, out_ref)
-
-    steps = [
+    return [
         (safe, functools.partial(step, online=False), True),
         (~safe, functools.partial(step, online=True), False),
     ]
-    return [(turn.first, start)], steps, [(turn.last, finish)]
 
 
 def _gradients(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, piece, soft_cap, scale):

@@ -34,7 +34,7 @@ from pallas_kernels.flash_attention import mosaic_tpu_tile as tile
 from pallas_kernels.flash_attention.mask import NO_POSITION, PAD_POSITION
 from pallas_kernels.flash_attention.mosaic_tpu_tile import apart, exactly, lanes, side_by_side
 
-MOST_CHUNKS = 8
+MOST_CHUNKS = 4
 SLOTS = 2
 HOME = SLOTS  # where the gradients of a device's own keys wait for those from elsewhere
 DQ_BYTES = 24 << 20  # of VMEM for the queries' gradient; the smallest chip has 64 MiB
@@ -57,20 +57,22 @@ def forward(
     )  # fmt: skip
     keys = lax.pmax(tile.longest(k, kv_pos == PAD_POSITION), axis_name)
     safe = tile.safe(tile.longest(q, q_pos == NO_POSITION), keys, None, soft_cap, scale)
-    out, lse, *_ = ring.call(
+    acc, m, total, *_ = ring.call(
         functools.partial(_forward_kernel, ring=ring, soft_cap=soft_cap, scale=scale),
         [safe.reshape(-1)],
         [ring.queries(q), ring.keys(k), ring.values(v)],
         [
-            ((b, ring.t, n * ring.hv), jnp.float32),
-            ((b, n, 1, ring.t), jnp.float32),
+            ((b, n, ring.rows_v, ring.t), jnp.float32),
+            *[((b, n, 1, ring.t), jnp.float32)] * 2,
             *ring.slots(SLOTS, k.dtype),
         ],
-        [(ring.rows_v, ring.q), (1, ring.q), (1, ring.q)],
+        [],
         streams=1,
         name="forward",
     )
-    return apart(out, n, t, v.shape[3]), lse[:, :, 0, :t].swapaxes(1, 2)
+    inverse, lse = online_softmax.finish(m, total)
+    out = (acc * inverse).transpose(0, 3, 1, 2)
+    return out[:, :t, :, : v.shape[3]], lse[:, :, 0, :t].swapaxes(1, 2)
 
 
 def backward(
@@ -129,7 +131,8 @@ class _Ring(tile.Tile):
         self.kv = min(self.kv, lanes(pl.cdiv(s, 2)))
         self.sub = min(self.sub, self.kv)
         nk, nq = pl.cdiv(s, self.kv), pl.cdiv(t, self.q)
-        self.chunk_blocks = pl.cdiv(nk, MOST_CHUNKS)
+        # a chunk reads and writes what it adds to: not for one block, if there are more
+        self.chunk_blocks = pl.cdiv(nk, min(max(nk // 2, 2), MOST_CHUNKS))
         self.chunks = pl.cdiv(nk, self.chunk_blocks)
         self.chunk = self.chunk_blocks * self.kv
         self.nk, self.s = self.chunks * self.chunk_blocks, self.chunks * self.chunk
@@ -328,7 +331,7 @@ class _Stream:
 
 def _forward_kernel(
     ring_ref, busy_ref, blocks_ref, safe_ref, q_ids, kv_ids, q, k, v,
-    out, lse, k_slots, v_slots, acc, m, total, columns, *semaphores, ring, soft_cap, scale,
+    acc, m, total, k_slots, v_slots, columns, *semaphores, ring, soft_cap, scale,
 ):  # fmt: skip
     keys = _Stream(ring, ring_ref, (k_slots, v_slots), *semaphores)
     for chunk in range(ring.chunks):
@@ -342,21 +345,29 @@ def _forward_kernel(
             return jnp.where(some, j, chunk * ring.chunk_blocks)
 
         def body(q_ids, kv_ids, *blocks):
+            q, k, v, *before, acc, m, total = blocks
             b, head, i, j = (pl.program_id(axis) for axis in range(4))
             seen = ring.seen(blocks_ref, owner, b, i, chunk * ring.chunk_blocks + j)
             here = tile.At(b, head, head // ring.group, i, j, *seen)
-            turn = tile.Turn(j == 0, j == ring.chunk_blocks - 1, i == 0, i == ring.nq - 1, i)
-            parts = tile.forward_kernel(
-                turn, safe_ref[b * ring.heads + head] == 1, *blocks, acc, m, total,
-                soft_cap=soft_cap, scale=scale, fresh=(step == 0) & (chunk == 0),
-            )  # fmt: skip
+            safe = safe_ref[b * ring.heads + head] == 1
+            fresh = (step == 0) & (chunk == 0)
+
+            def start():
+                acc[...] = jnp.zeros(acc.shape, jnp.float32)
+                m[...] = jnp.full(m.shape, jnp.where(safe, 0.0, -jnp.inf), jnp.float32)
+                total[...] = jnp.zeros(total.shape, jnp.float32)
+
+            def carry_on():
+                for ref, old in zip((acc, m, total), before, strict=True):
+                    ref[...] = old[...]
+
+            steps = tile.forward_steps(safe, q, k, v, acc, m, total, soft_cap=soft_cap, scale=scale)
+            first: list = [((j == 0) & fresh, start), ((j == 0) & ~fresh, carry_on)]
+            parts = first, steps, []
             tile.work(ring, here, parts, q_ids, kv_ids, columns)
 
         ids = q_ids.shape[1]
-        q_spec, out_spec = (
-            pl.BlockSpec((None, ring.q, width), lambda b, head, i, j: (b, i, head))
-            for width in (ring.h, ring.hv)
-        )
+        q_spec = pl.BlockSpec((None, ring.q, ring.h), lambda b, head, i, j: (b, i, head))
         k_spec, v_spec = (
             pl.BlockSpec(
                 (None, ring.kv, width),
@@ -369,15 +380,19 @@ def _forward_kernel(
             (None, ids, ring.kv),
             lambda b, head, i, j: (owner * ring.batch + b, 0, keys_of(b, head, i, j)),
         )
-        row_spec = pl.BlockSpec((None, None, 1, ring.q), lambda b, head, i, j: (b, head, 0, i))
+        sum_specs = [
+            pl.BlockSpec((None, None, rows, ring.q), lambda b, head, i, j: (b, head, 0, i))
+            for rows in (ring.rows_v, 1, 1)
+        ]
+        sums = acc, m, total
         slot = lax.rem(step, SLOTS)
         pltpu.emit_pipeline(
             body,
             grid=(ring.batch, ring.heads, ring.nq, ring.chunk_blocks),
-            in_specs=[q_ids_spec, kv_ids_spec, q_spec, k_spec, v_spec, out_spec, row_spec],
-            out_specs=[out_spec, row_spec],
+            in_specs=[q_ids_spec, kv_ids_spec, q_spec, k_spec, v_spec, *sum_specs],
+            out_specs=sum_specs,
             tiling=ring.tiling,
-        )(q_ids, kv_ids, q, k_slots.at[slot], v_slots.at[slot], out, lse, out, lse)
+        )(q_ids, kv_ids, q, k_slots.at[slot], v_slots.at[slot], *sums, *sums)
 
     def work(step, chunk):
         _arrive(ring, keys, step, chunk)
