@@ -363,7 +363,7 @@ def _forward_kernel(
 
             steps = tile.forward_steps(safe, q, k, v, acc, m, total, soft_cap=soft_cap, scale=scale)
             first: list = [((j == 0) & fresh, start), ((j == 0) & ~fresh, carry_on)]
-            parts = first, steps, []
+            parts: tuple = first, steps, []
             tile.work(ring, here, parts, q_ids, kv_ids, columns)
 
         ids = q_ids.shape[1]
@@ -439,15 +439,10 @@ def _backward_kernel(
         Where the block of an input or output is not to change, it stands still.
         """
         first_chunk, first_cut = chunk * ring.chunk_blocks, cut * ring.cut_blocks
-        last_block, last_head, last_keys = (
-            ring.cut_blocks - 1,
-            ring.group - 1,
-            ring.chunk_blocks - 1,
-        )
 
         def queries_of(b, kv_head, j, g, i):
             some, *_ = ring.seen(blocks_ref, owner, b, first_cut + i, first_chunk + j)
-            return first_cut + jnp.where(some, i, last_block)
+            return first_cut + jnp.where(some, i, ring.cut_blocks - 1)
 
         def body(q_ids, kv_ids, *blocks):
             b, kv_head, j, g, i = (pl.program_id(axis) for axis in range(5))
@@ -455,9 +450,9 @@ def _backward_kernel(
             here = tile.At(b, kv_head * ring.group + g, kv_head, i, j, *seen)
             turn = tile.Turn(
                 first=(g == 0) & (i == 0),
-                last=(g == last_head) & (i == last_block),
+                last=(g == ring.group - 1) & (i == ring.cut_blocks - 1),
                 first_keys=j == 0,
-                last_keys=j == last_keys,
+                last_keys=j == ring.chunk_blocks - 1,
                 queries=g * ring.cut_blocks + i,
             )
             fresh = (step == 0) & (chunk == 0), (step <= 1) & (cut == 0)
@@ -467,58 +462,15 @@ def _backward_kernel(
             )  # fmt: skip
             tile.work(ring, here, parts, q_ids, kv_ids, columns)
 
-        ids = q_ids.shape[1]
-        q_spec, out_spec = (
-            pl.BlockSpec(
-                (None, ring.q, width),
-                lambda b, kv_head, j, g, i: (
-                    b, queries_of(b, kv_head, j, g, i), kv_head * ring.group + g,
-                ),
-            )
-            for width in (ring.h, ring.hv)
-        )  # fmt: skip
-        row_spec = pl.BlockSpec(
-            (None, None, 1, ring.q),
-            lambda b, kv_head, j, g, i: (
-                b, kv_head * ring.group + g, 0, queries_of(b, kv_head, j, g, i),
-            ),
-        )  # fmt: skip
-        k_spec, v_spec = (
-            pl.BlockSpec(
-                (None, ring.kv, width), lambda b, kv_head, j, g, i: (b, first_chunk + j, kv_head)
-            )
-            for width in (ring.h, ring.hv)
-        )
-
-        def dq_spec(turn, before):
-            """Moves in the turn `turn` of the keys alone, and stands at one end `before` it."""
-
-            def where(b, kv_head, j, g, i):
-                moves = j == turn
-                i = jnp.where(moves, i, 0 if before else last_block)
-                g = jnp.where(moves, g, 0 if before else last_head)
-                return b, first_cut + i, kv_head * ring.group + g
-
-            return pl.BlockSpec((None, ring.q, ring.h), where)
-
         slot = lax.rem(step, SLOTS)
         part = jnp.where(step == 0, HOME, slot)
         sums = dk.at[part], dv.at[part]
+        in_specs, out_specs = _backward_specs(ring, queries_of, owner, first_chunk, first_cut)
         pltpu.emit_pipeline(
             body,
             grid=(ring.batch, ring.kv_heads, ring.chunk_blocks, ring.group, ring.cut_blocks),
-            in_specs=[
-                pl.BlockSpec(
-                    (None, ids, ring.q), lambda b, *index: (b, 0, queries_of(b, *index))
-                ),
-                pl.BlockSpec(
-                    (None, ids, ring.kv),
-                    lambda b, kv_head, j, g, i: (owner * ring.batch + b, 0, first_chunk + j),
-                ),
-                q_spec, k_spec, v_spec, out_spec, row_spec, row_spec,
-                dq_spec(0, before=False), k_spec, v_spec,
-            ],
-            out_specs=[dq_spec(last_keys, before=True), k_spec, v_spec],
+            in_specs=in_specs,
+            out_specs=out_specs,
             tiling=ring.tiling,
         )(
             q_ids, kv_ids, q, k_slots.at[slot], v_slots.at[slot], dout, lse, delta,
@@ -555,3 +507,51 @@ def _backward_kernel(
     def _(chunk):
         gradients.sent((ring.size - 1) % SLOTS, chunk)
         gradients.wait(ring.size % SLOTS, chunk)
+
+
+def _backward_specs(ring, queries_of, owner, first_chunk, first_cut):
+    """The blocks of a grid `(batch, kv head, key block, query head of the group, query block)`."""
+
+    def head_of(kv_head, g):
+        return kv_head * ring.group + g
+
+    def of_queries(shape, where):
+        return pl.BlockSpec(
+            shape,
+            lambda b, kv_head, j, g, i: where(
+                b, head_of(kv_head, g), queries_of(b, kv_head, j, g, i)
+            ),
+        )
+
+    def dq_spec(turn, rest):
+        """Moves in the turn `turn` of the keys alone; stands at the first or last block else."""
+
+        def where(b, kv_head, j, g, i):
+            i = jnp.where(j == turn, i, rest * (ring.cut_blocks - 1))
+            g = jnp.where(j == turn, g, rest * (ring.group - 1))
+            return b, first_cut + i, head_of(kv_head, g)
+
+        return pl.BlockSpec((None, ring.q, ring.h), where)
+
+    ids = 1 + ring.segmented
+    q_spec, out_spec = (
+        of_queries((None, ring.q, width), lambda b, head, i: (b, i, head))
+        for width in (ring.h, ring.hv)
+    )
+    row_spec = of_queries((None, None, 1, ring.q), lambda b, head, i: (b, head, 0, i))
+    k_spec, v_spec = (
+        pl.BlockSpec(
+            (None, ring.kv, width), lambda b, kv_head, j, *_: (b, first_chunk + j, kv_head)
+        )
+        for width in (ring.h, ring.hv)
+    )
+    in_specs = [
+        of_queries((None, ids, ring.q), lambda b, head, i: (b, 0, i)),
+        pl.BlockSpec(
+            (None, ids, ring.kv),
+            lambda b, kv_head, j, *_: (owner * ring.batch + b, 0, first_chunk + j),
+        ),
+        *(q_spec, k_spec, v_spec, out_spec, row_spec, row_spec),
+        *(dq_spec(turn=0, rest=1), k_spec, v_spec),
+    ]
+    return in_specs, [dq_spec(turn=ring.chunk_blocks - 1, rest=0), k_spec, v_spec]

@@ -16,7 +16,7 @@ from pallas_kernels import PAD_POSITION
 from pallas_kernels.flash_attention import tuning
 from pallas_kernels.ring_attention import mosaic_tpu
 
-HEADS, TOKENS = P("data", "seq"), P("data", "seq")
+TOKENS = P("data", "seq")
 
 
 def row(queries, op="mosaic_backward"):
@@ -49,38 +49,45 @@ def problem(tokens, *, batch=1, heads=1, kv_heads=1, width=16):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def with_gradients(strategy, options, x):
-    def attend(q, k, v):
+    def attend(q, k, v, sinks):
         return jaxcp.context_parallel_attention(
             q, k, v, x["positions"], strategy=strategy, segment_ids=x.get("segment_ids"),
-            implementation="mosaic_tpu", **dict(options),
+            sinks=sinks, implementation="mosaic_tpu", **dict(options),
         )  # fmt: skip
 
+    arrays = x["q"], x["k"], x["v"], x.get("sinks")
     if "dout" not in x:
-        return (attend(x["q"], x["k"], x["v"]),)
-    out, pull = jax.vjp(attend, x["q"], x["k"], x["v"])
+        return (attend(*arrays),)
+    out, pull = jax.vjp(attend, *arrays)
     return out, *pull(x["dout"])
 
 
 def check(strategy, shards, x, **options):
     """Under the mesh in scope, against float64, in natural order."""
-    there = strategy.layout.permute(x, shards)
+    sinks = x.get("sinks")
+    there = strategy.layout.permute({name: x[name] for name in x if name != "sinks"}, shards)
     there = {name: jax.device_put(y, TOKENS) for name, y in there.items()}
-    found = with_gradients(strategy, tuple(options.items()), there)
+    if sinks is not None:
+        there["sinks"] = jax.device_put(sinks, P())
+    *found, dsinks = with_gradients(strategy, tuple(options.items()), there)
+    found = [strategy.layout.inverse(y, shards, x["q"].shape[1]) for y in found]
     wanted = dense(
-        x["q"], x["k"], x["v"], x["positions"], segment_ids=x.get("segment_ids"),
-        dout=x.get("dout"), **options,
+        x["q"], x["k"], x["v"], x["positions"], segment_ids=x.get("segment_ids"), sinks=sinks,
+        dout=x["dout"], **options,
     )  # fmt: skip
-    wanted = wanted[:4] if "dout" in x else (wanted,)
-    for a, b in zip(found, wanted, strict=True):
-        a = strategy.layout.inverse(a, shards, x["q"].shape[1])
-        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * max(1, np.abs(b).max()))
+    if sinks is not None:
+        found.append(dsinks)
+    for name, a, b in zip(("out", "dq", "dk", "dv", "dsinks"), found, wanted, strict=False):
+        close = 2e-6 * max(1, np.abs(b).max())
+        np.testing.assert_allclose(a, b, rtol=0, atol=close, err_msg=name)
 
 
 def test_every_mask_and_option_beside_another_mesh_axis(mesh_of, races):
-    """An odd length, pads, documents, a window, a soft cap, grouped heads; two rings."""
+    """An odd length, pads, documents, a window, soft cap, sinks, grouped heads; two rings."""
     mesh_of(data=2, seq=3)
     x = problem(353, batch=2, heads=2)
     x["segment_ids"] = np.sort(np.arange(706).reshape(2, 353) % 3, axis=1).astype(np.int32)
+    x["sinks"] = np.array([0.3, -1.0], np.float32)
     x["positions"] = np.where(np.arange(353) < 5, PAD_POSITION, x["positions"]).astype(np.int32)
     check(jaxcp.Ring(fused=True), 3, x, window=140, soft_cap=2.0, scale=0.4)
     assert races() == 0
@@ -145,4 +152,9 @@ def test_what_it_refuses(mesh_of):
 
 def test_one_device_is_flash_attention(mesh_of):
     mesh_of(seq=1)
-    check(jaxcp.Ring(fused=True), 1, problem(40))
+    x = problem(40)
+    program = str(
+        jax.make_jaxpr(with_gradients, static_argnums=(0, 1))(jaxcp.Ring(fused=True), (), x)
+    )
+    for kernel in ("forward", "backward"):
+        assert f"flash_attention_{kernel}" in program and f"ring_attention_{kernel}" not in program
