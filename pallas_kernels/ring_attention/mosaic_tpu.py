@@ -48,7 +48,6 @@ def forward(
     q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, axis_name, bidirectional, mask, soft_cap, scale
 ):
     """`(out, lse)`, both float32."""
-    tiles.unsupported("mosaic_tpu", q, v, dtypes=("float32", "bfloat16", "float16"), head_dim=512)
     q, k, v = exactly(q, k, v)
     b, t, n, _ = q.shape
     ring = _Ring(

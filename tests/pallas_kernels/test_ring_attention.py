@@ -18,6 +18,8 @@ from pallas_kernels import ring_attention
 from pallas_kernels.flash_attention import tuning
 
 TOKENS, HEADS, KV_HEADS, WIDTH = 8192, 16, 2, 128  # of a device
+INSTRUCTION = re.compile(r"%([\w.-]+) = \(?(\w+\[[\d,]*\]\S*).*? ([a-z][\w-]*)\(")
+MOVES = ("all-gather", "copy", "transpose")
 SHARD = TOKENS * KV_HEADS * WIDTH
 
 
@@ -65,16 +67,24 @@ def test_it_compiles_and_only_the_kernels_move_keys(monkeypatch, target, bidirec
         rows = tuple((op, "", 256, 4, small) for op in ("mosaic_forward", "mosaic_backward"))
         monkeypatch.setattr(tuning, "TABLE", (*rows, *tuning.TABLE))
     text = compiled(target, bidirectional=bidirectional)
-    kernels = re.findall(r"%\S*ring_attention_(forward|backward)\S* = .* custom-call\(", text)
-    assert sorted(kernels) == ["backward", "forward"]
     assert "collective-permute" not in text and "all-to-all" not in text
-    moved = re.findall(
-        r" = \(?\w+\[([\d,]*)\](\S*).* (all-gather|all-gather-start|copy|copy-start|transpose)\(",
+    made = {name: (shape, op) for name, shape, op in INSTRUCTION.findall(text)}
+    kernels = re.findall(
+        r"%\S*ring_attention_(forward|backward)\S* = .* custom-call\((.*?)\), custom_call_target",
         text,
     )
-    assert any("all-gather" in op for *_, op in moved), "of positions"
-    for shape, layout, op in moved:
-        size = math.prod(int(x) for x in shape.split(",") if x)
-        assert "all-gather" not in op or size < SHARD, (op, shape)
+    assert sorted(kernel for kernel, _ in kernels) == ["backward", "forward"]
+    for kernel, operands in kernels:
+        given = [made[name] for name in re.findall(r"%([\w.-]+)", operands)]
+        keys = [op for shape, op in given if size(shape) == SHARD]
+        assert keys == ["parameter", "parameter"], f"{kernel}: K and V come from {keys}"
+    moved = [(shape, op) for shape, op in made.values() if op.startswith(MOVES)]
+    assert any(op.startswith("all-gather") for _, op in moved), "of positions"
+    for shape, op in moved:
+        assert not op.startswith("all-gather") or size(shape) < SHARD, (op, shape)
         # keys, two slots, three of gradients; what XLA fetches into VMEM, S(1), it would read there
-        assert size not in (SHARD, 2 * SHARD, 3 * SHARD) or "S(1)" in layout, (op, shape)
+        assert size(shape) not in (SHARD, 2 * SHARD, 3 * SHARD) or "S(1)" in shape, (op, shape)
+
+
+def size(shape):
+    return math.prod(int(x) for x in re.search(r"\[([\d,]*)\]", shape)[1].split(",") if x)
