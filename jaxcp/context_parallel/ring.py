@@ -7,8 +7,8 @@ shard's gradient starts at its first foreign host, one step behind K/V, and need
 Memory: two K/V shards, whatever n.
 
 `fused=True` is the same in one TPU kernel a pass (`pallas_kernels.ring_attention`): the same bytes,
-sent by remote DMA out of the kernel that computes; two K/V shards more, and backward three of dK
-and dV in float32.
+sent by remote DMA out of the kernel that computes, into two K/V shards beside the device's own;
+backward it also holds three of dK and dV in float32.
 
 Source: Liu et al., Ring Attention (arXiv 2310.01889).
 """
