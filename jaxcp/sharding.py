@@ -13,6 +13,7 @@ RULES: dict[str, str | None] = {
     "mlp": "model",  # feed-forward widths, of each expert too: summed by the down projection
     "embed": None,  # the residual stream is whole on every device, so norms need no communication
     "head_dim": None,
+    "latent": None,  # narrow, and all heads read it
     "vocab": None,  # the loss and the sampler read whole rows
     "experts": "expert",  # or another axis, see `place`: tokens travel to their experts
     "choices": None,  # a router's columns: every device chooses among all experts

@@ -145,7 +145,8 @@ def latent_attention(
         )
     else:
         strategy = _for_mask(strategy, window, consecutive)
-        heads = qkv_spec(q, k, axis_name)
+        # one KV head is made on every device, whatever heads of q it has
+        heads = qkv_spec(q, q if k.shape[2] == 1 else k, axis_name)
         tokens = jax.tree.map(lambda _: P(*heads[:2]), latent)
         specs = heads, tokens, None, tuple(_weight_spec(x, heads) for x in weights)
         local = functools.partial(

@@ -10,10 +10,20 @@ class RouterBias(nnx.Variable):
     """The selection bias of a router: moved by load, never by a gradient."""
 
 
-def normal(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float) -> nnx.Param:
+class RouterTable(nnx.Variable):
+    """Which experts a token id goes to, int32 `[vocab, k]`: made once, never changed."""
+
+
+def normal(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float, **metadata
+) -> nnx.Param:
     """A float32 parameter drawn from a normal distribution."""
-    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
+    value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
+    return nnx.Param(value, axes=axes, **metadata)
 
 
-def constant(shape: tuple[int, ...], axes: tuple[str, ...], value: float) -> nnx.Param:
-    return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes)
+def constant(
+    shape: tuple[int, ...], axes: tuple[str | None, ...], value: float, **metadata
+) -> nnx.Param:
+    """A float32 parameter. `keep_float32=True` says so to whoever casts a model's parameters."""
+    return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes, **metadata)

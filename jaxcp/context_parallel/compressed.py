@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks of consecutive tokens summed up in one entry each, over a sequence that is sharded.
+
+Block w of a row is its positions `w * ratio .. (w + 1) * ratio - 1`, wherever they lie. A shard
+sums up what it has of every block as `(value, lse)` per channel, the same currency as attention's,
+so parts of a block merge in any order, and any layout whose shards hold few runs of consecutive
+tokens will do: nothing has to be aligned. The shard with a block's last token owns its entry.
+
+Communication a device: one all-gather of the parts that others need, at most `runs` a shard (twice
+as many where blocks overlap) of `2 * channels` float32; no token travels. Backward: as much.
+Memory: the local tokens' channels once more, in float32.
+
+Source: compressed attention of DeepSeek-V4; its report sends the tokens themselves to the right.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from jaxcp.layout import Layout, Zigzag
+from pallas_kernels import PAD_POSITION
+
+
+def compress(
+    values: Float[Array, "B T C"],
+    gates: Float[Array, "B T C"],
+    positions: Int[Array, "B T"],
+    *,
+    ratio: int,
+    overlap: bool,
+    layout: Layout | None = None,
+    axis_name: str = "seq",
+) -> tuple[Float[Array, "B E D"], Int[Array, "B E"]]:
+    """Entries (float32) of all complete blocks, and which block each is; `PAD_POSITION`: none.
+
+    Entry w is `sum_i softmax(gates)_i * values_i` channel by channel, over the tokens i of block w.
+    With `overlap`, C is 2 D: over the first halves of the tokens of block w - 1 and the second
+    halves of those of block w.
+
+    Entries lie with the owner of the block's last token, `[B, E]` sharded as `[B, T]` is. A row's
+    positions must be those of one document, ascending on every shard. What is not so, or lies in
+    another layout than `layout` (default zigzag), gives entries of NaN.
+
+    Raises:
+      NotImplementedError: a layout that scatters consecutive tokens over shards.
+    """
+    shards = _shards(axis_name)
+    runs = _runs(Zigzag() if layout is None else layout, shards, positions.shape[1] // shards)
+    local = functools.partial(
+        _compress, ratio=ratio, overlap=overlap, runs=runs, axis_name=axis_name, shards=shards
+    )
+    if jax.sharding.get_abstract_mesh().empty:
+        return local(values, gates, positions)
+    tokens = P("data", axis_name)
+    wide = P(*tokens, None)
+    arrays = jax.tree.map(jax.sharding.reshard, (values, gates, positions), (wide, wide, tokens))
+    run = jax.shard_map(
+        local, in_specs=(wide, wide, tokens), out_specs=(wide, tokens), check_vma=False
+    )
+    return run(*arrays)
+
+
+def _compress(values, gates, positions, *, ratio, overlap, runs, axis_name, shards):
+    """`compress` on local shards."""
+    slots = positions.shape[1] // ratio + 2 * runs  # a run touches at most two more than it fills
+    halves = 2 if overlap else 1
+    one = functools.partial(_of_row, ratio=ratio, slots=slots, halves=halves, send=runs * halves)
+    parts, sent, owned, good = jax.vmap(one)(
+        values.astype(jnp.float32), gates.astype(jnp.float32), positions
+    )
+    if shards > 1:
+        arrived = jax.tree.map(_flat, lax.all_gather(sent, axis_name, axis=1))
+        mine = jnp.arange(shards * runs * halves) // (runs * halves) == lax.axis_index(axis_name)
+        blocks = jnp.where(mine, NONE, arrived[0])
+        parts = jax.vmap(functools.partial(_joined, halves=halves))(parts, (blocks, *arrived[1:]))
+        good = lax.all_gather(good, axis_name).all(0)
+    blocks, counts, values, lse = parts
+    high = lax.stop_gradient(lse).max(2, keepdims=True)
+    weights = jnp.exp(lse - jnp.where(jnp.isneginf(high), 0.0, high))
+    total = weights.sum(2)
+    entries = (weights * values).sum(2) / jnp.where(total == 0, 1.0, total)
+    # the block before the first is not there
+    complete = (counts == ratio) | ((jnp.arange(halves) < halves - 1) & (blocks == 0)[..., None])
+    broken = ~(complete.all(2) & good[:, None])[..., None]
+    entries = jnp.where(owned[..., None], jnp.where(broken, jnp.nan, entries), 0.0)
+    return entries, jnp.where(owned, blocks, PAD_POSITION)
+
+
+NONE = -2
+"""The number of no block, and of none that comes after another."""
+
+
+def _of_row(values, gates, positions, *, ratio, slots, halves, send):
+    """What one row's local tokens make of every block that they are in.
+
+    `parts`: blocks `[M]` (ascending, then `NONE`), and of each and of the block before it (of which
+    an overlapping entry takes the first halves): tokens `[M, halves]`, value and lse
+    `[M, halves, D]`. `sent`: the same `[send, ...]` of blocks whose entry another shard owns, each
+    half of the block itself. `owned [M]`: the block's last token is here. `good`: tokens ascend,
+    and all of this fits.
+    """
+    tokens = positions.shape[0]
+    of_token = jnp.where(positions == PAD_POSITION, NONE, positions // ratio)
+    first = (of_token != jnp.concatenate([jnp.full(1, NONE), of_token[:-1]])) & (of_token != NONE)
+    starts = _where(first, slots)
+    rows = starts[:, None] + jnp.arange(ratio)
+    there = jnp.where(rows < tokens, of_token[rows], NONE)
+    blocks = there[:, 0]
+    member = (there == blocks[:, None]) & (blocks != NONE)[:, None]
+    owned = (member & (positions[rows] == blocks[:, None] * ratio + ratio - 1)).any(1)
+    shape = slots, ratio, halves, values.shape[-1] // halves
+    values, gates = values[rows].reshape(shape), gates[rows].reshape(shape)
+    gates = jnp.where(member[..., None, None], gates, -jnp.inf)
+    some = (blocks != NONE)[:, None, None]
+    high = jnp.where(some, lax.stop_gradient(gates).max(1), 0.0)
+    weights = jnp.exp(gates - high[:, None])
+    total = jnp.where(some, weights.sum(1), 1.0)
+    value, lse = (weights * values).sum(1) / total, jnp.where(some, high + jnp.log(total), -jnp.inf)
+    counts = jnp.broadcast_to(member.sum(1)[:, None], (slots, halves))
+    follows = jnp.concatenate([jnp.zeros(1, bool), jnp.diff(blocks) == 1])
+    needed = ~owned
+    if halves == 2:  # by the owner of the next block's entry
+        needed |= ~jnp.concatenate([(follows & owned)[1:], jnp.zeros(1, bool)])
+    needed &= blocks != NONE
+    out = _where(needed, send)
+    sent = jax.tree.map(lambda x: x[out], (blocks, counts, value, lse))
+    sent = (jnp.where(out < slots, sent[0], NONE), *sent[1:])
+    good = ((jnp.diff(positions) > 0) | (of_token[1:] == NONE)).all()
+    good &= (first.sum() <= slots) & (needed.sum() <= send)
+    if halves == 2:
+        counts, value, lse = (
+            _half_before(x, follows, empty)
+            for x, empty in ((counts, 0), (value, 0.0), (lse, -jnp.inf))
+        )
+    return (blocks, counts, value, lse), sent, owned, good
+
+
+def _where(flags, size: int):
+    """Indices of the set flags, in order; then ones out of range."""
+    found = jnp.sort(jnp.where(flags, jnp.arange(flags.shape[0]), flags.shape[0]))[:size]
+    return jnp.pad(found, (0, size - found.shape[0]), constant_values=flags.shape[0])
+
+
+def _half_before(x, follows, empty):
+    """`x [M, 2, ...]` whose first half is that of the block before."""
+    before = jnp.concatenate([jnp.full_like(x[:1, 0], empty), x[:-1, 0]])
+    before = jnp.where(follows.reshape(-1, *[1] * (before.ndim - 1)), before, empty)
+    return jnp.stack([before, x[:, 1]], axis=1)
+
+
+def _joined(parts, arrived, *, halves):
+    """Parts of the same blocks, of one row, added to what is here."""
+    blocks, counts, value, lse = parts
+    theirs, their_counts, their_value, their_lse = arrived
+    # the first of two halves counts for the next block
+    wanted = theirs[:, None] + jnp.arange(halves - 1, -1, -1)
+    match = (blocks[:, None, None] == wanted) & (theirs != NONE)[:, None]
+    rows = jnp.where(match.any(0), match.argmax(0), blocks.shape[0])  # out of range: dropped
+    at = rows, jnp.broadcast_to(jnp.arange(halves), rows.shape)
+    high = lax.stop_gradient(lse).at[at].max(lax.stop_gradient(their_lse), mode="drop")
+    high = jnp.where(jnp.isneginf(high), 0.0, high)
+    weight = jnp.exp(lse - high)
+    their_weight = jnp.exp(their_lse - high.at[at].get(mode="clip"))
+    total = weight.at[at].add(their_weight, mode="drop")
+    weighted = (weight * value).at[at].add(their_weight * their_value, mode="drop")
+    safe = jnp.where(total == 0, 1.0, total)
+    lse = jnp.where(total == 0, -jnp.inf, high + jnp.log(safe))
+    return blocks, counts.at[at].add(their_counts, mode="drop"), weighted / safe, lse
+
+
+def _flat(x):
+    """`[B, shards, K, ...]` as `[B, shards * K, ...]`."""
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def in_order(entries, blocks, limit: int, axis_name: str | None = None):
+    """Every shard's entries `[B, E, ...]` (a tree) by block: slot w holds block w.
+
+    Runs on local shards inside shard_map (`axis_name`) or on whole arrays. `(entries, blocks)`,
+    `[B, limit, ...]`: slots behind the last complete block hold zeros and `PAD_POSITION`.
+    """
+    if axis_name is not None:
+        entries, blocks = lax.all_gather((entries, blocks), axis_name, axis=1, tiled=True)
+    order = jnp.argsort(blocks, axis=1)[:, :limit]
+
+    def one(x):
+        return jnp.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), axis=1)
+
+    return jax.tree.map(one, entries), one(blocks)
+
+
+def block_starts(blocks, ratio: int):
+    """The position of the first token of each block."""
+    return jnp.where(blocks == PAD_POSITION, PAD_POSITION, blocks * ratio)
+
+
+def block_ends(blocks, ratio: int):
+    """The position of the last token of each block: queries from there on see its entry."""
+    return jnp.where(blocks == PAD_POSITION, PAD_POSITION, blocks * ratio + ratio - 1)
+
+
+@functools.lru_cache(maxsize=64)
+def _runs(layout: Layout, shards: int, tokens: int) -> int:
+    """How many runs of consecutive tokens a shard holds at most, `tokens` a shard."""
+    if shards == 1:
+        return 1
+    padded = shards * tokens
+    most = 1
+    for pads in range(min(layout.padded_length(1, shards), padded)):
+        if layout.padded_length(padded - pads, shards) != padded:
+            continue
+        for own in layout.order(padded - pads, shards).reshape(shards, tokens):
+            own = own[own < padded - pads]
+            most = max(most, 1 + int((np.diff(own) != 1).sum()))
+    if most > max(layout.pieces, 1):
+        raise NotImplementedError(
+            f"compressed attention needs runs of consecutive tokens, {layout.pieces} a shard; "
+            f"{layout} over {shards} shards has {most}; use Zigzag() or Contiguous()"
+        )
+    return most
+
+
+def _shards(axis_name) -> int:
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and axis_name not in mesh.shape:
+        raise ValueError(f"the mesh has no axis {axis_name!r}; it has {mesh.axis_names}")
+    return mesh.shape.get(axis_name, 1)

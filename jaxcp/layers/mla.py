@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multi-head latent attention: keys and values of all heads are made of one narrow latent.
+
+Only the latent and one rotated key part that all heads share travel between devices, or stay in a
+cache. With an index, a query sees the tokens that score best and no others; then heads meet
+the latent itself (projections absorbed), so that what is selected need not be expanded.
+
+Sources: DeepSeek-V2 (arXiv 2405.04434), DeepSeek-V3.2 (arXiv 2512.02556).
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxcp.context_parallel.sparse import Selection
+from jaxcp.layers.norm import LayerNorm, RMSNorm
+from jaxcp.layers.parameter import normal
+from jaxcp.layers.rope import Rope, rotate
+from jaxcp.sharding import tokens_spec
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentDims:
+    """Widths: of the two latents, and of a head's key (plain and rotated part) and value."""
+
+    q_rank: int
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+
+    def __post_init__(self):
+        if min(dataclasses.astuple(self)) < 1 or self.rope_dim % 2:
+            raise ValueError(f"widths must be positive and rope_dim even; got {self}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IndexDims:
+    """Heads and width of an index, and how many keys a query keeps."""
+
+    num_heads: int
+    head_dim: int
+    top_k: int
+
+    def __post_init__(self):
+        if min(dataclasses.astuple(self)) < 1:
+            raise ValueError(f"an index needs positive numbers; got {self}")
+
+
+class LatentAttention(nnx.Module):
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dims: LatentDims,
+        *,
+        layer: int,
+        rope: Rope,
+        scale: float,
+        index: IndexDims | None = None,
+        norm_eps: float,
+        std: float,
+        out_std: float,
+        rngs: nnx.Rngs,
+    ):
+        d, n = dims, num_heads
+        self.q_down = normal(rngs, (embed_dim, d.q_rank), ("embed", None), std)
+        self.q_norm = RMSNorm(d.q_rank, eps=norm_eps, axis="latent")
+        q_up = d.q_rank, n, d.nope_dim + d.rope_dim
+        self.q_up = normal(rngs, q_up, (None, "heads", "head_dim"), d.q_rank**-0.5)
+        self.kv_down = normal(rngs, (embed_dim, d.kv_rank + d.rope_dim), ("embed", None), std)
+        self.kv_norm = RMSNorm(d.kv_rank, eps=norm_eps, axis="latent")
+        kv_up = d.kv_rank, n, d.nope_dim + d.value_dim
+        self.kv_up = normal(rngs, kv_up, (None, "heads", "head_dim"), d.kv_rank**-0.5)
+        self.o = normal(rngs, (n, d.value_dim, embed_dim), ("heads", "head_dim", "embed"), out_std)
+        self.dims, self.layer, self.rope, self.scale = dims, layer, rope, scale
+        self.index = (
+            None
+            if index is None
+            else TokenIndex(embed_dim, d.q_rank, index, rope, d.rope_dim, std, rngs)
+        )
+
+    def __call__(self, x, positions, attend):
+        d = self.dims
+        q_latent = self.q_norm(jnp.einsum("btd,dr->btr", x, self.q_down.astype(x.dtype)))
+        q = jnp.einsum("btr,rnh->btnh", q_latent, self.q_up.astype(x.dtype))
+        rotated = rotate(q[..., d.nope_dim :], positions, self.rope)
+        q = jnp.concatenate([q[..., : d.nope_dim], rotated], axis=-1)
+        kv = jnp.einsum("btd,dr->btr", x, self.kv_down.astype(x.dtype))
+        latent = self.kv_norm(kv[..., : d.kv_rank])
+        key_part = rotate(kv[..., None, d.kv_rank :], positions, self.rope)[:, :, 0]
+        kv_up = self.kv_up.astype(x.dtype)
+        up = kv_up[..., : d.nope_dim], kv_up[..., d.nope_dim :]
+        if self.index is None:
+            out = attend.latent(
+                q, (latent, key_part), up, expand=expanded, layer=self.layer, scale=self.scale
+            )
+        else:
+            selection = self.index(x, q_latent, positions)
+            out = self._selected(q, latent, key_part, up, selection, attend)
+        return jnp.einsum("btnv,nvd->btd", out, self.o.astype(x.dtype), out_sharding=tokens_spec(x))
+
+    def _selected(self, q, latent, key_part, up, selection, attend):
+        d, (k_up, v_up) = self.dims, up
+        absorbed = jnp.einsum("btnh,lnh->btnl", q[..., : d.nope_dim], k_up)
+        q = jnp.concatenate([absorbed, q[..., d.nope_dim :]], axis=-1)
+        keys = jnp.concatenate([latent, key_part], axis=-1)
+        out = attend.selected(
+            q, keys, selection, value_dim=d.kv_rank, layer=self.layer, scale=self.scale
+        )
+        return jnp.einsum("btnl,lnv->btnv", out, v_up)
+
+
+def expanded(latent, k_up, v_up):
+    """`expand` of `latent_attention`: keys and values of all heads."""
+    compressed, key_part = latent
+    k = jnp.einsum("btl,lnh->btnh", compressed, k_up)
+    key_part = jnp.broadcast_to(key_part[:, :, None], (*k.shape[:3], key_part.shape[-1]))
+    return jnp.concatenate([k, key_part], axis=-1), jnp.einsum("btl,lnv->btnv", compressed, v_up)
+
+
+class TokenIndex(nnx.Module):
+    """The lightning indexer of DeepSeek-V3.2: one key a token, many small queries.
+
+    Its rotary positions are half-split and on the first channels, unlike those of the attention.
+    """
+
+    def __init__(self, embed_dim, q_rank, index: IndexDims, rope: Rope, rope_dim, std, rngs):
+        n, c = index.num_heads, index.head_dim
+        self.q = normal(rngs, (q_rank, n, c), (None, None, "head_dim"), q_rank**-0.5)
+        self.k = normal(rngs, (embed_dim, c), ("embed", None), std)
+        self.k_norm = LayerNorm(c, eps=1e-6)
+        self.weights = normal(rngs, (embed_dim, n), ("embed", None), std, keep_float32=True)
+        self.index, self.rope_dim = index, rope_dim
+        self.rope = dataclasses.replace(rope, interleaved=False)
+
+    def __call__(self, x, q_latent, positions) -> Selection:
+        q = self._rotated(jnp.einsum("btr,rnc->btnc", q_latent, self.q.astype(x.dtype)), positions)
+        k = self.k_norm(jnp.einsum("btd,dc->btc", x, self.k.astype(x.dtype)))
+        k = self._rotated(k[:, :, None], positions)[:, :, 0]
+        weights = jnp.einsum("btd,dn->btn", x.astype(jnp.float32), self.weights.astype(jnp.float32))
+        scale = (self.index.num_heads * self.index.head_dim) ** -0.5
+        return Selection(queries=q, weights=weights * scale, keys=k, top_k=self.index.top_k)
+
+    def _rotated(self, x, positions):
+        first, rest = x[..., : self.rope_dim], x[..., self.rope_dim :]
+        return jnp.concatenate([rotate(first, positions, self.rope), rest], axis=-1)
