@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from jaxcp.mesh import MeshConfig as MeshConfig
     from jaxcp.mesh import emulate_devices as emulate_devices
     from jaxcp.mesh import make_mesh as make_mesh
+    from jaxcp.models.deepseek.v3.model import DeepSeekV3 as DeepSeekV3
+    from jaxcp.models.deepseek.v3.model import DeepSeekV3Config as DeepSeekV3Config
+    from jaxcp.models.deepseek.v4.model import DeepSeekV4 as DeepSeekV4
+    from jaxcp.models.deepseek.v4.model import DeepSeekV4Config as DeepSeekV4Config
     from jaxcp.models.gpt.model import GPT as GPT
     from jaxcp.models.gpt.model import GPTConfig as GPTConfig
     from jaxcp.models.hybrid_moe.model import HybridMoE as HybridMoE
@@ -51,6 +55,8 @@ _HOME = {
     "jaxcp.inference": ("Engine", "decode_step", "logits", "prefill"),
     "jaxcp.layout": ("Balanced", "Contiguous", "Striped", "Zigzag"),
     "jaxcp.mesh": ("MeshConfig", "emulate_devices", "make_mesh"),
+    "jaxcp.models.deepseek.v3.model": ("DeepSeekV3", "DeepSeekV3Config"),
+    "jaxcp.models.deepseek.v4.model": ("DeepSeekV4", "DeepSeekV4Config"),
     "jaxcp.models.gpt.model": ("GPT", "GPTConfig"),
     "jaxcp.models.hybrid_moe.model": ("HybridMoE", "HybridMoEConfig"),
     "jaxcp.training": ("OptimizerConfig", "TextSource", "TokenFiles", "TrainConfig", "train"),

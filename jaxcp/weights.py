@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 TOKENIZER = "tokenizer.json"
 DTYPES = ("F32", "BF16", "F16", mxfp4.NAME)
+INTEGERS = ("I64", "I32")
 SHARD_BYTES = 5_000_000_000
 LISTED = 50  # of each kind of problem: a wrong checkpoint of 47,000 tensors must stay readable
 
@@ -46,8 +47,8 @@ def load(
 
     Under `jax.set_mesh` every leaf is put on the mesh with the model's own sharding. `dtype` is
     that of the parameters and of the computation; None keeps each tensor's own. The router's
-    selection bias stays float32. `experts`: the mesh axis over which experts lie, see
-    `jaxcp.sharding.place`.
+    selection bias stays float32, and so does what a model computes in float32 whatever its dtype.
+    `experts`: the mesh axis over which experts lie, see `jaxcp.sharding.place`.
 
     Raises:
       FileNotFoundError: config.json, the safetensors or a shard that the index names is not there.
@@ -76,7 +77,8 @@ def load(
             if not isinstance(leaf, nnx.Param):
                 value = value.astype(leaf.dtype)
             elif dtype is not None:
-                value = _rounded(value, jnp.dtype(dtype))
+                exact = leaf.get_metadata().get("keep_float32")
+                value = _rounded(value, jnp.dtype(jnp.float32 if exact else dtype))
             if not np.isfinite(value).all():
                 strange += _nonfinite(found[name], checkpoint, value.dtype)
             read[keys] = leaf.replace(_put(name, value, sharding_of(leaf, experts)))
@@ -279,6 +281,7 @@ def _check(
 ) -> None:
     """Raises one ValueError that lists everything wrong with the tensors of a checkpoint."""
     wanted = {name: source.shape for source in found.values() for name in source.names}
+    tables = {name for x in found.values() if x.row.stored_as for name in x.names}
     have = checkpoint.shapes
     problems = {
         "missing": [f"{name} {shape}" for name, shape in wanted.items() if name not in have],
@@ -295,7 +298,12 @@ def _check(
         f"not in {', '.join(DTYPES)}": [
             f"{name}: {checkpoint.dtypes[name]}"
             for name in wanted
-            if name in have and checkpoint.dtypes[name] not in DTYPES
+            if name in have and name not in tables and checkpoint.dtypes[name] not in DTYPES
+        ],
+        f"not in {', '.join(INTEGERS)}": [
+            f"{name}: {checkpoint.dtypes[name]}"
+            for name in sorted(tables)
+            if name in have and checkpoint.dtypes[name] not in INTEGERS
         ],
     }
     if not any(problems.values()):

@@ -44,6 +44,13 @@ class Family:
 FAMILIES = {
     "gpt2": Family("jaxcp.models.gpt", config="GPTConfig", model="GPT"),
     **dict.fromkeys(
+        ("deepseek_v3", "deepseek_v32"),
+        Family("jaxcp.models.deepseek.v3", config="DeepSeekV3Config", model="DeepSeekV3"),
+    ),
+    "deepseek_v4": Family(
+        "jaxcp.models.deepseek.v4", config="DeepSeekV4Config", model="DeepSeekV4"
+    ),
+    **dict.fromkeys(
         ("hy_v3", "qwen3_moe", "gpt_oss", "jaxcp_hybrid_moe"),
         Family("jaxcp.models.hybrid_moe", config="HybridMoEConfig", model="HybridMoE"),
     ),

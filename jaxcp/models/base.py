@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxcp.context_parallel import Strategy, context_parallel_attention
+from jaxcp.context_parallel import Strategy
 from jaxcp.context_parallel.kv_cache import KVCache, empty_cache
+from jaxcp.context_parallel.whole_sequence import WholeSequence
 from jaxcp.layers.attention import Attend
 from jaxcp.sharding import tokens_spec
 
@@ -74,22 +75,9 @@ class LanguageModel(nnx.Module):
         `consecutive`: see `context_parallel_attention`.
         """
 
-        def attend(q, k, v, *, layer, window, sinks=None, scale=None, soft_cap=None):
-            return context_parallel_attention(
-                q,
-                k,
-                v,
-                positions,
-                strategy=attention,
-                segment_ids=segment_ids,
-                window=window,
-                sinks=sinks,
-                scale=scale,
-                soft_cap=soft_cap,
-                consecutive=consecutive,
-            )
-
-        return attend
+        return WholeSequence(
+            positions, segment_ids=segment_ids, strategy=attention, consecutive=consecutive
+        )
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Float32 logits of hidden states, accumulated in float32."""

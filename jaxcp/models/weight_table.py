@@ -29,6 +29,8 @@ class Row:
     leaf_axes: str
     join: int = 0
     interleaved: bool = False
+    stored_as: str | None = None
+    """Format of the tensor where it is not the leaf's: tables of integers, int64 in files."""
 
     @property
     def all_names(self) -> tuple[str, ...]:
@@ -98,6 +100,8 @@ class Source:
         whole = np.concatenate(parts, self._join)
         if self.row.interleaved:
             whole = np.stack(parts, self._join + 1).reshape(whole.shape)
+        if self.row.stored_as is not None:
+            whole = whole.astype(self.row.stored_as)
         yield from zip(self.names, whole if self.row.per_expert else [whole], strict=True)
 
     @property

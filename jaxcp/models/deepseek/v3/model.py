@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DeepSeek-V3 (and R1), and V3.2, whose attention an index makes sparse.
+
+Multi-head latent attention, dense first layers, then experts in groups. Sources: arXiv 2412.19437
+and 2512.02556.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxcp.layers.mla import IndexDims, LatentAttention, LatentDims
+from jaxcp.layers.mlp import GatedMLP
+from jaxcp.layers.moe import MoE
+from jaxcp.layers.norm import RMSNorm
+from jaxcp.layers.parameter import normal
+from jaxcp.layers.rope import Rope
+from jaxcp.layers.routing import Routing
+from jaxcp.models.base import LanguageModel, embed
+from jaxcp.models.deepseek.fields import Fields
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeepSeekV3Config:
+    """V3.2 is V3 with an `index`."""
+
+    vocab_size: int
+    num_layers: int
+    embed_dim: int
+    num_heads: int
+    latent: LatentDims
+    index: IndexDims | None = None
+    mlp_dim: int
+    moe_dim: int
+    num_experts: int
+    num_experts_per_tok: int
+    num_shared_experts: int = 1
+    first_dense_layers: int = 1
+    routing: Routing
+    rope: Rope
+    mscale_all_dim: float = 0.0
+    """YaRN's correction of the softmax: scores times `(0.1 * this * ln(factor) + 1) ** 2`."""
+    max_positions: int
+    norm_eps: float = 1e-6
+    dtype: str = "float32"
+    remat: bool = False
+
+    def __post_init__(self):
+        if not 0 <= self.first_dense_layers <= self.num_layers:
+            raise ValueError(
+                "needs 0 <= first_dense_layers <= num_layers; "
+                f"got {self.first_dense_layers} of {self.num_layers}"
+            )
+        if not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                "needs 1 <= num_experts_per_tok <= num_experts; "
+                f"got {self.num_experts_per_tok} of {self.num_experts}"
+            )
+
+    @property
+    def attention_scale(self) -> float:
+        """What multiplies `q . k`."""
+        factor = 1.0 if self.rope.yarn is None else self.rope.yarn.factor
+        gain = 0.1 * self.mscale_all_dim * math.log(factor) + 1 if factor > 1 else 1.0
+        return (self.latent.nope_dim + self.latent.rope_dim) ** -0.5 * gain**2
+
+    @classmethod
+    def from_hf(cls, fields: Mapping[str, Any]) -> "DeepSeekV3Config":
+        """From a `config.json` of model_type deepseek_v3 or deepseek_v32.
+
+        Raises:
+          KeyError: a field that decides what is computed is not there.
+          NotImplementedError: a field with a value, or of a name, that is not known here.
+        """
+        d = Fields(fields)
+        sparse = d["model_type"] == "deepseek_v32"
+        layers, heads, dense = (
+            d["num_hidden_layers"], d["num_attention_heads"], d["first_k_dense_replace"],
+        )  # fmt: skip
+        latent = LatentDims(
+            q_rank=d["q_lora_rank"] or _no_direct_queries(),
+            kv_rank=d["kv_lora_rank"],
+            nope_dim=d["qk_nope_head_dim"],
+            rope_dim=d["qk_rope_head_dim"],
+            value_dim=d["v_head_dim"],
+        )
+        d.must_be(
+            hidden_act="silu", attention_bias=False, mlp_bias=False, tie_word_embeddings=False,
+            rope_interleave=True, scoring_func="sigmoid", topk_method="noaux_tc", moe_layer_freq=1,
+            num_key_value_heads=heads, qk_head_dim=latent.nope_dim + latent.rope_dim,
+            head_dim=latent.rope_dim, layer_types=["indexed_attention"] * layers,
+            mlp_layer_types=["dense"] * dense + ["sparse"] * (layers - dense),
+        )  # fmt: skip
+        index = None
+        if sparse:
+            index = IndexDims(
+                num_heads=d["index_n_heads"], head_dim=d["index_head_dim"], top_k=d["index_topk"]
+            )
+        scaling = {**(d.get("rope_scaling") or {}), **(d.get("rope_parameters") or {})}
+        config = cls(
+            vocab_size=d["vocab_size"],
+            num_layers=layers,
+            embed_dim=d["hidden_size"],
+            num_heads=heads,
+            latent=latent,
+            index=index,
+            mlp_dim=d["intermediate_size"],
+            moe_dim=d["moe_intermediate_size"],
+            num_experts=d["n_routed_experts"],
+            num_experts_per_tok=d["num_experts_per_tok"],
+            num_shared_experts=d["n_shared_experts"] or 0,
+            first_dense_layers=dense,
+            routing=Routing(
+                normalise=d["norm_topk_prob"],
+                scale=d["routed_scaling_factor"],
+                num_groups=d["n_group"],
+                top_groups=d["topk_group"],
+            ),
+            rope=Rope.from_hf(d, interleaved=True),
+            mscale_all_dim=float(scaling.get("mscale_all_dim") or 0.0),
+            max_positions=d["max_position_embeddings"],
+            norm_eps=d["rms_norm_eps"],
+            dtype=d.dtype(),
+        )
+        d.finish()
+        return config
+
+    def to_hf(self) -> dict[str, Any]:
+        """What `from_hf` reads."""
+        rope = self.rope.to_hf()
+        if self.mscale_all_dim:
+            rope |= {"mscale": self.mscale_all_dim, "mscale_all_dim": self.mscale_all_dim}
+            rope["attention_factor"] = 1.0 if self.rope.yarn is None else self.rope.yarn.gain
+        d = {
+            "architectures": ["DeepseekV3ForCausalLM"],
+            "model_type": "deepseek_v3",
+            "vocab_size": self.vocab_size,
+            "num_hidden_layers": self.num_layers,
+            "hidden_size": self.embed_dim,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_heads,
+            "q_lora_rank": self.latent.q_rank,
+            "kv_lora_rank": self.latent.kv_rank,
+            "qk_nope_head_dim": self.latent.nope_dim,
+            "qk_rope_head_dim": self.latent.rope_dim,
+            "v_head_dim": self.latent.value_dim,
+            "intermediate_size": self.mlp_dim,
+            "moe_intermediate_size": self.moe_dim,
+            "n_routed_experts": self.num_experts,
+            "num_experts_per_tok": self.num_experts_per_tok,
+            "n_shared_experts": self.num_shared_experts,
+            "first_k_dense_replace": self.first_dense_layers,
+            "moe_layer_freq": 1,
+            "scoring_func": "sigmoid",
+            "topk_method": "noaux_tc",
+            "norm_topk_prob": self.routing.normalise,
+            "routed_scaling_factor": self.routing.scale,
+            "n_group": self.routing.num_groups,
+            "topk_group": self.routing.top_groups,
+            "num_nextn_predict_layers": 0,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "tie_word_embeddings": False,
+            "rope_parameters": rope,
+            "rope_interleave": True,
+            "max_position_embeddings": self.max_positions,
+            "rms_norm_eps": self.norm_eps,
+            "dtype": self.dtype,
+        }
+        if self.index is None:
+            return d
+        return d | {
+            "architectures": ["DeepseekV32ForCausalLM"],
+            "model_type": "deepseek_v32",
+            "layer_types": ["indexed_attention"] * self.num_layers,
+            "index_n_heads": self.index.num_heads,
+            "index_head_dim": self.index.head_dim,
+            "index_topk": self.index.top_k,
+        }
+
+
+def _no_direct_queries():
+    raise NotImplementedError("deepseek: queries without a latent (q_lora_rank=null) are not there")
+
+
+class Block(nnx.Module):
+    def __init__(self, config: DeepSeekV3Config, layer: int, rngs: nnx.Rngs):
+        c = config
+        std = c.embed_dim**-0.5
+        out_std = std * (2 * c.num_layers) ** -0.5
+        self.attention_norm = RMSNorm(c.embed_dim, eps=c.norm_eps)
+        self.attention = LatentAttention(
+            c.embed_dim,
+            c.num_heads,
+            c.latent,
+            layer=layer,
+            rope=c.rope,
+            scale=c.attention_scale,
+            index=c.index,
+            norm_eps=c.norm_eps,
+            std=std,
+            out_std=out_std,
+            rngs=rngs,
+        )
+        self.mlp_norm = RMSNorm(c.embed_dim, eps=c.norm_eps)
+        self.mlp: GatedMLP | MoE
+        if layer < c.first_dense_layers:
+            self.mlp = GatedMLP(c.embed_dim, c.mlp_dim, std=std, out_std=out_std, rngs=rngs)
+        else:
+            self.mlp = MoE(
+                c.embed_dim,
+                c.moe_dim,
+                num_experts=c.num_experts,
+                num_experts_per_tok=c.num_experts_per_tok,
+                num_shared_experts=c.num_shared_experts,
+                routing=c.routing,
+                std=std,
+                out_std=out_std,
+                rngs=rngs,
+            )
+
+    def __call__(self, x, positions, attend):
+        x = x + self.attention(self.attention_norm(x), positions, attend)
+        y = self.mlp(self.mlp_norm(x))
+        y, load = y if isinstance(self.mlp, MoE) else (y, None)
+        return x + y, load
+
+
+class DeepSeekV3(LanguageModel):
+    """DeepSeek-V3 and V3.2. `DeepSeekV3(config, rngs=nnx.Rngs(0))`."""
+
+    def __init__(self, config: DeepSeekV3Config, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = normal(rngs, (config.vocab_size, config.embed_dim), ("vocab", "embed"), 1.0)
+        self.layers = nnx.List([Block(config, i, rngs) for i in range(config.num_layers)])
+        self.final_norm = RMSNorm(config.embed_dim, eps=config.norm_eps)
+        self.lm_head = normal(rngs, (config.embed_dim, config.vocab_size), ("embed", "vocab"), 0.01)
+
+    def forward(self, tokens, positions, attend):
+        x = self.embedded(tokens)
+        loads = []
+        for layer in self.layers:
+            block = jax.checkpoint(_block, static_argnums=3) if self.config.remat else _block
+            x, load = block(layer, x, positions, attend)
+            loads += [] if load is None else [load]
+        return self.final_norm(x), jnp.stack(loads) if loads else None
+
+    def embedded(self, tokens):
+        return embed(self.embed, tokens, jnp.dtype(self.config.dtype))
+
+    def head_kernel(self):
+        return self.lm_head.get_value()
+
+    def init_cache(self, batch_size: int, max_len: int):
+        raise NotImplementedError(
+            "DeepSeek models have no cache yet: use jaxcp.logits, or model(tokens, positions)"
+        )
+
+
+def _block(layer, x, positions, attend):
+    return layer(x, positions, attend)

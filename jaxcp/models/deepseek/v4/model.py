@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DeepSeek-V4: attention that mixes windows and compressed blocks, four residual streams, experts.
+
+Source: the report of DeepSeek-V4.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxcp.layers.compressed import CompressedAttention
+from jaxcp.layers.hyper_connections import HyperConnection, StreamsToOne
+from jaxcp.layers.mlp import SwiGLU
+from jaxcp.layers.moe import MoE
+from jaxcp.layers.norm import RMSNorm
+from jaxcp.layers.parameter import RouterTable, normal
+from jaxcp.layers.routing import Routing
+from jaxcp.models.base import LanguageModel, embed
+from jaxcp.models.deepseek.v4.config import DeepSeekV4Config
+from jaxcp.sharding import tokens_spec
+
+__all__ = ["DeepSeekV4", "DeepSeekV4Config"]
+
+
+class Block(nnx.Module):
+    def __init__(self, config: DeepSeekV4Config, layer: int, rngs: nnx.Rngs):
+        c, e, s = config, config.experts, config.streams
+        std = c.embed_dim**-0.5
+        out_std = std * (2 * c.num_layers) ** -0.5
+        kind = c.layer_kinds[layer]
+        streams = functools.partial(
+            HyperConnection, iterations=s.iterations, eps=s.eps, norm_eps=c.norm_eps, rngs=rngs
+        )
+        self.attention_streams = streams(c.embed_dim, s.count)
+        self.attention_norm = RMSNorm(c.embed_dim, eps=c.norm_eps, float32_scale=True)
+        self.attention = CompressedAttention(
+            c.embed_dim,
+            c.heads,
+            layer=layer,
+            window=c.window,
+            ratio=c.ratio(layer),
+            index=c.index if kind == "C" else None,
+            rope=c.rope if kind == "W" else c.compressed_rope,
+            norm_eps=c.norm_eps,
+            std=std,
+            out_std=out_std,
+            rngs=rngs,
+        )
+        self.mlp_streams = streams(c.embed_dim, s.count)
+        self.mlp_norm = RMSNorm(c.embed_dim, eps=c.norm_eps, float32_scale=True)
+        by_id = layer < e.hash_layers
+        self.experts_of_token = _table(c.vocab_size, e.count, e.per_tok) if by_id else None
+        self.mlp = MoE(
+            c.embed_dim,
+            e.dim,
+            num_experts=e.count,
+            num_experts_per_tok=e.per_tok,
+            num_shared_experts=e.shared,
+            routing=Routing(scores="sqrt_softplus", selection_bias=not by_id, scale=e.route_scale),
+            activation=SwiGLU(limit=e.limit),
+            std=std,
+            out_std=out_std,
+            rngs=rngs,
+        )
+
+    def __call__(self, x, tokens, positions, attend):
+        """Streams `[B, T, S, D]`, and the load of the experts."""
+        y, how = self.attention_streams(x)
+        y = self.attention(self.attention_norm(y), positions, attend)
+        x = self.attention_streams.renew(x, y, how)
+        y, how = self.mlp_streams(x)
+        table = self.experts_of_token
+        chosen = None if table is None else embed(table, tokens, jnp.int32)
+        y, load = self.mlp(self.mlp_norm(y), chosen)
+        return self.mlp_streams.renew(x, y, how), load
+
+
+def _table(vocab_size: int, num_experts: int, k: int) -> RouterTable:
+    """Token ids dealt out evenly; a published model brings its own."""
+    first = jnp.arange(vocab_size, dtype=jnp.int32)[:, None] * k
+    experts = (first + jnp.arange(k, dtype=jnp.int32)) % num_experts
+    return RouterTable(experts, axes=("vocab", None))
+
+
+class DeepSeekV4(LanguageModel):
+    """`DeepSeekV4(config, rngs=nnx.Rngs(0))`."""
+
+    def __init__(self, config: DeepSeekV4Config, *, rngs: nnx.Rngs):
+        c = self.config = config
+        self.embed = normal(rngs, (c.vocab_size, c.embed_dim), ("vocab", "embed"), 1.0)
+        self.layers = nnx.List([Block(c, i, rngs) for i in range(c.num_layers)])
+        self.streams_to_one = StreamsToOne(
+            c.embed_dim, c.streams.count, eps=c.streams.eps, norm_eps=c.norm_eps, rngs=rngs
+        )
+        self.final_norm = RMSNorm(c.embed_dim, eps=c.norm_eps, float32_scale=True)
+        self.lm_head = normal(rngs, (c.embed_dim, c.vocab_size), ("embed", "vocab"), 0.01)
+
+    def forward(self, tokens, positions, attend):
+        x = self.streams(tokens)
+        loads = []
+        for layer in self.layers:
+            block = jax.checkpoint(_block, static_argnums=4) if self.config.remat else _block
+            x, load = block(layer, x, tokens, positions, attend)
+            loads.append(load)
+        return self.final_norm(self.streams_to_one(x)), jnp.stack(loads)
+
+    def streams(self, tokens):
+        """The residual streams `[B, T, S, D]` before the first layer: all are the embedding."""
+        x = embed(self.embed, tokens, jnp.dtype(self.config.dtype))[:, :, None]
+        spec = tokens_spec(x)
+        sharding = None if spec is None else type(spec)(*spec, None, None)
+        shape = *x.shape[:2], self.config.streams.count, x.shape[3]
+        return jnp.broadcast_to(x, shape, out_sharding=sharding)
+
+    def head_kernel(self):
+        return self.lm_head.get_value()
+
+    def init_cache(self, batch_size: int, max_len: int):
+        raise NotImplementedError(
+            "DeepSeek models have no cache yet: use jaxcp.logits, or model(tokens, positions)"
+        )
+
+
+def _block(layer, x, tokens, positions, attend):
+    return layer(x, tokens, positions, attend)
