@@ -49,10 +49,10 @@ def compress(
     Raises:
       NotImplementedError: a layout that scatters consecutive tokens over shards.
     """
-    shards = _shards(axis_name)
-    runs = _runs(Zigzag() if layout is None else layout, shards, positions.shape[1] // shards)
+    shards = shards_of(axis_name)
+    runs = runs_of(Zigzag() if layout is None else layout, shards, positions.shape[1] // shards)
     local = functools.partial(
-        _compress, ratio=ratio, overlap=overlap, runs=runs, axis_name=axis_name, shards=shards
+        compress_shard, ratio=ratio, overlap=overlap, runs=runs, axis_name=axis_name, shards=shards
     )
     if jax.sharding.get_abstract_mesh().empty:
         return local(values, gates, positions)
@@ -65,20 +65,34 @@ def compress(
     return run(*arrays)
 
 
-def _compress(values, gates, positions, *, ratio, overlap, runs, axis_name, shards):
-    """`compress` on local shards."""
-    slots = positions.shape[1] // ratio + 2 * runs  # a run touches at most two more than it fills
+def compress_shard(
+    values, gates, positions, pending=None, end=None, *, ratio, overlap, runs, axis_name, shards
+):  # fmt: skip
+    """`compress` on local shards; with `pending`, also what is pending after these tokens.
+
+    `pending`: parts (see `_of_row`) of the blocks that tokens before these began, the same on every
+    shard; `end [B]`: the position after a row's last token.
+    """
     halves = 2 if overlap else 1
+    slots = positions.shape[1] // ratio + 2 * runs  # a run touches at most two more than it fills
     one = functools.partial(_of_row, ratio=ratio, slots=slots, halves=halves, send=runs * halves)
     parts, sent, owned, good = jax.vmap(one)(
         values.astype(jnp.float32), gates.astype(jnp.float32), positions
     )
+    # the first of two halves is of the next block's entry
+    join = jax.vmap(functools.partial(_joined, shift=jnp.arange(halves - 1, -1, -1)))
+    everyone = sent
     if shards > 1:
-        arrived = jax.tree.map(_flat, lax.all_gather(sent, axis_name, axis=1))
+        everyone = jax.tree.map(_flat, lax.all_gather(sent, axis_name, axis=1))
         mine = jnp.arange(shards * runs * halves) // (runs * halves) == lax.axis_index(axis_name)
-        blocks = jnp.where(mine, NONE, arrived[0])
-        parts = jax.vmap(functools.partial(_joined, halves=halves))(parts, (blocks, *arrived[1:]))
+        parts = join(parts, (jnp.where(mine, NONE, everyone[0]), *everyone[1:]))
         good = lax.all_gather(good, axis_name).all(0)
+    if pending is not None:
+        parts = join(parts, pending)
+        both = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), everyone, pending)
+        pending = jax.vmap(functools.partial(_joined, shift=jnp.zeros(halves, jnp.int32)))(
+            _no_parts(end // ratio, pending), both
+        )
     blocks, counts, values, lse = parts
     high = lax.stop_gradient(lse).max(2, keepdims=True)
     weights = jnp.exp(lse - jnp.where(jnp.isneginf(high), 0.0, high))
@@ -88,7 +102,28 @@ def _compress(values, gates, positions, *, ratio, overlap, runs, axis_name, shar
     complete = (counts == ratio) | ((jnp.arange(halves) < halves - 1) & (blocks == 0)[..., None])
     broken = ~(complete.all(2) & good[:, None])[..., None]
     entries = jnp.where(owned[..., None], jnp.where(broken, jnp.nan, entries), 0.0)
-    return entries, jnp.where(owned, blocks, PAD_POSITION)
+    blocks = jnp.where(owned, blocks, PAD_POSITION)
+    return (entries, blocks) if pending is None else (entries, blocks, pending)
+
+
+def no_pending(batch: int, size: int, overlap: bool):
+    """What is pending before the first token, of entries of `size` channels."""
+    halves = 2 if overlap else 1
+    shape = batch, halves, halves
+    return (
+        jnp.full(shape[:2], NONE, jnp.int32),
+        jnp.zeros(shape, jnp.int32),
+        jnp.zeros((*shape, size), jnp.float32),
+        jnp.full((*shape, size), -jnp.inf, jnp.float32),
+    )
+
+
+def _no_parts(newest, like):
+    """Empty parts of the newest block, after the one before it where blocks overlap."""
+    _, counts, values, lse = like
+    halves = counts.shape[1]
+    blocks = newest[:, None] - jnp.arange(halves - 1, -1, -1)
+    return blocks, jnp.zeros_like(counts), jnp.zeros_like(values), jnp.full_like(lse, -jnp.inf)
 
 
 NONE = -2
@@ -153,15 +188,17 @@ def _half_before(x, follows, empty):
     return jnp.stack([before, x[:, 1]], axis=1)
 
 
-def _joined(parts, arrived, *, halves):
-    """Parts of the same blocks, of one row, added to what is here."""
+def _joined(parts, arrived, *, shift):
+    """Parts of the same blocks, of one row, added to what is here.
+
+    `shift [halves]`: by how much the number of the block that a half counts for is greater.
+    """
     blocks, counts, value, lse = parts
     theirs, their_counts, their_value, their_lse = arrived
-    # the first of two halves counts for the next block
-    wanted = theirs[:, None] + jnp.arange(halves - 1, -1, -1)
+    wanted = theirs[:, None] + shift
     match = (blocks[:, None, None] == wanted) & (theirs != NONE)[:, None]
     rows = jnp.where(match.any(0), match.argmax(0), blocks.shape[0])  # out of range: dropped
-    at = rows, jnp.broadcast_to(jnp.arange(halves), rows.shape)
+    at = rows, jnp.broadcast_to(jnp.arange(shift.shape[0]), rows.shape)
     high = lax.stop_gradient(lse).at[at].max(lax.stop_gradient(their_lse), mode="drop")
     high = jnp.where(jnp.isneginf(high), 0.0, high)
     weight = jnp.exp(lse - high)
@@ -205,7 +242,7 @@ def block_ends(blocks, ratio: int):
 
 
 @functools.lru_cache(maxsize=64)
-def _runs(layout: Layout, shards: int, tokens: int) -> int:
+def runs_of(layout: Layout, shards: int, tokens: int) -> int:
     """How many runs of consecutive tokens a shard holds at most, `tokens` a shard."""
     if shards == 1:
         return 1
@@ -225,7 +262,7 @@ def _runs(layout: Layout, shards: int, tokens: int) -> int:
     return most
 
 
-def _shards(axis_name) -> int:
+def shards_of(axis_name) -> int:
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and axis_name not in mesh.shape:
         raise ValueError(f"the mesh has no axis {axis_name!r}; it has {mesh.axis_names}")

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxcp.context_parallel.compressed_cache import LayerShape, empty_compressed_cache
 from jaxcp.layers.compressed import CompressedAttention
 from jaxcp.layers.hyper_connections import HyperConnection, StreamsToOne
 from jaxcp.layers.mlp import SwiGLU
@@ -117,10 +118,24 @@ class DeepSeekV4(LanguageModel):
     def head_kernel(self):
         return self.lm_head.get_value()
 
+    def cache_layers(self) -> list[LayerShape]:
+        """What each layer keeps beside its window."""
+        c = self.config
+        sizes = {"W": {}, "H": {"kv": c.heads.head_dim}}
+        sizes["C"] = sizes["H"] | {"index": c.index.head_dim}
+        return [
+            LayerShape(ratio=c.ratio(i), overlap=kind == "C", sizes=sizes[kind])
+            for i, kind in enumerate(c.layer_kinds)
+        ]
+
     def init_cache(self, batch_size: int, max_len: int):
-        raise NotImplementedError(
-            "DeepSeek models have no cache yet: use jaxcp.logits, or model(tokens, positions)"
-        )
+        c = self.config
+        if max_len > c.max_positions:
+            raise ValueError(f"the model has {c.max_positions} positions; got max_len={max_len}")
+        return empty_compressed_cache(
+            self.cache_layers(), batch_size=batch_size, max_len=max_len, window=c.window,
+            head_dim=c.heads.head_dim, dtype=c.dtype,
+        )  # fmt: skip
 
 
 def _block(layer, x, tokens, positions, attend):
