@@ -148,7 +148,7 @@ def latent_attention(
         # one KV head is made on every device, whatever heads of q it has
         heads = qkv_spec(q, q if k.shape[2] == 1 else k, axis_name)
         tokens = jax.tree.map(lambda _: P(*heads[:2]), latent)
-        specs = heads, tokens, None, tuple(_weight_spec(x, heads) for x in weights)
+        specs = heads, tokens, None, tuple(weight_spec(x, heads) for x in weights)
         local = functools.partial(
             strategy.attend,
             axis_name=axis_name,
@@ -188,7 +188,7 @@ def _copies(specs, axis_name):
     return missing(heads[:2]), tuple(missing(spec) for spec in weights)
 
 
-def _weight_spec(x, heads) -> P:
+def weight_spec(x, heads) -> P:
     """How a weight lies: whole, or sharded as heads are. `expand` cannot know of anything else."""
     if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
         return P()

@@ -21,6 +21,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from jaxcp.context_parallel import window_cache
+from jaxcp.context_parallel.api import weight_spec
 from jaxcp.context_parallel.ring import Ring
 from jaxcp.context_parallel.ring_pass_q import RingPassQ
 from jaxcp.context_parallel.strategy import Strategy
@@ -148,6 +149,31 @@ class Prefill:
             more += [(self.kv_positions, TOKENS), (self.cache.fill, SAME)]
         return _run(self, layer, local, SHARDED, held, (q, k, v), more, sinks)
 
+    def latent(self, q, latent, weights, *, expand, layer, scale):
+        """Of a `latent_cache`: `(latent, key part)` of the tokens, as `latent_attention`'s."""
+        heads, tokens = P("data", AXIS, "model", None), P("data", AXIS)
+        local = functools.partial(self._latent, expand=expand, scale=scale)
+        specs = (heads, tokens, tokens, tokens, tokens, P(None), tuple(weight_spec(x, heads) for x in weights))
+        run = _on_shards(local, specs, (heads, tokens))
+        new = jnp.concatenate(latent, axis=-1)[:, :, None]
+        state = self.k[layer], self.positions, self.kv_positions, self.cache.fill
+        out, self.k[layer] = run(q, new, *state, weights)
+        return out
+
+    def _latent(self, q, new, held, q_pos, kv_pos, fill, weights, *, expand, scale):
+        held = _write(held, new, fill)
+        seen = jnp.split(held[:, : self.used, 0].astype(q.dtype), [weights[0].shape[0]], axis=-1)
+        kv_pos = kv_pos[:, : self.used]
+        if _axis() is None:
+            k, v = expand(seen, *weights)
+            positions = {"q_positions": q_pos, "kv_positions": kv_pos}
+            return flash_attention(q, k, v, **positions, scale=scale)[0], held
+        strategy = Ring() if self.strategy is None else self.strategy
+        options = {"axis_name": AXIS, "mask": Mask(), "implementation": None, "soft_cap": None}
+        arrays = q, seen, None, q_pos, kv_pos, None, None
+        out, _ = strategy.attend(*arrays, expand=expand, weights=weights, scale=scale, **options)
+        return out, held
+
     def _full(self, q, k, v, cache_k, cache_v, q_pos, kv_pos, fill, sinks, *, window, **options):
         cache_k, cache_v = _write(cache_k, k, fill), _write(cache_v, v, fill)
         seen_k, seen_v = (x[:, : self.used].astype(q.dtype) for x in (cache_k, cache_v))
@@ -211,6 +237,18 @@ class Extend:
             more += [(self.kv_positions, TOKENS), (self.cache.fill, SAME), (self.turn, SAME)]
         return _run(self, layer, local, WHOLE, held, (q, k, v), more, sinks)
 
+    def latent(self, q, latent, weights, *, expand, layer, scale):
+        """Of a `latent_cache`: heads meet the latent itself, projections absorbed."""
+        heads, tokens, rows = P("data", None, "model", None), P("data", AXIS), P("data")
+        local = functools.partial(_extend_latent, scale=scale)
+        ids = rows, tokens, P(None), P(None)
+        specs = (heads, rows, tokens, *ids, tuple(weight_spec(x, heads) for x in weights))
+        run = _on_shards(local, specs, (heads, tokens))
+        new = jnp.concatenate(latent, axis=-1)[:, :, None]
+        state = self.k[layer], self.positions, self.kv_positions, self.cache.fill, self.turn
+        out, self.k[layer] = run(q, new, *state, weights)
+        return out
+
     def extended(self, added, recent) -> KVCache:
         """The cache after all layers, with `added [B]` tokens a row."""
         shards = self.cache.shards
@@ -225,6 +263,19 @@ def _extend_full(q, k, v, cache_k, cache_v, q_pos, kv_pos, fill, turn, sinks, **
         packed = lax.all_gather(jnp.concatenate([out, lse[..., None]], axis=-1), AXIS)
         out, lse = merge_stacked(packed[..., :-1], packed[..., -1])
     return _with_sinks(out, lse, sinks).astype(q.dtype), cache_k, cache_v
+
+
+def _extend_latent(q, new, held, q_pos, kv_pos, fill, turn, weights, *, scale):
+    held, (k_up, v_up) = _deal(held, new, fill, turn), weights
+    nope = k_up.shape[-1]
+    absorbed = jnp.einsum("btnh,lnh->btnl", q[..., :nope], k_up)
+    q = jnp.concatenate([absorbed, q[..., nope:]], axis=-1)
+    options = {"window": None, "soft_cap": None, "scale": scale}
+    out, lse = _attend(q, held, held[..., : k_up.shape[0]], q_pos, kv_pos, **options)
+    if _axis() is not None:
+        packed = lax.all_gather(jnp.concatenate([out, lse[..., None]], axis=-1), AXIS)
+        out, _ = merge_stacked(packed[..., :-1], packed[..., -1])
+    return jnp.einsum("btnl,lnv->btnv", out.astype(q.dtype), v_up), held
 
 
 def _extend_window(q, k, v, held_k, held_v, pos, start, sinks, **options):

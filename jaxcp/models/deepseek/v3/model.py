@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxcp.context_parallel.latent_cache import empty_latent_cache
 from jaxcp.layers.mla import IndexDims, LatentAttention, LatentDims
 from jaxcp.layers.mlp import GatedMLP
 from jaxcp.layers.moe import MoE
@@ -257,8 +258,16 @@ class DeepSeekV3(LanguageModel):
         return self.lm_head.get_value()
 
     def init_cache(self, batch_size: int, max_len: int):
-        raise NotImplementedError(
-            "DeepSeek models have no cache yet: use jaxcp.logits, or model(tokens, positions)"
+        c = self.config
+        if c.index is not None:
+            raise NotImplementedError(
+                "DeepSeek-V3.2 has no cache yet: use jaxcp.logits, or model(tokens, positions)"
+            )
+        if max_len > c.max_positions:
+            raise ValueError(f"the model has {c.max_positions} positions; got max_len={max_len}")
+        size = c.latent.kv_rank + c.latent.rope_dim
+        return empty_latent_cache(
+            layers=c.num_layers, batch_size=batch_size, max_len=max_len, size=size, dtype=c.dtype
         )
 
 
