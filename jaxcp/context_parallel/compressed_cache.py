@@ -23,7 +23,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from jaxcp.context_parallel.api import qkv_spec
 from jaxcp.context_parallel.compressed import compress_shard, no_pending, runs_of, shards_of
 from jaxcp.context_parallel.ring import Ring
 from jaxcp.context_parallel.sparse import Selection, attend_selected, shared_head
@@ -152,8 +151,7 @@ class CompressedStep:
     def _attend(self, q, kv, blocks, new, ratio, layer, window, scale, sinks, selection):
         self._check(window)
         tokens, rows = P("data", self.axis), P("data")
-        heads = tokens if _no_mesh() else qkv_spec(q, q, AXIS)
-        heads = P("data", self.axis, *heads[2:])
+        heads = P("data", self.axis, "model")
         picks = None if selection is None else (selection.queries, selection.weights)
         local = functools.partial(
             _attend, ratio=ratio, window=window, scale=scale, strategy=self.strategy,
@@ -162,7 +160,7 @@ class CompressedStep:
         run = _on_shards(
             local,
             (heads, tokens, tokens, tokens, tokens, tokens, rows, rows, rows, rows),
-            (heads, P(*heads[:3]), rows, rows),
+            (heads, heads, rows, rows),
         )
         out, lse, self.rows[layer], self.entries[layer] = run(
             q, kv, self.positions, blocks, new, picks, self.rows[layer], self.entries[layer],

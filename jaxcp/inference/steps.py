@@ -15,7 +15,9 @@ from jax.sharding import PartitionSpec as P
 
 from jaxcp.context_parallel import Ring, Strategy
 from jaxcp.context_parallel.halo import rows_to_send
+from jaxcp.context_parallel.compressed_cache import CompressedCache
 from jaxcp.context_parallel.kv_cache import MAX_EXTEND, Extend, KVCache, Prefill
+from jaxcp.inference.compressed_steps import prefill_compressed
 from jaxcp.layers.ngram import windows
 from pallas_kernels import PAD_POSITION
 
@@ -48,6 +50,8 @@ def prefill(
     """
     tokens = np.asarray(tokens)
     lengths = _check_tokens(model, cache, tokens, lengths)
+    if isinstance(cache, CompressedCache):
+        return prefill_compressed(model, cache, tokens, lengths, attention, donate)
     start, fill = np.asarray(cache.lengths), np.asarray(cache.fill)
     tokens = tokens[:, : lengths.max()]
     offsets = np.arange(tokens.shape[1], dtype=np.int32)
@@ -101,6 +105,9 @@ def decode_step(
             f"next_token must be [{cache.lengths.shape[0]}], one a row; got {token.shape}"
         )
     check_ids(model, token)
+    if isinstance(cache, CompressedCache):
+        one = np.ones(token.shape, np.int32)
+        return prefill_compressed(model, cache, token[:, None], one, None, donate)
     _check_room(int(np.asarray(cache.fill).max()) + 1, cache)
     return _jitted(_decode, donate)(model, cache, token.astype(np.int32))
 
