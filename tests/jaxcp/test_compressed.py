@@ -38,7 +38,11 @@ def expected(values, gates, ratio, overlap):
     return np.stack(out, 1)
 
 
-@functools.partial(jax.jit, static_argnames=("ratio", "overlap", "layout"))
+@functools.partial(
+    jax.jit,
+    static_argnames=("ratio", "overlap", "layout"),
+    compiler_options={"xla_backend_optimization_level": 0},  # each runs once
+)
 def jitted(values, gates, positions, ratio, overlap, layout):
     return compress(values, gates, positions, ratio=ratio, overlap=overlap, layout=layout)
 
@@ -61,9 +65,7 @@ def on_shards(length, halves, layout, shards, mesh_of):
         (37, 8, Zigzag(), 1),
         (37, 8, Zigzag(), 4),  # pieces of 5 tokens: a block lies on three of them
         (64, 4, Zigzag(), 8),  # aligned
-        (61, 4, Contiguous(), 8),
         (9, 4, Contiguous(), 8),  # shards of pads alone
-        (23, 8, Zigzag(), 3),
     ],
 )  # fmt: skip
 def test_entries_are_those_of_the_definition(length, ratio, overlap, layout, shards, mesh_of):
