@@ -2,6 +2,8 @@
 """Compile a chip's layers and count them: bundles of the kernels, and the glue between them.
 
 python -m benchmarks.cp.compiled v6e OUT.json      # one process a chip
+
+Rows that OUT.json already holds are kept: what was cut short goes on.
 """
 
 import dataclasses
@@ -19,7 +21,7 @@ from benchmarks.cp import glue, programs, skipping
 from jaxcp.plan import tpu_code
 from jaxcp.plan.compile import on_mesh
 from jaxcp.plan.hlo import collectives
-from jaxcp.plan.machine_code import Compiler
+from jaxcp.plan.machine_code import SLICES, Compiler
 from jaxcp.plan.target import parse_target
 
 # chip: (slice, tokens a device, strategies by name) of what is compiled. A turn of a ring is the
@@ -39,7 +41,11 @@ THEIR_DEVICES = 2
 
 
 def jobs(chip: str):
-    """`(row, mesh, program)` of everything that is compiled for a chip."""
+    """`(row, mesh, program)` of everything that is compiled for a chip; row names it."""
+    target = parse_target(SLICES[chip])
+    mesh = Mesh(target.mesh(seq=target.size).devices.flatten()[:1], ("seq",))
+    row = {"chip": chip, "slice": str(target), "devices": 1, "tokens": 2048}
+    yield row | {"whose": "ours", "strategy": "kernels"}, mesh, programs.kernels
     for name, tokens, strategies in OURS[chip]:
         target = parse_target(name)
         mesh = target.mesh(seq=target.size)
@@ -66,7 +72,7 @@ def count(compiler: Compiler, mesh: Mesh, program) -> dict:
             traced = jax.jit(fn).trace(*on_mesh(arguments, mesh))
             compiled = traced.lower(lowering_platforms=("tpu",)).compile()
         kernels = tpu_code.kernels(compiler.folder)
-        skips = skipping.read(compiler.folder, kernels)
+        skips = skipping.read(compiler.folder, kernels) if mesh.size == 1 else {}
         text = compiled.as_text()
         found, sent = glue.read(text), collectives(text)
     except Exception as error:  # one that fails is a line of the table
@@ -76,10 +82,8 @@ def count(compiler: Compiler, mesh: Mesh, program) -> dict:
             path.unlink()
     return {
         "cpu_seconds": time.process_time() - start,
-        "kernels": {
-            name: dataclasses.asdict(kernel) | {"skip": skips[name]}
-            for name, kernel in kernels.items()
-        },
+        "kernels": {name: dataclasses.asdict(kernel) for name, kernel in kernels.items()},
+        "skips": skips,
         "glue": {
             which: {part: dataclasses.asdict(value) for part, value in parts.items()}
             for which, parts in found.items()
@@ -89,11 +93,14 @@ def count(compiler: Compiler, mesh: Mesh, program) -> dict:
 
 
 def main(chip: str, out: str) -> None:
-    compiler = Compiler(chip)
-    rows = []
+    compiler, path = Compiler(chip), pathlib.Path(out)
+    kept = json.loads(path.read_text()) if path.exists() else []
+    rows = [row for row in kept if "error" not in row]
     for row, mesh, program in jobs(chip):
+        if any(row.items() <= old.items() for old in rows):
+            continue
         rows.append(row | count(compiler, mesh, program))
-        pathlib.Path(out).write_text(json.dumps(rows))
+        path.write_text(json.dumps(rows))
         print(f"{chip} {row['whose']} {row['strategy']}", file=sys.stderr, flush=True)
     compiler.close()
 

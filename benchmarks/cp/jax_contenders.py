@@ -126,7 +126,7 @@ def ringattention(arrays, tokens):
     import_ringattention()
     mesh, one = (Mesh(jax.devices()[:n], ("seq",)) for n in (problem.RANKS, 1))
     order = np.arange(tokens)
-    for chunk in (c for c in (128, 256, 512) if c <= tokens // problem.RANKS):
+    for chunk in (c for c in (64, 128, 256, 512) if c <= tokens // problem.RANKS):
 
         def alone(chunk=chunk):
             with jax.set_mesh(one):

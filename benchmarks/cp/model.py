@@ -22,7 +22,9 @@ reads it off the compiled schedule.
   rotations. Backward: dK and dV follow one step behind, and their last hop home waits.
 * Ring(bidirectional=True): halves go both ways at once, in two kernel calls a step, so with twice
   the glue (an upper bound).
-* AllGather: nothing overlaps. In chunks: a part travels beside the kernel on the part before.
+* AllGather: nothing overlaps, and the links are used as well as can be (where XLA reduces dK and
+  dV by all-reduce it sends twice that). In chunks: a part travels beside the kernel on the part
+  before, and waits for the slowest rank of it.
 * Ulysses, USP: the exchanges wait. USP's glue is that of a ring's turns and of Ulysses' exchange.
 * tokamax: contiguous shards, n rotations, of which the last forward one is not needed and free.
 """
@@ -151,7 +153,8 @@ class Case:
         _, _, queries, keys, *_ = kernel["windows"]
         size = queries[1][-2], keys[1][-2]
         # the block sizes that the shapes of that run allowed
-        return tiles.costs(self.chip, kernel, what, *size, bounded=self.bounded)
+        skip = self.row("kernels")["skips"][f"flash_attention_{what}"]
+        return tiles.costs(self.chip, kernel, what, *size, bounded=self.bounded, skip=skip)
 
     def keys_bytes(self, itemsize: int) -> int:
         """K and V of a shard."""
@@ -274,7 +277,7 @@ def tokamax(case: Case, what: str) -> Schedule:
     n, row = case.ranks, case.row("ring", "tokamax")
     name = "splash_mha_fwd_residuals" if what == "forward" else "splash_mha_dkv_no_residuals"
     blocks = SPLASH[what]
-    costs = tiles.costs(case.chip, row["kernels"][name], what, blocks.q, blocks.kv, skips=False)
+    costs = tiles.costs(case.chip, row["kernels"][name], what, blocks.q, blocks.kv)
     positions = np.arange(n * case.tokens).reshape(n, -1)
     turn = case.glue("ring", what, "once", "tokamax") / row["devices"]
     wires = [case.torus.rotation(case.keys_bytes(size)) for size in (2, 4)]

@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxcp
 from benchmarks.deviceless.flash import Splash
+from pallas_kernels.flash_attention import Mask, attention_backward, attention_forward
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128  # Llama 3 8B, and a chip's share of larger models
 TOKENS = 2048  # a device's, where programs are compiled
@@ -32,6 +33,25 @@ def ours(strategy, mesh, tokens=TOKENS):
 
     q, kv = array(HEADS, HEAD_DIM), array(KV_HEADS, HEAD_DIM)
     return both, (q, kv, kv, array(dtype=jnp.int32), q)
+
+
+def kernels(tokens=TOKENS):
+    """`(fn, args)`: a step of the forward pass, with a carry, and the backward pass; one device."""
+
+    def both(q, k, v, positions, out, lse, dout, delta):
+        ids = positions, positions, None, None
+        options = dict(mask=Mask(), soft_cap=None, scale=HEAD_DIM**-0.5)
+        options["implementation"] = "mosaic_tpu"
+        forward = attention_forward(
+            q, k, v, *ids, carry=(out, lse), out_dtype=jnp.float32, **options
+        )
+        return forward, attention_backward(q, k, v, *ids, lse, dout, delta, **options)
+
+    group = HEADS // KV_HEADS
+    q, kv = (jax.ShapeDtypeStruct((1, tokens, n, HEAD_DIM), jnp.bfloat16) for n in (group, 1))
+    rows = jax.ShapeDtypeStruct((1, tokens, group), jnp.float32)
+    out = jax.ShapeDtypeStruct(q.shape, jnp.float32)
+    return both, (q, kv, kv, jax.ShapeDtypeStruct((1, tokens), jnp.int32), out, rows, q, rows)
 
 
 def tokamax_ring(mesh, tokens=TOKENS):

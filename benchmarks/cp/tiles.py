@@ -55,13 +55,11 @@ class Costs:
     skip: float
 
 
-def costs(
-    chip: str, kernel: dict, what: str, q: int, kv: int, *, bounded=True, skips=True
-) -> Costs:
+def costs(chip: str, kernel: dict, what: str, q: int, kv: int, *, bounded=True, skip=0) -> Costs:
     """Of a kernel as `compiled.py` wrote it down, of either project.
 
-    `bounded`: ours looks for no maximum where no score can be large; else it does. `skips`: the
-    grid holds blocks with nothing to see.
+    `bounded`: ours looks for no maximum where no score can be large; else it does. `skip`: see
+    `Costs`.
     """
     read = Kernel([Hot(**hot) for hot in kernel["hot"]], kernel["around"], kernel["windows"])
     flops = flash.flops(what, HEAD_DIM) * q * kv
@@ -78,7 +76,7 @@ def costs(
         matrix[1] *= parts[0].matmuls / whole[0].matmuls
         diagonal = max(parts[0].bundles, matrix[1])
     cycles, matrix = (tuple(x / (q * kv) for x in y) for y in ((full, diagonal, masked), matrix))
-    return Costs(q, kv, cycles, matrix, kernel["skip"] if skips else 0)
+    return Costs(q, kv, cycles, matrix, skip)
 
 
 def seconds(chip: str, costs: Costs, q, kv, heads: int) -> np.ndarray:
