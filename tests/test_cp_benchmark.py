@@ -62,6 +62,12 @@ def test_blocks_are_those_that_the_positions_ask_for(layout, block_q, block_kv):
         assert np.array_equal(found, np.stack([x.sum((1, 2)) for x in expected], axis=1))
 
 
+def test_a_triangle_is_a_block_against_itself():
+    run = np.arange(4)[None]
+    assert tiles.visits(run, run, 4, 4).tolist() == [[0, 1, 0, 0]]
+    assert tiles.visits(run, run + 2, 4, 4).tolist() == [[0, 0, 1, 0]]
+
+
 def steps(kernels, wire):
     kernels = np.array(kernels, float)  # [steps, ranks]
     parts = [np.stack([x, x, 0 * x]) for x in kernels]
@@ -78,6 +84,8 @@ def test_a_rank_waits_for_its_kernel_and_for_its_neighbour():
     # causal and contiguous: the last rank works in every step, and all end with it
     causal = model.play(model.Schedule(steps([[1, 1, 1], [0, 2, 2], [0, 0, 2]], 0.1)))
     assert (causal.total, causal.works) == (6.5, 5)
+    # what the first rank needs in its last step leaves the slow one late
+    assert model.play(model.Schedule(steps([[1, 5], [1, 1], [9, 1]], 2))).total == 5.5 + 2 + 9.5
 
 
 HLO = """\
