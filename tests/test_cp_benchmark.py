@@ -7,9 +7,10 @@ import pathlib
 import numpy as np
 import pytest
 
-from benchmarks.cp import cpu, glue, model, problem, race, tiles
+from benchmarks.cp import cpu, glue, model, problem, race, skipping, tiles
 from benchmarks.cp.links import HOP, Torus
 from jaxcp.layout import Contiguous, Zigzag
+from jaxcp.plan import tpu_code
 from pallas_kernels.devices import V5P
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -117,6 +118,36 @@ def test_glue_is_counted_where_it_runs():
     assert found["forward"]["turn"] == glue.Glue(2, 32 + 64, 75)
     assert found["backward"]["once"] == glue.Glue(1, 32 + 16, 9)
     assert found["forward"]["once"] == found["backward"]["turn"] == glue.Glue()
+
+
+PROGRAM = """\
+     0   :  { %s1 = smov 0 }
+   0x1   : > { %1 = sbr.rel (%p1) target = $region9 }
+   0x2   : > { %v2 = vadd }
+   0x3   : > { %3 = sbr.rel (%p3) target = $region5 }
+   0x4   : > { %v4 = vmatmul }
+   0x5   : > { %v5 = vmatmul }
+   0x6   : > { %v6 = vmatmul }
+   0x7   : > { %v7 = vmatmul }
+   0x8   : > { %v8 = vmatmul }
+   0x9   : > { %v9 = vmatmul }
+   0xa   : > { %va = vadd } /* Start/End empty region 5 */
+   0xb   : > { %vb = vadd } /* Start/End empty region 9 */
+   0xc   : > { %c = sbr.rel (%pc) target = $region1 }
+   0xd   :  { %vd = vst }
+"""
+
+
+def test_a_skipped_step_goes_round_the_work_but_not_round_the_step():
+    hot = [tpu_code.Hot(first=first, bundles=11, loops=1, matmuls=3, floors={}) for first in (4, 7)]
+    kernel = tpu_code.Kernel(hot=hot, around=6, windows=[])
+    # region 9 is where the pipeline goes without a step; one over all of the work is no `pl.when`
+    with pytest.raises(ValueError, match="no way around"):
+        skipping.bundles(PROGRAM, kernel)
+    inner = PROGRAM.replace("$region9", "$region8").replace(
+        "%v7 = vmatmul }", "%v7 } /* Start/End empty region 8 */"
+    )
+    assert skipping.bundles(inner, kernel) == 1 + skipping.DELAY + (0xC - 7)
 
 
 def test_float64_is_what_autodiff_says():

@@ -45,8 +45,8 @@ def bundles(program: str, kernel: Kernel) -> int:
             ways.append((target, 1 + DELAY))
         for to, cost in ways:
             least[to] = min(least.get(to, last), least[at] + cost)
-    if any(h in least and least[last] > sum(x.bundles for x in kernel.hot) for h in hot):
-        raise ValueError("no way around the hot code of a kernel was found; the format changed")
+    if least[last] >= min(h.bundles for h in kernel.hot):
+        raise ValueError("found no way around the hot code of a kernel; the format changed")
     return least[last]
 
 
