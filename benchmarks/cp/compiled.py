@@ -26,13 +26,11 @@ from jaxcp.plan.target import parse_target
 
 # chip: (slice, tokens a device, strategies by name) of what is compiled. A turn of a ring is the
 # same for any number of devices; a gather is not.
+EVERY = ("Ring", "AllGather", "Ulysses", "Ring(fused=True)")
 OURS: dict[str, tuple[tuple[str, int, tuple[str, ...]], ...]] = {
-    "v5p": (
-        ("v5p:2x2x4", 2048, ("Ring", "AllGather", "Ulysses")),
-        ("v5p:4x4x4", 2048, ("AllGather",)),
-    ),
-    "v6e": (("v6e:2x4", 16384, ("Ring", "AllGather", "Ulysses")),),
-    "tpu7x": (("tpu7x:2x2x1", 16384, ("Ring", "AllGather", "Ulysses")),),
+    "v5p": (("v5p:2x2x4", 2048, EVERY), ("v5p:4x4x4", 2048, ("AllGather",))),
+    "v6e": (("v6e:2x4", 16384, EVERY),),
+    "tpu7x": (("tpu7x:2x2x1", 16384, EVERY),),
 }
 # tokamax's ring is unrolled: two devices tell what a turn costs. Its mask is an array of
 # tokens x tokens on the host, which bounds them.
@@ -51,9 +49,11 @@ def jobs(chip: str):
         mesh = target.mesh(seq=target.size)
         row = {"chip": chip, "slice": name, "devices": mesh.size, "tokens": tokens}
         for strategy in strategies:
-            program = functools.partial(
-                programs.ours, getattr(jaxcp, strategy)(), mesh, tokens=tokens
-            )
+            kind, fused = strategy.split("(")[0], "fused" in strategy
+            if fused and not hasattr(jaxcp.Ring(), "fused"):
+                continue
+            value = getattr(jaxcp, kind)(**{"fused": True} if fused else {})
+            program = functools.partial(programs.ours, value, mesh, tokens=tokens)
             yield row | {"whose": "ours", "strategy": strategy}, mesh, program
     name, tokens = THEIRS[chip]
     target = parse_target(name)

@@ -22,6 +22,8 @@ reads it off the compiled schedule.
   rotations. Backward: dK and dV follow one step behind, and their last hop home waits.
 * Ring(bidirectional=True): halves go both ways at once, in two kernel calls a step, so with twice
   the glue (an upper bound).
+* Ring(fused=True): the same steps in one kernel, no glue between them. A kernel without a grid runs
+  on one of v5p's two cores.
 * AllGather: nothing overlaps, and the links are used as well as can be (where XLA reduces dK and
   dV by all-reduce it sends twice that). In chunks: a part travels beside the kernel on the part
   before, and waits for the slowest rank of it.
@@ -149,11 +151,12 @@ class Case:
         return nbytes / (chip.hbm_bytes_per_second / chip.devices_per_chip)
 
     def costs(self, strategy: str, what: str) -> tiles.Costs:
-        kernel = self.row(strategy)["kernels"][f"flash_attention_{what}"]
-        _, _, queries, keys, *_ = kernel["windows"]
+        own, alone = self.row(strategy), self.row("kernels")
+        name = f"flash_attention_{what}"
+        _, _, queries, keys, *_ = alone["kernels"][name]["windows"]
         size = queries[1][-2], keys[1][-2]
-        # the block sizes that the shapes of that run allowed
-        skip = self.row("kernels")["skips"][f"flash_attention_{what}"]
+        kernel = own["kernels"][f"ring_attention_{what}" if "fused" in strategy else name]
+        skip = alone["skips"][name]
         return tiles.costs(self.chip, kernel, what, *size, bounded=self.bounded, skip=skip)
 
     def keys_bytes(self, itemsize: int) -> int:
@@ -169,6 +172,8 @@ def schedules(case: Case) -> dict:
         "AllGather()": functools.partial(all_gather, case),
         "AllGather(chunks=4)": functools.partial(all_gather, case, chunks=4),
     }
+    if any(row["strategy"] == "Ring(fused=True)" for row in case.found):
+        found["Ring(fused=True)"] = functools.partial(fused, case)
     for u in (2, 4, 8, 16, 32):
         if u < case.ranks and case.ranks % u == 0 and HEADS % u == 0:
             found[f"USP(ulysses={u})"] = functools.partial(usp, case, ulysses=u)
@@ -194,6 +199,21 @@ def ring(case: Case, what: str, *, both_ways: bool = False) -> Schedule:
         for step in range(case.ranks)
     ]
     return _circle(case, what, kernels, wires, len(streams))
+
+
+def fused(case: Case, what: str) -> Schedule:
+    wires = [case.torus.rotation(case.keys_bytes(size)) for size in (2, 4)]
+    name = "Ring(fused=True)"
+    glue = sum(case.glue(name, what, part) for part in ("once", "turn"))
+    steps, last = [], case.ranks - 1
+    for step in range(case.ranks):
+        keys, costs = np.roll(case.positions, step, axis=0), case.costs(name, what)
+        kernel = tiles.seconds(case.chip, costs, case.positions, keys, HEADS, cores=1)
+        wire = wires[0] if step < last else 0.0
+        if what == "backward" and step > 1:
+            wire += wires[1]
+        steps.append(Step(kernel, 0.0 if step < last else glue, wire))
+    return Schedule(steps, alone=wires[1] if what == "backward" and last else 0.0)
 
 
 def _circle(case, what, kernels, wires, calls=1, stride=1, alone=0.0, glue=0.0) -> Schedule:

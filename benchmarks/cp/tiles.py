@@ -79,13 +79,13 @@ def costs(chip: str, kernel: dict, what: str, q: int, kv: int, *, bounded=True, 
     return Costs(q, kv, cycles, matrix, skip)
 
 
-def seconds(chip: str, costs: Costs, q, kv, heads: int) -> np.ndarray:
+def seconds(chip: str, costs: Costs, q, kv, heads: int, cores: int | None = None) -> np.ndarray:
     """`[3, ranks]` of a kernel call over `heads` query heads: blocks that are worked on, what the
     matrix units need of that, and blocks that are skipped.
     """
     block_q, block_kv = min(costs.q, q.shape[1]), min(costs.kv, kv.shape[1])
     counts = visits(q, kv, block_q, block_kv) * heads
-    cores = tpu_cost.CORES[chip] // CHIPS[chip].devices_per_chip
+    cores = cores or tpu_cost.CORES[chip] // CHIPS[chip].devices_per_chip
     rate = tpu_cost.CLOCK[chip] * 1e9 * cores
     pairs = counts[:, :3] * block_q * block_kv
     works, matrix = (pairs @ np.array(x) / rate for x in (costs.cycles, costs.matrix))
