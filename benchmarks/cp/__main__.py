@@ -54,7 +54,8 @@ def deviceless(args, progress: Callable) -> tuple[dict, Callable]:
     for path in args.counts or ():
         counts = json.loads(path.read_text())
         found += counts if isinstance(counts, list) else counts["found"]
-    found = found or deviceless.compiled(args.chips or deviceless.CHIPS, progress)
+    if not found or args.complete:
+        found = deviceless.compiled(args.chips or deviceless.CHIPS, found, progress)
     rows = deviceless.predict(found, progress)
     report = {"rows": rows, "bars": deviceless.bars(rows), "found": found}
     return report, deviceless.markdown
@@ -111,6 +112,9 @@ def main() -> int:
         nargs="*",
         help="deviceless: compile nothing; take what a cp_deviceless.json holds, or files of "
         "`python -m benchmarks.cp.compiled CHIP FILE`, one chip each",
+    )
+    parser.add_argument(
+        "--complete", action="store_true", help="deviceless: compile what --counts lacks"
     )
     parser.add_argument("--tokens", type=int, nargs="*", default=[2048], help="cpu, emulation")
     parser.add_argument("--rounds", type=int, default=7, help="cpu, emulation: (default: 7)")

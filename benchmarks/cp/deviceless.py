@@ -29,20 +29,22 @@ BEST_BAR, RING_BAR, FROM = 0.6, 1.05, 16 * K
 SHOWN = {"forward": "forward", "both": "forward+backward"}
 
 
-def compiled(chips: tuple[str, ...], progress: Callable = lambda _: None) -> list[dict]:
-    """What `compiled.py` counts, each chip in a process of its own."""
+def compiled(
+    chips: tuple[str, ...], known: list[dict], progress: Callable = lambda _: None
+) -> list[dict]:
+    """What `compiled.py` counts, each chip in a process of its own; `known` rows are kept."""
     rows = []
     for chip in chips:
         progress(f"{chip}: compile")
         with tempfile.TemporaryDirectory() as folder:
             out = pathlib.Path(folder) / "rows.json"
+            out.write_text(json.dumps([row for row in known if row["chip"] == chip]))
             command = [sys.executable, "-m", "benchmarks.cp.compiled", chip, str(out)]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
             if done.returncode:
                 error = f"the run failed: {done.stderr[-200:]}"
                 rows.append({"chip": chip, "whose": "", "strategy": "", "error": error})
-            if out.exists():
-                rows += json.loads(out.read_text())
+            rows += json.loads(out.read_text())
     return rows
 
 
@@ -94,9 +96,12 @@ def bars(rows: list[dict]) -> list[dict]:
             said = f"{best} / tokamax's ring"
             found.append(bar(what, said, ours[best] / theirs[0] if theirs else None, BEST_BAR))
             if length // parse_target(name).size >= FROM:
-                gathered = min(x for label, x in ours.items() if label.startswith("AllGather"))
-                ratio = ours["Ring()"] / gathered
-                found.append(bar(what, "Ring() / the better AllGather", ratio, RING_BAR))
+                around, gathered = (
+                    min((x for x in ours if x.startswith(kind)), key=lambda x: ours[x])
+                    for kind in ("Ring", "AllGather")
+                )
+                ratio = ours[around] / ours[gathered]
+                found.append(bar(what, f"{around} / {gathered}", ratio, RING_BAR))
     return found
 
 
