@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels.dispatch import target_platform
 from pallas_kernels.flash_attention import attention_backward, attention_forward, row_delta
 
 
@@ -61,29 +62,27 @@ def _circulate(circles, options, expand, q, keys, weights, q_pos, kv_pos, q_seg,
     acc = np.promote_types(q.dtype, np.float32)
 
     def attend(done, streams, out_dtype=acc):
-        for i, (keys, pos, seg) in enumerate(streams):
-            k, v = keys if expand is None else expand(keys, *weights)
+        for i, (flat, pos, seg) in enumerate(streams):
+            here = _as(keys, flat)
+            k, v = here if expand is None else expand(here, *weights)
+            carry = None if done is None else (done[0].reshape(*q.shape[:3], -1), done[1])
             dtype = out_dtype if i == len(streams) - 1 else acc
             arrays = q, k, v, q_pos, pos, q_seg, seg
-            done = attention_forward(*arrays, carry=done, out_dtype=dtype, **dict(options))
+            out, lse = attention_forward(*arrays, carry=carry, out_dtype=dtype, **dict(options))
+            done = _flat(out), lse
         return done
 
     def step(_, carry):
         done, streams = carry
-        # issued before the kernel, and independent of it: they overlap
         following = _rotate(circles, streams)
-        return attend(done, streams), following
+        return _in_turn((attend(done, streams), following))
 
-    streams = _split((keys, kv_pos, kv_seg), len(circles))
-    if n == 1:
-        return attend(None, streams, q.dtype)
-    _, v = keys if expand is None else jax.eval_shape(expand, keys, *weights)
-    rows = q.shape[:3]
-    done = jnp.zeros((*rows, v.shape[3]), acc), jnp.full(rows, -jnp.inf, acc)
-    # a fori_loop: XLA would hoist the permutes of a Python loop and hold every shard at once;
-    # and the first rotation is in it: outside, XLA keeps its result for the backward pass
-    done, streams = lax.fori_loop(0, n - 1, step, (done, streams))
-    return attend(done, streams, q.dtype)
+    done, streams = None, _split((_flat(keys), kv_pos, kv_seg), len(circles))
+    if n > 1:
+        carry = step(0, (done, streams))
+        done, streams = lax.fori_loop(0, n - 2, step, carry, unroll=_unroll())
+    out, lse = attend(done, streams, q.dtype)
+    return out.reshape(*q.shape[:3], -1), lse
 
 
 def _forward(circles, options, expand, *arrays):
@@ -93,53 +92,53 @@ def _forward(circles, options, expand, *arrays):
 
 def _backward(circles, options, expand, saved, grads):
     q, keys, weights, q_pos, kv_pos, q_seg, kv_seg, out, lse = saved
+    # else XLA keeps what the forward pass received first until now, and saves a rotation
+    grads, out, lse, travels = _in_turn((grads, out, lse, (_flat(keys), kv_pos, kv_seg)))
     dout, dlse = grads
     n = circles[0].size
     delta = row_delta(out, dout, dlse)
 
-    def gradient(keys, pos, seg):
-        """`(dq, dweights, dkeys)`, what these keys add to each, in float32."""
-        k, v = keys if expand is None else expand(keys, *weights)
+    def gradient(flat, pos, seg):
+        """`(dq, dweights, dkeys)`, what these keys add to each, in float32, flat."""
+        here = _as(keys, flat)
+        k, v = here if expand is None else expand(here, *weights)
         arrays = q, k, v, q_pos, pos, q_seg, seg, lse, dout, delta
-        dq, dk, dv = attention_backward(*arrays, **dict(options))
+        dq, *dkeys = attention_backward(*arrays, **dict(options))
         if expand is None:
-            return dq, (), (dk, dv)
-        _, pull = jax.vjp(expand, keys, *weights)
-        dkeys, *dweights = jax.tree.map(
-            lambda x: x.astype(dq.dtype), pull((dk.astype(k.dtype), dv.astype(v.dtype)))
-        )
-        return dq, tuple(dweights), dkeys
+            return _flat(dq), (), _flat(tuple(dkeys))
+        _, pull = jax.vjp(expand, here, *weights)
+        found = pull(tuple(d.astype(x.dtype) for d, x in zip(dkeys, (k, v), strict=True)))
+        dkeys, *dweights = jax.tree.map(lambda x: x.astype(dq.dtype), found)
+        return _flat(dq), tuple(dweights), _flat(dkeys)
 
     def partial(streams):  # sums of what stays here, and what goes on with each stream
         parts = [gradient(*stream) for stream in streams]
         return functools.reduce(add, [part[:2] for part in parts]), [part[2] for part in parts]
 
     def add(a, b):
-        return jax.tree.map(jnp.add, a, b)
+        return b if a is None else jax.tree.map(jnp.add, a, b)
 
-    def step(_, carry):  # K/V and the gradient that belongs to them move on together
+    def step(carry, onward=True):  # K/V and the gradient that belongs to them move on together
         mine, streams, travelling = carry
-        following, arrived = _rotate(circles, streams), _rotate(circles, travelling)
+        following = _rotate(circles, streams) if onward else None
+        arrived = None if travelling is None else _rotate(circles, travelling)
         more_mine, more = partial(streams)
         return add(mine, more_mine), following, add(arrived, more)
 
-    streams = _split((keys, kv_pos, kv_seg), len(circles))
-    foreign = _rotate(circles, streams) if n > 1 else None
-    mine, home = partial(streams)
-    if n == 2:
-        more_mine, travelling = partial(foreign)
-        mine, home = add(mine, more_mine), add(home, _rotate(circles, travelling))
-    elif n > 2:
-        following = _rotate(circles, foreign)
-        more_mine, travelling = partial(foreign)
-        carry = add(mine, more_mine), following, travelling
-        mine, streams, travelling = lax.fori_loop(0, n - 3, step, carry)
-        arrived = _rotate(circles, travelling)
-        more_mine, more = partial(streams)
-        mine, home = add(mine, more_mine), add(home, _rotate(circles, add(arrived, more)))
+    own = _split(travels, len(circles))
+    mine = travelling = None
+    if n > 1:
+        carry = _in_turn(step((mine, _rotate(circles, own), travelling), onward=n > 2))
+        if n > 2:
+            turns = n - 3, lambda _, carry: _in_turn(step(carry))
+            carry = step(lax.fori_loop(0, *turns, carry, unroll=_unroll()), onward=False)
+        (mine, _, travelling), own = _in_turn((carry, own))
+    # own keys last: they hide the gradient's way home, twice the bytes of what hides nowhere
+    mine, _, home = step((mine, own, travelling), onward=False)
     dkeys = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *home)
     found = mine[0], dkeys, mine[1]
-    found = jax.tree.map(lambda x, like: x.astype(like.dtype), found, (q, keys, weights))
+    like = q, keys, weights
+    found = jax.tree.map(lambda x, like: x.reshape(like.shape).astype(like.dtype), found, like)
     return *found, None, None, None, None
 
 
@@ -148,6 +147,35 @@ _circulate.defvjp(_forward, _backward)
 
 def _rotate(circles, streams):
     return [circle.rotate(x) for circle, x in zip(circles, streams, strict=True)]
+
+
+def _in_turn(tree):
+    """`tree`, none of it used before all of it is there.
+
+    A transfer that could start at any time XLA starts at once: of a loop that is written out it
+    holds every shard, and in one that is not it copies what the next transfer would overwrite.
+    """
+    return lax.optimization_barrier(tree)
+
+
+def _unroll() -> int:
+    """Turns of a loop written out at a time.
+
+    A loop keeps what it carries in one place, and what arrives cannot lie where what is attended
+    to lies: with two turns the two places change roles, with one XLA copies K, V and out.
+    On CPU a copy is nothing beside a step, and half of the program compiles in half the time.
+    """
+    return 1 if target_platform() == "cpu" else 2
+
+
+def _flat(tree):
+    """`[B, S, ...]` as `[B, S, everything]`: how TPU kernels take heads, so nothing is re-laid."""
+    return jax.tree.map(lambda x: x.reshape(*x.shape[:2], -1), tree)
+
+
+def _as(tree, flat):
+    """`flat` with the inner dimensions of `tree`."""
+    return jax.tree.map(lambda x, y: y.reshape(*y.shape[:2], *x.shape[2:]), tree, flat)
 
 
 def _split(tree, count):

@@ -39,8 +39,10 @@ EDGE = 256  # queries of a block on the diagonal that share their keys
 
 def longest(x, hidden):
     """`[B, heads]`: the greatest squared length of a vector of `[B, T, heads, H]` not `hidden`."""
-    square = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1)
-    return jnp.where(hidden[..., None], 0, square).max(1)
+    flat = x.reshape(*x.shape[:2], -1)  # as the kernel takes it: a second layout is a copy
+    heads = jnp.split(flat, x.shape[2], axis=2)
+    square = [jnp.sum(jnp.square(head.astype(jnp.float32)), axis=-1) for head in heads]
+    return jnp.where(hidden[..., None], 0, jnp.stack(square, axis=-1)).max(1)
 
 
 def safe(queries, keys, lse, soft_cap, scale):
