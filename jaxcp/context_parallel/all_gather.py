@@ -9,6 +9,7 @@ Source: Llama 3 (arXiv 2407.21783), section 3.3.2.
 """
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -16,13 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxcp.context_parallel.circulate import gradients, in_turn
+from jaxcp.context_parallel.exchange import gathered
 from jaxcp.context_parallel.strategy import Strategy, expanded
-from pallas_kernels import flash_attention
+from pallas_kernels.flash_attention import attention_forward, row_delta
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AllGather(Strategy):
-    """K/V gathered once, in natural order where the layout tells it; every mask is honoured.
+    """K/V gathered once; every mask is honoured.
 
     `chunks`: parts in which each shard's keys are gathered, so that one part is on its way while
     attention runs on the part before.
@@ -38,42 +41,75 @@ class AllGather(Strategy):
         self, q, k, v, q_pos, kv_pos, q_seg, kv_seg, *,
         axis_name, mask, expand=None, weights=(), **options,
     ):  # fmt: skip
-        acc = np.promote_types(q.dtype, np.float32)
-        keys, tokens = (k, v, kv_pos, kv_seg), kv_pos.shape[1]
-        ends = np.linspace(0, tokens, min(self.chunks, tokens) + 1).astype(int)
-        done = None
-        for first, last in itertools.pairwise(ends):
-            part = jax.tree.map(lambda x, a=first, b=last: x[:, a:b], keys)
-            part_k, part_v, part_pos, part_seg = self._gather(part, axis_name)
-            part_k, part_v = expanded(part_k, part_v, expand, weights)
-            done = flash_attention(
-                q,
-                part_k,
-                part_v,
-                q_positions=q_pos,
-                kv_positions=part_pos,
-                q_segment_ids=q_seg,
-                kv_segment_ids=part_seg,
-                causal=mask.causal,
-                window=mask.window,
-                carry=done,
-                out_dtype=q.dtype if last == ends[-1] else acc,
-                **options,
-            )
-        return done
+        static = tuple({"mask": mask, **options}.items())
+        keys = (k, v) if expand is None else k
+        how = axis_name, self.chunks, static, expand
+        return _attend(how, q, keys, weights, q_pos, kv_pos, q_seg, kv_seg)
 
-    def _gather(self, tree, axis_name):
-        """Every shard's rows; in natural order where the rows are a layout's and not a part."""
-        n = lax.axis_size(axis_name)
-        total = n * jax.tree.leaves(tree)[0].shape[1]
-        order = np.arange(total)
-        known = self.chunks == 1 and not self.layout.by_segment
-        if known and self.layout.padded_length(total, n) == total:
-            order = np.argsort(self.layout.order(total, n))
 
-        def one(x):
-            x = lax.all_gather(x, axis_name, axis=1, tiled=True)
-            # positions go along: in any order the result is right, in this one blocks are tight
-            return x if np.array_equal(order, np.arange(total)) else jnp.take(x, order, axis=1)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(how, *arrays):
+    return _with_parts(how, *arrays)[0]
 
-        return jax.tree.map(one, tree)
+
+def _with_parts(how, q, keys, weights, q_pos, kv_pos, q_seg, kv_seg):
+    """`(out, lse)`, and the gathered parts of keys, positions and segment ids."""
+    axis_name, chunks, options, expand = how
+    acc = np.promote_types(q.dtype, np.float32)
+    parts = _cut((keys, kv_pos, kv_seg), chunks)
+
+    def everywhere(part):
+        return jax.tree.map(lambda x: gathered(x, axis_name), part)
+
+    done, whole, coming = None, [], everywhere(parts[0])
+    for part in [*parts[1:], None]:
+        here, coming = coming, None if part is None else everywhere(part)
+        keys, pos, seg = here
+        k, v = expanded(*((*keys,) if expand is None else (keys, None)), expand, weights)
+        dtype = q.dtype if part is None else acc
+        arrays = q, k, v, q_pos, pos, q_seg, seg
+        done = attention_forward(*arrays, carry=done, out_dtype=dtype, **dict(options))
+        whole.append(here)
+        if coming is not None:  # one part arrives beside the kernel, not all of them before it
+            done, coming = in_turn((done, coming))
+    return done, whole
+
+
+def _forward(how, *arrays):
+    done, whole = _with_parts(how, *arrays)
+    q, keys, weights, q_pos, _, q_seg, _ = arrays
+    return done, (q, keys, weights, q_pos, q_seg, whole, *done)
+
+
+def _backward(how, saved, grads):
+    axis_name, _, options, expand = how
+    q, keys, weights, q_pos, q_seg, whole, out, lse = saved
+    dout, dlse = grads
+    queries = q, q_pos, q_seg, lse, dout, row_delta(out, dout, dlse)
+
+    def home(x):  # summed in float32, whatever the keys are
+        return lax.psum_scatter(x, axis_name, scatter_dimension=1, tiled=True)
+
+    mine, dkeys, ready = None, [], None
+    for part in whole:
+        if ready is not None:
+            dkeys.append(jax.tree.map(home, ready))
+        dq, dweights, ready = gradients(options, expand, weights, queries, *part)
+        more = dq, dweights
+        mine = more if mine is None else jax.tree.map(jnp.add, mine, more)
+        mine, ready, queries = in_turn((mine, ready, queries))
+    dkeys.append(jax.tree.map(home, ready))
+    dkeys = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *dkeys)
+    found = mine[0], dkeys, mine[1]
+    found = jax.tree.map(lambda x, like: x.astype(like.dtype), found, (q, keys, weights))
+    return *found, None, None, None, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _cut(tree, chunks):
+    """`tree` of `[B, t, ...]` in `chunks` parts along t, fewer where there are fewer tokens."""
+    tokens = jax.tree.leaves(tree)[0].shape[1]
+    ends = np.linspace(0, tokens, min(chunks, tokens) + 1).astype(int)
+    return [jax.tree.map(lambda x, a=a, b=b: x[:, a:b], tree) for a, b in itertools.pairwise(ends)]

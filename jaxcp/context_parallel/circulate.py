@@ -63,8 +63,7 @@ def _circulate(circles, options, expand, q, keys, weights, q_pos, kv_pos, q_seg,
 
     def attend(done, streams, out_dtype=acc):
         for i, (flat, pos, seg) in enumerate(streams):
-            here = _as(keys, flat)
-            k, v = here if expand is None else expand(here, *weights)
+            k, v = _met(_as(keys, flat), expand, weights)
             carry = None if done is None else (done[0].reshape(*q.shape[:3], -1), done[1])
             dtype = out_dtype if i == len(streams) - 1 else acc
             arrays = q, k, v, q_pos, pos, q_seg, seg
@@ -75,7 +74,7 @@ def _circulate(circles, options, expand, q, keys, weights, q_pos, kv_pos, q_seg,
     def step(_, carry):
         done, streams = carry
         following = _rotate(circles, streams)
-        return _in_turn((attend(done, streams), following))
+        return in_turn((attend(done, streams), following))
 
     done, streams = None, _split((_flat(keys), kv_pos, kv_seg), len(circles))
     if n > 1:
@@ -93,23 +92,14 @@ def _forward(circles, options, expand, *arrays):
 def _backward(circles, options, expand, saved, grads):
     q, keys, weights, q_pos, kv_pos, q_seg, kv_seg, out, lse = saved
     # else XLA keeps what the forward pass received first until now, and saves a rotation
-    grads, out, lse, travels = _in_turn((grads, out, lse, (_flat(keys), kv_pos, kv_seg)))
+    grads, out, lse, travels = in_turn((grads, out, lse, (_flat(keys), kv_pos, kv_seg)))
     dout, dlse = grads
     n = circles[0].size
     delta = row_delta(out, dout, dlse)
 
     def gradient(flat, pos, seg):
-        """`(dq, dweights, dkeys)`, what these keys add to each, in float32, flat."""
-        here = _as(keys, flat)
-        k, v = here if expand is None else expand(here, *weights)
-        arrays = q, k, v, q_pos, pos, q_seg, seg, lse, dout, delta
-        dq, *dkeys = attention_backward(*arrays, **dict(options))
-        if expand is None:
-            return _flat(dq), (), _flat(tuple(dkeys))
-        _, pull = jax.vjp(expand, here, *weights)
-        found = pull(tuple(d.astype(x.dtype) for d, x in zip(dkeys, (k, v), strict=True)))
-        dkeys, *dweights = jax.tree.map(lambda x: x.astype(dq.dtype), found)
-        return _flat(dq), tuple(dweights), _flat(dkeys)
+        arrays = q, q_pos, q_seg, lse, dout, delta
+        return _flat(gradients(options, expand, weights, arrays, _as(keys, flat), pos, seg))
 
     def partial(streams):  # sums of what stays here, and what goes on with each stream
         parts = [gradient(*stream) for stream in streams]
@@ -128,11 +118,11 @@ def _backward(circles, options, expand, saved, grads):
     own = _split(travels, len(circles))
     mine = travelling = None
     if n > 1:
-        carry = _in_turn(step((mine, _rotate(circles, own), travelling), onward=n > 2))
+        carry = in_turn(step((mine, _rotate(circles, own), travelling), onward=n > 2))
         if n > 2:
-            turns = n - 3, lambda _, carry: _in_turn(step(carry))
+            turns = n - 3, lambda _, carry: in_turn(step(carry))
             carry = step(lax.fori_loop(0, *turns, carry, unroll=_unroll()), onward=False)
-        (mine, _, travelling), own = _in_turn((carry, own))
+        (mine, _, travelling), own = in_turn((carry, own))
     # own keys last: they hide the gradient's way home, twice the bytes of what hides nowhere
     mine, _, home = step((mine, own, travelling), onward=False)
     dkeys = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *home)
@@ -145,11 +135,31 @@ def _backward(circles, options, expand, saved, grads):
 _circulate.defvjp(_forward, _backward)
 
 
+def gradients(options, expand, weights, queries, keys, pos, seg):
+    """`(dq, dweights, dkeys)`: what some keys add to each, in float32.
+
+    `queries`: q, its positions and segment ids, lse, dout and delta.
+    """
+    q, q_pos, q_seg, *rest = queries
+    k, v = _met(keys, expand, weights)
+    dq, *dkeys = attention_backward(q, k, v, q_pos, pos, q_seg, seg, *rest, **dict(options))
+    if expand is None:
+        return dq, (), tuple(dkeys)
+    _, pull = jax.vjp(expand, keys, *weights)
+    found = pull(tuple(d.astype(x.dtype) for d, x in zip(dkeys, (k, v), strict=True)))
+    dkeys, *dweights = jax.tree.map(lambda x: x.astype(dq.dtype), found)
+    return dq, tuple(dweights), dkeys
+
+
+def _met(keys, expand, weights):
+    return keys if expand is None else expand(keys, *weights)
+
+
 def _rotate(circles, streams):
     return [circle.rotate(x) for circle, x in zip(circles, streams, strict=True)]
 
 
-def _in_turn(tree):
+def in_turn(tree):
     """`tree`, none of it used before all of it is there.
 
     A transfer that could start at any time XLA starts at once: of a loop that is written out it
