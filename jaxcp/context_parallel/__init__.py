@@ -9,6 +9,7 @@ from jaxcp.context_parallel.api import (
     ring_attention,
 )
 from jaxcp.context_parallel.halo import Halo
+from jaxcp.context_parallel.overlap import compiler_options
 from jaxcp.context_parallel.ring import Ring
 from jaxcp.context_parallel.ring_pass_q import RingPassQ
 from jaxcp.context_parallel.strategy import Strategy
@@ -28,6 +29,7 @@ __all__ = [
     "Strategy",
     "Ulysses",
     "attention_fn",
+    "compiler_options",
     "context_parallel_attention",
     "latent_attention",
     "ring_attention",

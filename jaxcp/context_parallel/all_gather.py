@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxcp.context_parallel.circulate import gradients, in_turn
+from jaxcp.context_parallel.circulate import as_before, flat, gradients, in_turn, met
 from jaxcp.context_parallel.exchange import gathered
-from jaxcp.context_parallel.strategy import Strategy, expanded
+from jaxcp.context_parallel.strategy import Strategy
 from pallas_kernels.flash_attention import attention_forward, row_delta
 
 
@@ -56,23 +56,24 @@ def _with_parts(how, q, keys, weights, q_pos, kv_pos, q_seg, kv_seg):
     """`(out, lse)`, and the gathered parts of keys, positions and segment ids."""
     axis_name, chunks, options, expand = how
     acc = np.promote_types(q.dtype, np.float32)
-    parts = _cut((keys, kv_pos, kv_seg), chunks)
+    parts = _cut((flat(keys), kv_pos, kv_seg), chunks)
 
     def everywhere(part):
         return jax.tree.map(lambda x: gathered(x, axis_name), part)
 
     done, whole, coming = None, [], everywhere(parts[0])
-    for part in [*parts[1:], None]:
-        here, coming = coming, None if part is None else everywhere(part)
-        keys, pos, seg = here
-        k, v = expanded(*((*keys,) if expand is None else (keys, None)), expand, weights)
-        dtype = q.dtype if part is None else acc
-        arrays = q, k, v, q_pos, pos, q_seg, seg
-        done = attention_forward(*arrays, carry=done, out_dtype=dtype, **dict(options))
+    for i in range(len(parts)):
+        here, last = coming, i == len(parts) - 1
+        coming = None if last else everywhere(parts[i + 1])
+        k, v = met(as_before(keys, here[0]), expand, weights)
+        arrays = q, k, v, q_pos, here[1], q_seg, here[2]
+        carry = None if done is None else (done[0].reshape(*q.shape[:3], -1), done[1])
+        dtype = q.dtype if last else acc
+        out, lse = attention_forward(*arrays, carry=carry, out_dtype=dtype, **dict(options))
+        # one part arrives beside the kernel, not all of them before it
+        done, coming, parts = in_turn(((flat(out), lse), coming, parts))
         whole.append(here)
-        if coming is not None:  # one part arrives beside the kernel, not all of them before it
-            done, coming = in_turn((done, coming))
-    return done, whole
+    return (done[0].reshape(*q.shape[:3], -1), done[1]), whole
 
 
 def _forward(how, *arrays):
@@ -87,21 +88,23 @@ def _backward(how, saved, grads):
     dout, dlse = grads
     queries = q, q_pos, q_seg, lse, dout, row_delta(out, dout, dlse)
 
-    def home(x):  # summed in float32, whatever the keys are
-        return lax.psum_scatter(x, axis_name, scatter_dimension=1, tiled=True)
+    def home(x):  # tokens first, else XLA on TPU sums everything everywhere and cuts
+        x = x.swapaxes(0, 1)
+        return lax.psum_scatter(x, axis_name, scatter_dimension=0, tiled=True).swapaxes(0, 1)
 
     mine, dkeys, ready = None, [], None
     for part in whole:
         if ready is not None:
             dkeys.append(jax.tree.map(home, ready))
-        dq, dweights, ready = gradients(options, expand, weights, queries, *part)
-        more = dq, dweights
+        here = as_before(keys, part[0]), *part[1:]
+        *more, ready = flat(gradients(options, expand, weights, queries, *here))
         mine = more if mine is None else jax.tree.map(jnp.add, mine, more)
         mine, ready, queries = in_turn((mine, ready, queries))
     dkeys.append(jax.tree.map(home, ready))
     dkeys = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *dkeys)
     found = mine[0], dkeys, mine[1]
-    found = jax.tree.map(lambda x, like: x.astype(like.dtype), found, (q, keys, weights))
+    like = q, keys, weights
+    found = jax.tree.map(lambda x, like: x.reshape(like.shape).astype(like.dtype), found, like)
     return *found, None, None, None, None
 
 

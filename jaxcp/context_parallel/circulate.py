@@ -62,13 +62,13 @@ def _circulate(circles, options, expand, q, keys, weights, q_pos, kv_pos, q_seg,
     acc = np.promote_types(q.dtype, np.float32)
 
     def attend(done, streams, out_dtype=acc):
-        for i, (flat, pos, seg) in enumerate(streams):
-            k, v = _met(_as(keys, flat), expand, weights)
+        for i, (travels, pos, seg) in enumerate(streams):
+            k, v = met(as_before(keys, travels), expand, weights)
             carry = None if done is None else (done[0].reshape(*q.shape[:3], -1), done[1])
             dtype = out_dtype if i == len(streams) - 1 else acc
             arrays = q, k, v, q_pos, pos, q_seg, seg
             out, lse = attention_forward(*arrays, carry=carry, out_dtype=dtype, **dict(options))
-            done = _flat(out), lse
+            done = flat(out), lse
         return done
 
     def step(_, carry):
@@ -76,7 +76,7 @@ def _circulate(circles, options, expand, q, keys, weights, q_pos, kv_pos, q_seg,
         following = _rotate(circles, streams)
         return in_turn((attend(done, streams), following))
 
-    done, streams = None, _split((_flat(keys), kv_pos, kv_seg), len(circles))
+    done, streams = None, _split((flat(keys), kv_pos, kv_seg), len(circles))
     if n > 1:
         carry = step(0, (done, streams))
         done, streams = lax.fori_loop(0, n - 2, step, carry, unroll=_unroll())
@@ -92,14 +92,14 @@ def _forward(circles, options, expand, *arrays):
 def _backward(circles, options, expand, saved, grads):
     q, keys, weights, q_pos, kv_pos, q_seg, kv_seg, out, lse = saved
     # else XLA keeps what the forward pass received first until now, and saves a rotation
-    grads, out, lse, travels = in_turn((grads, out, lse, (_flat(keys), kv_pos, kv_seg)))
+    grads, out, lse, travels = in_turn((grads, out, lse, (flat(keys), kv_pos, kv_seg)))
     dout, dlse = grads
     n = circles[0].size
     delta = row_delta(out, dout, dlse)
 
-    def gradient(flat, pos, seg):
+    def gradient(travels, pos, seg):
         arrays = q, q_pos, q_seg, lse, dout, delta
-        return _flat(gradients(options, expand, weights, arrays, _as(keys, flat), pos, seg))
+        return flat(gradients(options, expand, weights, arrays, as_before(keys, travels), pos, seg))
 
     def partial(streams):  # sums of what stays here, and what goes on with each stream
         parts = [gradient(*stream) for stream in streams]
@@ -141,7 +141,7 @@ def gradients(options, expand, weights, queries, keys, pos, seg):
     `queries`: q, its positions and segment ids, lse, dout and delta.
     """
     q, q_pos, q_seg, *rest = queries
-    k, v = _met(keys, expand, weights)
+    k, v = met(keys, expand, weights)
     dq, *dkeys = attention_backward(q, k, v, q_pos, pos, q_seg, seg, *rest, **dict(options))
     if expand is None:
         return dq, (), tuple(dkeys)
@@ -151,7 +151,7 @@ def gradients(options, expand, weights, queries, keys, pos, seg):
     return dq, tuple(dweights), dkeys
 
 
-def _met(keys, expand, weights):
+def met(keys, expand, weights):
     return keys if expand is None else expand(keys, *weights)
 
 
@@ -178,14 +178,14 @@ def _unroll() -> int:
     return 1 if target_platform() == "cpu" else 2
 
 
-def _flat(tree):
+def flat(tree):
     """`[B, S, ...]` as `[B, S, everything]`: how TPU kernels take heads, so nothing is re-laid."""
     return jax.tree.map(lambda x: x.reshape(*x.shape[:2], -1), tree)
 
 
-def _as(tree, flat):
-    """`flat` with the inner dimensions of `tree`."""
-    return jax.tree.map(lambda x, y: y.reshape(*y.shape[:2], *x.shape[2:]), tree, flat)
+def as_before(tree, flattened):
+    """`flattened` with the inner dimensions of `tree`."""
+    return jax.tree.map(lambda x, y: y.reshape(*y.shape[:2], *x.shape[2:]), tree, flattened)
 
 
 def _split(tree, count):

@@ -14,12 +14,14 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from jaxcp.context_parallel import Ring, Strategy
-from jaxcp.context_parallel.halo import rows_to_send
 from jaxcp.context_parallel.compressed_cache import CompressedCache
+from jaxcp.context_parallel.halo import rows_to_send
 from jaxcp.context_parallel.kv_cache import MAX_EXTEND, Extend, KVCache, Prefill
+from jaxcp.context_parallel.overlap import compiler_options
 from jaxcp.inference.compressed_steps import prefill_compressed
 from jaxcp.layers.ngram import windows
 from pallas_kernels import PAD_POSITION
+from pallas_kernels.dispatch import target_platform
 
 EXTEND_SIZES = (1, 8, 32, MAX_EXTEND)
 """Widths to which short turns are padded; longer turns are prefilled by the strategy."""
@@ -127,10 +129,10 @@ def logits(model: Any, tokens: Any, *, attention: Strategy | None = None) -> jax
     tokens = windows(tokens, getattr(model.config, "ngram_width", 1))
     batch = strategy.layout.permute({"tokens": tokens, "positions": positions}, shards)
     batch = _put((batch["tokens"], batch["positions"]), P("data", "seq"))
-    return strategy.layout.inverse(_whole(model, *batch, strategy), shards, tokens.shape[1])
+    whole = _jitted(_whole, False)
+    return strategy.layout.inverse(whole(model, *batch, strategy), shards, tokens.shape[1])
 
 
-@functools.partial(jax.jit, static_argnums=3)
 def _whole(model, tokens, positions, strategy):
     return model(tokens, positions, attention=strategy, consecutive=True)
 
@@ -164,10 +166,18 @@ def _at(model, hidden, positions, last):
     return model.logits(row[:, None])[:, 0]
 
 
-@functools.cache
 def _jitted(fn, donate: bool):
-    static = (9, 10) if fn is _prefill else ()
-    return jax.jit(fn, static_argnums=static, donate_argnums=(1,) if donate else ())
+    return _jit(fn, donate, target_platform())
+
+
+@functools.cache
+def _jit(fn, donate: bool, platform: str):
+    return jax.jit(
+        fn,
+        static_argnums={_prefill: (9, 10), _whole: (3,)}.get(fn, ()),
+        donate_argnums=(1,) if donate else (),
+        compiler_options=compiler_options(platform),
+    )
 
 
 def _spread(strategy, cache, tokens, positions, fill):

@@ -2,20 +2,24 @@
 """Ask the compiler what a program costs on machines that are not there."""
 
 from jaxcp.plan.compile import Report, compile_for, on_mesh
-from jaxcp.plan.hlo import Collective, collectives, kernel_calls
+from jaxcp.plan.hlo import Collective, Copy, Transfer, collectives, copies, kernel_calls, transfers
 from jaxcp.plan.inference import decode_program, prefill_program
 from jaxcp.plan.target import Target, parse_target, topology
 
 __all__ = [
     "Collective",
+    "Copy",
     "Report",
     "Target",
+    "Transfer",
     "collectives",
     "compile_for",
+    "copies",
     "decode_program",
     "kernel_calls",
     "on_mesh",
     "parse_target",
     "prefill_program",
     "topology",
+    "transfers",
 ]

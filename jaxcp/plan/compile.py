@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxcp.context_parallel.overlap import compiler_options as overlap
 from jaxcp.plan.hlo import Collective, collectives, kernel_calls
 from pallas_kernels.devices import find
 
@@ -72,7 +73,7 @@ def compile_for(
       args: arrays or `jax.ShapeDtypeStruct`s, in any trees. A leaf keeps the `PartitionSpec` of
         its sharding; a leaf without one is replicated.
       target_mesh: `parse_target(...).mesh(...)`, or a mesh of devices that are there.
-      compiler_options: as for `jax.jit`, such as `xla_gpu_enable_latency_hiding_scheduler`.
+      compiler_options: as for `jax.jit`, besides those of `jaxcp.context_parallel`.
     Raises:
       jax.errors.JaxRuntimeError: the compiler refuses; out of memory it names the buffers.
 
@@ -88,7 +89,8 @@ def compile_for(
     with jax.sharding.use_abstract_mesh(target_mesh.abstract_mesh):
         traced = jitted.trace(*on_mesh(args, target_mesh))
         lowered = traced.lower(lowering_platforms=(platform,))
-    compiled = lowered.compile(compiler_options=dict(compiler_options or {}))
+    options = {**overlap(platform), **(compiler_options or {})}
+    compiled = lowered.compile(compiler_options=options)
     seconds = time.perf_counter() - start
     memory, text = compiled.memory_analysis(), _text(compiled)
     sizes = (

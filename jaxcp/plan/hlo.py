@@ -11,6 +11,9 @@ import re
 from collections.abc import Iterator
 
 KINDS = ("collective-permute", "all-gather", "reduce-scatter", "all-reduce", "all-to-all")
+MOVES = ("copy", "reshape", "transpose", "slice", "dynamic-slice", "concatenate", "gather", "pad")
+"""What changes no value. A reshape that is left in a compiled program lays its bytes out anew."""
+FREE = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element")
 KERNEL_TARGETS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "triton_kernel_call", "mosaic_gpu")
 
 
@@ -26,6 +29,28 @@ class Collective:
     count: int
     bytes: int
     note: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """One collective of the schedule, run `count` times with `bytes` (as in `Collective`) each.
+
+    `kernels`: Mosaic and Triton kernels that run between its start and its done: what hides it.
+    """
+
+    kind: str
+    bytes: int
+    count: int
+    kernels: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Copy:
+    """An instruction that only moves, run `count` times: its opcode, and the bytes it writes."""
+
+    opcode: str
+    bytes: int
+    count: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,9 +96,7 @@ def collectives(hlo_text: str) -> list[Collective]:
     """
     found: dict[str, list[_Use]] = {}
     for use in _uses(hlo_text):
-        opcode = use.instruction.opcode
-        kind = opcode.removesuffix("-start")
-        if kind in KINDS:
+        if kind := _kind(use.instruction):
             found.setdefault(kind, []).append(use)
     return [
         Collective(
@@ -89,13 +112,92 @@ def collectives(hlo_text: str) -> list[Collective]:
 
 def kernel_calls(hlo_text: str) -> int:
     """Executions of Mosaic and Triton kernels, counted as `collectives` counts."""
-    return sum(
-        use.count
-        for use in _uses(hlo_text)
-        if use.instruction.opcode == "custom-call"
-        and (target := re.search(r'custom_call_target="([^"]*)"', use.instruction.attributes))
+    return sum(use.count for use in _uses(hlo_text) if _is_kernel(use.instruction))
+
+
+def transfers(hlo_text: str) -> list[Transfer]:
+    """Every collective in the order of the schedule (`is_scheduled=true`), a loop's body once.
+
+    Combined collectives are one. A start that XLA marks synchronous hides behind nothing.
+
+    >>> all(t.kernels for t in transfers(compiled.as_text()) if t.kind == "collective-permute")
+    """
+    computations, entry = _parse(hlo_text)
+    found = []
+    for name, count, loops in _sequences(computations, entry):
+        body, kernels, begun = computations[name], 0, {}
+        for instruction in body.values():
+            kernels += _kernels_in(computations, instruction)
+            # a start of another kind wraps the collective in a computation
+            inner = [
+                use
+                for use in _walk(computations, {instruction.name: instruction}, count, loops, body)
+                if _kind(use.instruction)
+            ]
+            if instruction.opcode.endswith("-done") and instruction.inputs:
+                index, before = begun.pop(_origin(body, instruction), (None, 0))
+                if index is not None:
+                    found[index] = dataclasses.replace(found[index], kernels=kernels - before)
+            elif inner and instruction.opcode not in ("while", "conditional", "call"):
+                if instruction.opcode.endswith("-start") and '"is_sync":true' not in (
+                    instruction.attributes
+                ):
+                    begun[instruction.name] = len(found), kernels
+                kind, size = _kind(inner[0].instruction), sum(_payload(use) for use in inner)
+                found.append(Transfer(kind=kind, bytes=size, count=count, kernels=0))
+    return found
+
+
+def copies(hlo_text: str, least: int) -> list[Copy]:
+    """Instructions that move `least` bytes or more and compute nothing, in the schedule's order.
+
+    Not those between memories (a TPU's prefetching into its vector memory), nor a collective's.
+    """
+    computations, entry = _parse(hlo_text)
+    found = []
+    for name, count, _ in _sequences(computations, entry):
+        for x in computations[name].values():
+            opcode = x.opcode.removesuffix("-start")
+            if opcode in MOVES and x.opcode != opcode:
+                ends = re.findall(r"\w+\[[\d,]*\](?:\{[^}]*\})?", x.type)[:2]
+                moves, size = len({"S(" in end for end in ends}) == 1, _bytes(ends[0])
+            else:
+                inside = [computations[callee] for callee in x.callees()]
+                codes = {y.opcode for body in inside for y in body.values()} - set(FREE)
+                wrapped = opcode in ("fusion", "async") and bool(codes) and codes <= set(MOVES)
+                moves, size = opcode in MOVES or wrapped, _bytes(x.type)
+            if moves and size >= least:
+                found.append(Copy(opcode=opcode, bytes=size, count=count))
+    return found
+
+
+def _kind(instruction: _Instruction) -> str | None:
+    kind = instruction.opcode.removesuffix("-start")
+    return kind if kind in KINDS else None
+
+
+def _is_kernel(instruction: _Instruction) -> bool:
+    target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
+    return (
+        instruction.opcode == "custom-call"
+        and target is not None
         and target[1].startswith(KERNEL_TARGETS)
     )
+
+
+def _kernels_in(computations, instruction: _Instruction) -> int:
+    if instruction.opcode.endswith(("-done", "-update")):
+        return 0
+    body = {instruction.name: instruction}
+    return sum(use.count for use in _walk(computations, body, 1, ()) if _is_kernel(use.instruction))
+
+
+def _origin(body, done: _Instruction) -> str:
+    """The start that a done belongs to, through what was put between."""
+    found = body.get(done.inputs[0])
+    while found and found.inputs and found.opcode.endswith(("-update", "get-tuple-element")):
+        found = body.get(found.inputs[0])
+    return found.name if found else ""
 
 
 def _payload(use: _Use) -> int:
@@ -126,22 +228,39 @@ def _bytes(type_text: str) -> int:
 def _uses(hlo_text: str) -> Iterator[_Use]:
     """Every collective and custom call that is reached from the entry computation."""
     computations, entry = _parse(hlo_text)
+    return _walk(computations, computations[entry], 1, ())
 
-    def walk(name: str, count: int, loops: tuple[int | None, ...]) -> Iterator[_Use]:
-        body = computations.get(name, {})
-        for instruction in body.values():
-            if instruction.opcode.removesuffix("-start") in (*KINDS, "custom-call"):
-                operands = sum(_bytes(body[x].type) for x in instruction.inputs if x in body)
-                yield _Use(instruction, operands, count, loops)
-            elif instruction.opcode == "while":
-                turns = _turns(computations, body, instruction)
-                inner = _attribute(instruction, "body")
-                yield from walk(inner, count * (1 if turns is None else turns), (*loops, turns))
-            else:
-                for callee in instruction.callees():
-                    yield from walk(callee, count, loops)
 
-    yield from walk(entry, 1, ())
+def _walk(computations, body, count, loops, around=None) -> Iterator[_Use]:
+    """Collectives and custom calls of `body`, whose operands are in it or in `around`."""
+    known = body if around is None else around
+    for instruction in body.values():
+        if _kind(instruction) or instruction.opcode == "custom-call":
+            operands = sum(_bytes(known[x].type) for x in instruction.inputs if x in known)
+            yield _Use(instruction, operands, count, loops)
+            continue
+        turns: int | None = 1
+        inner, callees = loops, instruction.callees()
+        if instruction.opcode == "while":
+            turns = _turns(computations, known, instruction)
+            inner, callees = (*loops, turns), [_attribute(instruction, "body")]
+        for callee in callees:
+            yield from _walk(
+                computations, computations.get(callee, {}), count * (turns or 1), inner
+            )
+
+
+def _sequences(computations, name, count=1, loops=()):
+    """`(computation, count, loops)`: the entry, and the bodies of the loops and branches in it."""
+    yield name, count, loops
+    for instruction in computations[name].values():
+        if instruction.opcode == "while":
+            turns = _turns(computations, computations[name], instruction)
+            body = _attribute(instruction, "body")
+            yield from _sequences(computations, body, count * (turns or 1), (*loops, turns))
+        elif instruction.opcode in ("conditional", "call"):
+            for callee in instruction.callees():
+                yield from _sequences(computations, callee, count, loops)
 
 
 def _parse(hlo_text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:

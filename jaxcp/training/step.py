@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxcp.context_parallel.overlap import compiler_options
 from jaxcp.layout import Zigzag
 from jaxcp.models import family_of
 from jaxcp.sharding import place, sharding_of
@@ -192,7 +193,7 @@ def make_step(
         }
         return state | new, {"loss": total / weight, "lr": lr, "grad_norm": optax.tree.norm(grads)}
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
 
 
 def balance(others: dict[str, jax.Array], load: jax.Array, rate: float) -> dict[str, jax.Array]:
