@@ -89,8 +89,10 @@ def _backward(how, saved, grads):
     queries = q, q_pos, q_seg, lse, dout, row_delta(out, dout, dlse)
 
     def home(x):  # tokens first, else XLA on TPU sums everything everywhere and cuts
-        x = x.swapaxes(0, 1)
-        return lax.psum_scatter(x, axis_name, scatter_dimension=0, tiled=True).swapaxes(0, 1)
+        batch, tokens = x.shape[:2]
+        rows = x.swapaxes(0, 1).reshape(tokens, -1)
+        rows = lax.psum_scatter(rows, axis_name, scatter_dimension=0, tiled=True)
+        return rows.reshape(-1, batch, *x.shape[2:]).swapaxes(0, 1)
 
     mine, dkeys, ready = None, [], None
     for part in whole:

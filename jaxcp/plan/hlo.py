@@ -235,6 +235,8 @@ def _walk(computations, body, count, loops, around=None) -> Iterator[_Use]:
     """Collectives and custom calls of `body`, whose operands are in it or in `around`."""
     known = body if around is None else around
     for instruction in body.values():
+        if _scatters(computations, instruction):
+            instruction = dataclasses.replace(instruction, opcode="reduce-scatter")
         if _kind(instruction) or instruction.opcode == "custom-call":
             operands = sum(_bytes(known[x].type) for x in instruction.inputs if x in known)
             yield _Use(instruction, operands, count, loops)
@@ -248,6 +250,13 @@ def _walk(computations, body, count, loops, around=None) -> Iterator[_Use]:
             yield from _walk(
                 computations, computations.get(callee, {}), count * (turns or 1), inner
             )
+
+
+def _scatters(computations, instruction: _Instruction) -> bool:
+    """Whether a fusion sums everywhere and keeps its part: a TPU's reduce-scatter."""
+    bodies = [computations.get(callee, {}) for callee in instruction.callees()]
+    codes = {x.opcode for body in bodies for x in body.values()}
+    return instruction.opcode == "fusion" and {"all-reduce", "dynamic-slice"} <= codes
 
 
 def _sequences(computations, name, count=1, loops=()):
