@@ -60,13 +60,14 @@ def circulate(circles, options, q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, expand
 def _circulate(circles, options, expand, q, keys, weights, q_pos, kv_pos, q_seg, kv_seg):
     n = circles[0].size
     acc = np.promote_types(q.dtype, np.float32)
+    queries = flat(q)
 
     def attend(done, streams, out_dtype=acc):
         for i, (travels, pos, seg) in enumerate(streams):
             k, v = met(as_before(keys, travels), expand, weights)
             carry = None if done is None else (done[0].reshape(*q.shape[:3], -1), done[1])
             dtype = out_dtype if i == len(streams) - 1 else acc
-            arrays = q, k, v, q_pos, pos, q_seg, seg
+            arrays = as_before(q, queries), k, v, q_pos, pos, q_seg, seg
             out, lse = attention_forward(*arrays, carry=carry, out_dtype=dtype, **dict(options))
             done = flat(out), lse
         return done
@@ -96,9 +97,11 @@ def _backward(circles, options, expand, saved, grads):
     dout, dlse = grads
     n = circles[0].size
     delta = row_delta(out, dout, dlse)
+    rows = flat((q, dout))
 
     def gradient(travels, pos, seg):
-        arrays = q, q_pos, q_seg, lse, dout, delta
+        q_here, dout_here = as_before((q, dout), rows)
+        arrays = q_here, q_pos, q_seg, lse, dout_here, delta
         return flat(gradients(options, expand, weights, arrays, as_before(keys, travels), pos, seg))
 
     def partial(streams):  # sums of what stays here, and what goes on with each stream

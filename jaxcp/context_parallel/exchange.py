@@ -4,6 +4,7 @@
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -48,6 +49,19 @@ class Exchange:
 
     def back(self, x):
         return self._swap(x, 1, 2)
+
+    def keys_back(self, x, dtype):
+        """The float32 gradient `x` of what `keys` gave, in `dtype`.
+
+        Where a KV head went to several devices their parts are summed first, in float32.
+        """
+        needed = self.kv_heads.reshape(-1)
+        if len(set(needed)) == len(needed):
+            return self.back(x.astype(dtype))
+        x = self.back(x)
+        return jnp.stack([x[:, :, needed == h].sum(2) for h in sorted(set(needed))], 2).astype(
+            dtype
+        )
 
     def _swap(self, x, split, concat):
         if len(self.kv_heads) == 1:

@@ -11,12 +11,14 @@ Source: Jacobs et al., DeepSpeed Ulysses (arXiv 2309.14509).
 """
 
 import dataclasses
+import functools
 
+import jax
 from jax import lax
 
 from jaxcp.context_parallel.exchange import Exchange, gathered
 from jaxcp.context_parallel.strategy import Strategy
-from pallas_kernels import flash_attention
+from pallas_kernels.flash_attention import attention_backward, attention_forward, row_delta
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,17 +33,36 @@ class Ulysses(Strategy):
             raise NotImplementedError(
                 "Ulysses sends heads, which a latent has none of; use Ring(), AllGather() or Halo()"
             )
-        swap = Exchange.over(axis_name, lax.axis_size(axis_name), q.shape[2], k.shape[2])
-        out, lse = flash_attention(
-            swap.queries(q),
-            swap.keys(k),
-            swap.keys(v),
-            q_positions=gathered(q_pos, axis_name),
-            kv_positions=gathered(kv_pos, axis_name),
-            q_segment_ids=gathered(q_seg, axis_name),
-            kv_segment_ids=gathered(kv_seg, axis_name),
-            causal=mask.causal,
-            window=mask.window,
-            **options,
-        )
-        return swap.back(out), swap.back(lse)
+        how = axis_name, (q.shape[2], k.shape[2]), tuple({"mask": mask, **options}.items())
+        return _attend(how, q, k, v, q_pos, kv_pos, q_seg, kv_seg)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(how, *arrays):
+    return _forward(how, *arrays)[0]
+
+
+def _exchange(how):
+    axis_name, heads, _ = how
+    return Exchange.over(axis_name, lax.axis_size(axis_name), *heads)
+
+
+def _forward(how, q, k, v, *ids):
+    swap = _exchange(how)
+    arrays = swap.queries(q), swap.keys(k), swap.keys(v), *(gathered(x, how[0]) for x in ids)
+    out, lse = attention_forward(*arrays, **dict(how[2]))
+    found = swap.back(out), swap.back(lse)
+    return found, (arrays, lse, found[0])
+
+
+def _backward(how, saved, grads):
+    arrays, lse, out = saved
+    swap, (dout, dlse) = _exchange(how), grads
+    rows = lse, swap.queries(dout), swap.queries(row_delta(out, dout, dlse))
+    dq, dk, dv = attention_backward(*arrays, *rows, **dict(how[2]))
+    q, k, v, *_ = arrays
+    dkeys = swap.keys_back(dk, k.dtype), swap.keys_back(dv, v.dtype)
+    return swap.back(dq.astype(q.dtype)), *dkeys, None, None, None, None
+
+
+_attend.defvjp(_forward, _backward)

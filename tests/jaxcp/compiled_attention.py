@@ -57,9 +57,7 @@ def compiled(
 
     def forward(q, k, v, positions):
         q, k, v = (x.reshape(*x.shape[:2], -1, HEAD_DIM) for x in (q, k, v))
-        out = jaxcp.context_parallel_attention(
-            q, k, v, positions, strategy=strategy, window=window
-        )
+        out = jaxcp.context_parallel_attention(q, k, v, positions, strategy=strategy, window=window)
         return out.reshape(*out.shape[:2], -1)
 
     def both(q, k, v, positions, dout):
