@@ -15,10 +15,9 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from jaxcp.context_parallel.circulate import as_before, flat, gradients, in_turn, met
-from jaxcp.context_parallel.exchange import gathered
+from jaxcp.context_parallel.exchange import gathered, scattered
 from jaxcp.context_parallel.strategy import Strategy
 from pallas_kernels.flash_attention import attention_forward, row_delta
 
@@ -88,21 +87,18 @@ def _backward(how, saved, grads):
     dout, dlse = grads
     queries = q, q_pos, q_seg, lse, dout, row_delta(out, dout, dlse)
 
-    def home(x):  # tokens first, else XLA on TPU sums everything everywhere and cuts
-        batch, tokens = x.shape[:2]
-        rows = x.swapaxes(0, 1).reshape(tokens, -1)
-        rows = lax.psum_scatter(rows, axis_name, scatter_dimension=0, tiled=True)
-        return rows.reshape(-1, batch, *x.shape[2:]).swapaxes(0, 1)
+    def home(tree):  # summed in float32, whatever the keys are
+        return jax.tree.map(lambda x: scattered(x, axis_name), tree)
 
     mine, dkeys, ready = None, [], None
     for part in whole:
         if ready is not None:
-            dkeys.append(jax.tree.map(home, ready))
+            dkeys.append(home(ready))
         here = as_before(keys, part[0]), *part[1:]
         *more, ready = flat(gradients(options, expand, weights, queries, *here))
         mine = more if mine is None else jax.tree.map(jnp.add, mine, more)
         mine, ready, queries = in_turn((mine, ready, queries))
-    dkeys.append(jax.tree.map(home, ready))
+    dkeys.append(home(ready))
     dkeys = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *dkeys)
     found = mine[0], dkeys, mine[1]
     like = q, keys, weights

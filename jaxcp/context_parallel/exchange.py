@@ -90,3 +90,14 @@ def gathered(x, axis_name, groups=None):
     if x is None or (groups is not None and len(groups[0]) == 1):
         return x
     return lax.all_gather(x, axis_name, axis=1, tiled=True, axis_index_groups=groups)
+
+
+def scattered(x, axis_name):
+    """The sum over shards of `x [B, n * t, ...]`, of which each shard gets its own rows.
+
+    Tokens come first: of any other axis XLA on TPU sums all of it everywhere and cuts after that.
+    """
+    batch, tokens = x.shape[:2]
+    rows = x.swapaxes(0, 1).reshape(tokens, -1)
+    rows = lax.psum_scatter(rows, axis_name, scatter_dimension=0, tiled=True)
+    return rows.reshape(-1, batch, *x.shape[2:]).swapaxes(0, 1)

@@ -12,14 +12,17 @@ partial results in 16 bits that a kernel hides. (arXiv 2411.01783)
 """
 
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxcp.context_parallel.exchange import gathered
-from jaxcp.context_parallel.strategy import Strategy, expanded
-from pallas_kernels import flash_attention
+from jaxcp.context_parallel.circulate import gradients, met
+from jaxcp.context_parallel.exchange import gathered, scattered
+from jaxcp.context_parallel.strategy import Strategy
+from pallas_kernels.flash_attention import attention_forward, row_delta
 from pallas_kernels.online_softmax import merge_stacked
 
 
@@ -31,27 +34,9 @@ class RingPassQ(Strategy):
         self, q, k, v, q_pos, kv_pos, q_seg, kv_seg, *,
         axis_name, mask, expand=None, weights=(), **options,
     ):  # fmt: skip
-        n = lax.axis_size(axis_name)
-        acc = np.promote_types(q.dtype, np.float32)
-        k, v = expanded(k, v, expand, weights)
-        out, lse = flash_attention(
-            gathered(q, axis_name),
-            k,
-            v,
-            q_positions=gathered(q_pos, axis_name),
-            kv_positions=kv_pos,
-            q_segment_ids=gathered(q_seg, axis_name),
-            kv_segment_ids=kv_seg,
-            causal=mask.causal,
-            window=mask.window,
-            out_dtype=acc,
-            **options,
-        )
-        packed = jnp.concatenate([out, lse[..., None].astype(acc)], axis=-1)
-        packed = lax.all_to_all(packed, axis_name, 1, 0, tiled=True)  # [n * B, t, N, V + 1]
-        packed = packed.reshape(n, q.shape[0], *packed.shape[1:])
-        out, lse = merge_stacked(packed[..., :-1], packed[..., -1])
-        return out.astype(q.dtype), lse
+        how = axis_name, tuple({"mask": mask, **options}.items()), expand
+        keys = (k, v) if expand is None else k
+        return _attend(how, q, keys, weights, q_pos, kv_pos, q_seg, kv_seg)
 
     @staticmethod
     def fewer_bytes(q, k, v) -> bool:
@@ -60,3 +45,37 @@ class RingPassQ(Strategy):
         _, s, kv_heads, value_width = v.shape
         rotated = s * kv_heads * (width + value_width) * k.dtype.itemsize
         return t * heads * (width * q.dtype.itemsize + (value_width + 1) * 4) < rotated
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(how, *arrays):
+    return _forward(how, *arrays)[0]
+
+
+def _forward(how, q, keys, weights, q_pos, kv_pos, q_seg, kv_seg):
+    axis_name, options, expand = how
+    acc = np.promote_types(q.dtype, np.float32)
+    every = tuple(gathered(x, axis_name) for x in (q, q_pos, q_seg))
+    arrays = every[0], *met(keys, expand, weights), every[1], kv_pos, every[2], kv_seg
+    out, lse = attention_forward(*arrays, out_dtype=acc, **dict(options))
+    packed = jnp.concatenate([out, lse[..., None].astype(acc)], axis=-1)
+    packed = lax.all_to_all(packed, axis_name, 1, 0, tiled=True)  # [n * B, t, N, V + 1]
+    packed = packed.reshape(-1, q.shape[0], *packed.shape[1:])
+    out, lse = merge_stacked(packed[..., :-1], packed[..., -1])
+    found = out.astype(q.dtype), lse
+    return found, (every, keys, weights, kv_pos, kv_seg, *found)
+
+
+def _backward(how, saved, grads):
+    axis_name, options, expand = how
+    every, keys, weights, kv_pos, kv_seg, out, lse = saved
+    dout, dlse = grads
+    rows = (gathered(x, axis_name) for x in (lse, dout, row_delta(out, dout, dlse)))
+    queries = *every, *rows
+    dq, dweights, dkeys = gradients(options, expand, weights, queries, keys, kv_pos, kv_seg)
+    found = scattered(dq, axis_name), dkeys, dweights
+    found = jax.tree.map(lambda x, like: x.astype(like.dtype), found, (dout, keys, weights))
+    return *found, None, None, None, None
+
+
+_attend.defvjp(_forward, _backward)

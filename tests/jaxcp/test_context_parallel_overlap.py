@@ -106,7 +106,7 @@ ENTRY %main (x: bf16[4,8]) -> bf16[4,8] {
   %near = (bf16[4,8]{1,0:S(1)}, bf16[4,8]{1,0}, u32[]) copy-start(%x)
   %far = (bf16[4,8]{1,0}, bf16[4,8]{1,0}, u32[]) copy-start(%x)
   %p = (bf16[4,8]{1,0}, bf16[4,8]{1,0}, u32[]) collective-permute-start(%x)
-  %q = (bf16[4,8]{1,0}, bf16[4,8]{1,0}) collective-permute-start(%x), backend_config={"is_sync":true}
+  %q = (bf16[4,8]{1,0}, bf16[4,8]{1,0}) collective-permute-start(%x), a={"is_sync":true}
   %g = ((bf16[4,8]{1,0}), bf16[32,8]{1,0}, u32[]) async-start(%x), calls=%gather
   %k = bf16[4,8]{1,0} custom-call(%x), custom_call_target="tpu_custom_call"
   %u = ((bf16[4,8]{1,0}), bf16[32,8]{1,0}, u32[]) async-update(%g)
