@@ -1,9 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gather all keys and values once, then attend locally.
 
-Communication a device: one all-gather each of K, V and positions (each in `chunks` parts); backward
-one reduce-scatter each of dK and dV. Memory: all of K and V on every device. Fastest while that
-fits.
+Communication a device (letters as in `ring`): one all-gather each of K, V and positions, each in
+c chunks, to `n B t (K (H + V) e + 4)` bytes; backward one reduce-scatter each of dK and dV, in
+float32, of `4 n B t K (H + V)`. The backward pass keeps what was gathered. XLA on TPU makes of a
+reduce-scatter a fused sum-and-cut, with two small permutes.
+
+With chunks each gather but the first runs beside the kernel of the chunk before it: on GPUs (with
+`compiler_options`) and tpu7x. On v5p and v6e XLA's all-gather is synchronous; use `Ring`.
+
+Memory, forward, beside the arguments: all of K and V, and out: `n B t K (H + V) e + B t N V e`; in
+chunks two of them and two float32 partial results: `(2 / c) n B t K (H + V) e + 8 B t N V + out`.
 
 Source: Llama 3 (arXiv 2407.21783), section 3.3.2.
 """

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sliding windows: a shard receives the keys that its windows reach, and no others.
 
-Communication a device: one permute of K, V and positions for each distance between shards over
-which a window reaches. Under zigzag, a window of W within one piece: two permutes (one each way)
-of at most `W - 1 + 2n` rows; contiguous: one. Backward: the same rows' dK and dV the other way.
-Memory: the rows received.
+Communication a device (letters as in `ring`): one permute of K, V and positions for each distance
+between shards over which a window reaches. Under zigzag, a window of W within one piece: two
+permutes (one each way) of at most `W - 1 + 2n` rows, `B K (H + V) e + 4 B` bytes each; contiguous:
+one. Backward: the same rows' dK and dV the other way, in k's dtype: each row is summed from at most
+three devices.
+
+Memory, forward, beside the arguments: the rows R (twice `W - 1 + 2n`) as they leave and arrive, one
+float32 partial result, and out: `2 R B K (H + V) e + 4 B t N V + B t N V e`.
 
 Which rows those are follows from the layout alone, so tokens must lie in its order and the tokens
 of a segment be consecutive. `checked` finds out (it gathers positions and segment ids) and answers

@@ -1,10 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ring attention: keys and values travel, each device merges what passes by.
 
-Communication a device, forward: n-1 rotations of its K and V (and positions: 4 bytes a token).
-Backward: n-1 rotations of K and V, and n-1 of dK and dV in float32, which travel with them: a
-shard's gradient starts at its first foreign host, one step behind K/V, and needs one hop home.
-Memory: two K/V shards, whatever n.
+In these docstrings a shard has t tokens of B rows, N query heads and K KV heads, keys of H and
+values of V (and V = H where V is not named), e bytes an element; n shards.
+
+Communication a device, forward: n-1 rotations of K and V, `B t K (H + V) e` bytes each, and of
+positions, `4 B t` (and as much of segment ids, if any). Backward: the same again, and n-1 of dK and
+dV in float32, `4 B t K (H + V)`, which travel with them: a shard's gradient starts at its first
+foreign host, one step behind K/V, and needs one hop home. Every transfer runs beside a kernel, but
+the backward pass's first (on GPUs with `compiler_options`). No K, V or gradient is copied on the
+way; two directions cut K/V in halves once a pass, which copies them once.
+
+Memory, forward, beside the arguments: two shards of K/V and two float32 partial results whatever n
+(one of each for n = 2), and out: `2 (B t K (H + V) e + 4 B t N V) + B t N V e`.
 
 `fused=True` is the same in one TPU kernel a pass (`pallas_kernels.ring_attention`): the same bytes,
 sent by remote DMA out of the kernel that computes, into two K/V shards beside the device's own;

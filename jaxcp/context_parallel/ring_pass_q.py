@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Queries travel and keys stay: for few new tokens against a long sharded cache.
 
-Communication a device, with t new tokens and n shards: all-gather of q (and positions), to
-`n * B * t * N * H * e` bytes; one all-to-all of partial results and their lse in float32,
-`n * B * t * N * (V + 1) * 4` bytes. Keys and values: none. Memory: q and out of all new tokens.
+Communication a device, with t new tokens and n shards (letters as in `ring`): all-gather of q and
+positions, to `n B t (N H e + 4)` bytes; one all-to-all of partial results and their lse in float32,
+`4 n B t N (V + 1)`. Keys and values: none. Backward: all-gathers of dout, lse and delta, to
+`n B t N (V e + 8)`, and one reduce-scatter of dq in float32, `4 n B t N H`.
+
+Memory, forward, beside the arguments: the partial results of all queries as they leave and as they
+arrive, and out: `8 n B t N (V + 1) + B t N V e`. They are packed for one all-to-all: one copy.
 
 `fewer_bytes` is the rule: K/V of s slots a shard that go round a ring cost
 `(n - 1) * s * K * (H + V) * e`, the above `(n - 1) * t * N * (H * e + (V + 1) * 4)`. With e = 2

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Heads for sequence: every device gets all tokens of some heads, and attends alone.
 
-Communication a device, with `e` bytes an element and n devices: all-to-alls of q, k, v and the
-result. Each keeps 1/n of its operand, `B * t * heads * head_dim * e`, `t` tokens a shard. Where KV
-heads are fewer than devices, each is sent to those that hold its query heads and to no other.
-Positions (and segment ids) are gathered. Backward: as many all-to-alls the other way.
-Memory: K, V, q and out of all tokens, of 1/n of the heads: independent of n.
+Communication a device (letters as in `ring`): all-to-alls of q, out, k and v, `B t N H e`,
+`B t N V e` and `B t max(K, n) (H + V) e` bytes about, of which 1/n stays: where KV heads are fewer
+than devices, each is sent to those that hold its query heads and to no other. Positions (and
+segment ids) are gathered, `4 n B t`. Backward: dout, the rows' float32 delta, dq, dk and dv the
+other way; dk and dv in float32 where a KV head went to several devices, whose parts are summed.
+An all-to-all needs its pieces side by side: XLA copies each operand or result once.
+
+Memory, forward, beside the arguments: q, out, k and v of all tokens and 1/n of the heads, a copy
+of one of them, and out: `B t (3 N H + K (H + V)) e`, whatever n. (On GPUs the kernel's table of
+blocks, `4 (n t)^2 / (128 x 64)` bytes a few times, is more than that beyond a million tokens.)
 
 Source: Jacobs et al., DeepSpeed Ulysses (arXiv 2309.14509).
 """

@@ -23,7 +23,7 @@ KEYS = TOKENS * KV_HEADS * HEAD_DIM  # elements of k on a shard, and of v
 @dataclasses.dataclass(frozen=True)
 class Compiled:
     text: str
-    temp_bytes: int
+    held_bytes: int  # temporaries and results: what is there beside the arguments
 
 
 def mesh_over(where: str) -> Mesh:
@@ -76,4 +76,6 @@ def compiled(
             found = step.trace(*arrays).lower(lowering_platforms=(platform,)).compile()
     finally:
         tuning.TABLE = table
-    return Compiled(found.as_text(), found.memory_analysis().temp_size_in_bytes)
+    memory = found.memory_analysis()
+    held = memory.temp_size_in_bytes + memory.output_size_in_bytes
+    return Compiled(found.as_text(), held)

@@ -14,7 +14,7 @@ import pytest
 from dense_attention import dense
 
 import jaxcp
-from jaxcp import AllGather, Ring, Ulysses
+from jaxcp import AllGather, Ring, RingPassQ, Ulysses
 from jaxcp.layout import Zigzag
 
 T, N, K, H = 1024, 8, 2, 64
@@ -57,7 +57,7 @@ def errors(strategy, shards):
     ]
 
 
-@pytest.mark.parametrize("strategy", [Ring(), AllGather(chunks=2), Ulysses()], ids=str)
+@pytest.mark.parametrize("strategy", [Ring(), AllGather(), Ulysses(), RingPassQ()], ids=str)
 def test_error_does_not_grow_with_shards(strategy):
     few, many = errors(strategy, 2), errors(strategy, 8)
     for name, before, after in zip(("out", "dq", "dk", "dv"), few, many, strict=True):

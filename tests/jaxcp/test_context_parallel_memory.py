@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What attention holds beside its arguments, by the compiler's count, is what docstrings say.
+
+Compiled for NVIDIA GPUs that are not there, up to 16 of them, forward, in bfloat16.
+"""
+
+import pytest
+from compiled_attention import HEAD_DIM, compiled
+
+from jaxcp import USP, AllGather, Halo, Ring, RingPassQ, Ulysses
+
+# jax 0.11 and later warn when Pallas-Triton is used; it works through 0.12.
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+
+TOKENS, WINDOW, N = 131_072, 4096, 8
+HEADS = {Ulysses: (32, 16)}  # more than one a device, so that the kernel's own tables are small
+
+
+def held(strategy, shards, tokens):
+    window = WINDOW if isinstance(strategy, Halo) else None
+    heads = HEADS.get(type(strategy), (6, 2))
+    where = f"rtx-pro-6000:{shards}"
+    return compiled(where, strategy, tokens=tokens, heads=heads, window=window).held_bytes
+
+
+def said(strategy, n, t):
+    """The docstrings' formulas."""
+    heads, kv_heads = HEADS.get(type(strategy), (6, 2))
+    keys = t * 2 * kv_heads * HEAD_DIM * 2
+    out, partial = t * heads * HEAD_DIM * 2, t * heads * HEAD_DIM * 4
+    if isinstance(strategy, Ring):
+        return out + (1 if n == 2 else 2) * (keys + partial)
+    if isinstance(strategy, AllGather):
+        c = strategy.chunks
+        return out + (n * keys if c == 1 else 2 * n * keys // c + 2 * partial)
+    if isinstance(strategy, Ulysses):
+        return 3 * out + keys
+    if isinstance(strategy, USP):
+        return 2 * out + 2 * (keys + partial)
+    if isinstance(strategy, RingPassQ):
+        return out + 2 * n * t * heads * (HEAD_DIM + 1) * 4
+    rows = 2 * (WINDOW - 1 + 2 * n)
+    return out + partial + 2 * rows * keys // t
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [AllGather(), AllGather(chunks=4), Ulysses(), USP(ulysses=2), RingPassQ(), Halo(checked=False)],
+    ids=str,
+)
+def test_a_strategy_holds_what_it_says(strategy):
+    t = TOKENS // N
+    assert held(strategy, N, t) == pytest.approx(said(strategy, N, t), rel=0.1)
+
+
+def test_a_ring_holds_less_on_more_devices():
+    """Of one sequence 1/n; of one shard the same on any number, which is why it is a ring."""
+    found = {n: held(Ring(), n, TOKENS // n) for n in (2, 4, 16)}
+    for n, size in found.items():
+        assert size == pytest.approx(said(Ring(), n, TOKENS // n), rel=0.1)
+    assert found[4] / found[16] == pytest.approx(4, rel=0.1)
+    assert held(Ring(), 8, TOKENS // 16) == pytest.approx(found[16], rel=0.01)
