@@ -5,8 +5,8 @@ Communication a device: all-to-alls of q, k, v and out among u neighbours (see `
 r - 1 rotations of the K and V that it holds by then, all tokens of u shards and 1/u of the heads
 (see `ring`): `B t max(K, u) (H + V) e` bytes each, and positions, `4 u B t`.
 Where K < u a KV head's gradients from several devices are summed in k's dtype, not in float32.
-Memory, forward, beside the arguments: that of a ring and q, and out:
-`2 (B t K (H + V) e + 4 B t N V) + 2 B t N H e`.
+Memory, forward, beside the arguments: that of a ring,
+`2 (B t max(K, u) (H + V) e + 4 B t N V) + B t N V e`; q takes the place that out gets.
 
 Source: Fang and Zhao, USP (arXiv 2405.07719).
 """

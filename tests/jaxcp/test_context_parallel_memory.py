@@ -36,7 +36,7 @@ def said(strategy, n, t):
     if isinstance(strategy, Ulysses):
         return 3 * out + keys
     if isinstance(strategy, USP):
-        return 2 * out + 2 * (keys + partial)
+        return out + 2 * (keys + partial)
     if isinstance(strategy, RingPassQ):
         return out + 2 * n * t * heads * (HEAD_DIM + 1) * 4
     rows = 2 * (WINDOW - 1 + 2 * n)

@@ -49,50 +49,50 @@ def ring_of(shards):
     return jax.set_mesh(jax.make_mesh((shards,), ("seq",), axis_types=types, devices=devices))
 
 
-@pytest.mark.parametrize("shards", [1, 2, 3, 8])
+@pytest.mark.parametrize("shards", [1, 2, 8])
 def test_ring_rotates_n_minus_1_times(shards):
-    """Forward K, V and positions; backward the same again, and dK and dV as often."""
+    """Forward K, V and positions; backward the same again, and dK and dV as often.
+
+    XLA on CPU drops barriers, and sees that the first rotation is the same in both passes; for
+    GPUs and TPUs see test_context_parallel_overlap.py.
+    """
     turns = shards - 1
-    forward = {"collective-permute": (3 * turns, turns * ROTATED)} if turns else {}
+    rotations = 2 * turns - 1
+    count, size = 3 * rotations + 2 * turns, ROTATED * rotations + GRADIENTS * turns
     with ring_of(shards):
-        assert sent(jaxcp.Ring(), shards, backward=False) == forward
-    # over two shards XLA sees that the one rotation of K and V is the same in both passes
-    again = turns if shards > 2 else 0
-    count = 3 * (turns + again) + 2 * turns
-    size = ROTATED * (turns + again) + GRADIENTS * turns
-    both = {"collective-permute": (count, size)} if turns else {}
-    with ring_of(shards):
-        assert sent(jaxcp.Ring(), shards, backward=True) == both
+        found = sent(jaxcp.Ring(), shards, backward=True)
+    assert found == ({"collective-permute": (count, size)} if turns else {})
 
 
-@pytest.mark.parametrize("shards", [2, 8])
-def test_all_gather_gathers_once_and_scatters_once(shards):
-    gathered = {"all-gather": (3, shards * ROTATED)}
-    with ring_of(shards):
-        assert sent(jaxcp.AllGather(), shards, backward=False) == gathered
-        kinds = sent(jaxcp.AllGather(), shards, backward=True)
-    assert kinds.pop("reduce-scatter")[0] == 2
-    assert kinds == gathered
+def test_ring_without_a_gradient():
+    with ring_of(3):
+        assert sent(jaxcp.Ring(), 3, backward=False) == {"collective-permute": (6, 2 * ROTATED)}
 
 
-@pytest.mark.parametrize("chunks", [2, 4])
-def test_all_gather_in_chunks_sends_the_same_bytes(chunks):
+def test_all_gather_gathers_once_and_scatters_once():
+    with ring_of(8):
+        assert sent(jaxcp.AllGather(), 8, backward=True) == {
+            "all-gather": (3, 8 * ROTATED),
+            "reduce-scatter": (2, 8 * GRADIENTS),
+        }
+
+
+def test_all_gather_in_chunks_sends_the_same_bytes():
     with ring_of(4):
-        assert sent(jaxcp.AllGather(chunks=chunks), 4, backward=False) == {
-            "all-gather": (3 * chunks, 4 * ROTATED)
+        assert sent(jaxcp.AllGather(chunks=4), 4, backward=False) == {
+            "all-gather": (3 * 4, 4 * ROTATED)
         }
 
 
-@pytest.mark.parametrize("shards", [3, 4, 8])
-def test_a_ring_of_two_directions_sends_the_same_bytes(shards):
-    turns = shards - 1
-    with ring_of(shards):
-        assert sent(jaxcp.Ring(bidirectional=True), shards, backward=False) == {
-            "collective-permute": (6 * turns, turns * ROTATED)
+def test_a_ring_of_two_directions_sends_the_same_bytes():
+    turns, rotations = 7, 2 * 7 - 1
+    with ring_of(8):
+        assert sent(jaxcp.Ring(bidirectional=True), 8, backward=True) == {
+            "collective-permute": (
+                2 * (3 * rotations + 2 * turns),
+                ROTATED * rotations + GRADIENTS * turns,
+            )
         }
-        kind, (count, size) = sent(jaxcp.Ring(bidirectional=True), shards, backward=True).popitem()
-    assert kind == "collective-permute" and count == 2 * (3 + 3 + 2) * turns
-    assert size == turns * (2 * ROTATED + GRADIENTS)
 
 
 @pytest.mark.parametrize("shards, copies", [(2, 1), (4, 2)])
@@ -106,10 +106,13 @@ def test_ulysses_exchanges_heads(shards, copies):
 
 
 def test_pass_q_sends_no_keys():
+    """Back: dout, lse and delta to all, dQ in float32 home."""
     queries, partial = TOKENS * HEADS * HEAD_DIM * 4, TOKENS * HEADS * (HEAD_DIM + 1) * 4
+    rows = TOKENS * HEADS * 4
     with ring_of(4):
-        assert sent(jaxcp.RingPassQ(), 4, backward=False) == {
-            "all-gather": (2, 4 * (queries + TOKENS * 4)),
+        assert sent(jaxcp.RingPassQ(), 4, backward=True) == {
+            "all-gather": (2 + 3, 4 * (queries + TOKENS * 4 + queries + 2 * rows)),
+            "reduce-scatter": (1, 4 * queries),
             "all-to-all": (1, 4 * partial),
         }
 
@@ -124,7 +127,7 @@ def test_usp_exchanges_among_neighbours_and_rotates_across():
     assert found["all-gather"] == (1, 2 * TOKENS * 4)
 
 
-@pytest.mark.parametrize("shards", [4, 8])
+@pytest.mark.parametrize("shards", [8])
 def test_halo_sends_the_window(shards):
     """One way for a shard's early piece, the other way for its late one."""
     window = 3
