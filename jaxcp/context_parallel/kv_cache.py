@@ -153,7 +153,8 @@ class Prefill:
         """Of a `latent_cache`: `(latent, key part)` of the tokens, as `latent_attention`'s."""
         heads, tokens = P("data", AXIS, "model", None), P("data", AXIS)
         local = functools.partial(self._latent, expand=expand, scale=scale)
-        specs = (heads, tokens, tokens, tokens, tokens, P(None), tuple(weight_spec(x, heads) for x in weights))
+        placed = tuple(weight_spec(x, heads) for x in weights)
+        specs = (heads, tokens, tokens, tokens, tokens, P(None), placed)
         run = _on_shards(local, specs, (heads, tokens))
         new = jnp.concatenate(latent, axis=-1)[:, :, None]
         state = self.k[layer], self.positions, self.kv_positions, self.cache.fill

@@ -16,9 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxcp.context_parallel.kv_cache import AXIS, KVCache, empty_cache
 
 
-def empty_latent_cache(
-    *, layers: int, batch_size: int, max_len: int, size: int, dtype
-) -> KVCache:
+def empty_latent_cache(*, layers: int, batch_size: int, max_len: int, size: int, dtype) -> KVCache:
     """A cache for `max_len` tokens a row of `size` channels, on the mesh in scope."""
     frame = empty_cache(
         layers=0, batch_size=batch_size, max_len=max_len, num_kv_heads=1, head_dim=size, dtype=dtype

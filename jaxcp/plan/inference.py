@@ -27,6 +27,7 @@ def prefill_program(
     max_len: int | None = None,
     batch_size: int = 1,
     attention: Strategy | None = None,
+    experts: str = "expert",
 ) -> tuple[Callable, tuple]:
     """What `jaxcp.prefill` runs on `[batch_size, tokens]` and a cache that holds `held` tokens.
 
@@ -34,6 +35,7 @@ def prefill_program(
       model: `jaxcp.abstract_model(config)`.
       held: a turn of up to 64 tokens on a filled cache runs another program, and raises here.
       max_len: what the cache is made for; default `held + tokens`.
+      experts: the mesh axis over which experts lie, as in `jaxcp.load`.
 
     >>> fn, args = prefill_program(jaxcp.abstract_model(config), mesh, tokens=131_072)
     >>> print(compile_for(fn, args, mesh))
@@ -54,21 +56,21 @@ def prefill_program(
     recent = jax.ShapeDtypeStruct(cache.recent.shape, jnp.int32)
     fn = steps._jitted(steps._prefill, True)
     arrays = ids, where, row, row, counts, recent, halos
-    return fn, (_model(model, mesh), cache, *arrays, attention, used)
+    return fn, (_model(model, mesh, experts), cache, *arrays, attention, used)
 
 
 def decode_program(
-    model: Any, mesh: Mesh, *, max_len: int, batch_size: int = 1
+    model: Any, mesh: Mesh, *, max_len: int, batch_size: int = 1, experts: str = "expert"
 ) -> tuple[Callable, tuple]:
     """What `jaxcp.decode_step` runs with a cache for `max_len` tokens."""
     cache = _cache(model, mesh, batch_size, max_len)
     token = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-    return steps._jitted(steps._decode, True), (_model(model, mesh), cache, token)
+    return steps._jitted(steps._decode, True), (_model(model, mesh, experts), cache, token)
 
 
-def _model(model, mesh: Mesh):
+def _model(model, mesh: Mesh, experts: str):
     def placed(leaf):
-        value, sharding = leaf.get_value(), NamedSharding(mesh, sharding_of(leaf))
+        value, sharding = leaf.get_value(), NamedSharding(mesh, sharding_of(leaf, experts))
         return leaf.replace(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding))
 
     return jax.tree.map(placed, model, is_leaf=lambda x: isinstance(x, nnx.Variable))

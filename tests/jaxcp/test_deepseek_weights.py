@@ -230,5 +230,5 @@ def test_defaults_are_nobodys(published, missing):
 def test_two_answers_about_the_same_layer():
     kinds = ["sliding_attention"] * 43
     rates = {"compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
-    with pytest.raises(ValueError, match="layer_types and compress_ratios say W+ and WWCH"):
+    with pytest.raises(ValueError, match=r"layer_types and compress_ratios say W+ and WWCH"):
         models.config_from_dict(FLASH | {"layer_types": kinds, "compress_rates": rates})
