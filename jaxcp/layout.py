@@ -191,15 +191,18 @@ class Balanced(Layout):
         if self.block < 1:
             raise ValueError(f"block must be at least 1; got block={self.block}")
 
+    def places(self, padded, shards):
+        raise ValueError(
+            f"the order of {self} follows the documents of each row, and there are no "
+            "segment_ids: give them, [B, T] in natural order. What must know the order "
+            "beforehand (Halo, recurrent layers, reproducible, attention_fn, inference), and "
+            "rows of one document, take Zigzag() or Contiguous()"
+        )
+
     def order(self, length, shards, segment_ids=None):
         padded = self._checked(length, shards)
         if segment_ids is None:
-            raise ValueError(
-                f"the order of {self} follows the documents of each row, and there are no "
-                "segment_ids: give them, [B, T] in natural order. What must know the order "
-                "beforehand (Halo, recurrent layers, reproducible, attention_fn, inference), and "
-                "rows of one document, take Zigzag() or Contiguous()"
-            )
+            return self.places(padded, shards)
         segments = np.asarray(segment_ids)
         if segments.ndim != 2 or segments.shape[1] != length:
             raise ValueError(f"segment_ids must be [B, {length}]; got {segments.shape}")

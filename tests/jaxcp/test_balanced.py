@@ -145,8 +145,9 @@ def test_what_it_needs():
     x = np.zeros((2, 12), np.int32)
     with pytest.raises(ValueError, match=r"there are no segment_ids: give them.*Zigzag\(\)"):
         Balanced().permute({"tokens": x}, 2)
-    with pytest.raises(ValueError, match="no segment_ids"):
-        Balanced().inverse(x, 2, 12)
+    for ask in (lambda: Balanced().inverse(x, 2, 12), lambda: Balanced().places(12, 2)):
+        with pytest.raises(ValueError, match="no segment_ids"):
+            ask()
     with pytest.raises(ValueError, match=r"segment_ids must be \[B, 12\]; got \(2, 11\)"):
         Balanced().inverse(x, 2, 12, x[:, :11])
     with pytest.raises(ValueError, match="segment_ids have 2 rows, but a leaf has 1"):
