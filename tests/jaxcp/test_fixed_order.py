@@ -102,7 +102,7 @@ def test_where_it_cannot_be_kept():
     with pytest.raises(ValueError, match="needs a mesh"):
         jaxcp.context_parallel_attention(x, x, x, positions, strategy=RING)
     with pytest.raises(NotImplementedError, match="prefill over a cache"):
-        Prefill(None, positions, strategy=RING, used=16)
+        Prefill(None, positions, None, strategy=RING, used=16, halos={})
 
 
 @pytest.mark.parametrize("shards, tokens", [(3, 96), (4, 88)])
