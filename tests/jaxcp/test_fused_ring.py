@@ -65,14 +65,16 @@ def with_gradients(strategy, options, x):
     return out, *pull(x["dout"])
 
 
-def check(strategy, shards, x, **options):
+def check(strategy, shards, x, *, axes="seq", **options):
     """Under the mesh in scope, against float64, in natural order."""
     sinks = x.get("sinks")
     there = strategy.layout.permute({name: x[name] for name in x if name != "sinks"}, shards)
-    there = {name: jax.device_put(y, TOKENS) for name, y in there.items()}
+    spec = TOKENS if axes == "seq" else P(None, axes)
+    there = {name: jax.device_put(y, spec) for name, y in there.items()}
     if sinks is not None:
         there["sinks"] = jax.device_put(sinks, P())
-    *found, dsinks = with_gradients(strategy, tuple(options.items()), there)
+    static = tuple({**options, "axis_name": axes}.items())
+    *found, dsinks = with_gradients(strategy, static, there)
     found = [strategy.layout.inverse(y, shards, x["q"].shape[1]) for y in found]
     wanted = dense(
         x["q"], x["k"], x["v"], x["positions"], segment_ids=x.get("segment_ids"), sinks=sinks,
@@ -106,9 +108,10 @@ def test_more_keys_a_chunk_and_more_queries_than_vmem_holds(mesh_of, races, monk
     assert races() == 0
 
 
-def test_both_directions(mesh_of, races):
-    mesh_of(seq=4)
-    check(jaxcp.Ring(fused=True, bidirectional=True), 4, problem(4 * 200))
+def test_both_directions_over_two_mesh_axes(mesh_of, races):
+    mesh_of(data=2, seq=2)
+    fused = jaxcp.Ring(fused=True, bidirectional=True)
+    check(fused, 4, problem(4 * 200), axes=("data", "seq"))
     assert races() == 0
 
 
