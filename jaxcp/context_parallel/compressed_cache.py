@@ -214,7 +214,7 @@ def _attend(q, kv, positions, blocks, new, picks, rows, entries, start, end, *,
         else:
             index = entries["index"].astype(jnp.float32)
             found = attend_selected(
-                q, keys, *picks, index, positions, ends, top_k=top_k, scale=scale,
+                q, keys, picks[0], picks[1], index, positions, ends, top_k=top_k, scale=scale,
                 value_dim=q.shape[-1],
             )  # fmt: skip
             out, lse = merge((out, lse), found)

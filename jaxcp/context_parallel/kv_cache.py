@@ -151,14 +151,12 @@ class Prefill:
 
     def latent(self, q, latent, weights, *, expand, layer, scale):
         """Of a `latent_cache`: `(latent, key part)` of the tokens, as `latent_attention`'s."""
-        heads, tokens = P("data", AXIS, "model", None), P("data", AXIS)
         local = functools.partial(self._latent, expand=expand, scale=scale)
-        placed = tuple(weight_spec(x, heads) for x in weights)
-        specs = (heads, tokens, tokens, tokens, tokens, P(None), placed)
-        run = _on_shards(local, specs, (heads, tokens))
-        new = jnp.concatenate(latent, axis=-1)[:, :, None]
-        state = self.k[layer], self.positions, self.kv_positions, self.cache.fill
-        out, self.k[layer] = run(q, new, *state, weights)
+        whole = tuple(weight_spec(x, SHARDED) for x in weights)
+        run = _on_shards(local, (SHARDED, *[TOKENS] * 4, SAME, whole), (SHARDED, TOKENS))
+        new, held = jnp.concatenate(latent, axis=-1)[:, :, None], self.k[layer]
+        ids = self.positions, self.kv_positions, self.cache.fill
+        out, self.k[layer] = run(q, new, held, *ids, weights)
         return out
 
     def _latent(self, q, new, held, q_pos, kv_pos, fill, weights, *, expand, scale):
@@ -240,11 +238,10 @@ class Extend:
 
     def latent(self, q, latent, weights, *, expand, layer, scale):
         """Of a `latent_cache`: heads meet the latent itself, projections absorbed."""
-        heads, tokens, rows = P("data", None, "model", None), P("data", AXIS), P("data")
-        local = functools.partial(_extend_latent, scale=scale)
-        ids = rows, tokens, P(None), P(None)
-        specs = (heads, rows, tokens, *ids, tuple(weight_spec(x, heads) for x in weights))
-        run = _on_shards(local, specs, (heads, tokens))
+        local, rows = functools.partial(_extend_latent, scale=scale), P("data")
+        specs = WHOLE, rows, TOKENS, rows, TOKENS, SAME, SAME
+        whole = tuple(weight_spec(x, WHOLE) for x in weights)
+        run = _on_shards(local, (*specs, whole), (WHOLE, TOKENS))
         new = jnp.concatenate(latent, axis=-1)[:, :, None]
         state = self.k[layer], self.positions, self.kv_positions, self.cache.fill, self.turn
         out, self.k[layer] = run(q, new, *state, weights)

@@ -38,7 +38,7 @@ class WholeSequence:
 
     def selected(self, q, keys, selection, *, value_dim, layer, scale):
         """One head of `keys [B, T, H]`, of which a query sees what `selection` chooses."""
-        self._one_document("a selection of tokens")
+        self._check("a selection of tokens")
         return sparse_attention(
             q, keys, self.positions, self.positions, scale=scale, value_dim=value_dim,
             selection=selection, strategy=self.strategy,
@@ -49,7 +49,7 @@ class WholeSequence:
 
         `name`: what the entries are, where a layer compresses more than one thing.
         """
-        self._one_document("compression")
+        self._check("compression")
         layout = None if self.strategy is None else self.strategy.layout
         return compress(values, gates, self.positions, ratio=ratio, overlap=overlap, layout=layout)
 
@@ -69,7 +69,9 @@ class WholeSequence:
             q, kv, (), expand=shared_head, layer=layer, scale=scale, window=window, sinks=sinks
         )
 
-    def _one_document(self, what):
+    def _check(self, what):
+        if self.strategy is not None and self.strategy.reproducible:
+            raise NotImplementedError(f"{what} has no reproducible form; use Ring()")
         if self.segment_ids is not None:
             raise NotImplementedError(
                 f"{what} does not keep packed documents apart: give each a row, without segment_ids"

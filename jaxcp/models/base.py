@@ -74,7 +74,6 @@ class LanguageModel(nnx.Module):
 
         `consecutive`: see `context_parallel_attention`.
         """
-
         return WholeSequence(
             positions, segment_ids=segment_ids, strategy=attention, consecutive=consecutive
         )
