@@ -20,19 +20,23 @@ def reference(name):
     return np.load(FIXTURES / name / "reference.npz")
 
 
-def told(model, cache, tokens, stops):
-    """Logits after each of the turns that end at `stops`; a turn of one token is a decode step."""
-    found, start = [], 0
-    for stop in stops:
-        turn = tokens[:, start:stop]
-        if turn.shape[1] > 1:
-            logits, cache = jaxcp.prefill(model, cache, turn)
+def told(model, cache, tokens, starts, turns):
+    """Logits `[B, turns, V]` after each turn; row b begins with its token `starts[b]`.
+
+    `turns`: tokens of a turn, the same in each row, or `lengths [B]`. One token: a decode step.
+    """
+    found, at = [], np.asarray(starts)
+    for turn in turns:
+        lengths = np.broadcast_to(turn, at.shape)
+        rows = np.stack([x[i : i + lengths.max()] for x, i in zip(tokens, at, strict=True)])
+        if lengths.max() > 1:
+            logits, cache = jaxcp.prefill(model, cache, rows, lengths=lengths)
         else:
-            logits, cache = jaxcp.decode_step(model, cache, turn[:, 0])
+            logits, cache = jaxcp.decode_step(model, cache, rows[:, 0])
         found.append(np.asarray(logits))
-        start = stop
-    assert cache.lengths.tolist() == [stops[-1]] * len(tokens)
-    return np.stack(found, 1)
+        at = at + lengths
+    assert (np.asarray(cache.lengths) == at).all()
+    return np.stack(found, 1), cache
 
 
 @pytest.fixture
@@ -61,38 +65,27 @@ def first_three(name):
 
 @pytest.mark.slow
 def test_v4_over_a_mesh(quick, monkeypatch, mesh_of):
-    """Blocks of 8 and of 4 end inside turns, at their ends and between them."""
-    monkeypatch.setattr(compressed_steps, "EXTEND_SIZES", (1,))  # the others are sharded
-    stops = (13, 26, 27, 28, 29, 30, 31, 32)
-    rows, last = np.arange(2)[:, None], np.asarray(stops) - 1
-    expected = after_three_layers(first_three(V4), rows, last)
+    """Blocks of 8 and of 4 end inside turns, at their ends and between them, row by row."""
+    monkeypatch.setattr(compressed_steps, "EXTEND_SIZES", (2,))  # longer turns are sharded
+    turns = (np.asarray([13, 9]), 13, 2, 1, 1, 2)
+    last = np.cumsum([np.broadcast_to(turn, 2) for turn in turns], 0).T - 1
+    expected = after_three_layers(first_three(V4), np.arange(2)[:, None], last)
     mesh_of(seq=4, model=2)
-    model = first_three(V4)
-    found = told(model, model.init_cache(2, 32), reference(V4)["input_ids"], stops)
+    model, tokens = first_three(V4), reference(V4)["input_ids"]
+    found, cache = told(model, model.init_cache(2, 32), tokens, [0, 0], turns)
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
-
-
-def test_v4_rows_of_different_lengths_and_a_full_cache(quick):
-    tokens, model = reference(V4)["input_ids"], first_three(V4)
-    lengths, cache = np.asarray([7, 3]), model.init_cache(2, 24)
-    _, cache = jaxcp.prefill(model, cache, tokens[:, :7], lengths=lengths)
-    later = np.stack([tokens[row, n : n + 17] for row, n in enumerate(lengths)])
-    logits, cache = jaxcp.prefill(model, cache, later)
-    assert cache.lengths.tolist() == [24, 20]
-    expected = after_three_layers(model, np.arange(2)[:, None], np.asarray([[23], [19]]))
-    np.testing.assert_allclose(logits[:, None], expected, atol=1e-4, rtol=0)
-    with pytest.raises(ValueError, match="25 tokens do not fit max_len=24"):
+    with pytest.raises(ValueError, match="33 tokens do not fit max_len=32"):
         jaxcp.prefill(model, cache, tokens[:, :1])
 
 
 @pytest.mark.slow
 def test_v3_over_a_mesh(monkeypatch, mesh_of):
     monkeypatch.setattr(steps, "EXTEND_SIZES", (1,))  # the others are sharded, over a filled cache
-    stops = (9, 31, 32)
+    turns, tokens = (9, 22, 1), reference(V3)["input_ids"]
     mesh_of(seq=2, model=2)
     model, _ = jaxcp.load(FIXTURES / V3)
-    found = told(model, model.init_cache(2, 40), reference(V3)["input_ids"], stops)
-    expected = reference(V3)["logits"][:, np.asarray(stops) - 1]
+    found, _ = told(model, model.init_cache(2, 40), tokens, [0, 0], turns)
+    expected = reference(V3)["logits"][:, np.cumsum(turns) - 1]
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
 
 
