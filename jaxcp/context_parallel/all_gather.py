@@ -18,6 +18,7 @@ Source: Llama 3 (arXiv 2407.21783), section 3.3.2.
 import dataclasses
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,9 @@ def _with_parts(how, q, keys, weights, q_pos, kv_pos, q_seg, kv_seg):
     def everywhere(part):
         return jax.tree.map(lambda x: gathered(x, axis_name), part)
 
-    done, whole, coming = None, [], everywhere(parts[0])
+    done: Any = None
+    coming: Any = everywhere(parts[0])
+    whole = []
     for i in range(len(parts)):
         here, last = coming, i == len(parts) - 1
         coming = None if last else everywhere(parts[i + 1])
@@ -97,7 +100,8 @@ def _backward(how, saved, grads):
     def home(tree):  # summed in float32, whatever the keys are
         return jax.tree.map(lambda x: scattered(x, axis_name), tree)
 
-    mine, dkeys, ready = None, [], None
+    mine: Any = None
+    ready, dkeys = None, []
     for part in whole:
         if ready is not None:
             dkeys.append(home(ready))

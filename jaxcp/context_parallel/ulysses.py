@@ -63,9 +63,11 @@ def _forward(how, q, k, v, *ids):
 def _backward(how, saved, grads):
     arrays, lse, out = saved
     swap, (dout, dlse) = _exchange(how), grads
-    rows = lse, swap.queries(dout), swap.queries(row_delta(out, dout, dlse))
-    dq, dk, dv = attention_backward(*arrays, *rows, **dict(how[2]))
-    q, k, v, *_ = arrays
+    delta = swap.queries(row_delta(out, dout, dlse))
+    q, k, v, q_pos, kv_pos, q_seg, kv_seg = arrays
+    ids = q_pos, kv_pos, q_seg, kv_seg
+    rows = lse, swap.queries(dout), delta
+    dq, dk, dv = attention_backward(q, k, v, *ids, *rows, **dict(how[2]))
     dkeys = swap.keys_back(dk, k.dtype), swap.keys_back(dv, v.dtype)
     return swap.back(dq.astype(q.dtype)), *dkeys, None, None, None, None
 

@@ -123,9 +123,10 @@ def transfers(hlo_text: str) -> list[Transfer]:
     >>> all(t.kernels for t in transfers(compiled.as_text()) if t.kind == "collective-permute")
     """
     computations, entry = _parse(hlo_text)
-    found = []
+    found: list[Transfer] = []
     for name, count, loops in _sequences(computations, entry):
-        body, kernels, begun = computations[name], 0, {}
+        body, kernels = computations[name], 0
+        begun: dict[str, tuple[int, int]] = {}  # where in `found`, and kernels before
         for instruction in body.values():
             kernels += _kernels_in(computations, instruction)
             # a start of another kind wraps the collective in a computation
@@ -135,15 +136,16 @@ def transfers(hlo_text: str) -> list[Transfer]:
                 if _kind(use.instruction)
             ]
             if instruction.opcode.endswith("-done") and instruction.inputs:
-                index, before = begun.pop(_origin(body, instruction), (None, 0))
-                if index is not None:
+                if start := begun.pop(_origin(body, instruction), None):
+                    index, before = start
                     found[index] = dataclasses.replace(found[index], kernels=kernels - before)
             elif inner and instruction.opcode not in ("while", "conditional", "call"):
                 if instruction.opcode.endswith("-start") and '"is_sync":true' not in (
                     instruction.attributes
                 ):
                     begun[instruction.name] = len(found), kernels
-                kind, size = _kind(inner[0].instruction), sum(_payload(use) for use in inner)
+                kind = inner[0].instruction.opcode.removesuffix("-start")
+                size = sum(_payload(use) for use in inner)
                 found.append(Transfer(kind=kind, bytes=size, count=count, kernels=0))
     return found
 
