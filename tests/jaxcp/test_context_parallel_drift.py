@@ -37,7 +37,8 @@ def errors(strategy, shards):
     """RMS error of out, dq, dk and dv, each relative to the RMS of the true one."""
     x, expected = problem()
 
-    @jax.jit
+    # the bits are the same, and compiling takes less
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def run(x):
         def attend(q, k, v):
             return jaxcp.context_parallel_attention(q, k, v, x["positions"], strategy=strategy)
