@@ -19,6 +19,7 @@ from pallas_kernels import PAD_POSITION
 
 B, T, N, K, H = 2, 45, 8, 2, 8  # T: no number of shards but 1 and 3 divides it
 EVERYTHING = {"window": 17, "soft_cap": 2.0, "scale": 0.4}
+QUICK = {"xla_backend_optimization_level": 0}  # what is compiled runs once
 LAYOUTS = (Zigzag(), Contiguous(), Striped())
 TOLERANCE = 2e-6  # float32, relative to the greatest entry (at least 1)
 VARIANTS = (
@@ -55,7 +56,7 @@ def problem():
     }  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
 def with_gradients(strategy, options, x):
     """`(out, dq, dk, dv, dsinks)` for the cotangent `x["dout"]`."""
 

@@ -17,6 +17,7 @@ from jaxcp.plan import collectives
 from jaxcp.sharding import place
 
 B, T, D, F, E, K = 2, 32, 16, 8, 8, 3
+QUICK = {"xla_backend_optimization_level": 0}  # what is compiled runs once
 MESHES = {
     "experts on seq": {"seq": 4, "experts": "seq"},
     "on seq, beside data and model": {"data": 2, "seq": 2, "model": 2, "experts": "seq"},
@@ -63,7 +64,7 @@ def is_array(x):
     return isinstance(x, nnx.Variable)
 
 
-@jax.jit
+@functools.partial(jax.jit, compiler_options=QUICK)
 def with_gradients(moe, x, dout):
     def run(moe, x):
         return moe(x)[0]
