@@ -166,7 +166,7 @@ def attend_selected(
     top_k = min(top_k, keys.shape[1])
     b, t, n, _ = q.shape
     if block is None:
-        widest = max(queries.shape[2] * keys.shape[1], top_k * keys.shape[2], n * top_k)
+        widest = max(keys.shape[1], top_k * keys.shape[2], n * top_k)
         block = max(1, ELEMENTS // (b * widest))
     attend = functools.partial(
         _attend_block, keys=keys, index_keys=index_keys, key_positions=key_positions,
@@ -209,10 +209,17 @@ def select(queries, weights, index_keys, positions, key_positions, top_k: int):
 
     Scores are float32. Keys come in the order in which equal scores are to be taken.
     """
-    queries, index_keys = queries.astype(jnp.float32), index_keys.astype(jnp.float32)
     exact = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
-    each = jax.nn.relu(exact("btic,bsc->btis", queries, index_keys))
-    scores = exact("btis,bti->bts", each, weights.astype(jnp.float32))
+    index_keys = index_keys.astype(jnp.float32)
+
+    def add(scores, head):  # head by head: all at once would be `num_heads` times the memory
+        q, weight = head
+        one = jax.nn.relu(exact("btc,bsc->bts", q, index_keys))
+        return scores + one * weight[..., None], None
+
+    heads = (jnp.moveaxis(x, 2, 0).astype(jnp.float32) for x in (queries, weights))
+    nothing = jnp.zeros((*queries.shape[:2], index_keys.shape[1]), jnp.float32)
+    scores, _ = lax.scan(add, nothing, tuple(heads))
     scores = jnp.where(scores == 0, 0.0, scores)  # -0 is less than 0 to a sort, and no less here
     scores = jnp.where(key_positions[:, None] <= positions[..., None], scores, -jnp.inf)
     best, chosen = lax.top_k(scores, top_k)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxcp import Contiguous, Zigzag
+from jaxcp import Contiguous, Striped, Zigzag
 from jaxcp.context_parallel.compressed import compress
 from pallas_kernels import PAD_POSITION
 
@@ -78,3 +78,16 @@ def test_entries_are_those_of_the_definition(length, ratio, overlap, layout, sha
         assert blocks[row, order[:count]].tolist() == list(range(count))
         assert (blocks[row, order[count:]] == PAD_POSITION).all()
         np.testing.assert_allclose(entries[row, order[:count]], wanted[row], atol=2e-6, rtol=0)
+
+
+def test_tokens_in_another_order_than_the_layouts_give_nan(mesh_of):
+    mesh_of(seq=4)
+    values, gates = (x.astype(np.float32) for x in rows(64, 1))
+    positions = np.broadcast_to(np.arange(64, dtype=np.int32), (B, 64))
+    there = Striped().permute({"v": values, "g": gates, "positions": positions}, 4)
+    there = jax.device_put(there, TOKENS)
+    entries, blocks = jitted(there["v"], there["g"], there["positions"], 8, False, Zigzag())
+    owned = np.asarray(blocks) != PAD_POSITION
+    assert owned.any() and np.isnan(np.asarray(entries)[owned]).all()
+    with pytest.raises(NotImplementedError, match=r"Striped\(\) over 4 shards has 16; use Zigzag"):
+        jitted(there["v"], there["g"], there["positions"], 8, False, Striped())
