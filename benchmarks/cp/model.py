@@ -25,8 +25,8 @@ reads it off the compiled schedule.
 * Ring(fused=True): the same steps in one kernel, no glue between them. A kernel without a grid runs
   on one of v5p's two cores.
 * AllGather: nothing overlaps, and the links are used as well as can be (where XLA reduces dK and
-  dV by all-reduce it sends twice that). In chunks: a part travels beside the kernel on the part
-  before, and waits for the slowest rank of it.
+  dV by all-reduce it sends twice that). In chunks, on tpu7x: a part travels beside the kernel on
+  the part before, and waits for the slowest rank of it. XLA's all-gather waits on v5p and v6e.
 * Ulysses, USP: the exchanges wait. USP's glue is that of a ring's turns and of Ulysses' exchange.
 * tokamax: contiguous shards, n rotations, of which the last forward one is not needed and free.
 """
@@ -236,21 +236,22 @@ def _circle(case, what, kernels, wires, calls=1, stride=1, alone=0.0, glue=0.0) 
 
 def all_gather(case: Case, what: str, *, chunks: int = 1) -> Schedule:
     n, parts = case.ranks, np.split(case.positions, chunks, axis=1)
-    wire = case.torus.gather(case.keys_bytes(BFLOAT16) / chunks)
+    itemsize = BFLOAT16 if what == "forward" else FLOAT32  # dK and dV are summed in float32
+    wire = case.torus.gather(case.keys_bytes(itemsize) / chunks)
+    beside = case.chip == "tpu7x"
     glue = sum(case.glue("AllGather", what, part) for part in ("once", "turn"))
     if chunks > 1:
         glue = (case.glue("Ring", what, "turn") * chunks) if what == "forward" else glue
     steps = []
     for i, part in enumerate(parts):
-        order = np.sort(part, axis=None) if chunks == 1 else part.reshape(-1)
-        keys = np.broadcast_to(order, (n, order.size))
+        keys = np.broadcast_to(part.reshape(-1), (n, part.size))
         name = "AllGather" if chunks == 1 else "Ring"  # with a carry or without
         costs = case.costs(name, what)
         kernel = tiles.seconds(case.chip, costs, case.positions, keys, HEADS)
         # forward the next part arrives beside this one's kernel, backward the last one's leaves
-        hidden = i < chunks - 1 if what == "forward" else i > 0
+        hidden = beside and (i < chunks - 1 if what == "forward" else i > 0)
         steps.append(Step(kernel, glue / chunks, wire if hidden else 0.0))
-    return Schedule(steps, alone=wire)
+    return Schedule(steps, alone=wire if beside else chunks * wire)
 
 
 def _exchange(case: Case, size: int) -> float:
