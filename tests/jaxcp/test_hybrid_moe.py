@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from tiny_checkpoints import FIXTURES, random_model, same, tensors, write
 
 import jaxcp
-from jaxcp import USP, AllGather, HybridMoEConfig, RingPassQ, Zigzag
+from jaxcp import AllGather, HybridMoEConfig, RingPassQ, Zigzag
 from jaxcp.context_parallel.kv_cache import Extend
 from jaxcp.layers.lookahead import following
 from jaxcp.layers.mlp import SwiGLU
@@ -77,7 +77,6 @@ def test_every_layer_is_that_of_transformers(name):
     [
         ("qwen3-moe-tiny", {"seq": 4, "model": 2}, None),
         ("gpt-oss-tiny", {"seq": 8}, None),
-        ("gpt-oss-tiny", {"seq": 4}, USP(ulysses=2)),
         ("gpt-oss-tiny", {"seq": 3, "model": 2}, RingPassQ()),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
@@ -207,8 +206,8 @@ def mixture():
 
 
 def test_a_mixture_over_a_mesh_and_a_cache_is_itself(mesh_of):
-    """A long turn (sharded), a short one (replicated), a token."""
-    tokens = np.random.default_rng(0).integers(0, 64, (2, 96))
+    """A long turn (sharded), then a short one (replicated)."""
+    tokens = np.random.default_rng(0).integers(0, 64, (2, 94))
     expected = jaxcp.logits(mixture(), tokens)
     mesh_of(seq=2, model=2)
     model = place(mixture())
@@ -217,8 +216,6 @@ def test_a_mixture_over_a_mesh_and_a_cache_is_itself(mesh_of):
         start, end = end, end + turn
         found, cache = jaxcp.prefill(model, cache, tokens[:, start:end])
         np.testing.assert_allclose(found, expected[:, end - 1], atol=3e-5, rtol=0)
-    found, cache = jaxcp.decode_step(model, cache, tokens[:, end])
-    np.testing.assert_allclose(found, expected[:, end], atol=3e-5, rtol=0)
 
 
 def test_a_mixture_is_saved_as_it_is(tmp_path):
