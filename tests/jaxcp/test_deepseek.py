@@ -145,5 +145,6 @@ def test_what_v4_cannot_do_is_said(mesh_of):
         jax.eval_shape(lambda *x: model(*x, attention=jaxcp.Ring(layout=Striped())), *arrays)
     with pytest.raises(NotImplementedError, match="does not keep packed documents apart"):
         jax.eval_shape(lambda *x: model(*x, segment_ids=jnp.zeros_like(x[0])), *arrays)
-    with pytest.raises(NotImplementedError, match="no cache yet"):
-        model.init_cache(1, 8)
+    with pytest.raises(NotImplementedError, match=r"no reproducible form; use Ring\(\)"):
+        strategy = jaxcp.Ring(reproducible=True)
+        jax.eval_shape(lambda *x: model(*x, attention=strategy), *arrays)
