@@ -25,7 +25,7 @@ def prefill_compressed(model, cache, tokens, lengths, strategy, donate):
     strategy = Ring() if strategy is None else strategy
     start = np.asarray(cache.lengths)
     width = tokens.shape[1]
-    sharded = start.max() == 0 or width > EXTEND_SIZES[-1]
+    sharded = bool(start.max() == 0 or width > EXTEND_SIZES[-1])  # static: one type, one program
     padded = _bucket(width) if sharded else next(s for s in EXTEND_SIZES if s >= width)
     offsets = np.arange(padded, dtype=np.int32)
     real = offsets < lengths[:, None]
