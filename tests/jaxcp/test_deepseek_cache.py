@@ -43,12 +43,19 @@ def told(model, cache, tokens, starts, turns):
 def quick(monkeypatch):
     """Compiled to run once: without LLVM's optimisations."""
 
+    options = {"xla_backend_optimization_level": 0}
+
     @functools.cache
     def jitted(donate):
-        options = {"xla_backend_optimization_level": 0}
         return jax.jit(compressed_steps._step, static_argnums=(5, 6), compiler_options=options)
 
+    @functools.cache
+    def jitted_step(fn, donate):
+        static = (9, 10) if fn is steps._prefill else ()
+        return jax.jit(fn, static_argnums=static, compiler_options=options)
+
     monkeypatch.setattr(compressed_steps, "_jitted", jitted)
+    monkeypatch.setattr(steps, "_jitted", jitted_step)
 
 
 def after_three_layers(model, rows, positions):
@@ -79,7 +86,7 @@ def test_v4_over_a_mesh(quick, monkeypatch, mesh_of):
 
 
 @pytest.mark.slow
-def test_v3_over_a_mesh(monkeypatch, mesh_of):
+def test_v3_over_a_mesh(quick, monkeypatch, mesh_of):
     monkeypatch.setattr(steps, "EXTEND_SIZES", (1,))  # the others are sharded, over a filled cache
     turns, tokens = (9, 22, 1), reference(V3)["input_ids"]
     mesh_of(seq=2, model=2)
