@@ -145,4 +145,4 @@ def test_long_context_compiles_for_gpus(checkpoint):
     assert report(prefill)["Pallas kernel calls"] >= 2 * 4  # layers x shards
     assert report(prefill)["collective-permute"] > 0
     assert report(decode)["Pallas kernel calls"] >= 2
-    assert report(decode)["all-gather"] == 2  # one a layer
+    assert report(decode)["all-gather"] == 1  # of the layer that sees everything

@@ -93,7 +93,7 @@ def test_config_that_is_no_json_object(text, tmp_path):
 @pytest.mark.parametrize("fields", [{"model_type": "mamba"}, {}])
 def test_unknown_model_type(fields, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match=r"jaxcp knows \(gpt2, hy_v3, .*\); got"):
+    with pytest.raises(ValueError, match=r"jaxcp knows \(gpt2, .*hy_v3, .*\); got"):
         weights.load_config(tmp_path)
 
 
@@ -105,7 +105,7 @@ def test_config_without_a_field(tmp_path):
 
 def test_not_a_config():
     with pytest.raises(
-        ValueError, match=r"needed a model config \(GPTConfig, HybridMoEConfig\); got dict"
+        ValueError, match=r"needed a model config \(GPTConfig, .*HybridMoEConfig\); got dict"
     ):
         weights.abstract_model({})
 
