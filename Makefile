@@ -1,6 +1,7 @@
 # `make demo` and `make test` need python3 (3.11 or newer) and make; they make their own environment.
 # Packages are installed once; after that no network is needed. Another Python, another place:
 #   make test PYTHON=python3.13 VENV=.venv-3.13
+# Some tests: make test TESTS="tests/jaxcp -k ring"
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,7 +21,7 @@ demo: $(VENV)/.installed
 	$(BIN)/jaxcp demo
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 $(TESTS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

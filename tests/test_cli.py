@@ -68,6 +68,7 @@ def test_bad_input_is_one_clear_line(tmp_path, arguments, message):
     assert message in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_train_export_and_generate(tmp_path):
     (tmp_path / "tiny.py").write_text(TINY)
     out = tmp_path / "run"
@@ -80,6 +81,7 @@ def test_train_export_and_generate(tmp_path):
     assert "4 tokens prefilled" in done.stderr and len(done.stdout.rstrip("\n")) >= 1
 
 
+@pytest.mark.slow
 def test_chat_keeps_the_conversation(tmp_path):
     done = jaxcp_command("chat", "--max-new-tokens", 3, "--max-len", 200, stdin="one\ntwo\n")
     assert done.returncode == 0, done.stderr

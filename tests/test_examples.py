@@ -62,6 +62,7 @@ def test_ring_attention_smoke():
     assert re.findall(r"^  (\w+) +differs", out, re.MULTILINE) == ["dk", "dq", "dv", "out"]
 
 
+@pytest.mark.slow
 def test_ring_in_your_model_smoke():
     out = run("examples/ring_in_your_model.py", "--smoke")
     assert re.findall(r"^in_(\w+): 208 tokens over 8", out, re.MULTILINE) == [

@@ -105,8 +105,11 @@ def refused(strategy, shards):
 
 @pytest.mark.parametrize(
     "strategy, shards",
-    [(kind, n) for kind in VARIANTS if kind not in OPTIONS for n in (1, 2, 3, 4, 5, 8)]
-    + [(kind, n) for kind in OPTIONS for n in (3, 8)],
+    [
+        pytest.param(kind, n, marks=() if n in (3, 8) else pytest.mark.slow)
+        for kind in VARIANTS
+        for n in ((3, 8) if kind in OPTIONS else (1, 2, 3, 4, 5, 8))
+    ],
     ids=str,
 )
 def test_everything_at_once(strategy, shards, mesh_of):

@@ -44,6 +44,7 @@ def test_a_later_question_prefills_only_itself(result):
     assert read.reused > 2_048
 
 
+@pytest.mark.slow
 def test_a_needle_that_is_not_there_is_not_found():
     haystack = make_haystack(2_048, needles=5, seed=2)
     stripped = re.sub(r"\d{6}", "------", haystack.text)

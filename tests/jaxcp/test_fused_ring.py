@@ -99,6 +99,7 @@ def test_every_mask_and_option_beside_another_mesh_axis(mesh_of, races):
     assert races() == 0
 
 
+@pytest.mark.slow
 def test_more_keys_a_chunk_and_more_queries_than_vmem_holds(mesh_of, races, monkeypatch):
     """And no causality, and two rows a device."""
     monkeypatch.setattr(mosaic_tpu, "MOST_CHUNKS", 1)
@@ -116,6 +117,7 @@ def test_both_directions_over_two_mesh_axes(mesh_of, races):
     assert races() == 0
 
 
+@pytest.mark.slow
 def test_eight_devices_of_which_half_has_nothing_to_do(mesh_of, races):
     """In a process with threads to spare: XLA has as many as devices, and when all of them wait in
     the interpreter none is left for the copy of an argument that one of them waits for."""

@@ -53,6 +53,7 @@ LISTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", LISTS)
 def test_two_searches_without_a_device_give_one_row(target):
     if target == "sm_120":
@@ -68,6 +69,7 @@ def test_two_searches_without_a_device_give_one_row(target):
     assert json.loads(json.dumps(first.as_json()))["row"] == second.row.text
 
 
+@pytest.mark.slow
 def test_what_spills_or_does_not_fit_is_refused():
     needs_tools()
     values = dict(q=(128,), kv=(128, 256), warps=(4,), stages=(3,))

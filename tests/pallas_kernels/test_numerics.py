@@ -17,6 +17,7 @@ from pallas_kernels.grouped_matmul import tuning as grouped
 KIND = "bfloat16, cache int8"
 
 
+@pytest.mark.slow
 def test_a_slice_of_the_table():
     found = list(numerics.rows("decode_attention", (KIND,), ("reference", "xla", "triton")))
     assert len(found) == 3 * 2 * 2  # backends, inputs, results
