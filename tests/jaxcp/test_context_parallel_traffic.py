@@ -17,6 +17,9 @@ ROTATED = (
 ) * 4  # bytes: K, V and positions (XLA on CPU sends bfloat16 as float32)
 GRADIENTS = 2 * KEYS * 4  # bytes: dK and dV in float32
 
+# XLA of jax 0.10 drops barriers on CPU, and sees that the first rotation is that of both passes
+SHARED = 1 if jax.__version_info__ < (0, 11) else 0
+
 
 def sent(strategy, shards, *, backward, window=None):
     """{kind: (count, bytes)} that a device sends in one call."""
@@ -53,11 +56,10 @@ def ring_of(shards):
 def test_ring_rotates_n_minus_1_times(shards):
     """Forward K, V and positions; backward the same again, and dK and dV as often.
 
-    XLA on CPU drops barriers, and sees that the first rotation is the same in both passes; for
-    GPUs and TPUs see test_context_parallel_overlap.py.
+    For GPUs and TPUs see test_context_parallel_overlap.py.
     """
     turns = shards - 1
-    rotations = 2 * turns - 1
+    rotations = 2 * turns - SHARED if turns else 0
     count, size = 3 * rotations + 2 * turns, ROTATED * rotations + GRADIENTS * turns
     with ring_of(shards):
         found = sent(jaxcp.Ring(), shards, backward=True)
@@ -85,7 +87,7 @@ def test_all_gather_in_chunks_sends_the_same_bytes():
 
 
 def test_a_ring_of_two_directions_sends_the_same_bytes():
-    turns, rotations = 7, 2 * 7 - 1
+    turns, rotations = 7, 2 * 7 - SHARED
     with ring_of(8):
         assert sent(jaxcp.Ring(bidirectional=True), 8, backward=True) == {
             "collective-permute": (
@@ -153,4 +155,4 @@ def test_ring_holds_two_shards_of_keys():
         return compiled.memory_analysis().temp_size_in_bytes
 
     keys = 512 * 2 * 64 * 4
-    assert temporaries(8) - temporaries(3) < keys
+    assert temporaries(8) - temporaries(3) < 2 * keys  # of K and V; held, five more shards of both
