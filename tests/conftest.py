@@ -4,6 +4,14 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # libtpu and the CUDA plugin are installed for compiling only
+# Eight devices share a few cores with another worker: XLA ends the process where a collective
+# has waited 40 s for a device that only had no turn yet.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+)
+
+import pathlib
+import sys
 
 import hypothesis
 import jax
@@ -17,8 +25,20 @@ hypothesis.settings.register_profile("jaxcp", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("jaxcp")
 
 
+LINUX = sys.platform == "linux"
+
+
 def pytest_sessionstart(session):
     assert jax.device_count() == 8, "the suite needs 8 emulated CPU devices"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory():
+    """Compiled programs of modules that are done go, so that a worker does not grow to 5 GB."""
+    yield
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1]) if LINUX else 0
+    if pages * os.sysconf("SC_PAGE_SIZE") > 2 << 30:
+        jax.clear_caches()
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ class Blocks:
 
 
 # operation, start of the device kind, most head dim, most bytes an element; the first match wins
-# Shared memory: sm_120 has 101,376 B a block, which every GPU row here fits.
+# Shared memory: sm_120 has 101,376 B a block, which every row for any GPU fits.
 TABLE: tuple[tuple[str, str, int, int, Blocks], ...] = (
     # the interpreter: small, so that short tests still cross block borders
     ("triton_forward", INTERPRETED, 512, 4, Blocks(q=64, kv=32)),
@@ -32,7 +32,9 @@ TABLE: tuple[tuple[str, str, int, int, Blocks], ...] = (
     ("mosaic_forward", INTERPRETED, 512, 4, Blocks(q=128, kv=128, sub=64, strip=64)),
     ("mosaic_backward", INTERPRETED, 512, 4, Blocks(q=128, kv=128, sub=64)),
     # any NVIDIA GPU from sm_80
+    ("triton_forward", "NVIDIA H200", 64, 2, Blocks(q=64, kv=64, warps=4, stages=4)),
     ("triton_forward", "", 64, 2, Blocks(q=128, kv=128, warps=8, stages=2)),
+    ("triton_forward", "NVIDIA H200", 128, 2, Blocks(q=128, kv=64, warps=4, stages=2)),
     ("triton_forward", "", 128, 2, Blocks(q=128, kv=64, warps=8, stages=2)),
     ("triton_forward", "", 256, 2, Blocks(q=64, kv=32, warps=4, stages=2)),
     ("triton_forward", "", 64, 4, Blocks(q=64, kv=32, warps=8, stages=2)),
@@ -40,13 +42,17 @@ TABLE: tuple[tuple[str, str, int, int, Blocks], ...] = (
     ("triton_forward", "", 256, 4, Blocks(q=32, kv=16, warps=8, stages=2)),
     ("triton_forward", "", 512, 2, Blocks(q=32, kv=32, warps=8, stages=2)),
     ("triton_dq", "", 64, 2, Blocks(q=128, kv=64, warps=8, stages=2)),
+    ("triton_dq", "NVIDIA H200", 128, 2, Blocks(q=128, kv=128, warps=8, stages=3)),
     ("triton_dq", "", 128, 2, Blocks(q=64, kv=32, warps=4, stages=2)),
+    ("triton_dq", "NVIDIA H200", 256, 2, Blocks(q=128, kv=32, warps=8, stages=2)),
     ("triton_dq", "", 256, 2, Blocks(q=64, kv=16, warps=4, stages=2)),
     ("triton_dq", "", 128, 4, Blocks(q=32, kv=32, warps=8, stages=2)),
     ("triton_dq", "", 256, 4, Blocks(q=16, kv=16, warps=4, stages=2)),
     ("triton_dq", "", 512, 2, Blocks(q=32, kv=16, warps=8, stages=2)),
     ("triton_dkv", "", 64, 2, Blocks(q=64, kv=128, warps=8, stages=2)),
+    ("triton_dkv", "NVIDIA H200", 128, 2, Blocks(q=64, kv=64, warps=4, stages=2)),
     ("triton_dkv", "", 128, 2, Blocks(q=32, kv=128, warps=8, stages=2)),
+    ("triton_dkv", "NVIDIA H200", 256, 2, Blocks(q=64, kv=64, warps=8, stages=2)),
     ("triton_dkv", "", 256, 2, Blocks(q=32, kv=32, warps=8, stages=2)),
     ("triton_dkv", "", 128, 4, Blocks(q=32, kv=32, warps=8, stages=2)),
     ("triton_dkv", "", 256, 4, Blocks(q=16, kv=16, warps=8, stages=2)),
