@@ -18,7 +18,7 @@ from jaxcp.layers.mlp import SILU, GatedMLP, SwiGLU
 from jaxcp.layers.parameter import RouterBias, constant, normal
 from jaxcp.layers.routing import SCORES, Routing
 from jaxcp.sharding import tokens_spec
-from pallas_kernels import grouped_matmul, grouped_swiglu
+from pallas_kernels import PAD_POSITION, grouped_matmul, grouped_swiglu
 
 EXPERT_WEIGHTS = ("gate", "up", "down", "gate_bias", "up_bias")
 """What an expert's own device applies."""
@@ -72,15 +72,16 @@ class MoE(nnx.Module):
         self.routing, self.activation, self.use_bias = routing, activation, use_bias
         self.float32_sum = float32_sum
 
-    def __call__(self, x, chosen=None):
+    def __call__(self, x, chosen=None, *, positions=None):
         """`(y [B, T, D], load [E])`: load is the fraction of choices that fell on each expert.
 
         `chosen [B, T, k]`, laid out as x is: experts that something else has selected.
+        `positions [B, T]`: tokens at `PAD_POSITION` go to experts and do not count in the load.
         """
         w = self._weights(x.dtype)
         spec = tokens_spec(x)
         if spec is None:
-            y, load = self._routed(x, chosen, w, axes=(), experts=None, partial=())
+            y, load = self._routed(x, chosen, positions, w, axes=(), experts=None, partial=())
         else:
             tokens = P(*spec, None)
             axes = tuple(jax.tree.leaves(tuple(spec)))
@@ -90,13 +91,18 @@ class MoE(nnx.Module):
             mesh = jax.sharding.get_abstract_mesh().shape
             partial = tuple(a for a in (width, apart) if a is not None and mesh[a] > 1)
 
-            def local(x, chosen, w):
-                return self._routed(x, chosen, w, axes=axes, experts=experts, partial=partial)
+            def local(x, *given):
+                return self._routed(x, *given, axes=axes, experts=experts, partial=partial)
 
-            ins = (tokens, None if chosen is None else tokens, placed)
+            ins = (
+                tokens,
+                None if chosen is None else tokens,
+                None if positions is None else spec,
+                placed,
+            )
             # check_vma=False: rounds of an exchange that are skipped vary over no axis
             run = jax.shard_map(local, in_specs=ins, out_specs=(tokens, P()), check_vma=False)
-            y, load = run(x, chosen, w)
+            y, load = run(x, chosen, positions, w)
         if self.num_shared_experts:
             dtype = y.dtype if self.float32_sum else x.dtype
             y = y.astype(dtype) + self.shared(x).astype(dtype)
@@ -111,7 +117,7 @@ class MoE(nnx.Module):
         w = {name: getattr(self, name).astype(jnp.float32) for name in router}
         return w | {name: getattr(self, name).astype(dtype) for name in experts}
 
-    def _routed(self, x, chosen, w, *, axes, experts, partial):
+    def _routed(self, x, chosen, positions, w, *, axes, experts, partial):
         """The routed experts' sum over local tokens, float32.
 
         `axes` shard tokens, `experts` the experts; over `partial` results are parts of a sum.
@@ -137,11 +143,7 @@ class MoE(nnx.Module):
         if self.use_bias:  # after the sum over devices: once
             bias = w["down_bias"].astype(jnp.float32)[chosen]
             y = y + jnp.einsum("mkd,mk->md", bias, weights)
-        sizes = jnp.bincount(chosen.reshape(-1), length=num_experts)
-        load = sizes.astype(jnp.float32) / (b * t * k)
-        if axes:
-            load = lax.pmean(load, axes)
-        return y.reshape(b, t, d), load
+        return y.reshape(b, t, d), _load(chosen, positions, num_experts, axes)
 
     def _own_experts(self, rows, chosen, w, experts):
         """`[M, k, D]`: what each choice makes of its row; 0 where its expert is elsewhere."""
@@ -179,3 +181,15 @@ class MoE(nnx.Module):
         if self.routing.linear_bias:
             logits = logits + w["router_linear_bias"]
         return SCORES[self.routing.scores](logits)
+
+
+def _load(chosen, positions, num_experts, axes):
+    """`[E]`: the fraction of the choices `[M, k]`, but those of pads, over the devices of `axes`."""
+    m, k = chosen.shape
+    real = jnp.ones((m,), bool) if positions is None else positions.reshape(m) != PAD_POSITION
+    number = jnp.where(real[:, None], chosen, num_experts)
+    sizes = jnp.bincount(number.reshape(-1), length=num_experts + 1)[:num_experts]
+    total = real.sum() * k
+    if axes:
+        sizes, total = lax.psum((sizes, total), axes)
+    return sizes.astype(jnp.float32) / jnp.maximum(total, 1).astype(jnp.float32)

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 Record = dict[str, Any]
 """`step, loss` (nats), `lr, grad_norm, tokens` (since step 0), `tokens_per_second` (None until
-there are two steps to time), `seconds` (of this process)."""
+there are two steps to time), `seconds` (of this process); of a model with experts also
+`router_load_max, router_entropy, router_idle` (`training.step.routing_health`)."""
 
 
 class Callback(Protocol):

@@ -2,6 +2,7 @@
 """The state of a run and the one program that advances it."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -137,7 +138,8 @@ def make_step(
     loss_chunk: int,
     consecutive: bool = False,
 ) -> Callable[[State, Any], tuple[State, dict]]:
-    """`train_step(state, batch) -> (state, {"loss", "lr", "grad_norm"})`, jitted; donates `state`.
+    """`train_step(state, batch) -> (state, record)`, jitted; donates `state`. The record holds
+    "loss", "lr", "grad_norm" and, of a model with experts, what `routing_health` says.
 
     `batch` leaves are `[accumulate, B, T]` as `data.put` makes them; `consecutive`: what
     `data.consecutive` says of them. Kept by its arguments, so that
@@ -182,8 +184,9 @@ def make_step(
             lr = rate(state["step"])
             updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
             params = optax.apply_updates(state["params"], updates)
-        others = state["others"]
+        others, health = state["others"], {}
         if load is not None:
+            health = routing_health(load)
             others = balance(others, load, optimizer_config.router_bias_rate)
         new = {
             "params": params,
@@ -191,9 +194,28 @@ def make_step(
             "opt_state": opt_state,
             "step": state["step"] + 1,
         }
-        return state | new, {"loss": total / weight, "lr": lr, "grad_norm": optax.tree.norm(grads)}
+        record = {"loss": total / weight, "lr": lr, "grad_norm": optax.tree.norm(grads)}
+        return state | new, record | health
 
     return jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
+
+
+def routing_health(load: jax.Array) -> dict[str, jax.Array]:
+    """How evenly experts are used; `load` is `[moe layers, experts]`, summed over the whole batch.
+
+    `router_load_max`: the busiest expert's load over the mean one, in the layer where it is
+    largest (1: even). `router_entropy`: of the choices, over that of even ones, in the layer where
+    it is smallest (1: even, 0: one expert takes all). `router_idle`: the fraction of experts, of
+    all layers, that no token chose.
+    """
+    share = load / load.sum(-1, keepdims=True)
+    experts = load.shape[-1]
+    entropy = jax.scipy.special.entr(share).sum(-1) / max(math.log(experts), 1e-9)
+    return {
+        "router_load_max": share.max() * experts,
+        "router_entropy": entropy.min(),
+        "router_idle": jnp.mean((load == 0).astype(jnp.float32)),
+    }
 
 
 def balance(others: dict[str, jax.Array], load: jax.Array, rate: float) -> dict[str, jax.Array]:

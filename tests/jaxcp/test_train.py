@@ -26,7 +26,7 @@ from jaxcp.training import (
     read_metrics,
     train,
 )
-from jaxcp.training.step import abstract_inputs, balance, init_state
+from jaxcp.training.step import abstract_inputs, balance, init_state, routing_health
 
 GPT = GPTConfig(vocab_size=256, max_positions=64, num_layers=1, num_heads=2, embed_dim=32)
 MOE = HybridMoEConfig(
@@ -156,6 +156,25 @@ def test_router_bias_moves_towards_even_load(tmp_path):
     result = train(run(tmp_path, model=MOE, mesh=MeshConfig(seq=2, model=2), steps=2))
     bias = np.asarray(result.model.layers[0].mlp.router_bias.get_value())
     assert np.abs(bias).max() == pytest.approx(2e-3, rel=1e-3) and bias.min() < 0 < bias.max()
+
+
+def test_routing_health_is_that_of_one_device(tmp_path):
+    """60 tokens on 4 shards have pads, which must not count as choices."""
+    one, eight = (
+        read_metrics(train(run(tmp_path / str(m.size), model=MOE, mesh=m, steps=2)).metrics_path)
+        for m in (MeshConfig(), SPREAD)
+    )
+    for a, b in zip(one, eight, strict=True):
+        assert a["router_load_max"] >= 1 and 0 < a["router_entropy"] <= 1
+        for name in ("router_load_max", "router_entropy", "router_idle"):
+            assert a[name] == pytest.approx(b[name], rel=2e-3, abs=2e-3), name
+
+
+def test_routing_health_by_hand():
+    health = routing_health(jnp.array([[2.0, 2.0, 2.0, 2.0], [4.0, 4.0, 0.0, 0.0]]))
+    assert health["router_load_max"] == 2.0  # of eight choices four, where two are even
+    assert health["router_entropy"] == pytest.approx(0.5)  # one bit of two
+    assert health["router_idle"] == 0.25
 
 
 def test_balance_favours_the_expert_that_is_chosen_too_seldom():

@@ -63,9 +63,11 @@ class Block(nnx.Module):
 
     def __call__(self, x, positions, attend):
         x = x + self.attention(self.attention_norm(x), positions, attend)
-        y = self.mlp(self.mlp_norm(x))
-        y, load = y if isinstance(self.mlp, MoE) else (y, None)
-        return x + y, load
+        x_norm = self.mlp_norm(x)
+        if isinstance(self.mlp, MoE):
+            y, load = self.mlp(x_norm, positions=positions)
+            return x + y, load
+        return x + self.mlp(x_norm), None
 
 
 class MTP(nnx.Module):

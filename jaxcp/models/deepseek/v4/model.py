@@ -74,7 +74,7 @@ class Block(nnx.Module):
         y, how = self.mlp_streams(x)
         table = self.experts_of_token
         chosen = None if table is None else embed(table, tokens, jnp.int32)
-        y, load = self.mlp(self.mlp_norm(y), chosen)
+        y, load = self.mlp(self.mlp_norm(y), chosen, positions=positions)
         return self.mlp_streams.renew(x, y, how), load
 
 
