@@ -184,7 +184,7 @@ class MoE(nnx.Module):
 
 
 def _load(chosen, positions, num_experts, axes):
-    """`[E]`: the fraction of the choices `[M, k]`, but those of pads, over the devices of `axes`."""
+    """`[E]`: the fraction of the choices `[M, k]`, but those of pads, on all of `axes`."""
     m, k = chosen.shape
     real = jnp.ones((m,), bool) if positions is None else positions.reshape(m) != PAD_POSITION
     number = jnp.where(real[:, None], chosen, num_experts)

@@ -185,6 +185,7 @@ def test_window_layers_exchange_the_window_where_tokens_are_consecutive(mesh_of)
         check(strategy, Zigzag(), 4, problem(), EVERYTHING | {"consecutive": True})
 
 
+@pytest.mark.slow
 def test_two_mesh_axes():
     """Tokens over an outer axis (the ring) and an inner one (the heads)."""
     mesh = jax.make_mesh((2, 4), ("outer", "inner"), axis_types=(AxisType.Auto,) * 2)

@@ -53,6 +53,7 @@ def test_a_strategy_holds_what_it_says(strategy):
     assert held(strategy, N, t) == pytest.approx(said(strategy, N, t), rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_ring_holds_less_on_more_devices():
     """Of one sequence 1/n; of one shard the same on any number, which is why it is a ring."""
     found = {n: held(Ring(), n, TOKENS // n) for n in (2, 4, 16)}

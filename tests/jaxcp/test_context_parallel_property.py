@@ -144,6 +144,7 @@ def padded(tree, shards, length):
     return {name: one(name, x) for name, x in tree.items()}
 
 
+@pytest.mark.slow
 @settings(max_examples=8, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
 @given(st.randoms(use_true_random=True))
 def test_any_program_is_dense(rng):

@@ -71,6 +71,7 @@ def test_every_layer_is_that_of_transformers(name):
     np.testing.assert_allclose(found[-1], reference(name)["logits"], atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, axes, strategy, length",
     [

@@ -31,6 +31,7 @@ def test_shipped_checkpoint_is_a_small_hybrid():
     assert tokenizer.vocab_size == config.vocab_size == 256
 
 
+@pytest.mark.slow
 def test_shipped_checkpoint_finds_the_needles(result):
     """99.5 % of 200 were measured at this length (README)."""
     assert len(result.answers) == 10

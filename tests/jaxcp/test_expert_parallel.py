@@ -86,6 +86,7 @@ def alone(skew, use_bias):
     return with_gradients(layer(skew, use_bias), *map(jnp.asarray, tokens()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_bias", [False, True], ids=["no bias", "biases"])
 @pytest.mark.parametrize("axes", MESHES.values(), ids=MESHES)
 def test_any_mesh_gives_the_same(axes, use_bias, mesh_of):

@@ -88,6 +88,7 @@ def check(strategy, shards, x, *, axes="seq", **options):
         np.testing.assert_allclose(a, b, rtol=0, atol=close, err_msg=name)
 
 
+@pytest.mark.slow
 def test_every_mask_and_option_beside_another_mesh_axis(mesh_of, races):
     """An odd length, pads, documents, a window, soft cap, sinks, grouped heads; two rings."""
     mesh_of(data=2, seq=3)

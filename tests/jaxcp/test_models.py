@@ -80,6 +80,7 @@ def test_logits_are_those_of_transformers(name, mesh_of):
     np.testing.assert_allclose(found, reference["logits"], atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, axes", [("hy3-tiny", {"seq": 8}), ("gpt-oss-tiny", {"seq": 2, "model": 2})]
 )
@@ -112,6 +113,7 @@ def test_data_model_and_seq_axes_change_nothing(mesh_of):
     same_gradients(named(found), named(expected[1]))
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing():
     tokens = jnp.zeros((1, 6), jnp.int32)
     positions = jnp.arange(6, dtype=jnp.int32)[None]
@@ -181,6 +183,7 @@ def test_the_router_is_float32_in_a_bfloat16_model(moe):
     assert y.dtype == jnp.bfloat16 and load.tolist() == [0, 0, 1, 0]
 
 
+@pytest.mark.slow
 def test_load_of_every_layer_sums_to_one(mesh_of):
     model = hybrid()
     mesh_of(data=2, seq=4)

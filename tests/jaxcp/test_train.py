@@ -158,6 +158,7 @@ def test_router_bias_moves_towards_even_load(tmp_path):
     assert np.abs(bias).max() == pytest.approx(2e-3, rel=1e-3) and bias.min() < 0 < bias.max()
 
 
+@pytest.mark.slow
 def test_routing_health_is_that_of_one_device(tmp_path):
     """60 tokens on 4 shards have pads, which must not count as choices."""
     one, eight = (
