@@ -5,6 +5,7 @@ import functools
 
 import jax
 import numpy as np
+import pytest
 from dense_attention import PAD, dense
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
