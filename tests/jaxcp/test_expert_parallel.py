@@ -2,6 +2,8 @@
 """Experts on other devices than the tokens: the same answer as from the definition, any mesh."""
 
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -133,3 +135,24 @@ def test_experts_that_do_not_divide(mesh_of):
     mesh_of(seq=3)
     with pytest.raises(ValueError, match=r"the mesh does not divide: .*down.* by seq=3"):
         place(layer(), experts="seq")
+
+
+def test_no_array_is_larger_than_the_choices():
+    """128K tokens to 192 experts, forward and backward: no `[tokens, experts, capacity]`."""
+    tokens, experts, k, d, f = 131_072, 192, 8, 64, 32
+    sizes = {"num_experts": experts, "num_experts_per_tok": k, "std": 0.02, "out_std": 0.02}
+    moe = nnx.eval_shape(lambda: MoE(d, f, routing=Routing(), rngs=nnx.Rngs(0), **sizes))
+    graph, state = nnx.split(moe)
+
+    def gradient(state, x):
+        def total(state, x):
+            return nnx.merge(graph, state)(x)[0].astype(jnp.float32).sum()
+
+        return jax.grad(total, argnums=(0, 1))(state, x)
+
+    x = jax.ShapeDtypeStruct((1, tokens, d), jnp.bfloat16)
+    text = jax.jit(gradient, compiler_options=QUICK).lower(state, x).compile().as_text()
+    shapes = re.findall(r"\b(?:pred|[a-z]+\d+)\[([\d,]+)\]", text)
+    found = max(math.prod(map(int, shape.split(","))) for shape in shapes)
+    padded = tokens * k + experts * 128  # each expert's rows begin on a block
+    assert tokens * k * d <= found <= padded * d < tokens * experts * k
