@@ -188,12 +188,8 @@ def make_step(
         if load is not None:
             health = routing_health(load)
             others = balance(others, load, optimizer_config.router_bias_rate)
-        new = {
-            "params": params,
-            "others": others,
-            "opt_state": opt_state,
-            "step": state["step"] + 1,
-        }
+        new = {"params": params, "others": others, "opt_state": opt_state}
+        new["step"] = state["step"] + 1
         record = {"loss": total / weight, "lr": lr, "grad_norm": optax.tree.norm(grads)}
         return state | new, record | health
 
