@@ -204,7 +204,7 @@ def routing_health(load: jax.Array) -> dict[str, jax.Array]:
     it is smallest (1: even, 0: one expert takes all). `router_idle`: the fraction of experts, of
     all layers, that no token chose.
     """
-    share = load / load.sum(-1, keepdims=True)
+    share = load / jnp.maximum(load.sum(-1, keepdims=True), 1e-9)  # a batch may be all pads
     experts = load.shape[-1]
     entropy = jax.scipy.special.entr(share).sum(-1) / max(math.log(experts), 1e-9)
     return {
