@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from jaxcp.models.gpt.model import GPTConfig as GPTConfig
     from jaxcp.models.hybrid_moe.model import HybridMoE as HybridMoE
     from jaxcp.models.hybrid_moe.model import HybridMoEConfig as HybridMoEConfig
+    from jaxcp.training import LossConfig as LossConfig
     from jaxcp.training import OptimizerConfig as OptimizerConfig
     from jaxcp.training import TextSource as TextSource
     from jaxcp.training import TokenFiles as TokenFiles
@@ -59,7 +60,14 @@ _HOME = {
     "jaxcp.models.deepseek.v4.model": ("DeepSeekV4", "DeepSeekV4Config"),
     "jaxcp.models.gpt.model": ("GPT", "GPTConfig"),
     "jaxcp.models.hybrid_moe.model": ("HybridMoE", "HybridMoEConfig"),
-    "jaxcp.training": ("OptimizerConfig", "TextSource", "TokenFiles", "TrainConfig", "train"),
+    "jaxcp.training": (
+        "LossConfig",
+        "OptimizerConfig",
+        "TextSource",
+        "TokenFiles",
+        "TrainConfig",
+        "train",
+    ),
     "jaxcp.weights": ("abstract_model", "load", "load_config", "save"),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

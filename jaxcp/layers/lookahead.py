@@ -5,6 +5,8 @@ They are known on the host, in natural order, so they are put beside each token 
 sharded, and no device asks another for its first one.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 
 NONE = 0
@@ -25,3 +27,25 @@ def following(tokens: np.ndarray, n: int = 1, *, segment_ids=None) -> np.ndarray
         after = np.stack([segments[:, i : i + length] for i in range(1, n + 1)], axis=-1)
         out = np.where(after == segment_ids[..., None], out, NONE)
     return out
+
+
+def draft_batch(batch: Mapping[str, np.ndarray], depth: int) -> dict[str, np.ndarray]:
+    """What MTP layers are trained on, `[B, T, depth]` each, of a batch in natural order.
+
+    `following`; and `draft_targets` and `draft_weights`, the targets and weights of the token that
+    lies 1, 2, ... places on. Where that is another document, or after the end, there is no target
+    (-1, of weight 0).
+    """
+    segments = batch.get("segment_ids")
+    after = following(batch["tokens"], depth, segment_ids=segments)
+    rows, length = batch["tokens"].shape
+    if segments is None:
+        segments = np.zeros((rows, length), np.int32)
+    targets = np.full((rows, length, depth), -1, np.int32)
+    weights = np.zeros((rows, length, depth), np.float32)
+    for i in range(min(depth, length - 1)):
+        here, there = slice(None, length - 1 - i), slice(1 + i, None)
+        same = segments[:, here] == segments[:, there]
+        targets[:, here, i] = np.where(same, batch["targets"][:, there], -1)
+        weights[:, here, i] = np.where(same, batch["weights"][:, there], 0)
+    return {"following": after, "draft_targets": targets, "draft_weights": weights}

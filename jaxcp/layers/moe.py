@@ -16,9 +16,10 @@ from jax.sharding import PartitionSpec as P
 from jaxcp.layers.expert_exchange import exchanged
 from jaxcp.layers.mlp import SILU, GatedMLP, SwiGLU
 from jaxcp.layers.parameter import RouterBias, constant, normal
+from jaxcp.layers.router_stats import RouterStats, router_stats
 from jaxcp.layers.routing import SCORES, Routing
 from jaxcp.sharding import tokens_spec
-from pallas_kernels import PAD_POSITION, grouped_matmul, grouped_swiglu
+from pallas_kernels import grouped_matmul, grouped_swiglu
 
 EXPERT_WEIGHTS = ("gate", "up", "down", "gate_bias", "up_bias")
 """What an expert's own device applies."""
@@ -72,16 +73,16 @@ class MoE(nnx.Module):
         self.routing, self.activation, self.use_bias = routing, activation, use_bias
         self.float32_sum = float32_sum
 
-    def __call__(self, x, chosen=None, *, positions=None):
-        """`(y [B, T, D], load [E])`: load is the fraction of choices that fell on each expert.
+    def __call__(self, x, chosen=None, *, positions=None) -> tuple[jax.Array, RouterStats]:
+        """`(y [B, T, D], stats)`: what the router did with all real tokens, on every device alike.
 
         `chosen [B, T, k]`, laid out as x is: experts that something else has selected.
-        `positions [B, T]`: tokens at `PAD_POSITION` go to experts and do not count in the load.
+        `positions [B, T]`: tokens at `PAD_POSITION` go to experts and do not count in `stats`.
         """
         w = self._weights(x.dtype)
         spec = tokens_spec(x)
         if spec is None:
-            y, load = self._routed(x, chosen, positions, w, axes=(), experts=None, partial=())
+            y, stats = self._routed(x, chosen, positions, w, axes=(), experts=None, partial=())
         else:
             tokens = P(*spec, None)
             axes = tuple(jax.tree.leaves(tuple(spec)))
@@ -102,11 +103,11 @@ class MoE(nnx.Module):
             )
             # check_vma=False: rounds of an exchange that are skipped vary over no axis
             run = jax.shard_map(local, in_specs=ins, out_specs=(tokens, P()), check_vma=False)
-            y, load = run(x, chosen, positions, w)
+            y, stats = run(x, chosen, positions, w)
         if self.num_shared_experts:
             dtype = y.dtype if self.float32_sum else x.dtype
             y = y.astype(dtype) + self.shared(x).astype(dtype)
-        return y.astype(x.dtype), load
+        return y.astype(x.dtype), stats
 
     def _weights(self, dtype):
         """Every leaf of the router (float32) and of the routed experts (`dtype`), by name."""
@@ -118,18 +119,16 @@ class MoE(nnx.Module):
         return w | {name: getattr(self, name).astype(dtype) for name in experts}
 
     def _routed(self, x, chosen, positions, w, *, axes, experts, partial):
-        """The routed experts' sum over local tokens, float32.
+        """The routed experts' sum over local tokens, float32, and what their router did.
 
         `axes` shard tokens, `experts` the experts; over `partial` results are parts of a sum.
         """
         b, t, d = x.shape
-        k, num_experts = self.num_experts_per_tok, w["router"].shape[1]
+        num_experts = w["router"].shape[1]
         flat = x.reshape(b * t, d)
-        scores = self._scores(flat, w)
-        if chosen is None:
-            chosen = self.routing.select(scores, k, w.get("router_bias"))
-        else:
-            chosen = chosen.reshape(b * t, k)
+        logits = self._logits(flat, w)
+        scores = SCORES[self.routing.scores](logits)
+        chosen, stats = self._choice(logits, scores, chosen, positions, w, axes)
         weights = self.routing.weigh(scores, chosen)
         if experts in axes and lax.axis_size(experts) > 1:
             shared = {name: x for name, x in w.items() if name in EXPERT_WEIGHTS}
@@ -143,7 +142,7 @@ class MoE(nnx.Module):
         if self.use_bias:  # after the sum over devices: once
             bias = w["down_bias"].astype(jnp.float32)[chosen]
             y = y + jnp.einsum("mkd,mk->md", bias, weights)
-        return y.reshape(b, t, d), _load(chosen, positions, num_experts, axes)
+        return y.reshape(b, t, d), stats
 
     def _own_experts(self, rows, chosen, w, experts):
         """`[M, k, D]`: what each choice makes of its row; 0 where its expert is elsewhere."""
@@ -173,23 +172,24 @@ class MoE(nnx.Module):
 
         return self.activation(project("gate"), project("up"))
 
-    def _scores(self, x, w):
-        """Float32 scores `[M, E]` of every expert."""
+    def _choice(self, logits, scores, given, positions, w, axes):
+        """Experts `[M, k]`, and what the router did."""
+        k, bias = self.num_experts_per_tok, w.get("router_bias")
+        if given is None:
+            chosen = self.routing.select(scores, k, bias)
+            unbiased = None if bias is None else self.routing.select(scores, k)
+        else:
+            chosen, unbiased = given.reshape(-1, k), None
+        stats = router_stats(logits, chosen, unbiased, positions, self.routing, axes)
+        if given is not None:
+            stats = stats._replace(probabilities=lax.stop_gradient(stats.probabilities))
+        return chosen, stats
+
+    def _logits(self, x, w):
+        """Float32 `[M, E]`."""
         logits = jnp.einsum(
             "md,de->me", x.astype(jnp.float32), w["router"], precision=lax.Precision.HIGHEST
         )
         if self.routing.linear_bias:
             logits = logits + w["router_linear_bias"]
-        return SCORES[self.routing.scores](logits)
-
-
-def _load(chosen, positions, num_experts, axes):
-    """`[E]`: the fraction of the choices `[M, k]`, but those of pads, on all of `axes`."""
-    m, k = chosen.shape
-    real = jnp.ones((m,), bool) if positions is None else positions.reshape(m) != PAD_POSITION
-    number = jnp.where(real[:, None], chosen, num_experts)
-    sizes = jnp.bincount(number.reshape(-1), length=num_experts + 1)[:num_experts]
-    total = real.sum() * k
-    if axes:
-        sizes, total = lax.psum((sizes, total), axes)
-    return sizes.astype(jnp.float32) / jnp.maximum(total, 1).astype(jnp.float32)
+        return logits

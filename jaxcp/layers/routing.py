@@ -60,6 +60,14 @@ class Routing:
             wanted = self._only_top_groups(wanted, k)
         return lax.top_k(wanted, k)[1]
 
+    def probabilities(self, logits: Float[Array, "M E"]) -> Float[Array, "M E"]:
+        """Scores that sum to one over all experts, whatever was chosen: softmax as it is, sigmoid
+        and sqrt_softplus over their sum, as DeepSeek-V3's balance loss has it."""
+        scores = SCORES[self.scores](logits)
+        if self.scores == "softmax":
+            return scores
+        return scores / (scores.sum(-1, keepdims=True) + 1e-20)
+
     def weigh(self, scores: Float[Array, "M E"], chosen: Int[Array, "M k"]) -> Float[Array, "M k"]:
         """What each of the `chosen` counts: its score without the selection bias."""
         weights = jnp.take_along_axis(scores, chosen, axis=-1)

@@ -11,6 +11,7 @@ from jaxcp.context_parallel import Strategy
 from jaxcp.context_parallel.kv_cache import KVCache, empty_cache
 from jaxcp.context_parallel.whole_sequence import WholeSequence
 from jaxcp.layers.attention import Attend
+from jaxcp.layers.router_stats import RouterStats
 from jaxcp.sharding import tokens_spec
 
 
@@ -27,8 +28,8 @@ class LanguageModel(nnx.Module):
 
     def forward(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], attend: Attend
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "L E"] | None]:
-        """Final hidden states, and the fraction of choices per MoE layer and expert, if any."""
+    ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
+        """Final hidden states, and what the routers of all MoE layers did, if there are any."""
         raise NotImplementedError
 
     def head_kernel(self) -> Float[Array, "D V"]:
@@ -61,6 +62,27 @@ class LanguageModel(nnx.Module):
     def hidden(self, tokens, positions, **options):
         """`forward` over a whole sequence, no cache; `options` as `attend_over` takes them."""
         return self.forward(tokens, positions, self.attend_over(positions, **options))
+
+    def hidden_and_drafts(
+        self,
+        tokens: Int[Array, "B T"],
+        following: Int[Array, "B T n"],
+        positions: Int[Array, "B T"],
+        **options: Any,
+    ) -> tuple[Float[Array, "B T D"], list[Float[Array, "B T D"]], RouterStats | None]:
+        """`hidden`, with the drafts of MTP layers, one a depth, the nearest token first.
+
+        `logits` of draft i are those of the token i + 2 places on. The stats of MTP layers come
+        after those of the trunk, in the order in which their selection biases are named.
+
+        Args:
+          following: the n tokens after each one, see `jaxcp.layers.lookahead.following`.
+        Raises:
+          NotImplementedError: the family has no MTP layer.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} has no drafts to train; set num_mtp_layers=0"
+        )
 
     def attend_over(
         self,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training: `train(TrainConfig(...))`."""
 
-from jaxcp.training.config import OptimizerConfig, TrainConfig, load_run
+from jaxcp.training.config import LossConfig, OptimizerConfig, TrainConfig, load_run
 from jaxcp.training.data import BatchSource, TextSource, TokenFiles
 from jaxcp.training.loop import Result, train
 from jaxcp.training.metrics import Callback, ProgressBar, plot_loss, read_metrics
@@ -9,6 +9,7 @@ from jaxcp.training.metrics import Callback, ProgressBar, plot_loss, read_metric
 __all__ = [
     "BatchSource",
     "Callback",
+    "LossConfig",
     "OptimizerConfig",
     "ProgressBar",
     "Result",

@@ -58,6 +58,32 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """What is minimised beside the loss of next tokens, times these weights; 0 leaves a loss out of
+    the program. None depends on the mesh. Records show the losses without their weights.
+
+    With `accumulate`, the load and mean probabilities of the balance loss are those of a piece, and
+    the routers' losses are the mean over pieces, weighted as their targets are. The MTP loss is
+    that of the whole batch in any case.
+    """
+
+    balance_loss_weight: float = 0.0
+    """Of `RouterStats.balance_loss`; Switch has 0.01, Qwen3-MoE 0.001 times k."""
+    z_loss_weight: float = 0.0
+    """Of `RouterStats.z_loss`; ST-MoE has 0.001."""
+    mtp_loss_weight: float = 0.3
+    """Of the mean cross-entropy of drafts, in a model with an MTP layer. DeepSeek-V3 has 0.3 and
+    0.1 in the last third. Source: arXiv 2412.19437."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if not 0 <= getattr(self, field.name) < math.inf:
+                raise ValueError(
+                    f"{field.name} must be >= 0; got {field.name}={getattr(self, field.name)}"
+                )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run. Compute runs in `model.dtype`, recomputes layers where `model.remat` says
     so; parameters and optimizer state are float32."""
@@ -77,6 +103,7 @@ class TrainConfig:
     attention: Any = None
     """A strategy such as `Ring()`; None leaves the choice to the model."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    losses: LossConfig = dataclasses.field(default_factory=LossConfig)
     accumulate: int = 1
     """Pieces a batch is cut into, whose gradients are summed before one update."""
     seed: int = 0
@@ -107,10 +134,10 @@ class TrainConfig:
                 "data must be a glob of token files or an object with batch(step, rows, length); "
                 f"got {self.data!r}"
             )
-        if getattr(self.model, "num_mtp_layers", 0):
-            raise NotImplementedError(
-                "train has no loss for an MTP layer, whose weights would only decay; "
-                "set num_mtp_layers=0"
+        if getattr(self.model, "num_mtp_layers", 0) and not self.losses.mtp_loss_weight:
+            raise ValueError(
+                "an MTP layer without a loss would only decay: set mtp_loss_weight > 0, "
+                "or num_mtp_layers=0; got mtp_loss_weight=0"
             )
         limit = getattr(self.model, "max_positions", self.seq_len)
         if self.seq_len > limit:
@@ -123,7 +150,9 @@ def identity(config: TrainConfig) -> dict[str, Any]:
     """What decides the numbers of a run, as JSON values: a checkpoint may only be continued by a
     config that agrees on these. Mesh, strategy, logging and saving may change."""
     model = {key: value for key, value in _plain(config.model).items() if key != "remat"}
-    names = ("seq_len", "batch_size", "steps", "data", "optimizer", "seed")
+    names = ["seq_len", "batch_size", "steps", "data", "optimizer", "seed"]
+    if config.losses != LossConfig():  # runs from before there were any may go on
+        names.append("losses")
     return {"model": model} | {name: _plain(getattr(config, name)) for name in names}
 
 

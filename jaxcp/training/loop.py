@@ -11,12 +11,13 @@ from typing import Any
 
 import jax
 
+from jaxcp.layers.lookahead import draft_batch
 from jaxcp.layers.ngram import windows
 from jaxcp.layout import Zigzag
 from jaxcp.training import checkpoint
 from jaxcp.training.config import TrainConfig, differences, identity
 from jaxcp.training.data import as_source, checked, consecutive, prefetch, put
-from jaxcp.training.metrics import Callback, MetricsFile, ProgressBar, Record
+from jaxcp.training.metrics import Callback, MetricsFile, ProgressBar, Record, as_json
 from jaxcp.training.step import State, init_state, join, make_step
 
 logger = logging.getLogger(__name__)
@@ -127,7 +128,7 @@ class _Run:
         running = None
         batches = prefetch(self.batch, start, end)
         for step, (batch, count, in_order) in enumerate(batches, start + 1):
-            state, out = make_step(*options, in_order)(state, batch)
+            state, out = make_step(*options, in_order, config.losses)(state, batch)
             # Only one step may wait behind the one that runs: time and memory stay what they seem.
             jax.block_until_ready(running)
             running = out
@@ -136,7 +137,7 @@ class _Run:
             save = last or step % config.checkpoint_every == 0
             report = save or step % config.log_every == 0
             if report:
-                record = {"step": step} | {key: float(value) for key, value in out.items()}
+                record = {"step": step} | as_json(out, whole=save)
                 self.check_finite(record)
                 record |= meter.read() | {"seconds": self.seconds()}
                 metrics.write(record)  # before the checkpoint: a step on disk has its record
@@ -169,6 +170,8 @@ class _Run:
             vocab_size=config.model.vocab_size,
         )
         count = host["tokens"].size
+        if depth := getattr(config.model, "num_mtp_layers", 0):
+            host |= draft_batch(host, depth)
         width = getattr(config.model, "ngram_width", 1)
         host["tokens"] = windows(host["tokens"], width, segment_ids=host.get("segment_ids"))
         batch = put(host, mesh=self.mesh, layout=self.layout, accumulate=config.accumulate)

@@ -4,12 +4,31 @@
 import json
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any, Protocol
+
+import jax
+import numpy as np
 
 Record = dict[str, Any]
 """`step, loss` (nats), `lr, grad_norm, tokens` (since step 0), `tokens_per_second` (None until
 there are two steps to time), `seconds` (of this process); of a model with experts also
-`router_load_max, router_entropy, router_idle` (`training.step.routing_health`)."""
+`router_load` (per cent of an even load, by MoE layer and expert, the MTP layer's last),
+`router_load_max, router_entropy, router_idle, router_flips` (`training.step.routing_health`); where
+they are minimised, `mtp_loss, router_balance_loss, router_z_loss` without their weights. A
+`router_load` of more than `LOADS` numbers is only in records of steps that save."""
+
+LOADS = 4096
+"""Numbers of `router_load` that any record may hold: about 16 KB."""
+
+
+def as_json(out: Mapping[str, jax.Array], *, whole: bool) -> Record:
+    """What a step returned, as numbers and lists; `whole`: with `router_load` of any size."""
+    record: Record = {name: float(x) for name, x in out.items() if x.ndim == 0}
+    load = out.get("router_load")
+    if load is not None and (whole or load.size <= LOADS):
+        record["router_load"] = np.rint(100 * np.asarray(load)).astype(int).tolist()
+    return record
 
 
 class Callback(Protocol):

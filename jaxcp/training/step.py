@@ -14,12 +14,22 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxcp.context_parallel.overlap import compiler_options
+from jaxcp.layers.router_stats import RouterStats
 from jaxcp.layout import Zigzag
 from jaxcp.models import family_of
 from jaxcp.sharding import place, sharding_of
-from jaxcp.training.config import OptimizerConfig, TrainConfig
-from jaxcp.training.loss import chunked_cross_entropy
+from jaxcp.training.config import LossConfig, OptimizerConfig, TrainConfig
+from jaxcp.training.objective import draft_scale, objective
 from jaxcp.training.optimizer import make_optimizer, schedule
+
+DRAFT_DTYPES = {
+    "following": jnp.int32,
+    "draft_targets": jnp.int32,
+    "draft_weights": jnp.float32,
+}
+"""What a batch has for MTP layers, `[accumulate, B, T, depth]` (`layers.lookahead.draft_batch`)."""
+
+NEXT_TOKENS = LossConfig()
 
 State = dict[str, Any]
 """`params` and `others` (variables without a gradient), flat dicts by name; `opt_state`; `step`,
@@ -102,6 +112,9 @@ def abstract_inputs(config: TrainConfig, mesh: Mesh) -> tuple[State, dict[str, A
     if layout.by_segment:
         dtypes["segment_ids"] = jnp.int32
     batch = {name: leaf(shape, x, P(None, "data", "seq")) for name, x in dtypes.items()}
+    if depth := getattr(config.model, "num_mtp_layers", 0):
+        for name, dtype in DRAFT_DTYPES.items():
+            batch[name] = leaf((*shape, depth), dtype, P(None, "data", "seq"))
     if (width := getattr(config.model, "ngram_width", 1)) > 1:
         batch["tokens"] = leaf((*shape, width), jnp.int32, P(None, "data", "seq"))
     return state, batch
@@ -137,9 +150,11 @@ def make_step(
     steps: int,
     loss_chunk: int,
     consecutive: bool = False,
+    losses: LossConfig = NEXT_TOKENS,
 ) -> Callable[[State, Any], tuple[State, dict]]:
     """`train_step(state, batch) -> (state, record)`, jitted; donates `state`. The record holds
-    "loss", "lr", "grad_norm" and, of a model with experts, what `routing_health` says.
+    "loss" (of next tokens), "lr", "grad_norm", the other `losses` under their names in
+    `objective` and, of a model with experts, what `routing_health` says.
 
     `batch` leaves are `[accumulate, B, T]` as `data.put` makes them; `consecutive`: what
     `data.consecutive` says of them. Kept by its arguments, so that
@@ -148,23 +163,17 @@ def make_step(
     optimizer = make_optimizer(optimizer_config, steps)
     rate = schedule(optimizer_config, optimizer_config.learning_rate, steps)
 
-    def loss(params, state, piece):
-        model = join(model_config, state | {"params": params})
-        x, load = model.hidden(
-            piece["tokens"],
-            piece["positions"],
-            segment_ids=piece.get("segment_ids"),
-            attention=attention,
-            consecutive=consecutive,
-        )
-        total, weight = chunked_cross_entropy(
-            x, model.head_kernel(), piece["targets"], piece["weights"], chunk=loss_chunk
-        )
-        return total, (weight, load)
+    options = {"attention": attention, "consecutive": consecutive, "chunk": loss_chunk}
 
     def sums(state, batch):
-        """Loss, weight, expert load and gradient, summed over the pieces."""
-        grad = jax.value_and_grad(loss, has_aux=True)
+        """`Totals` and gradient, summed over the pieces."""
+        scale = draft_scale(batch)
+
+        def loss(params, state, piece):
+            model = join(model_config, state | {"params": params})
+            return objective(model, piece, losses, draft_scale=scale, **options)
+
+        grad = jax.grad(loss, has_aux=True)
         first = jax.tree.map(lambda x: x[0], batch)
         if batch["tokens"].shape[0] == 1:
             return grad(state["params"], state, first)
@@ -176,8 +185,8 @@ def make_step(
         return jax.lax.scan(add, zeros, batch)[0]
 
     def step(state: State, batch) -> tuple[State, dict]:
-        (total, (weight, load)), grads = sums(state, batch)
-        weight = jnp.maximum(weight, 1e-9)
+        grads, totals = sums(state, batch)
+        weight = jnp.maximum(totals.weight, 1e-9)
         grads = jax.tree.map(lambda g: g / weight, grads)
         # optax mixes int32 counts with floats, which strict promotion refuses
         with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"):
@@ -185,29 +194,37 @@ def make_step(
             updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
             params = optax.apply_updates(state["params"], updates)
         others, health = state["others"], {}
-        if load is not None:
-            health = routing_health(load)
-            others = balance(others, load, optimizer_config.router_bias_rate)
+        if totals.stats is not None:
+            health = routing_health(totals.stats)
+            others = balance(others, totals.stats.load, optimizer_config.router_bias_rate)
         new = {"params": params, "others": others, "opt_state": opt_state}
         new["step"] = state["step"] + 1
-        record = {"loss": total / weight, "lr": lr, "grad_norm": optax.tree.norm(grads)}
+        record = {name: total / weight for name, total in totals.parts.items()}
+        record |= {"lr": lr, "grad_norm": optax.tree.norm(grads)}
         return state | new, record | health
 
     return jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
 
 
-def routing_health(load: jax.Array) -> dict[str, jax.Array]:
-    """How evenly experts are used; `load` is `[moe layers, experts]`, summed over the whole batch.
+def routing_health(stats: RouterStats) -> dict[str, jax.Array]:
+    """How evenly experts are used; `stats` of all MoE layers, summed over the pieces of a batch.
+
+    `router_load`: `[moe layers, experts]`, the load over the mean one (1: even).
 
     `router_load_max`: the busiest expert's load over the mean one, in the layer where it is
     largest (1: even). `router_entropy`: of the choices, over that of even ones, in the layer where
     it is smallest (1: even, 0: one expert takes all). `router_idle`: the fraction of experts, of
-    all layers, that no token chose.
+    all layers, that no token chose. `router_flips`: the fraction of choices that the selection bias
+    made, over all layers (`RouterStats.flips`).
     """
+    load = stats.load
+    pieces = jnp.maximum(load.sum() / load.shape[0], 1.0)  # each layer's load sums to one a piece
     share = load / jnp.maximum(load.sum(-1, keepdims=True), 1e-9)  # a batch may be all pads
     experts = load.shape[-1]
     entropy = jax.scipy.special.entr(share).sum(-1) / max(math.log(experts), 1e-9)
     return {
+        "router_load": share * experts,
+        "router_flips": stats.flips.mean() / pieces,
         "router_load_max": share.max() * experts,
         "router_entropy": entropy.min(),
         "router_idle": jnp.mean((load == 0).astype(jnp.float32)),
@@ -216,10 +233,11 @@ def routing_health(load: jax.Array) -> dict[str, jax.Array]:
 
 def balance(others: dict[str, jax.Array], load: jax.Array, rate: float) -> dict[str, jax.Array]:
     """Move the selection bias of every expert by `rate` towards even load (auxiliary-loss-free
-    balancing, DeepSeek-V3, arXiv 2412.19437). `load` is `[moe layers, experts]`."""
+    balancing, DeepSeek-V3, arXiv 2412.19437). `load` is `[moe layers, experts]`; layers whose
+    router has no such bias (DeepSeek-V4's, which choose by token id) come first."""
     names = [name for name in others if name.endswith("router_bias")]  # in the order of the layers
-    assert len(names) == load.shape[0], (names, load.shape)
+    assert len(names) <= load.shape[0], (names, load.shape)
     moved = {}
-    for name, row in zip(names, load, strict=True):
+    for name, row in zip(names, load[load.shape[0] - len(names) :], strict=True):
         moved[name] = others[name] + rate * jnp.sign(row.mean() - row)
     return others | moved

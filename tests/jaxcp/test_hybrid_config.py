@@ -19,6 +19,7 @@ from jaxcp.models.hybrid_moe.config import (
     NormConfig,
 )
 from jaxcp.models.weight_table import sources
+from jaxcp.training import LossConfig
 
 # As the hub has them, but for token ids, versions and what initialises
 HY3 = {
@@ -300,8 +301,12 @@ def test_an_mtp_layer_is_not_trained_unawares(tmp_path):
     plain = dataclasses.replace(MIXTURE, ngram=NGramConfig())
     run = {"seq_len": 8, "batch_size": 1, "steps": 1, "data": "*.bin", "out_dir": tmp_path}
     assert TrainConfig(model=plain, **run).model == plain
-    with pytest.raises(NotImplementedError, match="no loss for an MTP layer"):
-        TrainConfig(model=dataclasses.replace(plain, num_mtp_layers=1), **run)
+    drafting = dataclasses.replace(plain, num_mtp_layers=1)
+    assert TrainConfig(model=drafting, **run).losses.mtp_loss_weight == 0.3
+    with pytest.raises(ValueError, match="mtp_loss_weight must be >= 0; got mtp_loss_weight=-1"):
+        LossConfig(mtp_loss_weight=-1)
+    with pytest.raises(ValueError, match="an MTP layer without a loss would only decay"):
+        TrainConfig(model=drafting, losses=LossConfig(mtp_loss_weight=0.0), **run)
 
 
 def test_fixtures_are_of_their_families():

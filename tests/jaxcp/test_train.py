@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxcp.layers.router_stats import RouterStats
 from jaxcp.mesh import MeshConfig
 from jaxcp.models.gpt.model import GPTConfig
 from jaxcp.models.hybrid_moe.model import HybridMoEConfig
@@ -116,6 +117,7 @@ CHILD = """
 import sys
 import conftest
 from test_train import run
+from jaxcp.layers.router_stats import RouterStats
 from jaxcp.mesh import MeshConfig
 from jaxcp.training import train
 train(run(sys.argv[1], mesh=MeshConfig(), steps=500, checkpoint_every=1))
@@ -172,7 +174,10 @@ def test_routing_health_is_that_of_one_device(tmp_path):
 
 
 def test_routing_health_by_hand():
-    health = routing_health(jnp.array([[2.0, 2.0, 2.0, 2.0], [4.0, 4.0, 0.0, 0.0]]))
+    load = jnp.array([[0.5, 0.5, 0.5, 0.5], [1.0, 1.0, 0.0, 0.0]])  # of two pieces
+    health = routing_health(RouterStats(load, load, jnp.zeros(2), jnp.array([0.4, 0.8])))
+    assert health["router_flips"] == pytest.approx(0.3)
+    assert health["router_load"].tolist() == [[1, 1, 1, 1], [2, 2, 0, 0]]
     assert health["router_load_max"] == 2.0  # of eight choices four, where two are even
     assert health["router_entropy"] == pytest.approx(0.5)  # one bit of two
     assert health["router_idle"] == 0.25

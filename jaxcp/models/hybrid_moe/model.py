@@ -15,6 +15,7 @@ from jaxcp.layers.moe import MoE
 from jaxcp.layers.ngram import NGram
 from jaxcp.layers.norm import RMSNorm
 from jaxcp.layers.parameter import normal
+from jaxcp.layers.router_stats import joined, stacked
 from jaxcp.models.base import LanguageModel, embed
 from jaxcp.models.hybrid_moe.config import HybridMoEConfig
 
@@ -65,8 +66,8 @@ class Block(nnx.Module):
         x = x + self.attention(self.attention_norm(x), positions, attend)
         x_norm = self.mlp_norm(x)
         if isinstance(self.mlp, MoE):
-            y, load = self.mlp(x_norm, positions=positions)
-            return x + y, load
+            y, stats = self.mlp(x_norm, positions=positions)
+            return x + y, stats
         return x + self.mlp(x_norm), None
 
 
@@ -88,8 +89,8 @@ class MTP(nnx.Module):
         embedded = jnp.where((positions == 0)[..., None], 0, embedded).astype(hidden.dtype)
         parts = self.embed_norm(embedded), self.hidden_norm(hidden)
         x = jnp.einsum("pbtc,pcd->btd", jnp.stack(parts), self.join.astype(hidden.dtype))
-        x, _ = self.block(x, positions, attend)
-        return self.final_norm(x)
+        x, stats = self.block(x, positions, attend)
+        return self.final_norm(x), stats
 
 
 class HybridMoE(LanguageModel):
@@ -110,12 +111,12 @@ class HybridMoE(LanguageModel):
 
     def forward(self, tokens, positions, attend):
         x = self._embedded(tokens, jnp.dtype(self.config.dtype))
-        loads = []
+        stats = []
         for layer in self.layers:
             block = jax.checkpoint(_block, static_argnums=3) if self.config.remat else _block
-            x, load = block(layer, x, positions, attend)
-            loads += [] if load is None else [load]
-        return self.final_norm(x), jnp.stack(loads) if loads else None
+            x, of_layer = block(layer, x, positions, attend)
+            stats.append(of_layer)
+        return self.final_norm(x), stacked(stats)
 
     def windows(self):
         kept = tuple(layer.attention.window for layer in self.layers)
@@ -136,7 +137,22 @@ class HybridMoE(LanguageModel):
         """
         if not self.config.num_mtp_layers:
             raise ValueError("drafting needs a model with an MTP layer; num_mtp_layers is 0")
-        return self.mtp(embed(self.embed, next_tokens, hidden.dtype), hidden, positions, attend)
+        return self._drafted(hidden, next_tokens, positions, attend)[0]
+
+    def _drafted(self, hidden, next_tokens, positions, attend):
+        embedded = embed(self.embed, next_tokens, hidden.dtype)
+        mtp = jax.checkpoint(_mtp, static_argnums=4) if self.config.remat else _mtp
+        return mtp(self.mtp, embedded, hidden, positions, attend)
+
+    def hidden_and_drafts(self, tokens, following, positions, **options):
+        attend = self.attend_over(positions, **options)
+        hidden, stats = self.forward(tokens, positions, attend)
+        drafts, x = [], hidden
+        for depth in range(following.shape[-1]):
+            x, of_layer = self._drafted(x, following[..., depth], positions, attend)
+            drafts.append(x)
+            stats = joined(stats, stacked([of_layer]))
+        return hidden, drafts, stats
 
     def mtp_logits(self, tokens, following, positions, **options):
         """Float32 logits `[B, T, V]` a draft: of the token after next, the one after that, ...
@@ -144,13 +160,8 @@ class HybridMoE(LanguageModel):
         `following [B, T, n]` has the n tokens after each one, see there; `options` are those of
         `hidden`.
         """
-        attend = self.attend_over(positions, **options)
-        x, _ = self.forward(tokens, positions, attend)
-        logits = []
-        for depth in range(following.shape[-1]):
-            x = self.draft(x, following[..., depth], positions, attend)
-            logits.append(self.logits(x))
-        return logits
+        _, drafts, _ = self.hidden_and_drafts(tokens, following, positions, **options)
+        return [self.logits(x) for x in drafts]
 
     def _embedded(self, tokens, dtype):
         width = self.config.ngram.width
@@ -180,3 +191,7 @@ def norm(config: HybridMoEConfig) -> RMSNorm:
 
 def _block(layer, x, positions, attend):
     return layer(x, positions, attend)
+
+
+def _mtp(mtp, embedded, hidden, positions, attend):
+    return mtp(embedded, hidden, positions, attend)

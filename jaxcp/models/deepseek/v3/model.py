@@ -21,6 +21,7 @@ from jaxcp.layers.moe import MoE
 from jaxcp.layers.norm import RMSNorm
 from jaxcp.layers.parameter import normal
 from jaxcp.layers.rope import Rope
+from jaxcp.layers.router_stats import stacked
 from jaxcp.layers.routing import Routing
 from jaxcp.models.base import LanguageModel, embed
 from jaxcp.models.deepseek.fields import Fields
@@ -229,8 +230,8 @@ class Block(nnx.Module):
         x = x + self.attention(self.attention_norm(x), positions, attend)
         x_norm = self.mlp_norm(x)
         if isinstance(self.mlp, MoE):
-            y, load = self.mlp(x_norm, positions=positions)
-            return x + y, load
+            y, stats = self.mlp(x_norm, positions=positions)
+            return x + y, stats
         return x + self.mlp(x_norm), None
 
 
@@ -246,12 +247,12 @@ class DeepSeekV3(LanguageModel):
 
     def forward(self, tokens, positions, attend):
         x = self.embedded(tokens)
-        loads = []
+        stats = []
         for layer in self.layers:
             block = jax.checkpoint(_block, static_argnums=3) if self.config.remat else _block
-            x, load = block(layer, x, positions, attend)
-            loads += [] if load is None else [load]
-        return self.final_norm(x), jnp.stack(loads) if loads else None
+            x, of_layer = block(layer, x, positions, attend)
+            stats.append(of_layer)
+        return self.final_norm(x), stacked(stats)
 
     def embedded(self, tokens):
         return embed(self.embed, tokens, jnp.dtype(self.config.dtype))

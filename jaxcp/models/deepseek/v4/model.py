@@ -17,6 +17,7 @@ from jaxcp.layers.mlp import SwiGLU
 from jaxcp.layers.moe import MoE
 from jaxcp.layers.norm import RMSNorm
 from jaxcp.layers.parameter import RouterTable, normal
+from jaxcp.layers.router_stats import stacked
 from jaxcp.layers.routing import Routing
 from jaxcp.models.base import LanguageModel, embed
 from jaxcp.models.deepseek.v4.config import DeepSeekV4Config
@@ -67,15 +68,15 @@ class Block(nnx.Module):
         )
 
     def __call__(self, x, tokens, positions, attend):
-        """Streams `[B, T, S, D]`, and the load of the experts."""
+        """Streams `[B, T, S, D]`, and what the router did."""
         y, how = self.attention_streams(x)
         y = self.attention(self.attention_norm(y), positions, attend)
         x = self.attention_streams.renew(x, y, how)
         y, how = self.mlp_streams(x)
         table = self.experts_of_token
         chosen = None if table is None else embed(table, tokens, jnp.int32)
-        y, load = self.mlp(self.mlp_norm(y), chosen, positions=positions)
-        return self.mlp_streams.renew(x, y, how), load
+        y, stats = self.mlp(self.mlp_norm(y), chosen, positions=positions)
+        return self.mlp_streams.renew(x, y, how), stats
 
 
 def _table(vocab_size: int, num_experts: int, k: int) -> RouterTable:
@@ -100,12 +101,12 @@ class DeepSeekV4(LanguageModel):
 
     def forward(self, tokens, positions, attend):
         x = self.streams(tokens)
-        loads = []
+        stats = []
         for layer in self.layers:
             block = jax.checkpoint(_block, static_argnums=4) if self.config.remat else _block
-            x, load = block(layer, x, tokens, positions, attend)
-            loads.append(load)
-        return self.final_norm(self.streams_to_one(x)), jnp.stack(loads)
+            x, of_layer = block(layer, x, tokens, positions, attend)
+            stats.append(of_layer)
+        return self.final_norm(self.streams_to_one(x)), stacked(stats)
 
     def streams(self, tokens):
         """The residual streams `[B, T, S, D]` before the first layer: all are the embedding."""

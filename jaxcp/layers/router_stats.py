@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What routers did with the tokens of a batch, over all devices: for losses, balance and records.
+
+Pads do not count. What nobody reads is not computed: under jit it is dead code.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jaxcp.layers.routing import Routing
+from pallas_kernels import PAD_POSITION
+
+
+class RouterStats(NamedTuple):
+    """Of one router `[...]`, or of every MoE layer of a model `[L, ...]`, the MTP layers' last.
+
+    `probabilities` and `z` have a gradient, `load` and `flips` have none.
+    """
+
+    load: Float[Array, "*L E"]
+    """The fraction of choices that fell on each expert."""
+    probabilities: Float[Array, "*L E"]
+    """The mean over tokens of `Routing.probabilities`."""
+    z: Float[Array, "*L"]
+    """The mean over tokens of `logsumexp(logits) ** 2`."""
+    flips: Float[Array, "*L"]
+    """The fraction of choices whose expert is none of the k that the same token would have chosen
+    without the selection bias, its scores being what they are; 0 where there is no such bias."""
+
+    def balance_loss(self) -> Float[Array, ""]:
+        """`E * sum_e load_e * probabilities_e`, the mean over layers: 1 where both are even.
+
+        The gradient goes through the probabilities. Experts that something else than the router
+        has selected count in the value and have no gradient. Source: Switch Transformers (arXiv
+        2101.03961), over the whole batch. transformers' Qwen3-MoE lets the load sum to k, so its
+        value is k times this one, and takes the means over all layers together.
+        """
+        load = lax.stop_gradient(self.load)
+        return (self.load.shape[-1] * (load * self.probabilities).sum(-1)).mean()
+
+    def z_loss(self) -> Float[Array, ""]:
+        """`z`, the mean over layers. Source: ST-MoE (arXiv 2202.08906)."""
+        return self.z.mean()
+
+
+def stacked(layers: Sequence[RouterStats | None]) -> RouterStats | None:
+    """Of the layers that have a router; None of a model without one."""
+    found = [stats for stats in layers if stats is not None]
+    return jax.tree.map(lambda *x: jnp.stack(x), *found) if found else None
+
+
+def joined(first: RouterStats | None, then: RouterStats | None) -> RouterStats | None:
+    """Of two stacks of layers, one after the other."""
+    if first is None or then is None:
+        return then if first is None else first
+    return jax.tree.map(lambda *x: jnp.concatenate(x), first, then)
+
+
+def router_stats(
+    logits: Float[Array, "M E"],
+    chosen: Int[Array, "M k"],
+    unbiased: Int[Array, "M k"] | None,
+    positions: Int[Array, "*B"] | None,
+    routing: Routing,
+    axes: tuple[str, ...],
+) -> RouterStats:
+    """Of local tokens and those of all devices along `axes` (inside shard_map, where not empty).
+
+    `unbiased`: the choice without the selection bias, None where it is `chosen`.
+    """
+    (m, k), experts = chosen.shape, logits.shape[1]
+    real = jnp.ones((m,), bool) if positions is None else positions.reshape(m) != PAD_POSITION
+    number = jnp.where(real[:, None], chosen, experts)
+    sizes = jnp.bincount(number.reshape(-1), length=experts + 1)[:experts]
+    flips = jnp.int32(0)
+    if unbiased is not None:
+        kept = (chosen[:, :, None] == unbiased[:, None, :]).any(-1)
+        flips = (real[:, None] & ~kept).sum()
+    here = real[:, None].astype(jnp.float32)
+    probabilities = (here * routing.probabilities(logits)).sum(0)
+    z = (here[:, 0] * jax.nn.logsumexp(logits, axis=-1) ** 2).sum()
+    total = sizes, probabilities, z, flips, real.sum()
+    if axes:
+        # one by one: those that nobody reads are not sent
+        total = tuple(lax.psum(x, axes) for x in total)
+    sizes, probabilities, z, flips, tokens = total
+    tokens = jnp.maximum(tokens, 1).astype(jnp.float32)
+    load, flips = (x.astype(jnp.float32) / (tokens * k) for x in (sizes, flips))
+    return RouterStats(load, probabilities / tokens, z / tokens, flips)
