@@ -14,6 +14,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from jaxcp.layers.expert_exchange import exchanged
+from jaxcp.layers.fixed_tiles import experts_in_tiles, in_tiles
 from jaxcp.layers.mlp import SILU, GatedMLP, SwiGLU
 from jaxcp.layers.parameter import RouterBias, constant, normal
 from jaxcp.layers.router_stats import RouterStats, router_stats
@@ -29,6 +30,9 @@ class MoE(nnx.Module):
     """`use_bias`: the experts' projections (not the shared ones') have biases, as gpt-oss has.
 
     `float32_sum`: routed and shared experts are added in float32, then rounded to x's dtype.
+    `reproducible`: `y` has the same bits on every mesh of one kind of device (see `fixed_tiles`);
+    where expert widths are split over the model axis, a call raises NotImplementedError. Gradients
+    of weights are sums over devices and have other bits.
     """
 
     def __init__(
@@ -43,6 +47,7 @@ class MoE(nnx.Module):
         activation: SwiGLU = SILU,
         use_bias: bool = False,
         float32_sum: bool = False,
+        reproducible: bool = False,
         std: float,
         out_std: float,
         rngs: nnx.Rngs,
@@ -71,7 +76,7 @@ class MoE(nnx.Module):
             )
         self.num_experts_per_tok, self.num_shared_experts = num_experts_per_tok, num_shared_experts
         self.routing, self.activation, self.use_bias = routing, activation, use_bias
-        self.float32_sum = float32_sum
+        self.float32_sum, self.reproducible = float32_sum, reproducible
 
     def __call__(self, x, chosen=None, *, positions=None) -> tuple[jax.Array, RouterStats]:
         """`(y [B, T, D], stats)`: what the router did with all real tokens, on every device alike.
@@ -91,6 +96,11 @@ class MoE(nnx.Module):
             apart = experts if experts not in axes else None
             mesh = jax.sharding.get_abstract_mesh().shape
             partial = tuple(a for a in (width, apart) if a is not None and mesh[a] > 1)
+            if self.reproducible and width in partial:
+                raise NotImplementedError(
+                    f"reproducible experts cannot be split by width: needs {width}=1; "
+                    f"got {width}={mesh[width]}. Spread experts instead, over expert, seq or data"
+                )
 
             def local(x, *given):
                 return self._routed(x, *given, axes=axes, experts=experts, partial=partial)
@@ -104,7 +114,7 @@ class MoE(nnx.Module):
             # check_vma=False: rounds of an exchange that are skipped vary over no axis
             run = jax.shard_map(local, in_specs=ins, out_specs=(tokens, P()), check_vma=False)
             y, stats = run(x, chosen, positions, w)
-        if self.num_shared_experts:
+        if self.num_shared_experts and not self.reproducible:
             dtype = y.dtype if self.float32_sum else x.dtype
             y = y.astype(dtype) + self.shared(x).astype(dtype)
         return y.astype(x.dtype), stats
@@ -116,7 +126,10 @@ class MoE(nnx.Module):
         router += ["router_linear_bias"] if self.routing.linear_bias else []
         experts += [f"{name}_bias" for name in experts] if self.use_bias else []
         w = {name: getattr(self, name).astype(jnp.float32) for name in router}
-        return w | {name: getattr(self, name).astype(dtype) for name in experts}
+        w |= {name: getattr(self, name).astype(dtype) for name in experts}
+        return w | (
+            {"shared": self.shared} if self.reproducible and self.num_shared_experts else {}
+        )
 
     def _routed(self, x, chosen, positions, w, *, axes, experts, partial):
         """The routed experts' sum over local tokens, float32, and what their router did.
@@ -126,22 +139,29 @@ class MoE(nnx.Module):
         b, t, d = x.shape
         num_experts = w["router"].shape[1]
         flat = x.reshape(b * t, d)
-        logits = self._logits(flat, w)
-        scores = SCORES[self.routing.scores](logits)
+        of_rows = in_tiles if self.reproducible else _at_once
+        logits = of_rows(lambda x: self._logits(x, w), flat)
+        scores = of_rows(SCORES[self.routing.scores], logits)
         chosen, stats = self._choice(logits, scores, chosen, positions, w, axes)
-        weights = self.routing.weigh(scores, chosen)
+        weights = of_rows(self.routing.weigh, scores, chosen)
         if experts in axes and lax.axis_size(experts) > 1:
             shared = {name: x for name, x in w.items() if name in EXPERT_WEIGHTS}
             options = {"axis_name": experts, "num_experts": num_experts}
             out = exchanged(flat, chosen, self._applied, shared, **options)
         else:
             out = self._own_experts(flat, chosen, w, experts)
-        y = jnp.einsum("mkd,mk->md", out.astype(jnp.float32), weights)
+        if partial and self.reproducible:
+            out, partial = lax.psum(out, partial), ()  # exact: each choice is of one device
+        y = of_rows(_weighed, out, weights)
         if partial:
             y = lax.psum(y, partial)
         if self.use_bias:  # after the sum over devices: once
             bias = w["down_bias"].astype(jnp.float32)[chosen]
-            y = y + jnp.einsum("mkd,mk->md", bias, weights)
+            y = y + of_rows(_weighed, bias, weights)
+        if "shared" in w:
+            shared = of_rows(lambda x: w["shared"](x[None])[0], flat)
+            dtype = y.dtype if self.float32_sum else x.dtype
+            y = y.astype(dtype) + shared.astype(dtype)
         return y.reshape(b, t, d), stats
 
     def _own_experts(self, rows, chosen, w, experts):
@@ -158,6 +178,12 @@ class MoE(nnx.Module):
 
     def _applied(self, w, rows, expert, sizes):
         """`[R, D]` of rows sorted by expert; 0 past the last one's."""
+        if self.reproducible:
+            w = {name: x for name, x in w.items() if name in EXPERT_WEIGHTS}
+            return experts_in_tiles(self._products, w, rows, sizes)
+        return self._products(w, rows, expert, sizes)
+
+    def _products(self, w, rows, expert, sizes):
         return grouped_matmul(self._activated(rows, w, expert, sizes), w["down"], sizes)
 
     def _activated(self, rows, w, expert, sizes):
@@ -193,3 +219,11 @@ class MoE(nnx.Module):
         if self.routing.linear_bias:
             logits = logits + w["router_linear_bias"]
         return logits
+
+
+def _weighed(out, weights):
+    return jnp.einsum("mkd,mk->md", out.astype(jnp.float32), weights)
+
+
+def _at_once(compute, *arrays):
+    return compute(*arrays)

@@ -149,7 +149,8 @@ class TrainConfig:
 def identity(config: TrainConfig) -> dict[str, Any]:
     """What decides the numbers of a run, as JSON values: a checkpoint may only be continued by a
     config that agrees on these. Mesh, strategy, logging and saving may change."""
-    model = {key: value for key, value in _plain(config.model).items() if key != "remat"}
+    how = ("remat", "reproducible_experts")
+    model = {key: value for key, value in _plain(config.model).items() if key not in how}
     names = ["seq_len", "batch_size", "steps", "data", "optimizer", "seed"]
     if config.losses != LossConfig():  # runs from before there were any may go on
         names.append("losses")

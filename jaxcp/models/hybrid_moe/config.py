@@ -83,6 +83,8 @@ class HybridMoEConfig:
     num_mtp_layers: int = 0
     dtype: str = "float32"
     remat: bool = False
+    reproducible_experts: bool = False
+    """MoE layers give the same bits on every mesh, slower (`MoE.reproducible`)."""
 
     def __post_init__(self):
         full_num_heads = self.attention.full_num_heads

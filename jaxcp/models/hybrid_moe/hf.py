@@ -333,7 +333,7 @@ def _read_ours(d: dict[str, Any]) -> HybridMoEConfig:
 
 def _write_ours(c: HybridMoEConfig) -> dict[str, Any]:
     fields = dataclasses.asdict(c)
-    del fields["remat"]
+    del fields["remat"], fields["reproducible_experts"]
     return {"model_type": OURS, "architectures": ["JaxcpHybridMoE"], **fields}
 
 
@@ -357,7 +357,7 @@ def model_type(config: HybridMoEConfig) -> str:
             again = READERS[name](writer(config))
         except (NotImplementedError, ValueError):
             continue
-        if again == dataclasses.replace(config, remat=False):
+        if again == dataclasses.replace(config, remat=False, reproducible_experts=False):
             return name
     return OURS
 

@@ -57,6 +57,7 @@ class Block(nnx.Module):
                 activation=c.experts.activation,
                 use_bias=c.experts.use_bias,
                 float32_sum=c.experts.float32_sum,
+                reproducible=c.reproducible_experts,
                 std=std,
                 out_std=out_std,
                 rngs=rngs,

@@ -51,6 +51,8 @@ class DeepSeekV3Config:
     norm_eps: float = 1e-6
     dtype: str = "float32"
     remat: bool = False
+    reproducible_experts: bool = False
+    """MoE layers give the same bits on every mesh, slower (`MoE.reproducible`)."""
 
     def __post_init__(self):
         if not 0 <= self.first_dense_layers <= self.num_layers:
@@ -221,6 +223,7 @@ class Block(nnx.Module):
                 num_experts_per_tok=c.num_experts_per_tok,
                 num_shared_experts=c.num_shared_experts,
                 routing=c.routing,
+                reproducible=c.reproducible_experts,
                 std=std,
                 out_std=out_std,
                 rngs=rngs,

@@ -78,6 +78,8 @@ class DeepSeekV4Config:
     norm_eps: float = 1e-6
     dtype: str = "float32"
     remat: bool = False
+    reproducible_experts: bool = False
+    """MoE layers give the same bits on every mesh, slower (`MoE.reproducible`)."""
 
     def __post_init__(self):
         if len(self.layer_kinds) != self.num_layers or set(self.layer_kinds) - set(KINDS):

@@ -62,6 +62,7 @@ class Block(nnx.Module):
             num_shared_experts=e.shared,
             routing=Routing(scores="sqrt_softplus", selection_bias=not by_id, scale=e.route_scale),
             activation=SwiGLU(limit=e.limit),
+            reproducible=c.reproducible_experts,
             std=std,
             out_std=out_std,
             rngs=rngs,

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows in tiles of one shape, one after the other: a row's bits depend on no other row's.
+
+How a product of matrices adds up may depend on the shapes, and those of a device's part depend on
+the mesh. Here every product has 128 rows, whatever the mesh, at the cost of running one after the
+other and of padding.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+ROWS = 128
+
+
+def in_tiles(compute: Callable[..., Any], *arrays: Array) -> Any:
+    """`compute(*arrays)`, in which row i of the result depends on row i of `arrays [M, ...]`."""
+    rows = arrays[0].shape[0]
+    count = -(-rows // ROWS)
+
+    def cut(x):
+        pads = [(0, count * ROWS - rows)] + [(0, 0)] * (x.ndim - 1)
+        return jnp.pad(x, pads).reshape(count, ROWS, *x.shape[1:])
+
+    out = lax.map(lambda tile: compute(*tile), tuple(map(cut, arrays)))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:rows], out)
+
+
+def experts_in_tiles(
+    compute: Callable[..., Float[Array, "R D"]],
+    weights: Any,
+    rows: Float[Array, "M D"],
+    sizes: Int[Array, "E"],
+) -> Float[Array, "M D"]:
+    """`compute(weights, rows, expert, sizes)` for one expert and a tile of its rows at a time.
+
+    `rows` lie sorted by expert, `sizes` of each; those of none give 0, and so does no tile.
+    """
+    count, experts = rows.shape[0], sizes.shape[0]
+    tiles = count // ROWS + experts  # no choice fills more
+    ends = jnp.cumsum(sizes)
+    tile_ends = jnp.cumsum(-(-sizes // ROWS))
+    expert = jnp.searchsorted(ends, jnp.arange(count), side="right")
+    first = (tile_ends + sizes // -ROWS)[jnp.minimum(expert, experts - 1)]
+    place = first * ROWS + jnp.arange(count) - (ends - sizes)[jnp.minimum(expert, experts - 1)]
+    place = jnp.where(expert < experts, place, tiles * ROWS + jnp.arange(count))
+    padded = jnp.zeros((tiles * ROWS, rows.shape[1]), rows.dtype)
+    padded = padded.at[place].set(rows, unique_indices=True, mode="drop")
+    owner = jnp.searchsorted(tile_ends, jnp.arange(tiles), side="right")
+
+    def one(given):
+        tile, owner = given
+        local = jax.tree.map(lambda w: lax.dynamic_slice_in_dim(w, owner, 1), weights)
+        zeros, size = jnp.zeros(ROWS, jnp.int32), jnp.full(1, ROWS, jnp.int32)
+        return compute(local, tile, zeros, size)
+
+    shape = jax.eval_shape(one, (padded[:ROWS], owner[0]))
+
+    def one_or_none(given):
+        return lax.cond(given[1] < experts, one, lambda _: jnp.zeros_like(shape), given)
+
+    out = lax.map(one_or_none, (padded.reshape(tiles, ROWS, -1), owner))
+    out = out.reshape(tiles * ROWS, -1)
+    return out.at[place].get(unique_indices=True, mode="fill", fill_value=0)
