@@ -127,9 +127,9 @@ class MoE(nnx.Module):
         experts += [f"{name}_bias" for name in experts] if self.use_bias else []
         w = {name: getattr(self, name).astype(jnp.float32) for name in router}
         w |= {name: getattr(self, name).astype(dtype) for name in experts}
-        return w | (
-            {"shared": self.shared} if self.reproducible and self.num_shared_experts else {}
-        )
+        if self.reproducible and self.num_shared_experts:
+            w["shared"] = self.shared
+        return w
 
     def _routed(self, x, chosen, positions, w, *, axes, experts, partial):
         """The routed experts' sum over local tokens, float32, and what their router did.
