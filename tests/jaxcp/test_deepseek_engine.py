@@ -13,7 +13,7 @@ import jaxcp
 from jaxcp.inference import compressed_steps, steps
 from jaxcp.plan import compile_for, decode_program, prefill_program
 
-V3, V4 = "deepseek-v3-tiny", "deepseek-v4-tiny"
+V3, V32, V4 = "deepseek-v3-tiny", "deepseek-v32-tiny", "deepseek-v4-tiny"
 QUICK = {"xla_backend_optimization_level": 0}  # what is compiled runs once
 
 
@@ -56,7 +56,7 @@ def conversation(model):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seq", [1, 2, 4])
-@pytest.mark.parametrize("name", [V3, V4])
+@pytest.mark.parametrize("name", [V3, V32, V4])
 def test_an_engine_answers_as_full_forwards_do(name, seq, quick, mesh_of):
     """Greedy: each token is the best after those before it, of one pass over all of them."""
     alone, _ = jaxcp.load(FIXTURES / name)

@@ -261,16 +261,13 @@ class DeepSeekV3(LanguageModel):
 
     def init_cache(self, batch_size: int, max_len: int):
         c = self.config
-        if c.index is not None:
-            raise NotImplementedError(
-                "DeepSeek-V3.2 has no cache yet: use jaxcp.logits, or model(tokens, positions)"
-            )
         if max_len > c.max_positions:
             raise ValueError(f"the model has {c.max_positions} positions; got max_len={max_len}")
         size = c.latent.kv_rank + c.latent.rope_dim
         return empty_latent_cache(
-            layers=c.num_layers, batch_size=batch_size, max_len=max_len, size=size, dtype=c.dtype
-        )
+            layers=c.num_layers, batch_size=batch_size, max_len=max_len, size=size, dtype=c.dtype,
+            index_size=0 if c.index is None else c.index.head_dim,
+        )  # fmt: skip
 
 
 def _block(layer, x, positions, attend):
