@@ -55,7 +55,8 @@ def _local(q, picks, new, held, q_pos, kv_pos, places, *, write, used, **options
     limit = positions.shape[1] * (1 if axis is None else lax.axis_size(axis))
     # by position: of equal scores the earlier token is taken, wherever its slot is
     (keys, index_keys), positions = in_order((keys, index_keys), positions, limit, axis)
+    queries, weights = picks
     out, _ = attend_selected(
-        q, keys.astype(q.dtype), *picks, index_keys, q_pos, positions, **options
+        q, keys.astype(q.dtype), queries, weights, index_keys, q_pos, positions, **options
     )
     return out.astype(q.dtype), held

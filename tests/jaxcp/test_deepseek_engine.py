@@ -73,7 +73,7 @@ def test_an_engine_answers_as_full_forwards_do(name, seq, quick, mesh_of):
 
 def one_layer(kind):
     config = jaxcp.load_config(FIXTURES / V4)
-    layers = {"num_layers": 1, "layer_kinds": kind}
+    layers = {"num_layers": 1, "layer_kinds": kind, "num_mtp_layers": 0}
     return jaxcp.abstract_model(dataclasses.replace(config, **layers))
 
 
