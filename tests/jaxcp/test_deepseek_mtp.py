@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layer that drafts, of DeepSeek-V3, V3.2 and V4: its tensors, and what it computes.
 
-No other program's output of it is at hand. What is before and behind its block is checked against
-float64 NumPy written from the equations; the block is one of the trunk's kind, which
-test_deepseek.py checks against transformers.
+No other program's output of it is at hand. It is checked against float64 NumPy written from the
+equations: all of V4's; of V3's and V3.2's what is before and behind the block, which is one of the
+trunk's kind, checked against transformers in test_deepseek.py.
 """
 
 import dataclasses
@@ -146,9 +146,8 @@ def trunk(model, tokens, positions):
 
 
 @functools.partial(jax.jit, compiler_options=QUICK)
-def one_block(model, x, ids, positions):
-    ids = [ids] if isinstance(model, jaxcp.DeepSeekV4) else []
-    return model.mtp.block(x, *ids, positions, model.attend_over(positions))[0]
+def one_block(model, x, positions):
+    return model.mtp.block(x, positions, model.attend_over(positions))[0]
 
 
 def expected(name, model, tokens, after, positions):
@@ -159,13 +158,87 @@ def expected(name, model, tokens, after, positions):
     for depth in range(after.shape[-1]):
         ids = after[..., depth]
 
-        def block(x, ids=ids):
-            return np.asarray(one_block(model, x.astype(np.float32), ids, positions), np.float64)
+        def block(x):
+            if name == V4:
+                return v4_block(x, positions)
+            return np.asarray(one_block(model, x.astype(np.float32), positions), np.float64)
 
         embedded = w[f"{table}.weight"][ids]
         x, state = (of_v4 if name == V4 else of_v3)(w, embedded, x, positions, block)
         found.append(state @ w[f"{head}.weight"].T)
     return found
+
+
+def rope_last8(x, positions, sign=1):
+    """Pairs (2i, 2i + 1) of the last 8 channels of `x [B, T, ..., H]`."""
+    angle = sign * positions[..., None] * 10000.0 ** (-np.arange(4) / 4)
+    turn = np.exp(1j * angle).reshape(*positions.shape, *[1] * (x.ndim - 3), 4)
+    turned = (x[..., -8::2] + 1j * x[..., -7::2]) * turn
+    both = np.stack([turned.real, turned.imag], -1).reshape(*x.shape[:-1], 8)
+    return np.concatenate([x[..., :-8], both], -1)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def v4_attention(w, x, positions):
+    b, t, _ = x.shape
+    q = rms(x @ w("wq_a.weight").T, w("q_norm.weight")) @ w("wq_b.weight").T
+    q = rope_last8(rms(q.reshape(b, t, 4, 32), 1.0), positions)
+    kv = rope_last8(rms(x @ w("wkv.weight").T, w("kv_norm.weight")), positions)
+    scores = np.einsum("bthc,bsc->bhts", q, kv) / np.sqrt(32)
+    far = positions[:, :, None] - positions[:, None]
+    p = np.where(((far >= 0) & (far < 8))[:, None], np.exp(scores), 0.0)
+    p = p / (p.sum(-1, keepdims=True) + np.exp(w("attn_sink"))[:, None, None])
+    out = rope_last8(np.einsum("bhts,bsc->bthc", p, kv), positions, -1)
+    out = out.reshape(b, t, 2, 64)  # two groups of two heads
+    narrow = np.einsum("btgi,gri->btgr", out, w("wo_a.weight").reshape(2, 16, 64))
+    return narrow.reshape(b, t, 32) @ w("wo_b.weight").T
+
+
+def v4_experts(w, x):
+    """Two of eight, and one that all go through; gates cut at 1."""
+
+    def expert(name, x):
+        g = np.minimum(x @ w(f"{name}.w1.weight").T, 1.0)
+        u = np.clip(x @ w(f"{name}.w3.weight").T, -1.0, 1.0)
+        return (g * sigmoid(g) * u) @ w(f"{name}.w2.weight").T
+
+    scores = np.sqrt(np.log1p(np.exp(x @ w("gate.weight").T)))
+    chosen = np.argsort(-(scores + w("gate.bias")), -1)[..., :2]
+    weights = np.take_along_axis(scores, chosen, -1)
+    weights = 1.5 * weights / weights.sum(-1, keepdims=True)
+    y = expert("shared_experts", x)
+    for e in range(8):
+        y = y + ((chosen == e) * weights).sum(-1, keepdims=True) * expert(f"experts.{e}", x)
+    return y
+
+
+def v4_connected(w, site, x, layer):
+    """Four streams `x [B, T, 4, D]` around a sub-layer."""
+    u = rms(x.reshape(*x.shape[:2], -1), 1.0) @ w(f"hc_{site}_fn").T
+    base, scale = w(f"hc_{site}_base"), w(f"hc_{site}_scale")
+    pre = sigmoid(u[..., :4] * scale[0] + base[:4]) + 1e-6
+    post = 2 * sigmoid(u[..., 4:8] * scale[1] + base[4:8])
+    k = np.exp((u[..., 8:] * scale[2] + base[8:]).reshape(*u.shape[:2], 4, 4))
+    k = k / k.sum(-1, keepdims=True) + 1e-6
+    k = k / (k.sum(-2, keepdims=True) + 1e-6)
+    for _ in range(19):
+        k = k / (k.sum(-1, keepdims=True) + 1e-6)
+        k = k / (k.sum(-2, keepdims=True) + 1e-6)
+    y = layer(rms((pre[..., None] * x).sum(2), w(f"{site}_norm.weight")))
+    return post[..., None] * y[:, :, None] + np.einsum("btjk,btjd->btkd", k, x)
+
+
+def v4_block(x, positions):
+    """The whole block of `mtp.0`, in float64 from the equations alone."""
+
+    def of(part):
+        return lambda name: contents(V4)[f"mtp.0.{part}{name}"].astype(np.float64)
+
+    x = v4_connected(of(""), "attn", x, lambda y: v4_attention(of("attn."), y, positions))
+    return v4_connected(of(""), "ffn", x, lambda y: v4_experts(of("ffn."), y))
 
 
 def drafts(model, b):
