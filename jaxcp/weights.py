@@ -70,7 +70,8 @@ def load(
         ignored = family.weights.left_out(checkpoint.shapes.keys(), config)
         if ignored:
             log.info("%s: left out %d tensors, such as %s", path, len(ignored), min(ignored))
-        _check(path, checkpoint, found, ignored, family.weights.COPIES)
+        copies = family.copies(config)
+        _check(path, checkpoint, found, ignored, copies)
         read, strange = {}, []
         for name, keys, leaf in flat:
             value = found[name].read(name, checkpoint.read)
@@ -89,7 +90,8 @@ def load(
             "or load it with allow_nonfinite=True"
         )
     model = nnx.merge(graph, nnx.from_flat_state(list(read.items())))
-    model.spelling = spelling_of(found)
+    again = copies.keys() & checkpoint.shapes.keys() - family.weights.COPIES.keys()
+    model.spelling = tuple(sorted({*spelling_of(found), *again}))
     tokenizer = Path(path, TOKENIZER)
     return model, Tokenizer.from_file(tokenizer) if tokenizer.exists() else None
 
@@ -235,9 +237,13 @@ def _leaves(model: Any) -> dict[str, jax.Array]:
 
 def _shards(model: Any, leaves: Mapping[str, jax.Array], shard_bytes: int) -> list[list[Source]]:
     """The sources of a model, each once, in the order of its leaves, cut into files."""
-    table = models.family_of(model.config).table(model.config)
+    family = models.family_of(model.config)
+    table = family.table(model.config)
     shapes = {path: leaf.shape for path, leaf in leaves.items()}
     found = sources(table, shapes, spelling=getattr(model, "spelling", ()))
+    for name, leaf in family.copies(model.config).items():
+        if name in model.spelling:
+            found[name] = dataclasses.replace(found[leaf], pattern=name, names=(name,))
     shards: list[list[Source]] = [[]]
     held = 0
     for source in {source.names[0]: source for source in found.values()}.values():

@@ -22,8 +22,23 @@ from jax.sharding import PartitionSpec as P
 
 from jaxcp.context_parallel import window_cache
 from jaxcp.context_parallel.api import weight_spec
+from jaxcp.context_parallel.cache_slots import (
+    AXIS,
+    ROWS,
+    SAME,
+    SHARDED,
+    TOKENS,
+    WHOLE,
+    axis_in_scope,
+    deal_rows,
+    on_mesh,
+    on_shards,
+    shards_in_scope,
+    write_rows,
+)
 from jaxcp.context_parallel.ring import Ring
 from jaxcp.context_parallel.ring_pass_q import RingPassQ
+from jaxcp.context_parallel.selected_cache import attend_selected_slots
 from jaxcp.context_parallel.strategy import Strategy
 from pallas_kernels import PAD_POSITION, decode_attention, flash_attention
 from pallas_kernels.decode_attention import MAX_QUERIES
@@ -32,9 +47,6 @@ from pallas_kernels.online_softmax import merge_stacked
 
 MAX_EXTEND = 64
 """Tokens that `Extend` takes at most; slots that a shard has for pads beyond its share."""
-AXIS = "seq"
-TOKENS, ROWS, SAME = P("data", AXIS), P("data"), P(None)
-SHARDED, WHOLE = P("data", AXIS, "model", None), P("data", None, "model", None)
 
 
 @functools.partial(
@@ -91,13 +103,13 @@ def empty_cache(
         raise ValueError(
             f"a cache needs batch_size >= 1 and max_len >= 1; got {batch_size} and {max_len}"
         )
-    shards = _shards()
+    shards = shards_in_scope()
     total = shards * (-(-max_len // shards) + MAX_EXTEND)
 
     def layer(window):
         rows = total if window is None else window - 1 + MAX_EXTEND
         zeros = jnp.zeros((batch_size, rows, num_kv_heads, head_dim), dtype)
-        return _on_mesh(zeros, SHARDED if window is None else WHOLE)
+        return on_mesh(zeros, SHARDED if window is None else WHOLE)
 
     @jax.jit
     def make():
@@ -105,10 +117,10 @@ def empty_cache(
         return KVCache(
             k=tuple(map(layer, windows)),
             v=tuple(map(layer, windows)),
-            positions=_on_mesh(positions, TOKENS),
-            fill=_on_mesh(jnp.zeros(shards, jnp.int32), SAME),
-            lengths=_on_mesh(jnp.zeros(batch_size, jnp.int32), ROWS),
-            recent=_on_mesh(jnp.full((batch_size, recent), -1, jnp.int32), P("data", None)),
+            positions=on_mesh(positions, TOKENS),
+            fill=on_mesh(jnp.zeros(shards, jnp.int32), SAME),
+            lengths=on_mesh(jnp.zeros(batch_size, jnp.int32), ROWS),
+            recent=on_mesh(jnp.full((batch_size, recent), -1, jnp.int32), P("data", None)),
             windows=windows,
             max_len=max_len,
         )
@@ -136,7 +148,7 @@ class Prefill:
         self.cache, self.positions, self.strategy, self.used = cache, positions, strategy, used
         self.added, self.halos = added, halos
         self.k, self.v = list(cache.k), list(cache.v)
-        write = _on_shards(_write, (TOKENS, TOKENS, SAME), TOKENS)
+        write = on_shards(write_rows, (TOKENS, TOKENS, SAME), TOKENS)
         self.kv_positions = write(cache.positions, positions, cache.fill)
 
     def __call__(self, q, k, v, *, layer, window, sinks=None, scale=None, soft_cap=None):
@@ -153,17 +165,24 @@ class Prefill:
         """Of a `latent_cache`: `(latent, key part)` of the tokens, as `latent_attention`'s."""
         local = functools.partial(self._latent, expand=expand, scale=scale)
         whole = tuple(weight_spec(x, SHARDED) for x in weights)
-        run = _on_shards(local, (SHARDED, *[TOKENS] * 4, SAME, whole), (SHARDED, TOKENS))
+        run = on_shards(local, (SHARDED, *[TOKENS] * 4, SAME, whole), (SHARDED, TOKENS))
         new, held = jnp.concatenate(latent, axis=-1)[:, :, None], self.k[layer]
         ids = self.positions, self.kv_positions, self.cache.fill
         out, self.k[layer] = run(q, new, held, *ids, weights)
         return out
 
+    def selected(self, q, keys, selection, *, layer, **options):
+        """Of a `latent_cache` with an index: see `WholeSequence.selected`."""
+        where = self.positions, self.kv_positions, (self.cache.fill,)
+        return attend_selected_slots(
+            self, q, keys, selection, where, write_rows, layer=layer, used=self.used, **options
+        )
+
     def _latent(self, q, new, held, q_pos, kv_pos, fill, weights, *, expand, scale):
-        held = _write(held, new, fill)
+        held = write_rows(held, new, fill)
         seen = jnp.split(held[:, : self.used, 0].astype(q.dtype), [weights[0].shape[0]], axis=-1)
         kv_pos = kv_pos[:, : self.used]
-        if _axis() is None:
+        if axis_in_scope() is None:
             k, v = expand(seen, *weights)
             positions = {"q_positions": q_pos, "kv_positions": kv_pos}
             return flash_attention(q, k, v, **positions, scale=scale)[0], held
@@ -174,10 +193,10 @@ class Prefill:
         return out, held
 
     def _full(self, q, k, v, cache_k, cache_v, q_pos, kv_pos, fill, sinks, *, window, **options):
-        cache_k, cache_v = _write(cache_k, k, fill), _write(cache_v, v, fill)
+        cache_k, cache_v = write_rows(cache_k, k, fill), write_rows(cache_v, v, fill)
         seen_k, seen_v = (x[:, : self.used].astype(q.dtype) for x in (cache_k, cache_v))
         kv_pos = kv_pos[:, : self.used]
-        if _axis() is None:
+        if axis_in_scope() is None:
             positions = {"q_positions": q_pos, "kv_positions": kv_pos}
             out, lse = flash_attention(q, seen_k, seen_v, **positions, window=window, **options)
         else:
@@ -193,11 +212,11 @@ class Prefill:
         if self.used > pos.shape[1]:
             before = window_cache.positions_held(start, held_k.shape[1])
             held = held_k.astype(q.dtype), held_v.astype(q.dtype), before
-        options["axis_name"] = _axis()
+        options["axis_name"] = axis_in_scope()
         out, lse = window_cache.attend(q, k, v, pos, held, halo, **options)
         tokens = pos, start, start + added
         held_k, held_v = (
-            window_cache.renew(x, new, *tokens, axis_name=_axis())
+            window_cache.renew(x, new, *tokens, axis_name=axis_in_scope())
             for x, new in ((held_k, k), (held_v, v))
         )
         return _with_sinks(out, lse, sinks), held_k, held_v
@@ -222,8 +241,8 @@ class Extend:
         self.k, self.v = list(cache.k), list(cache.v)
         # the order in which shards receive: the emptiest is 0
         self.turn = jnp.argsort(jnp.argsort(cache.fill)).astype(jnp.int32)
-        local = functools.partial(_deal, pad=PAD_POSITION)
-        write = _on_shards(local, (TOKENS, ROWS, SAME, SAME), TOKENS)
+        local = functools.partial(deal_rows, pad=PAD_POSITION)
+        write = on_shards(local, (TOKENS, ROWS, SAME, SAME), TOKENS)
         self.kv_positions = write(cache.positions, positions, cache.fill, self.turn)
 
     def __call__(self, q, k, v, *, layer, window, sinks=None, scale=None, soft_cap=None):
@@ -241,11 +260,18 @@ class Extend:
         local, rows = functools.partial(_extend_latent, scale=scale), P("data")
         specs = WHOLE, rows, TOKENS, rows, TOKENS, SAME, SAME
         whole = tuple(weight_spec(x, WHOLE) for x in weights)
-        run = _on_shards(local, (*specs, whole), (WHOLE, TOKENS))
+        run = on_shards(local, (*specs, whole), (WHOLE, TOKENS))
         new = jnp.concatenate(latent, axis=-1)[:, :, None]
         state = self.k[layer], self.positions, self.kv_positions, self.cache.fill, self.turn
         out, self.k[layer] = run(q, new, *state, weights)
         return out
+
+    def selected(self, q, keys, selection, *, layer, **options):
+        """Of a `latent_cache` with an index: see `WholeSequence.selected`."""
+        where = self.positions, self.kv_positions, (self.cache.fill, self.turn)
+        return attend_selected_slots(
+            self, q, keys, selection, where, deal_rows, layer=layer, **options
+        )
 
     def extended(self, added, recent) -> KVCache:
         """The cache after all layers, with `added [B]` tokens a row."""
@@ -255,22 +281,22 @@ class Extend:
 
 
 def _extend_full(q, k, v, cache_k, cache_v, q_pos, kv_pos, fill, turn, sinks, **options):
-    cache_k, cache_v = _deal(cache_k, k, fill, turn), _deal(cache_v, v, fill, turn)
+    cache_k, cache_v = deal_rows(cache_k, k, fill, turn), deal_rows(cache_v, v, fill, turn)
     out, lse = _attend(q, cache_k, cache_v, q_pos, kv_pos, **options)
-    if _axis() is not None:
+    if axis_in_scope() is not None:
         packed = lax.all_gather(jnp.concatenate([out, lse[..., None]], axis=-1), AXIS)
         out, lse = merge_stacked(packed[..., :-1], packed[..., -1])
     return _with_sinks(out, lse, sinks).astype(q.dtype), cache_k, cache_v
 
 
 def _extend_latent(q, new, held, q_pos, kv_pos, fill, turn, weights, *, scale):
-    held, (k_up, v_up) = _deal(held, new, fill, turn), weights
+    held, (k_up, v_up) = deal_rows(held, new, fill, turn), weights
     nope = k_up.shape[-1]
     absorbed = jnp.einsum("btnh,lnh->btnl", q[..., :nope], k_up)
     q = jnp.concatenate([absorbed, q[..., nope:]], axis=-1)
     options = {"window": None, "soft_cap": None, "scale": scale}
     out, lse = _attend(q, held, held[..., : k_up.shape[0]], q_pos, kv_pos, **options)
-    if _axis() is not None:
+    if axis_in_scope() is not None:
         packed = lax.all_gather(jnp.concatenate([out, lse[..., None]], axis=-1), AXIS)
         out, _ = merge_stacked(packed[..., :-1], packed[..., -1])
     return jnp.einsum("btnl,lnv->btnv", out.astype(q.dtype), v_up), held
@@ -302,7 +328,7 @@ def _run(step, layer, local, new, held, qkv, more, sinks):
     a tree) and its layout.
     """
     arrays, specs = zip(*more, strict=True)
-    run = _on_shards(local, (*[new] * 3, held, held, *specs, P("model")), (new, held, held))
+    run = on_shards(local, (*[new] * 3, held, held, *specs, P("model")), (new, held, held))
     some = () if sinks is None else (sinks,)
     found = run(*qkv, step.k[layer], step.v[layer], *arrays, some)
     out, step.k[layer], step.v[layer] = found
@@ -342,50 +368,3 @@ def _after(step: Prefill | Extend, added, slots, recent) -> KVCache:
         lengths=cache.lengths + added,
         recent=recent,
     )
-
-
-def _write(cache, new, fill):
-    """This shard's rows `new` behind what it holds."""
-    return lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), fill[_rank()], axis=1)
-
-
-def _deal(cache, new, fill, turn, pad=0):
-    """Of rows `new [B, T, ...]`, those that fall to this shard, behind what it holds.
-
-    Every shard writes as many rows; those too many are pads, which the next tokens overwrite.
-    """
-    shards = fill.shape[0]
-    rows = [(0, 0)] * new.ndim
-    rows[1] = (0, -new.shape[1] % shards)
-    new = jnp.pad(new, rows, constant_values=pad).reshape(new.shape[0], -1, shards, *new.shape[2:])
-    mine = lax.dynamic_index_in_dim(new, turn[_rank()], axis=2, keepdims=False)
-    return _write(cache, mine, fill)
-
-
-def _shards() -> int:
-    return jax.sharding.get_abstract_mesh().shape.get(AXIS, 1)
-
-
-def _axis() -> str | None:
-    """The axis of the shards; None without a mesh."""
-    return None if jax.sharding.get_abstract_mesh().empty else AXIS
-
-
-def _rank():
-    return 0 if _axis() is None else lax.axis_index(AXIS)
-
-
-def _on_mesh(x, spec):
-    return x if jax.sharding.get_abstract_mesh().empty else jax.sharding.reshard(x, spec)
-
-
-def _on_shards(local, in_specs, out_specs):
-    """`local` on every device's shards; as it is where there is no mesh."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return local
-
-    def call(*args):
-        moved = [jax.sharding.reshard(x, spec) for x, spec in zip(args, in_specs, strict=True)]
-        return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*moved)
-
-    return call

@@ -8,6 +8,7 @@ over `model`, and no values: those are made of the latent. `Prefill.latent` send
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +17,23 @@ from jax.sharding import PartitionSpec as P
 from jaxcp.context_parallel.kv_cache import AXIS, KVCache, empty_cache
 
 
-def empty_latent_cache(*, layers: int, batch_size: int, max_len: int, size: int, dtype) -> KVCache:
-    """A cache for `max_len` tokens a row of `size` channels, on the mesh in scope."""
+def empty_latent_cache(
+    *, layers: int, batch_size: int, max_len: int, size: int, dtype, index_size: int = 0
+) -> KVCache:
+    """A cache for `max_len` tokens a row of `size` channels, on the mesh in scope.
+
+    `index_size`: channels of an index key, beside each latent; 0 where there is no index.
+    """
     frame = empty_cache(
         layers=0, batch_size=batch_size, max_len=max_len, num_kv_heads=1, head_dim=size, dtype=dtype
     )
-    shape = *frame.positions.shape, 1, size
 
-    @jax.jit
-    def zeros():
-        x = jnp.zeros(shape, dtype)
+    @functools.partial(jax.jit, static_argnums=0)
+    def zeros(size):
+        x = jnp.zeros((*frame.positions.shape, 1, size), dtype)
         mesh = jax.sharding.get_abstract_mesh()
         return x if mesh.empty else jax.sharding.reshard(x, P("data", AXIS, None, None))
 
-    held = tuple(zeros() for _ in range(layers))
-    return dataclasses.replace(frame, k=held, windows=(None,) * layers)
+    held = tuple(zeros(size) for _ in range(layers))
+    index = tuple(zeros(index_size) for _ in range(layers if index_size else 0))
+    return dataclasses.replace(frame, k=held, v=index, windows=(None,) * layers)

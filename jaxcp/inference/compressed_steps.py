@@ -14,7 +14,9 @@ from jax.sharding import PartitionSpec as P
 
 from jaxcp.context_parallel import Ring
 from jaxcp.context_parallel.compressed_cache import CompressedStep
+from jaxcp.context_parallel.overlap import compiler_options
 from pallas_kernels import PAD_POSITION
+from pallas_kernels.dispatch import target_platform
 
 EXTEND_SIZES = (1, 8, 32, 64)
 """Widths to which short turns are padded; longer turns are sharded."""
@@ -24,8 +26,26 @@ def prefill_compressed(model, cache, tokens, lengths, strategy, donate):
     """`jaxcp.prefill` of checked tokens int `[B, T]` and lengths int32 `[B]`, on the host."""
     strategy = Ring() if strategy is None else strategy
     start = np.asarray(cache.lengths)
+    sharded = is_sharded(int(start.max()), tokens.shape[1])
+    tokens, positions = laid_out(tokens, start, lengths, sharded, strategy)
+    if not jax.sharding.get_abstract_mesh().empty:
+        tokens, positions = jax.device_put((tokens, positions), tokens_spec(sharded))
+        lengths = jax.device_put(lengths, P("data"))
+    return _jitted(donate)(model, cache, tokens, positions, lengths, sharded, strategy)
+
+
+def is_sharded(held: int, width: int) -> bool:
+    """Whether a turn of `width` tokens on a cache of `held` is; else every device has it whole."""
+    return held == 0 or width > EXTEND_SIZES[-1]
+
+
+def tokens_spec(sharded: bool) -> P:
+    return P("data", "seq" if sharded else None)
+
+
+def laid_out(tokens, start, lengths, sharded, strategy):
+    """Tokens and positions, padded; in the strategy's layout over the mesh in scope if sharded."""
     width = tokens.shape[1]
-    sharded = bool(start.max() == 0 or width > EXTEND_SIZES[-1])  # static: one type, one program
     padded = _bucket(width) if sharded else next(s for s in EXTEND_SIZES if s >= width)
     offsets = np.arange(padded, dtype=np.int32)
     real = offsets < lengths[:, None]
@@ -35,11 +55,7 @@ def prefill_compressed(model, cache, tokens, lengths, strategy, donate):
         shards = jax.sharding.get_abstract_mesh().shape.get("seq", 1)
         batch = strategy.layout.permute({"tokens": tokens, "positions": positions}, shards)
         tokens, positions = batch["tokens"], batch["positions"]
-    if not jax.sharding.get_abstract_mesh().empty:
-        spec = P("data", "seq" if sharded else None)
-        tokens, positions = jax.device_put((tokens, positions), spec)
-        lengths = jax.device_put(lengths, P("data"))
-    return _jitted(donate)(model, cache, tokens, positions, lengths, sharded, strategy)
+    return tokens, positions
 
 
 def _step(model, cache, tokens, positions, added, sharded, strategy):
@@ -51,9 +67,18 @@ def _step(model, cache, tokens, positions, added, sharded, strategy):
     return model.logits(last[:, None])[:, 0], attend.after()
 
 
-@functools.cache
 def _jitted(donate: bool):
-    return jax.jit(_step, static_argnums=(5, 6), donate_argnums=(1,) if donate else ())
+    return _jit(donate, target_platform())
+
+
+@functools.cache
+def _jit(donate: bool, platform: str):
+    return jax.jit(
+        _step,
+        static_argnums=(5, 6),
+        donate_argnums=(1,) if donate else (),
+        compiler_options=compiler_options(platform),
+    )
 
 
 def _bucket(size: int) -> int:

@@ -35,6 +35,14 @@ class Family:
         weights = self.weights
         return weights.table(config) if hasattr(weights, "table") else weights.TABLE
 
+    def copies(self, config: Any) -> Mapping[str, str]:
+        """Tensors that a checkpoint may hold again, and the leaf that they are.
+
+        `weights.COPIES` are not written again; those of `weights.copies(config)` are.
+        """
+        weights = self.weights
+        return weights.copies(config) if hasattr(weights, "copies") else weights.COPIES
+
     def fit(self, config: Any, names: Collection[str]) -> Any:
         """`config`, less what a checkpoint of these tensors may lack (`weights.fit`)."""
         weights = self.weights

@@ -11,9 +11,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxcp.context_parallel import Strategy
+from jaxcp.context_parallel import Ring, Strategy
+from jaxcp.context_parallel.compressed_cache import CompressedCache
 from jaxcp.context_parallel.kv_cache import MAX_EXTEND
-from jaxcp.inference import steps
+from jaxcp.inference import compressed_steps, steps
 from jaxcp.layers.ngram import windows
 from jaxcp.sharding import sharding_of
 
@@ -43,6 +44,8 @@ def prefill_program(
     if held and tokens <= MAX_EXTEND:
         raise ValueError(f"needs over {MAX_EXTEND} tokens where some are held; got {tokens}")
     cache = _cache(model, mesh, batch_size, held + tokens if max_len is None else max_len)
+    if isinstance(cache, CompressedCache):
+        return _compressed(model, mesh, cache, held, tokens, attention, experts)
     text = np.zeros((batch_size, tokens), np.int32)
     positions = np.broadcast_to(np.arange(tokens, dtype=np.int32), text.shape)
     fill = steps._gains(np.zeros(cache.shards, np.int32), held)
@@ -64,8 +67,25 @@ def decode_program(
 ) -> tuple[Callable, tuple]:
     """What `jaxcp.decode_step` runs with a cache for `max_len` tokens."""
     cache = _cache(model, mesh, batch_size, max_len)
+    if isinstance(cache, CompressedCache):
+        return _compressed(model, mesh, cache, max(1, max_len - 1), 1, None, experts)
     token = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
     return steps._jitted(steps._decode, True), (_model(model, mesh, experts), cache, token)
+
+
+def _compressed(model, mesh: Mesh, cache, held: int, width: int, attention, experts: str):
+    """A turn of `width` tokens on a compressed cache that holds `held`, or one step of decoding."""
+    strategy = Ring() if attention is None else attention
+    lengths = np.full(cache.lengths.shape, width, np.int32)
+    sharded = compressed_steps.is_sharded(held, width)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        text, start = np.zeros((*lengths.shape, width), np.int32), np.full_like(lengths, held)
+        shape = compressed_steps.laid_out(text, start, lengths, sharded, strategy)[0].shape
+    spread = NamedSharding(mesh, compressed_steps.tokens_spec(sharded))
+    ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=spread)
+    row = jax.ShapeDtypeStruct(lengths.shape, jnp.int32, sharding=NamedSharding(mesh, P("data")))
+    fn = compressed_steps._jitted(True)
+    return fn, (_model(model, mesh, experts), cache, ids, ids, row, sharded, strategy)
 
 
 def _model(model, mesh: Mesh, experts: str):

@@ -51,7 +51,7 @@ def quick(monkeypatch):
 
     @functools.cache
     def jitted_step(fn, donate):
-        static = (9, 10) if fn is steps._prefill else ()
+        static = {steps._prefill: (9, 10), steps._whole: (3,)}.get(fn, ())
         return jax.jit(fn, static_argnums=static, compiler_options=options)
 
     monkeypatch.setattr(compressed_steps, "_jitted", jitted)
@@ -96,11 +96,37 @@ def test_v3_over_a_mesh(quick, monkeypatch, mesh_of):
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
 
 
-def test_what_has_no_cache():
+@pytest.mark.slow
+@pytest.mark.parametrize("seq", [1, 2, 4])
+@pytest.mark.parametrize("ties", [False, True])
+def test_v32_in_chunks_and_decoded(seq, ties, quick, monkeypatch, mesh_of):
+    """A sharded turn, a longer one on it, a short one of two lengths, two tokens one by one.
+
+    With `ties` all scores are 0: the first tokens are taken, wherever their slots are.
+    """
+    monkeypatch.setattr(steps, "EXTEND_SIZES", (1, 4))
+    turns = 9, 13, np.asarray([3, 2]), 1, 1
+    tokens, alone = reference(V32)["input_ids"], indexed(ties)
+    expected = np.asarray(jaxcp.logits(alone, tokens)) if ties else reference(V32)["logits"]
+    if seq > 1:
+        mesh_of(seq=seq)
+    model = indexed(ties)
+    found, cache = told(model, model.init_cache(2, 40), tokens, [0, 0], turns)
+    at = np.cumsum([np.broadcast_to(turn, 2) for turn in turns], 0).T - 1
+    np.testing.assert_allclose(found, expected[np.arange(2)[:, None], at], atol=1e-4, rtol=0)
+    slots = seq * (-(-40 // seq) + 64)
+    assert cache.bytes_per_device() == 3 * 2 * slots * (24 + 8 + 16) * 4 // seq
+
+
+def indexed(ties):
     model, _ = jaxcp.load(FIXTURES / V32)
-    with pytest.raises(NotImplementedError, match=r"V3\.2 has no cache yet: use jaxcp\.logits"):
-        model.init_cache(1, 8)
-    for name in (V3, V4):
+    for layer in model.layers if ties else ():
+        layer.attention.index.weights[...] *= 0
+    return model
+
+
+def test_a_cache_is_no_longer_than_the_model():
+    for name in (V3, V32, V4):
         model, _ = jaxcp.load(FIXTURES / name)
         with pytest.raises(ValueError, match="4096 positions; got max_len=5000"):
             model.init_cache(1, 5000)

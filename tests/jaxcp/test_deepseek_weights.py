@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """DeepSeek's checkpoints and config.json files: every spelling is read, nothing is guessed."""
 
+import dataclasses
 import json
 import math
 
@@ -89,13 +90,13 @@ def test_every_spelling_of_v4(tmp_path):
     assert same(as_written, weights.load(write(tmp_path, V4, contents))[0])
 
 
-def test_draft_layers_are_left_out(tmp_path):
+def test_draft_layers_of_which_config_says_nothing_are_left_out(tmp_path):
     draft = {k.replace("layers.2.", "mtp.0."): v for k, v in hub_names().items() if ".2." in k}
-    model, _ = weights.load(write(tmp_path, V4, hub_names() | draft))
+    model, _ = weights.load(write(tmp_path, V4, hub_names() | draft, num_nextn_predict_layers=0))
     assert same(model, weights.load(FIXTURES / V4)[0])
     extra = {k.replace(".2.", ".3."): v for k, v in tensors(V3).items() if ".layers.2." in k}
     extra["model.layers.3.eh_proj.weight"] = np.ones((64, 128), np.float32)
-    model, _ = weights.load(write(tmp_path, V3, tensors(V3) | extra))
+    model, _ = weights.load(write(tmp_path, V3, tensors(V3) | extra, num_nextn_predict_layers=0))
     assert same(model, weights.load(FIXTURES / V3)[0])
 
 
@@ -169,6 +170,8 @@ V32_EXP = R1 | {"model_type": "deepseek_v32", "index_n_heads": 64, "index_head_d
 )
 def test_published_models(published, billions, names):
     config = models.config_from_dict(published)
+    assert config.num_mtp_layers == 1 and models.config_from_dict(config.to_hf()) == config
+    config = dataclasses.replace(config, num_mtp_layers=0)
     assert models.config_from_dict(config.to_hf()) == config
     state = nnx.to_flat_state(nnx.state(weights.abstract_model(config)))
     shapes = {".".join(map(str, keys)): leaf.get_value().shape for keys, leaf in state}

@@ -49,6 +49,8 @@ class DeepSeekV3Config:
     """YaRN's correction of the softmax: scores times `(0.1 * this * ln(factor) + 1) ** 2`."""
     max_positions: int
     norm_eps: float = 1e-6
+    num_mtp_layers: int = 0
+    """1 adds the layer that drafts the token after next."""
     dtype: str = "float32"
     remat: bool = False
     reproducible_experts: bool = False
@@ -64,6 +66,12 @@ class DeepSeekV3Config:
             raise ValueError(
                 "needs 1 <= num_experts_per_tok <= num_experts; "
                 f"got {self.num_experts_per_tok} of {self.num_experts}"
+            )
+
+        if self.num_mtp_layers not in (0, 1):
+            raise NotImplementedError(
+                "num_mtp_layers must be 0 or 1 (deeper drafts use the one layer again); "
+                f"got {self.num_mtp_layers}"
             )
 
     @property
@@ -129,6 +137,7 @@ class DeepSeekV3Config:
             mscale_all_dim=float(scaling.get("mscale_all_dim") or 0.0),
             max_positions=d["max_position_embeddings"],
             norm_eps=d["rms_norm_eps"],
+            num_mtp_layers=d.get("num_nextn_predict_layers", 0),
             dtype=d.dtype(),
         )
         d.finish()
@@ -166,7 +175,7 @@ class DeepSeekV3Config:
             "routed_scaling_factor": self.routing.scale,
             "n_group": self.routing.num_groups,
             "topk_group": self.routing.top_groups,
-            "num_nextn_predict_layers": 0,
+            "num_nextn_predict_layers": self.num_mtp_layers,
             "hidden_act": "silu",
             "attention_bias": False,
             "tie_word_embeddings": False,
@@ -238,6 +247,28 @@ class Block(nnx.Module):
         return x + self.mlp(x_norm), None
 
 
+class MTP(nnx.Module):
+    """The layer that drafts the token after next, from the trunk's state and the next token.
+
+    Source: arXiv 2412.19437; as vLLM serves it the state is the one after the final norm, the
+    embedding comes first, and position 0 embeds nothing. A published MTP layer was never run here.
+    """
+
+    def __init__(self, config: DeepSeekV3Config, rngs: nnx.Rngs):
+        d, eps = config.embed_dim, config.norm_eps
+        self.embed_norm, self.hidden_norm = RMSNorm(d, eps=eps), RMSNorm(d, eps=eps)
+        self.join = normal(rngs, (2, d, d), ("parts", "embed", "embed"), (2 * d) ** -0.5)
+        self.block = Block(config, config.num_layers, rngs)
+        self.final_norm = RMSNorm(d, eps=eps)
+
+    def __call__(self, embedded, hidden, positions, attend):
+        embedded = jnp.where((positions == 0)[..., None], 0, embedded).astype(hidden.dtype)
+        parts = self.embed_norm(embedded), self.hidden_norm(hidden)
+        x = jnp.einsum("pbtc,pcd->btd", jnp.stack(parts), self.join.astype(hidden.dtype))
+        x, _ = self.block(x, positions, attend)
+        return self.final_norm(x)
+
+
 class DeepSeekV3(LanguageModel):
     """DeepSeek-V3 and V3.2. `DeepSeekV3(config, rngs=nnx.Rngs(0))`."""
 
@@ -247,6 +278,8 @@ class DeepSeekV3(LanguageModel):
         self.layers = nnx.List([Block(config, i, rngs) for i in range(config.num_layers)])
         self.final_norm = RMSNorm(config.embed_dim, eps=config.norm_eps)
         self.lm_head = normal(rngs, (config.embed_dim, config.vocab_size), ("embed", "vocab"), 0.01)
+        if config.num_mtp_layers:
+            self.mtp = MTP(config, rngs)
 
     def forward(self, tokens, positions, attend):
         x = self.embedded(tokens)
@@ -260,20 +293,51 @@ class DeepSeekV3(LanguageModel):
     def embedded(self, tokens):
         return embed(self.embed, tokens, jnp.dtype(self.config.dtype))
 
+    def draft(self, hidden, next_tokens, positions, attend):
+        """`[B, T, D]`, of which `logits` are those of the token after next.
+
+        Of a draft again, with the tokens after those: one token further, and so on. The layer has
+        a cache of its own, as layer `num_layers`.
+
+        Args:
+          hidden: what `forward` gave, or `draft`.
+          next_tokens: `[B, T]`, laid out as `hidden` is: the token after the one at each place
+            (after two, of a draft of a draft). See `jaxcp.layers.lookahead.following`.
+        Raises:
+          ValueError: the model has no MTP layer.
+        """
+        if not self.config.num_mtp_layers:
+            raise ValueError("drafting needs a model with an MTP layer; num_mtp_layers is 0")
+        return self.mtp(embed(self.embed, next_tokens, hidden.dtype), hidden, positions, attend)
+
+    def mtp_logits(self, tokens, following, positions, **options):
+        """Float32 logits `[B, T, V]` a draft: of the token after next, the one after that, ...
+
+        `following [B, T, n]` has the n tokens after each one; `options` are those of `hidden`.
+        """
+        attend = self.attend_over(positions, **options)
+        x, _ = self.forward(tokens, positions, attend)
+        logits = []
+        for depth in range(following.shape[-1]):
+            x = self.draft(x, following[..., depth], positions, attend)
+            logits.append(self.logits(x))
+        return logits
+
     def head_kernel(self):
         return self.lm_head.get_value()
 
     def init_cache(self, batch_size: int, max_len: int):
         c = self.config
-        if c.index is not None:
-            raise NotImplementedError(
-                "DeepSeek-V3.2 has no cache yet: use jaxcp.logits, or model(tokens, positions)"
-            )
         if max_len > c.max_positions:
             raise ValueError(f"the model has {c.max_positions} positions; got max_len={max_len}")
         size = c.latent.kv_rank + c.latent.rope_dim
         return empty_latent_cache(
-            layers=c.num_layers, batch_size=batch_size, max_len=max_len, size=size, dtype=c.dtype
+            layers=c.num_layers + c.num_mtp_layers,
+            batch_size=batch_size,
+            max_len=max_len,
+            size=size,
+            dtype=c.dtype,
+            index_size=0 if c.index is None else c.index.head_dim,
         )
 
 

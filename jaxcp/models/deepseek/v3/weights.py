@@ -6,10 +6,15 @@ projected), `n` heads, `h` head, `i` index heads, `c` index head, `f` mlp or exp
 `e` experts. A torch Linear stores `[out, in]`.
 """
 
+import dataclasses
+import functools
+import logging
 from collections.abc import Collection, Mapping
-from typing import Any
 
+from jaxcp.models.deepseek.v3.model import DeepSeekV3Config
 from jaxcp.models.weight_table import Row
+
+log = logging.getLogger(__name__)
 
 
 def _layer(name: str, axes: str, paths: str | tuple[str, ...], leaf_axes: str, join=0) -> Row:
@@ -57,10 +62,61 @@ TABLE = (
 COPIES: Mapping[str, str] = {}
 
 
-def left_out(names: Collection[str], config: Any) -> frozenset[str]:
-    """Names that the model has no use for: the layer after the last, which drafts tokens (MTP)."""
-    prefix = f"model.layers.{config.num_layers}."
+MTP = (
+    _layer("enorm.weight", "d", "embed_norm.scale", "d"),
+    _layer("hnorm.weight", "d", "hidden_norm.scale", "d"),
+    _layer("eh_proj.weight", "d (p c)", "join", "p c d"),
+    _layer("shared_head.norm.weight", "d", "final_norm.scale", "d"),
+)
+
+
+@functools.lru_cache(maxsize=8)
+def table(config: DeepSeekV3Config) -> tuple[Row, ...]:
+    """Every tensor of a model of this configuration."""
+    if not config.num_mtp_layers:
+        return TABLE
+    block = (row for row in TABLE if row.all_names[0].startswith("model.layers."))
+    rows = (
+        *(_at(row, config, "mtp.") for row in MTP),
+        *(_at(r, config, "mtp.block.") for r in block),
+    )
+    return (*TABLE, *rows)
+
+
+def copies(config: DeepSeekV3Config) -> Mapping[str, str]:
+    """Tensors that the MTP layer has again, beside the leaf that they are: read, and written."""
+    if not config.num_mtp_layers:
+        return {}
+    after = _after(config)
+    return {f"{after}embed_tokens.weight": "embed", f"{after}shared_head.head.weight": "lm_head"}
+
+
+def fit(config: DeepSeekV3Config, names: Collection[str]) -> DeepSeekV3Config:
+    """The configuration of what a checkpoint with these tensors holds.
+
+    transformers drops the MTP layer and goes on saying that there is one.
+    """
+    if config.num_mtp_layers and not any(n.startswith(_after(config)) for n in names):
+        log.info("config.json speaks of an MTP layer; the checkpoint has none, and is read so")
+        return dataclasses.replace(config, num_mtp_layers=0)
+    return config
+
+
+def left_out(names: Collection[str], config: DeepSeekV3Config) -> frozenset[str]:
+    """An MTP layer that config.json does not speak of."""
+    prefix = _after(config)
     # Without this projection it is an ordinary layer, num_layers is wrong, and that must show.
-    if f"{prefix}eh_proj.weight" not in names:
+    if config.num_mtp_layers or f"{prefix}eh_proj.weight" not in names:
         return frozenset()
     return frozenset(name for name in names if name.startswith(prefix))
+
+
+def _at(row: Row, config: DeepSeekV3Config, path: str) -> Row:
+    """A row of the layer after the last."""
+    names = tuple(name.replace("{i}", str(config.num_layers)) for name in row.all_names)
+    paths = tuple(p.replace("layers.{i}.", path) for p in row.all_paths)
+    return dataclasses.replace(row, names=names, paths=paths)
+
+
+def _after(config: DeepSeekV3Config) -> str:
+    return f"model.layers.{config.num_layers}."

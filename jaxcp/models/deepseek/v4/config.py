@@ -57,6 +57,7 @@ class StreamDims:
 class DeepSeekV4Config:
     """`layer_kinds`, a letter a layer: W a window alone, H and a compressed entry for every block
     of `heavy_ratio` tokens, C and those that an index selects among blocks of `sparse_ratio`.
+    `num_mtp_layers`: 1 adds the layer that drafts the token after next, of kind W.
     """
 
     vocab_size: int
@@ -76,6 +77,7 @@ class DeepSeekV4Config:
     """Of C and H layers: queries, keys and entries."""
     max_positions: int
     norm_eps: float = 1e-6
+    num_mtp_layers: int = 0
     dtype: str = "float32"
     remat: bool = False
     reproducible_experts: bool = False
@@ -87,15 +89,24 @@ class DeepSeekV4Config:
                 f"layer_kinds has a letter of W, C, H for each of {self.num_layers} layers; "
                 f"got {self.layer_kinds!r}"
             )
+        if self.num_mtp_layers not in (0, 1):
+            raise NotImplementedError(
+                "num_mtp_layers must be 0 or 1 (deeper drafts use the one layer again); "
+                f"got {self.num_mtp_layers}"
+            )
         if self.window < 1 or self.sparse_ratio < 1 or self.heavy_ratio < 1:
             raise ValueError(
                 "window and ratios must be at least 1; "
                 f"got {self.window}, {self.sparse_ratio} and {self.heavy_ratio}"
             )
 
+    def kind(self, layer: int) -> str:
+        """W, C or H. The layer after the last is the MTP layer: W."""
+        return self.layer_kinds[layer] if layer < self.num_layers else "W"
+
     def ratio(self, layer: int) -> int:
         """Tokens of a compressed block; 0 where there are none."""
-        return {"W": 0, "C": self.sparse_ratio, "H": self.heavy_ratio}[self.layer_kinds[layer]]
+        return {"W": 0, "C": self.sparse_ratio, "H": self.heavy_ratio}[self.kind(layer)]
 
     @classmethod
     def from_hf(cls, fields: Mapping[str, Any]) -> "DeepSeekV4Config":
@@ -152,6 +163,7 @@ class DeepSeekV4Config:
             compressed_rope=compressed_rope,
             max_positions=d["max_position_embeddings"],
             norm_eps=d["rms_norm_eps"],
+            num_mtp_layers=d.get("num_nextn_predict_layers", 0),
             dtype=d.dtype(),
         )
         d.finish()
@@ -201,7 +213,7 @@ class DeepSeekV4Config:
                 "compress": self.compressed_rope.to_hf() | part,
             },
             "max_position_embeddings": self.max_positions,
-            "num_nextn_predict_layers": 0,
+            "num_nextn_predict_layers": self.num_mtp_layers,
             "rms_norm_eps": self.norm_eps,
             "hidden_act": "silu",
             "attention_bias": False,

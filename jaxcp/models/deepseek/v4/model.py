@@ -31,7 +31,7 @@ class Block(nnx.Module):
         c, e, s = config, config.experts, config.streams
         std = c.embed_dim**-0.5
         out_std = std * (2 * c.num_layers) ** -0.5
-        kind = c.layer_kinds[layer]
+        kind = c.kind(layer)
         streams = functools.partial(
             HyperConnection, iterations=s.iterations, eps=s.eps, norm_eps=c.norm_eps, rngs=rngs
         )
@@ -87,6 +87,33 @@ def _table(vocab_size: int, num_experts: int, k: int) -> RouterTable:
     return RouterTable(experts, axes=("vocab", None))
 
 
+class MTP(nnx.Module):
+    """The layer that drafts the token after next, from the trunk's streams and the next token.
+
+    Wired as DeepSeek's own inference code reads; neither that code nor a published MTP layer was
+    ever run against this one. Streams are those before they become one; a state and the embedding
+    are projected and added, and there is no exception for position 0.
+    """
+
+    def __init__(self, config: DeepSeekV4Config, rngs: nnx.Rngs):
+        c, d = config, config.embed_dim
+        norm = functools.partial(RMSNorm, d, eps=c.norm_eps, float32_scale=True)
+        self.embed_norm, self.hidden_norm, self.final_norm = norm(), norm(), norm()
+        self.from_embed = normal(rngs, (d, d), ("embed", "embed"), d**-0.5)
+        self.from_hidden = normal(rngs, (d, d), ("embed", "embed"), d**-0.5)
+        self.block = Block(c, c.num_layers, rngs)
+        self.streams_to_one = StreamsToOne(
+            d, c.streams.count, eps=c.streams.eps, norm_eps=c.norm_eps, rngs=rngs
+        )
+
+    def __call__(self, embedded, streams, tokens, positions, attend):
+        e = self.embed_norm(embedded)
+        e = jnp.einsum("btc,cd->btd", e, self.from_embed.astype(e.dtype))
+        x = self.hidden_norm(streams)
+        x = jnp.einsum("btsc,cd->btsd", x, self.from_hidden.astype(x.dtype))
+        return self.block(x + e[:, :, None], tokens, positions, attend)[0]
+
+
 class DeepSeekV4(LanguageModel):
     """`DeepSeekV4(config, rngs=nnx.Rngs(0))`."""
 
@@ -99,15 +126,57 @@ class DeepSeekV4(LanguageModel):
         )
         self.final_norm = RMSNorm(c.embed_dim, eps=c.norm_eps, float32_scale=True)
         self.lm_head = normal(rngs, (c.embed_dim, c.vocab_size), ("embed", "vocab"), 0.01)
+        if c.num_mtp_layers:
+            self.mtp = MTP(c, rngs)
 
     def forward(self, tokens, positions, attend):
+        x, stats = self.trunk(tokens, positions, attend)
+        return self.final_norm(self.streams_to_one(x)), stats
+
+    def trunk(self, tokens, positions, attend):
+        """Streams `[B, T, S, D]` after the last layer, and what routers did: what `draft` goes on from."""
         x = self.streams(tokens)
         stats = []
         for layer in self.layers:
             block = jax.checkpoint(_block, static_argnums=4) if self.config.remat else _block
             x, of_layer = block(layer, x, tokens, positions, attend)
             stats.append(of_layer)
-        return self.final_norm(self.streams_to_one(x)), stacked(stats)
+        return x, stacked(stats)
+
+    def draft(self, streams, next_tokens, positions, attend):
+        """Streams `[B, T, S, D]`, of which `drafted` makes the state of the token after next.
+
+        Of a draft again, with the tokens after those: one token further, and so on. The layer has
+        a window of its own, as layer `num_layers`.
+
+        Args:
+          streams: what `trunk` gave, or `draft`.
+          next_tokens: `[B, T]`, laid out as the streams are: the token after the one at each place
+            (after two, of a draft of a draft). See `jaxcp.layers.lookahead.following`.
+        Raises:
+          ValueError: the model has no MTP layer.
+        """
+        if not self.config.num_mtp_layers:
+            raise ValueError("drafting needs a model with an MTP layer; num_mtp_layers is 0")
+        embedded = embed(self.embed, next_tokens, streams.dtype)
+        return self.mtp(embedded, streams, next_tokens, positions, attend)
+
+    def drafted(self, streams):
+        """`[B, T, D]` of a draft's streams, of which `logits` are those of the token after next."""
+        return self.mtp.final_norm(self.mtp.streams_to_one(streams))
+
+    def mtp_logits(self, tokens, following, positions, **options):
+        """Float32 logits `[B, T, V]` a draft: of the token after next, the one after that, ...
+
+        `following [B, T, n]` has the n tokens after each one; `options` are those of `hidden`.
+        """
+        attend = self.attend_over(positions, **options)
+        x, _ = self.trunk(tokens, positions, attend)
+        logits = []
+        for depth in range(following.shape[-1]):
+            x = self.draft(x, following[..., depth], positions, attend)
+            logits.append(self.logits(self.drafted(x)))
+        return logits
 
     def streams(self, tokens):
         """The residual streams `[B, T, S, D]` before the first layer: all are the embedding."""
@@ -127,7 +196,7 @@ class DeepSeekV4(LanguageModel):
         sizes["C"] = sizes["H"] | {"index": c.index.head_dim}
         return [
             LayerShape(ratio=c.ratio(i), overlap=kind == "C", sizes=sizes[kind])
-            for i, kind in enumerate(c.layer_kinds)
+            for i, kind in enumerate(c.layer_kinds + "W" * c.num_mtp_layers)
         ]
 
     def init_cache(self, batch_size: int, max_len: int):

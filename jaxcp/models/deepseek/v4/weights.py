@@ -6,10 +6,14 @@ groups, `r` their middle, `c` compressed width, `p` places in a block, `i` index
 width, `e` experts, `m` mixing weights, `s` streams times embed. A torch Linear stores `[out, in]`.
 """
 
+import dataclasses
+import logging
 from collections.abc import Collection, Mapping
-from typing import Any
 
+from jaxcp.models.deepseek.v4.config import DeepSeekV4Config
 from jaxcp.models.weight_table import Row
+
+log = logging.getLogger(__name__)
 
 
 def _layer(
@@ -104,6 +108,46 @@ TABLE = (
 COPIES: Mapping[str, str] = {}
 
 
-def left_out(names: Collection[str], config: Any) -> frozenset[str]:
-    """Names that the model has no use for: the layer that drafts tokens (MTP)."""
+MTP = (
+    Row("mtp.0.enorm.weight", "d", "mtp.embed_norm.scale", "d"),
+    Row("mtp.0.hnorm.weight", "d", "mtp.hidden_norm.scale", "d"),
+    Row("mtp.0.e_proj.weight", "d c", "mtp.from_embed", "c d"),
+    Row("mtp.0.h_proj.weight", "d c", "mtp.from_hidden", "c d"),
+    Row("mtp.0.hc_head_fn", "m s", "mtp.streams_to_one.mix", "m s"),
+    Row("mtp.0.hc_head_base", "m", "mtp.streams_to_one.base", "m"),
+    Row("mtp.0.hc_head_scale", "m", "mtp.streams_to_one.scale", "m"),
+    Row("mtp.0.norm.weight", "d", "mtp.final_norm.scale", "d"),
+)
+
+
+def table(config: DeepSeekV4Config) -> tuple[Row, ...]:
+    """Every tensor of a model of this configuration."""
+    return (*TABLE, *MTP_TABLE) if config.num_mtp_layers else TABLE
+
+
+def _mtp(row: Row) -> Row:
+    """A layer's row, of the layer that drafts: transformers has none, so the hub's name alone."""
+    name, path = row.all_names[0], row.all_paths[0]
+    names = (name.replace("layers.{i}.", "mtp.0."),)
+    return dataclasses.replace(row, names=names, paths=(path.replace("layers.{i}.", "mtp.block."),))
+
+
+MTP_TABLE = (*MTP, *(_mtp(row) for row in TABLE if row.all_names[0].startswith("layers.{i}.")))
+
+
+def fit(config: DeepSeekV4Config, names: Collection[str]) -> DeepSeekV4Config:
+    """The configuration of what a checkpoint with these tensors holds.
+
+    transformers drops the MTP layer and goes on saying that there is one.
+    """
+    if config.num_mtp_layers and not any(n.startswith("mtp.") for n in names):
+        log.info("config.json speaks of an MTP layer; the checkpoint has none, and is read so")
+        return dataclasses.replace(config, num_mtp_layers=0)
+    return config
+
+
+def left_out(names: Collection[str], config: DeepSeekV4Config) -> frozenset[str]:
+    """An MTP layer that config.json does not speak of."""
+    if config.num_mtp_layers:
+        return frozenset()
     return frozenset(name for name in names if name.startswith("mtp."))
