@@ -134,7 +134,7 @@ class DeepSeekV4(LanguageModel):
         return self.final_norm(self.streams_to_one(x)), stats
 
     def trunk(self, tokens, positions, attend):
-        """Streams `[B, T, S, D]` after the last layer, and what routers did: what `draft` goes on from."""
+        """Streams `[B, T, S, D]` after the last layer, for `draft`, and what its routers did."""
         x = self.streams(tokens)
         stats = []
         for layer in self.layers:
