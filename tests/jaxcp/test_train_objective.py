@@ -2,7 +2,6 @@
 """Drafts and routers' losses in a training step: their definition, on any mesh, in any pieces."""
 
 import dataclasses
-import functools
 import json
 import pathlib
 
@@ -10,11 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from safetensors.numpy import load_file
 
 import jaxcp
-from jaxcp import models
 from jaxcp.layers.lookahead import draft_batch
 from jaxcp.layout import Contiguous, Zigzag
 from jaxcp.mesh import MeshConfig

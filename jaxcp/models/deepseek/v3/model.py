@@ -21,7 +21,7 @@ from jaxcp.layers.moe import MoE
 from jaxcp.layers.norm import RMSNorm
 from jaxcp.layers.parameter import normal
 from jaxcp.layers.rope import Rope
-from jaxcp.layers.router_stats import joined, stacked
+from jaxcp.layers.router_stats import stacked
 from jaxcp.layers.routing import Routing
 from jaxcp.models.base import embed
 from jaxcp.models.deepseek.fields import Fields
@@ -300,7 +300,3 @@ class DeepSeekV3(DraftingModel):
 
 def _block(layer, x, positions, attend):
     return layer(x, positions, attend)
-
-
-def _mtp(layer, embedded, hidden, positions, attend):
-    return layer(embedded, hidden, positions, attend)

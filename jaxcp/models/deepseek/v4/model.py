@@ -17,7 +17,7 @@ from jaxcp.layers.mlp import SwiGLU
 from jaxcp.layers.moe import MoE
 from jaxcp.layers.norm import RMSNorm
 from jaxcp.layers.parameter import RouterTable, normal
-from jaxcp.layers.router_stats import joined, stacked
+from jaxcp.layers.router_stats import stacked
 from jaxcp.layers.routing import Routing
 from jaxcp.models.base import embed
 from jaxcp.models.deepseek.v4.config import DeepSeekV4Config
@@ -183,7 +183,3 @@ class DeepSeekV4(DraftingModel):
 
 def _block(layer, x, tokens, positions, attend):
     return layer(x, tokens, positions, attend)
-
-
-def _mtp(layer, embedded, streams, tokens, positions, attend):
-    return layer(embedded, streams, tokens, positions, attend)
