@@ -2,7 +2,6 @@
 """The files of a checkpoint folder, as one set of tensors. Knows no models."""
 
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -26,6 +25,10 @@ FORMATS = {
 """What safetensors calls a format; its own numpy reader has none of 8 bits."""
 
 
+class CheckpointFileError(ValueError):
+    """A file of a checkpoint cannot be read; the message names it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Stored:
     """Where a tensor lies: `start` bytes from the beginning of `file`."""
@@ -39,7 +42,12 @@ class Stored:
         """The file's own pages; nothing is read before it is used."""
         if 0 in self.shape:
             return np.empty(self.shape, FORMATS[self.dtype])
-        return np.memmap(self.file, FORMATS[self.dtype], "r", self.start, self.shape)
+        try:
+            return np.memmap(self.file, FORMATS[self.dtype], "r", self.start, self.shape)
+        except (ValueError, OSError) as error:  # it was whole when its header was read
+            raise CheckpointFileError(
+                f"needed {self.file} as it was when it was opened: {error}. Copy it again"
+            ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,23 +57,22 @@ class Checkpoint:
     stored: Mapping[str, Stored]
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, str]
+    _unpacked: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
 
     def read(self, name: str) -> np.ndarray:
         """The tensor, as a view of its file; one in MXFP4 as the bfloat16 that it stands for."""
         if name in self.stored:
             return self.stored[name].view()
-        return _unpacked(*(self.stored[f"{name}{suffix}"] for suffix in mxfp4.SUFFIXES))
+        if name not in self._unpacked:  # leaves that share a tensor are read one after the other
+            self._unpacked.clear()  # first: the host holds one
+            parts = (self.stored[f"{name}{suffix}"].view() for suffix in mxfp4.SUFFIXES)
+            self._unpacked[name] = mxfp4.unpack(*parts)
+        return self._unpacked[name]
 
     def dtype(self, name: str) -> np.dtype:
         """Of what `read` gives."""
         is_packed = self.dtypes[name] == mxfp4.NAME
         return np.dtype(ml_dtypes.bfloat16 if is_packed else FORMATS[self.dtypes[name]])
-
-
-# Leaves of one layer that share a tensor are read one after the other.
-@functools.lru_cache(maxsize=1)
-def _unpacked(blocks: Stored, scales: Stored) -> np.ndarray:
-    return mxfp4.unpack(blocks.view(), scales.view())
 
 
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
@@ -101,10 +108,12 @@ def _tensors(file: Path) -> Iterator[tuple[str, Stored]]:
         for name, fields in header.items():
             begin, end = fields["data_offsets"]
             at = Stored(file, 8 + length + begin, fields["dtype"], tuple(fields["shape"]))
+            if begin < 0 or end < begin or min(at.shape, default=0) < 0:
+                raise ValueError(f"{name} {at.shape} lies at bytes {begin} to {end}")
             _check_extent(name, at, end - begin, size)
             yield name, at
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise CheckpointFileError(
             f"needed a whole safetensors file; got {file} ({size} bytes), which is truncated or "
             f"no safetensors: {error}. Copy it again"
         ) from error
