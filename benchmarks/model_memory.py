@@ -3,10 +3,13 @@
 
 The last piece of a prompt and a step of decoding, compiled by the chip's own compiler for each
 mesh; nothing runs. Memory is what the compiler allots, what is sent the most that any choice of
-experts can need. `--layers 1 2 80`: the first layer is dense, each other one a mixture of experts,
-80 are the whole model.
+experts can need, beside what the algorithm says must be sent. The first layer is dense, each other
+one a mixture of experts, 80 are the whole model: `--layers 80` compiles it, else it is extrapolated
+from the two largest numbers of layers.
 
     python -m benchmarks.model_memory --out benchmarks/results
+
+Rows in the folder that are not compiled again stay, so one target a run makes the same report.
 """
 
 import dataclasses
@@ -23,6 +26,7 @@ from flax import nnx
 from rich.progress import track
 
 import jaxcp
+from jaxcp.layers.expert_exchange import capacity
 from jaxcp.models import config_from_dict
 from jaxcp.plan import compile_for, decode_program, parse_target, prefill_program
 
@@ -60,7 +64,26 @@ HY3: dict[str, Any] = {
     "enable_moe_fp32_combine": False,
     "dtype": "bfloat16",
 }
-GIB = 1 << 30
+GIB, MIB = 1 << 30, 1 << 20
+WHOLE = HY3["num_hidden_layers"]
+KEY = ("target", "layers", "program", "context", "new")
+PREFACE = """# Hy3-295B at {context:,} tokens, compiled with no device
+
+`python -m benchmarks.model_memory`, {made}, {date}. Bytes a device;
+weights and cache in bfloat16; a cache for {context:,} tokens, of which prefill adds the last piece,
+decode the last token. Layer 1 is dense, the others are mixtures of 192 experts. Memory is what the
+compiler allots to the program; what a runtime keeps beside it is not in it.
+
+## The whole model, {layers} layers
+
+{fits}
+## What was compiled
+
+Sent: times and MiB, all that the program may send: of the exchange of experts every round, which
+only the worst choice of experts needs. Unexpected: a kind that the algorithm has not, or one that
+sends over 1 % and 1 MiB a layer more than it must (`must_send`).
+
+{table}"""
 
 
 @dataclasses.dataclass
@@ -93,6 +116,7 @@ def row(target: str, layers: int, program: str, args: Args) -> dict[str, Any]:
     axes = MESHES[target]
     mesh = parse_target(target).mesh(**axes)
     options = {"max_len": args.context, "experts": "seq"}
+    new = 1
     if program == "prefill":
         new = args.chunk or args.context
         sizes = {"tokens": new, "held": args.context - new}
@@ -100,6 +124,8 @@ def row(target: str, layers: int, program: str, args: Args) -> dict[str, Any]:
     else:
         fn, inputs = decode_program(model_of(layers), mesh, **options)
     found: dict[str, Any] = {"target": target, "mesh": axes, "layers": layers, "program": program}
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in COMPILERS[mesh_kind(mesh)]]
+    found |= {"context": args.context, "new": new, "compiler": ", ".join(versions)}
     try:
         report = compile_for(fn, inputs, mesh)
     except jax.errors.JaxRuntimeError as error:
@@ -113,46 +139,155 @@ def row(target: str, layers: int, program: str, args: Args) -> dict[str, Any]:
     }
 
 
+COMPILERS = {"tpu": ("jax", "libtpu"), "gpu": ("jax", "jax-cuda13-plugin")}
+
+
+def mesh_kind(mesh) -> str:
+    return "tpu" if mesh.devices.flat[0].platform == "tpu" else "gpu"
+
+
+def must_send(r: dict[str, Any]) -> dict[str, int] | None:
+    """Bytes a device by kind of collective, from the algorithm: what exceeds them is unexpected.
+
+    A piece of a prompt that is short beside its cache passes queries round, experts exchange in as
+    many rounds as the worst choice needs. A step of decoding sends a few rows a layer. None where
+    no formula is written: a prompt in one piece.
+    """
+    seq, tokens, c = r["mesh"]["seq"], r["new"] // r["mesh"]["seq"], HY3
+    sparse = r["layers"] - c["first_k_dense_replace"]
+    if r["program"] == "decode":
+        return {"all-gather": 0, "all-reduce": 0}  # under the allowance of `unexpected`
+    if r["new"] * 2 > r["context"]:
+        return None
+    d, k, heads = c["hidden_size"], c["num_experts_per_tok"], c["num_attention_heads"]
+    heads //= r["mesh"]["model"]
+    stream = tokens * d * 2  # bfloat16
+    # attention and dense feed-forward or shared expert; routed experts are summed in float32
+    sent = {"all-reduce": r["layers"] * 2 * stream + sparse * 2 * stream}
+    if seq == 1:
+        return sent
+    queries, answers = c["head_dim"] * 2, (c["head_dim"] + 1) * 4  # outputs and lse in float32
+    sent["all-gather"] = r["layers"] * r["new"] * heads * queries
+    room = capacity(tokens * k, seq)
+    rounds = -(-min(tokens * k, tokens * c["num_experts"] // seq) // room)
+    exchange = rounds * seq * room * (2 * d * 2 + 4)  # there and back, and the experts' numbers
+    sent["all-to-all"] = r["layers"] * r["new"] * heads * answers + sparse * exchange
+    return sent
+
+
+def unexpected(r: dict[str, Any]) -> str:
+    """Kinds that send more than `must_send` says: by over 1 % and a MiB a layer."""
+    wanted, kinds = must_send(r), r["collectives"]
+    if wanted is None or kinds is None:
+        return "not compared"
+    over = {kind: size - wanted.get(kind, 0) for kind, (_, size) in kinds.items()}
+    found = [
+        f"{kind} {size / MIB:,.1f} MiB more"
+        for kind, size in over.items()
+        if kind not in wanted or size > 0.01 * wanted[kind] + r["layers"] * MIB
+    ]
+    return ", ".join(found) or "none"
+
+
+def whole(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The 80 layers of one target and program: compiled, or a line through the last two rows."""
+    rows = sorted((r for r in rows if "refused" not in r), key=lambda r: r["layers"])
+    if rows and rows[-1]["layers"] == WHOLE:
+        return rows[-1] | {"how": "compiled"}
+    if len(rows) < 2 or rows[-2]["layers"] < 2:  # the first layer is of another kind
+        return None
+    a, b = rows[-2:]
+    more, step = WHOLE - b["layers"], b["layers"] - a["layers"]
+    names = ("argument_bytes", "temp_bytes", "total_bytes")
+    sizes = {name: b[name] + (b[name] - a[name]) * more // step for name in names}
+    return b | sizes | {"how": f"a line through {a['layers']} and {b['layers']} layers"}
+
+
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    return "".join("| " + " | ".join(x) + " |\n" for x in [head, ["---"] * len(head), *lines])
+
+
 def table(rows: list[dict[str, Any]]) -> str:
+    """What was compiled."""
     head = ["target", "mesh", "layers", "program", "arguments GiB", "temporaries GiB"]
-    head += ["together GiB", "of the device's", "sent MiB a device"]
-    lines = [head, ["---"] * len(head)]
+    head += [
+        "together GiB",
+        "of the device's",
+        "sent: times, MiB a device",
+        "unexpected",
+        "seconds",
+    ]
+    lines = []
     for r in rows:
         mesh = " ".join(f"{axis}={size}" for axis, size in r["mesh"].items())
         first = [r["target"], mesh, str(r["layers"]), r["program"]]
         if "refused" in r:
-            lines.append([*first, r["refused"], "", "", "", ""])
+            lines.append([*first, r["refused"], *[""] * 6])
             continue
         sizes = [f"{r[f'{x}_bytes'] / GIB:.2f}" for x in ("argument", "temp", "total")]
         share = f"{r['total_bytes'] / r['hbm_bytes']:.0%}"
         kinds = r["collectives"]
-        sent = (
-            "not read"
-            if kinds is None
-            else ", ".join(
-                f"{kind} {count} x, {size / (1 << 20):,.1f}"
-                for kind, (count, size) in kinds.items()
-            )
-        )
-        lines.append([*first, *sizes, share, sent])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        sent = "not read"
+        if kinds is not None:
+            listed = (f"{k} {count} x, {size / MIB:,.1f}" for k, (count, size) in kinds.items())
+            sent = ", ".join(listed)
+        lines.append([*first, *sizes, share, sent, unexpected(r), str(r["seconds"])])
+    return markdown(head, lines)
+
+
+def fits(rows: list[dict[str, Any]]) -> str:
+    """The whole model on each target."""
+    head = ["target", "program", "arguments GiB", "temporaries GiB", "together GiB"]
+    head += ["the device has GiB", "fits", "how it is known"]
+    lines = []
+    for target in MESHES:
+        for program in ("prefill", "decode"):
+            r = whole([r for r in rows if (r["target"], r["program"]) == (target, program)])
+            if r is None:
+                continue
+            sizes = [f"{r[f'{x}_bytes'] / GIB:.2f}" for x in ("argument", "temp", "total", "hbm")]
+            left = (r["hbm_bytes"] - r["total_bytes"]) / GIB
+            says = f"yes, {left:.1f} GiB left" if left >= 0 else f"no, {-left:.1f} GiB too much"
+            lines.append([target, program, *sizes, says, r["how"]])
+    return markdown(head, lines)
+
+
+def report(rows: list[dict[str, Any]], args: Args) -> str:
+    made = "; ".join(sorted({r["compiler"] for r in rows}))
+    return PREFACE.format(
+        context=args.context,
+        made=made,
+        date=datetime.date.today(),
+        layers=WHOLE,
+        fits=fits(rows),
+        table=table(rows),
+    )
+
+
+def kept(args: Args) -> dict[tuple, dict[str, Any]]:
+    """Rows of the folder, by what was compiled."""
+    path = None if args.out is None else args.out / "model_memory.json"
+    if path is None or not path.exists():
+        return {}
+    return {tuple(r[k] for k in KEY): r for r in json.loads(path.read_text())}
+
+
+def in_order(r: dict[str, Any]) -> tuple:
+    return list(MESHES).index(r["target"]), r["layers"], r["program"]
 
 
 def main(args: Args) -> None:
     todo = [(t, n, p) for t in args.targets for n in args.layers for p in ("prefill", "decode")]
-    rows = [row(*job, args) for job in track(todo, description="compiling Hy3-295B")]
-    versions = " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "libtpu"))
-    text = f"# Hy3-295B at {args.context:,} tokens, compiled with no device\n\n"
-    text += f"`python -m benchmarks.model_memory --layers {' '.join(map(str, args.layers))}`, "
-    text += (
-        f"{versions}, {datetime.date.today()}. Bytes a device; weights and cache in bfloat16.\n\n"
-    )
-    text += table(rows) + "\n"
-    print(text)
-    if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "model_memory.md").write_text(text)
-        (args.out / "model_memory.json").write_text(json.dumps(rows, indent=1) + "\n")
+    found = kept(args)
+    for job in track(todo, description="compiling Hy3-295B"):
+        r = row(*job, args)
+        found[tuple(r[k] for k in KEY)] = r
+        rows = sorted(found.values(), key=in_order)
+        if args.out is not None:  # after each: a compilation may take minutes
+            args.out.mkdir(parents=True, exist_ok=True)
+            (args.out / "model_memory.md").write_text(report(rows, args))
+            (args.out / "model_memory.json").write_text(json.dumps(rows, indent=1) + "\n")
+    print(report(rows, args))
 
 
 if __name__ == "__main__":

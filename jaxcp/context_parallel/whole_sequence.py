@@ -38,7 +38,7 @@ class WholeSequence:
 
     def selected(self, q, keys, selection, *, value_dim, layer, scale):
         """One head of `keys [B, T, H]`, of which a query sees what `selection` chooses."""
-        self._check("a selection of tokens")
+        self._check("a selection of tokens", "it scores all keys before a query")
         return sparse_attention(
             q, keys, self.positions, self.positions, scale=scale, value_dim=value_dim,
             selection=selection, strategy=self.strategy,
@@ -49,7 +49,7 @@ class WholeSequence:
 
         `name`: what the entries are, where a layer compresses more than one thing.
         """
-        self._check("compression")
+        self._check("compression", "blocks are numbered by position, which begins again in each")
         layout = None if self.strategy is None else self.strategy.layout
         return compress(values, gates, self.positions, ratio=ratio, overlap=overlap, layout=layout)
 
@@ -69,12 +69,13 @@ class WholeSequence:
             q, kv, (), expand=shared_head, layer=layer, scale=scale, window=window, sinks=sinks
         )
 
-    def _check(self, what):
+    def _check(self, what, why):
         if self.strategy is not None and self.strategy.reproducible:
             raise NotImplementedError(f"{what} has no reproducible form; use Ring()")
         if self.segment_ids is not None:
             raise NotImplementedError(
-                f"{what} does not keep packed documents apart: give each a row, without segment_ids"
+                f"{what} does not keep packed documents apart ({why}), and got segment_ids: "
+                "give each document a row of its own, without them"
             )
 
     @property

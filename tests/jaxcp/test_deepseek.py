@@ -143,8 +143,17 @@ def test_what_v4_cannot_do_is_said(mesh_of):
     arrays = batch["tokens"], batch["positions"]
     with pytest.raises(NotImplementedError, match=r"runs of consecutive tokens.*use Zigzag\(\)"):
         jax.eval_shape(lambda *x: model(*x, attention=jaxcp.Ring(layout=Striped())), *arrays)
-    with pytest.raises(NotImplementedError, match="does not keep packed documents apart"):
-        jax.eval_shape(lambda *x: model(*x, segment_ids=jnp.zeros_like(x[0])), *arrays)
     with pytest.raises(NotImplementedError, match=r"no reproducible form; use Ring\(\)"):
         strategy = jaxcp.Ring(reproducible=True)
         jax.eval_shape(lambda *x: model(*x, attention=strategy), *arrays)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [(V4, "blocks are numbered by position"), (V32, "it scores all keys before")]
+)
+def test_packed_documents_are_refused_with_the_reason(name, why):
+    model = jaxcp.abstract_model(jaxcp.load_config(FIXTURES / name))
+    tokens = jax.ShapeDtypeStruct((1, 16), jnp.int32)
+    refused = rf"packed documents apart \({why}.*got segment_ids: give each document a row"
+    with pytest.raises(NotImplementedError, match=refused):
+        jax.eval_shape(lambda m, x: m(x, x, segment_ids=x), model, tokens)
