@@ -24,6 +24,7 @@ from jaxcp import models, mxfp4
 from jaxcp.checkpoint_files import CONFIG, INDEX, WEIGHTS, Checkpoint, open_checkpoint, read_json
 from jaxcp.models.base import LanguageModel
 from jaxcp.models.weight_table import Source, sources, spelling_of
+from jaxcp.quantised import quantised_names
 from jaxcp.sharding import sharding_of
 from jaxcp.tokenizer import Tokenizer
 
@@ -168,7 +169,7 @@ def save(
     Raises:
       ValueError: `out` is a file, holds a checkpoint of another configuration, or one in several
         files, or one that would become several.
-      NotImplementedError: the model is spread over several processes.
+      NotImplementedError: the model is spread over several processes, or has quantised weights.
     """
     out = Path(os.path.abspath(out))
     keep_config = _check_target(out, model.config)
@@ -225,6 +226,11 @@ def _check_target(out: Path, config: Any) -> bool:
 
 
 def _leaves(model: Any) -> dict[str, jax.Array]:
+    if fixed := quantised_names(model):
+        raise NotImplementedError(
+            f"save writes plain weights; {len(fixed)} of this model are quantised, such as "
+            f"{fixed[0]}. `jaxcp quantize` makes a quantised checkpoint of one with plain weights"
+        )
     flat = nnx.to_flat_state(nnx.state(model))
     leaves = {".".join(map(str, keys)): leaf.get_value() for keys, leaf in flat}
     if not all(leaf.is_fully_addressable for leaf in leaves.values()):

@@ -16,7 +16,7 @@ LICENSE = "# SPDX-License-Identifier: Apache-2.0\n"
 # A room may import rooms above it and its own. A new module of jaxcp is put here first.
 RANKS = (
     ("pallas_kernels",),
-    ("jaxcp.mesh", "jaxcp.layout", "jaxcp.sharding"),
+    ("jaxcp.mesh", "jaxcp.layout", "jaxcp.sharding", "jaxcp.quantised"),
     ("jaxcp.context_parallel",),
     ("jaxcp.layers",),
     ("jaxcp.models",),

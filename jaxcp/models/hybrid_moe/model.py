@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxcp.layers.attention import Attention
+from jaxcp.layers.linear import linear
 from jaxcp.layers.mlp import GatedMLP
 from jaxcp.layers.moe import MoE
 from jaxcp.layers.ngram import NGram
@@ -82,14 +83,14 @@ class MTP(nnx.Module):
     def __init__(self, config: HybridMoEConfig, rngs: nnx.Rngs):
         d = config.embed_dim
         self.embed_norm, self.hidden_norm = norm(config), norm(config)
-        self.join = normal(rngs, (2, d, d), ("parts", "embed", "embed"), (2 * d) ** -0.5)
+        self.join = normal(rngs, (2, d, d), ("parts", "embed", "embed"), (2 * d) ** -0.5, summed=2)
         self.block = Block(config, config.num_layers, rngs)
         self.final_norm = norm(config)
 
     def __call__(self, embedded, hidden, positions, attend):
         embedded = jnp.where((positions == 0)[..., None], 0, embedded).astype(hidden.dtype)
         parts = self.embed_norm(embedded), self.hidden_norm(hidden)
-        x = jnp.einsum("pbtc,pcd->btd", jnp.stack(parts), self.join.astype(hidden.dtype))
+        x = linear("pbtc,pcd->btd", jnp.stack(parts), self.join)
         x, stats = self.block(x, positions, attend)
         return self.final_norm(x), stats
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxcp.context_parallel.latent_cache import empty_latent_cache
+from jaxcp.layers.linear import linear
 from jaxcp.layers.mla import IndexDims, LatentAttention, LatentDims
 from jaxcp.layers.mlp import GatedMLP
 from jaxcp.layers.moe import MoE
@@ -257,14 +258,14 @@ class MTP(nnx.Module):
     def __init__(self, config: DeepSeekV3Config, rngs: nnx.Rngs):
         d, eps = config.embed_dim, config.norm_eps
         self.embed_norm, self.hidden_norm = RMSNorm(d, eps=eps), RMSNorm(d, eps=eps)
-        self.join = normal(rngs, (2, d, d), ("parts", "embed", "embed"), (2 * d) ** -0.5)
+        self.join = normal(rngs, (2, d, d), ("parts", "embed", "embed"), (2 * d) ** -0.5, summed=2)
         self.block = Block(config, config.num_layers, rngs)
         self.final_norm = RMSNorm(d, eps=eps)
 
     def __call__(self, embedded, hidden, positions, attend):
         embedded = jnp.where((positions == 0)[..., None], 0, embedded).astype(hidden.dtype)
         parts = self.embed_norm(embedded), self.hidden_norm(hidden)
-        x = jnp.einsum("pbtc,pcd->btd", jnp.stack(parts), self.join.astype(hidden.dtype))
+        x = linear("pbtc,pcd->btd", jnp.stack(parts), self.join)
         x, _ = self.block(x, positions, attend)
         return self.final_norm(x)
 
