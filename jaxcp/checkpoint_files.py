@@ -1,62 +1,121 @@
 # SPDX-License-Identifier: Apache-2.0
 """The files of a checkpoint folder, as one set of tensors. Knows no models."""
 
-import contextlib
 import dataclasses
+import functools
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from jaxcp import mxfp4
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
+FORMATS = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8,
+    "BOOL": np.bool_, "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+}  # fmt: skip
+"""What safetensors calls a format; its own numpy reader has none of 8 bits."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies: `start` bytes from the beginning of `file`."""
+
+    file: Path
+    start: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    def view(self) -> np.ndarray:
+        """The file's own pages; nothing is read before it is used."""
+        if 0 in self.shape:
+            return np.empty(self.shape, FORMATS[self.dtype])
+        return np.memmap(self.file, FORMATS[self.dtype], "r", self.start, self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """The open safetensors files of a folder, as one set of tensors."""
+    """The safetensors files of a folder, as one set of tensors."""
 
-    files: Mapping[str, Any]  # tensor name -> open file
+    stored: Mapping[str, Stored]
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, str]
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor; one in MXFP4 as the bfloat16 that it stands for."""
-        if name in self.files:
-            return self.files[name].get_tensor(name)
-        parts = (f"{name}{suffix}" for suffix in mxfp4.SUFFIXES)
-        return mxfp4.unpack(*(self.files[part].get_tensor(part) for part in parts))
+        """The tensor, as a view of its file; one in MXFP4 as the bfloat16 that it stands for."""
+        if name in self.stored:
+            return self.stored[name].view()
+        return _unpacked(*(self.stored[f"{name}{suffix}"] for suffix in mxfp4.SUFFIXES))
+
+    def dtype(self, name: str) -> np.dtype:
+        """Of what `read` gives."""
+        is_packed = self.dtypes[name] == mxfp4.NAME
+        return np.dtype(ml_dtypes.bfloat16 if is_packed else FORMATS[self.dtypes[name]])
 
 
-@contextlib.contextmanager
-def open_checkpoint(path: str | os.PathLike) -> Iterator[Checkpoint]:
-    """Opens `model.safetensors`, or the shards that `model.safetensors.index.json` names."""
-    files, shapes, dtypes = {}, {}, {}
-    with contextlib.ExitStack() as stack:
-        for file in _files(Path(path)):
-            try:
-                handle = stack.enter_context(safe_open(file, framework="numpy"))
-            except SafetensorError as error:
-                raise ValueError(
-                    f"needed a whole safetensors file; got {file} ({file.stat().st_size} bytes), "
-                    f"which is truncated or no safetensors: {error}. Copy it again"
-                ) from error
-            for name in handle.keys():
-                header = handle.get_slice(name)
-                files[name] = handle
-                shapes[name], dtypes[name] = tuple(header.get_shape()), header.get_dtype()
-        for name in mxfp4.packed(dtypes):
-            blocks, scales = (f"{name}{suffix}" for suffix in mxfp4.SUFFIXES)
-            shapes[name], dtypes[name] = mxfp4.shape(shapes[blocks], shapes[scales]), mxfp4.NAME
-            for part in (blocks, scales):
-                del shapes[part], dtypes[part]
-        yield Checkpoint(files, shapes, dtypes)
+# Leaves of one layer that share a tensor are read one after the other.
+@functools.lru_cache(maxsize=1)
+def _unpacked(blocks: Stored, scales: Stored) -> np.ndarray:
+    return mxfp4.unpack(blocks.view(), scales.view())
+
+
+def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
+    """What is in `model.safetensors`, or the shards that `model.safetensors.index.json` names.
+
+    Reads headers; tensors are read when they are used.
+
+    Raises:
+      FileNotFoundError: a file is not there.
+      ValueError: a file is truncated or no safetensors; the message names it.
+    """
+    stored = {name: at for file in _files(Path(path)) for name, at in _tensors(file)}
+    shapes = {name: at.shape for name, at in stored.items()}
+    dtypes = {name: at.dtype for name, at in stored.items()}
+    for name in mxfp4.packed(dtypes):
+        blocks, scales = (f"{name}{suffix}" for suffix in mxfp4.SUFFIXES)
+        shapes[name], dtypes[name] = mxfp4.shape(shapes[blocks], shapes[scales]), mxfp4.NAME
+        for part in (blocks, scales):
+            del shapes[part], dtypes[part]
+    return Checkpoint(stored, shapes, dtypes)
+
+
+def _tensors(file: Path) -> Iterator[tuple[str, Stored]]:
+    """From the header: its length in 8 bytes, then JSON; offsets count from its end."""
+    size = file.stat().st_size
+    try:
+        with open(file, "rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            if not 2 <= length <= size - 8:
+                raise ValueError(f"a header of {length} bytes")
+            header = json.loads(handle.read(length))
+        header.pop("__metadata__", None)
+        for name, fields in header.items():
+            begin, end = fields["data_offsets"]
+            at = Stored(file, 8 + length + begin, fields["dtype"], tuple(fields["shape"]))
+            _check_extent(name, at, end - begin, size)
+            yield name, at
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"needed a whole safetensors file; got {file} ({size} bytes), which is truncated or "
+            f"no safetensors: {error}. Copy it again"
+        ) from error
+
+
+def _check_extent(name: str, at: Stored, nbytes: int, size: int) -> None:
+    if at.start + nbytes > size:
+        raise ValueError(f"{name} ends at byte {at.start + nbytes}")
+    known = FORMATS.get(at.dtype)
+    if known is not None and math.prod(at.shape) * np.dtype(known).itemsize != nbytes:
+        raise ValueError(f"{name} {at.dtype} {at.shape} has {nbytes} bytes")
 
 
 def _files(folder: Path) -> list[Path]:

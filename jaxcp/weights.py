@@ -4,13 +4,15 @@
 Knows files and placement. Which tensor is which leaf is the family's table, models/*/weights.py.
 """
 
+import collections
 import dataclasses
 import json
 import logging
+import math
 import os
 import shutil
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,10 @@ from safetensors.numpy import save_file
 from jaxcp import models, mxfp4
 from jaxcp.checkpoint_files import CONFIG, INDEX, WEIGHTS, Checkpoint, open_checkpoint, read_json
 from jaxcp.models.base import LanguageModel
-from jaxcp.models.weight_table import Source, sources, spelling_of
+from jaxcp.models.weight_table import Piece, Source, sources, spelling_of
 from jaxcp.quantised import quantised_names
 from jaxcp.sharding import sharding_of
+from jaxcp.streaming import counted, progress_bar, stream
 from jaxcp.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -43,8 +46,12 @@ def load(
     *,
     experts: str = "expert",
     allow_nonfinite: bool = False,
+    progress: bool | None = None,
 ) -> tuple[LanguageModel, Tokenizer | None]:
     """The model and the tokenizer (None when there is no tokenizer.json) of a checkpoint folder.
+
+    Tensors stream into their shards: the host holds what its devices will, and a bounded piece.
+    `progress` shows a bar; None does so for a big checkpoint on a terminal.
 
     Under `jax.set_mesh` every leaf is put on the mesh with the model's own sharding. `dtype` is
     that of the parameters and of the computation; None keeps each tensor's own. The router's
@@ -62,31 +69,35 @@ def load(
     if dtype is not None:
         config = dataclasses.replace(config, dtype=jnp.dtype(dtype).name)
     family = models.family_of(config)
-    with open_checkpoint(path) as checkpoint:
-        config = family.fit(config, checkpoint.shapes.keys())
-        graph, state = nnx.split(abstract_model(config))
-        flat = [(".".join(map(str, keys)), keys, leaf) for keys, leaf in nnx.to_flat_state(state)]
-        shapes = {name: leaf.shape for name, _, leaf in flat}
-        found = sources(family.table(config), shapes, checkpoint.shapes)
-        ignored = family.weights.left_out(checkpoint.shapes.keys(), config)
-        if ignored:
-            log.info("%s: left out %d tensors, such as %s", path, len(ignored), min(ignored))
-        copies = family.copies(config)
-        _check(path, checkpoint, found, ignored, copies)
-        read, strange = {}, []
+    checkpoint = open_checkpoint(path)
+    config = family.fit(config, checkpoint.shapes.keys())
+    graph, state = nnx.split(abstract_model(config))
+    flat = [(".".join(map(str, keys)), keys, leaf) for keys, leaf in nnx.to_flat_state(state)]
+    shapes = {name: leaf.shape for name, _, leaf in flat}
+    found = sources(family.table(config), shapes, checkpoint.shapes)
+    ignored = family.weights.left_out(checkpoint.shapes.keys(), config)
+    if ignored:
+        log.info("%s: left out %d tensors, such as %s", path, len(ignored), min(ignored))
+    copies = family.copies(config)
+    _check(path, checkpoint, found, ignored, copies)
+    dtypes = {name: _final_dtype(leaf, found[name], checkpoint, dtype) for name, _, leaf in flat}
+    total = sum(math.prod(shapes[name]) * dtypes[name].itemsize for name in shapes)
+    read: dict = {}
+    strange: collections.Counter = collections.Counter()
+    with progress_bar(total, progress) as advance:
         for name, keys, leaf in flat:
-            value = found[name].read(name, checkpoint.read)
-            if not isinstance(leaf, nnx.Param):
-                value = value.astype(leaf.dtype)
-            elif dtype is not None:
-                exact = leaf.get_metadata().get("keep_float32")
-                value = _rounded(value, jnp.dtype(jnp.float32 if exact else dtype))
-            if not np.isfinite(value).all():
-                strange += _nonfinite(found[name], checkpoint, value.dtype)
-            read[keys] = leaf.replace(_put(name, value, sharding_of(leaf, experts)))
+            final = dtypes[name]
+            pieces = counted(found[name].pieces(name, checkpoint.read), final.itemsize, advance)
+            value, of_leaf = _stream(name, pieces, leaf, final, experts)
+            strange.update({(tensor, final): n for tensor, n in of_leaf.items()})
+            read[keys] = leaf.replace(value)
     if strange and not allow_nonfinite:
+        lines = [
+            f"{name} {checkpoint.shapes[name]}: {count} of them, as {final}"
+            for (name, final), count in strange.items()
+        ]
         raise ValueError(
-            f"needed finite weights; {path} has {_listed('tensors with NaN or Inf', strange)}\n"
+            f"needed finite weights; {path} has {_listed('tensors with NaN or Inf', lines)}\n"
             "Copy the checkpoint again, choose a dtype with a wider range, "
             "or load it with allow_nonfinite=True"
         )
@@ -97,28 +108,25 @@ def load(
     return model, Tokenizer.from_file(tokenizer) if tokenizer.exists() else None
 
 
-def _rounded(value: np.ndarray, dtype: Any) -> np.ndarray:
-    with np.errstate(over="ignore"):  # what overflows is reported by name
-        return value.astype(dtype)
+def _final_dtype(leaf: nnx.Variable, source: Source, checkpoint: Checkpoint, dtype: Any) -> Any:
+    """Of a leaf: its own where it is no parameter, else the one asked for, else the tensors'."""
+    if not isinstance(leaf, nnx.Param):
+        return jnp.dtype(leaf.dtype)
+    if dtype is not None:
+        return jnp.dtype(jnp.float32 if leaf.get_metadata().get("keep_float32") else dtype)
+    return np.result_type(*{checkpoint.dtype(name) for name in source.names})
 
 
-def _nonfinite(source: Source, checkpoint: Checkpoint, dtype: Any) -> list[str]:
-    """Which tensors of `source` hold NaN or Inf, and how many values of how many."""
-    counts = {
-        name: (~np.isfinite(_rounded(checkpoint.read(name), dtype))).sum() for name in source.names
-    }
-    shape = source.shape
-    return [f"{name} {shape}: {n} of them, as {dtype}" for name, n in counts.items() if n]
-
-
-def _put(name: str, value: np.ndarray, spec: jax.P) -> jax.Array:
+def _stream(name: str, pieces: Iterable[Piece], leaf: nnx.Variable, dtype: Any, experts: str):
     if jax.sharding.get_abstract_mesh().empty:
-        return jax.device_put(value)
+        return stream(pieces, leaf.shape, dtype, None)
+    spec = sharding_of(leaf, experts)
     try:
-        return jax.device_put(value, spec)
+        sharding = jax.NamedSharding(jax.sharding.get_mesh(), spec)
+        return stream(pieces, leaf.shape, dtype, sharding)
     except ValueError as error:
         raise ValueError(
-            f"needed a mesh that divides {name} {value.shape} as {spec}: {error}"
+            f"needed a mesh that divides {name} {leaf.shape} as {spec}: {error}"
         ) from error
 
 
@@ -215,8 +223,7 @@ def _check_target(out: Path, config: Any) -> bool:
         return False
     there = load_config(out)
     if Path(out, WEIGHTS).exists():
-        with open_checkpoint(out) as checkpoint:
-            there = models.family_of(there).fit(there, checkpoint.shapes.keys())
+        there = models.family_of(there).fit(there, open_checkpoint(out).shapes.keys())
     if there.to_hf() != config.to_hf():  # remat and the like are not in the file
         raise ValueError(
             f"needed a folder without a checkpoint of another configuration; {out}/{CONFIG} "

@@ -21,7 +21,7 @@ RANKS = (
     ("jaxcp.layers",),
     ("jaxcp.models",),
     ("jaxcp.mxfp4",),
-    ("jaxcp.checkpoint_files",),
+    ("jaxcp.checkpoint_files", "jaxcp.streaming"),
     ("jaxcp.weights", "jaxcp.tokenizer", "jaxcp.sampling", "jaxcp.checkpoints"),
     ("jaxcp.inference", "jaxcp.training", "jaxcp.plan", "jaxcp.evaluate"),
     ("jaxcp.tune",),

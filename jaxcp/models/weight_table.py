@@ -12,6 +12,7 @@ Several paths lie side by side in one tensor along its axis `join`, or take turn
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -70,6 +71,16 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
+class Piece:
+    """What one tensor of the checkpoint holds of a leaf: `shape` values from `start` on."""
+
+    name: str
+    start: Shape
+    shape: Shape
+    values: Callable[[], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
 class Source:
     """A row at one layer: the tensors of the checkpoint, their shape, the leaves they hold."""
 
@@ -79,17 +90,32 @@ class Source:
     shape: Shape  # of each
     leaves: tuple[tuple[str, Shape], ...]
 
-    def read(self, path: str, tensor: Callable[[str], np.ndarray]) -> np.ndarray:
-        """The leaf at `path`, from `tensor(name)`."""
-        stacked = [tensor(name) for name in self.names]
-        whole = np.stack(stacked) if self.row.per_expert else stacked[0]
-        start = 0
+    def pieces(self, path: str, tensor: Callable[[str], np.ndarray]) -> Iterator[Piece]:
+        """What each tensor has of the leaf at `path`, from `tensor(name)`."""
+        shape = dict(self.leaves)[path]
+        if not self.row.per_expert:
+            yield Piece(self.names[0], (0,) * len(shape), shape, lambda: self._read(path, tensor))
+            return
+        axis = self.row.leaf_axes.split().index("e")
+        extent = tuple(1 if i == axis else size for i, size in enumerate(shape))
+        for e, name in enumerate(self.names):
+            start = tuple(e if i == axis else 0 for i in range(len(shape)))
+            of_one = functools.partial(self._read, path, lambda name: tensor(name)[None], name)
+            yield Piece(name, start, extent, of_one)
+
+    def _read(self, path, tensor, name=None):
+        """A view of `tensor(name)`, which is whole but for its experts, as the leaf has it."""
+        name = self.names[0] if name is None else name
+        whole, start = tensor(name), 0
         for place, (leaf_path, shape) in enumerate(self.leaves):
             end = start + self.row.tensor_shape(shape)[self._join]
             if leaf_path == path:
                 turns = slice(place, None, len(self.leaves))
                 index = [slice(None)] * whole.ndim
                 index[self._join] = turns if self.row.interleaved else slice(start, end)
+                if self.row.per_expert:
+                    axes = self.row.leaf_axes.split()
+                    shape = tuple(1 if a == "e" else n for a, n in zip(axes, shape, strict=True))
                 return self.row.to_leaf(whole[tuple(index)], shape)
             start = end
         raise AssertionError(path)

@@ -36,6 +36,7 @@ TABLE: tuple[tuple[str, str, int, int, Blocks], ...] = (
     ("triton_forward", "", 64, 2, Blocks(q=128, kv=128, warps=8, stages=2)),
     ("triton_forward", "NVIDIA H200", 128, 2, Blocks(q=128, kv=64, warps=4, stages=2)),
     ("triton_forward", "", 128, 2, Blocks(q=128, kv=64, warps=8, stages=2)),
+    ("triton_forward", "NVIDIA H200", 256, 2, Blocks(q=128, kv=64, warps=8, stages=3)),
     ("triton_forward", "", 256, 2, Blocks(q=64, kv=32, warps=4, stages=2)),
     ("triton_forward", "", 64, 4, Blocks(q=64, kv=32, warps=8, stages=2)),
     ("triton_forward", "", 128, 4, Blocks(q=32, kv=16, warps=8, stages=2)),

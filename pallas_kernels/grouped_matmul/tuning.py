@@ -42,6 +42,7 @@ TABLE: tuple[tuple[str, str, int, int, Blocks], ...] = (
     ("triton_outer", "", MANY, 2, Blocks(m=64, n=128, k=128, warps=8, stages=3)),
     ("triton_outer", "", MANY, 4, Blocks(m=32, n=64, k=64, warps=8, stages=2)),
     ("triton_swiglu", "", 32, 2, Blocks(m=16, n=64, k=128, warps=4, stages=2)),
+    ("triton_swiglu", "NVIDIA H200", MANY, 2, Blocks(m=128, n=128, k=32, warps=8, stages=4)),
     ("triton_swiglu", "", MANY, 2, Blocks(m=128, n=64, k=64, warps=8, stages=3)),
     ("triton_swiglu", "", MANY, 4, Blocks(m=64, n=32, k=32, warps=8, stages=2)),
     # any TPU

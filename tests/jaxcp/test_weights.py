@@ -35,11 +35,11 @@ def inputs(name):
 
 def same_tensors(folder, expected):
     """The checkpoint has these, bit for bit, and no others."""
-    with weights.open_checkpoint(folder) as checkpoint:
-        assert checkpoint.shapes.keys() == expected.keys()
-        for name, tensor in expected.items():
-            found = checkpoint.read(name)
-            assert found.dtype == tensor.dtype and found.tobytes() == tensor.tobytes(), name
+    checkpoint = weights.open_checkpoint(folder)
+    assert checkpoint.shapes.keys() == expected.keys()
+    for name, tensor in expected.items():
+        found = checkpoint.read(name)
+        assert found.dtype == tensor.dtype and found.tobytes() == tensor.tobytes(), name
 
 
 # What is loaded is the model

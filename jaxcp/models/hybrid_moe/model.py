@@ -156,15 +156,6 @@ class HybridMoE(LanguageModel):
             stats = joined(stats, stacked([of_layer]))
         return hidden, drafts, stats
 
-    def mtp_logits(self, tokens, following, positions, **options):
-        """Float32 logits `[B, T, V]` a draft: of the token after next, the one after that, ...
-
-        `following [B, T, n]` has the n tokens after each one, see there; `options` are those of
-        `hidden`.
-        """
-        _, drafts, _ = self.hidden_and_drafts(tokens, following, positions, **options)
-        return [self.logits(x) for x in drafts]
-
     def _embedded(self, tokens, dtype):
         width = self.config.ngram.width
         if tokens.shape[2:] != ((width,) if width > 1 else ()):

@@ -22,7 +22,7 @@ from jaxcp.layers.moe import MoE
 from jaxcp.layers.norm import RMSNorm
 from jaxcp.layers.parameter import normal
 from jaxcp.layers.rope import Rope
-from jaxcp.layers.router_stats import stacked
+from jaxcp.layers.router_stats import joined, stacked
 from jaxcp.layers.routing import Routing
 from jaxcp.models.base import LanguageModel, embed
 from jaxcp.models.deepseek.fields import Fields
@@ -266,8 +266,8 @@ class MTP(nnx.Module):
         embedded = jnp.where((positions == 0)[..., None], 0, embedded).astype(hidden.dtype)
         parts = self.embed_norm(embedded), self.hidden_norm(hidden)
         x = linear("pbtc,pcd->btd", jnp.stack(parts), self.join)
-        x, _ = self.block(x, positions, attend)
-        return self.final_norm(x)
+        x, stats = self.block(x, positions, attend)
+        return self.final_norm(x), stats
 
 
 class DeepSeekV3(LanguageModel):
@@ -309,20 +309,22 @@ class DeepSeekV3(LanguageModel):
         """
         if not self.config.num_mtp_layers:
             raise ValueError("drafting needs a model with an MTP layer; num_mtp_layers is 0")
-        return self.mtp(embed(self.embed, next_tokens, hidden.dtype), hidden, positions, attend)
+        return self._drafted(hidden, next_tokens, positions, attend)[0]
 
-    def mtp_logits(self, tokens, following, positions, **options):
-        """Float32 logits `[B, T, V]` a draft: of the token after next, the one after that, ...
+    def _drafted(self, hidden, next_tokens, positions, attend):
+        embedded = embed(self.embed, next_tokens, hidden.dtype)
+        mtp = jax.checkpoint(_mtp, static_argnums=4) if self.config.remat else _mtp
+        return mtp(self.mtp, embedded, hidden, positions, attend)
 
-        `following [B, T, n]` has the n tokens after each one; `options` are those of `hidden`.
-        """
+    def hidden_and_drafts(self, tokens, following, positions, **options):
         attend = self.attend_over(positions, **options)
-        x, _ = self.forward(tokens, positions, attend)
-        logits = []
+        hidden, stats = self.forward(tokens, positions, attend)
+        drafts, x = [], hidden
         for depth in range(following.shape[-1]):
-            x = self.draft(x, following[..., depth], positions, attend)
-            logits.append(self.logits(x))
-        return logits
+            x, of_layer = self._drafted(x, following[..., depth], positions, attend)
+            drafts.append(x)
+            stats = joined(stats, stacked([of_layer]))
+        return hidden, drafts, stats
 
     def head_kernel(self):
         return self.lm_head.get_value()
@@ -344,3 +346,7 @@ class DeepSeekV3(LanguageModel):
 
 def _block(layer, x, positions, attend):
     return layer(x, positions, attend)
+
+
+def _mtp(layer, embedded, hidden, positions, attend):
+    return layer(embedded, hidden, positions, attend)

@@ -18,7 +18,7 @@ from jaxcp.layers.mlp import SwiGLU
 from jaxcp.layers.moe import MoE
 from jaxcp.layers.norm import RMSNorm
 from jaxcp.layers.parameter import RouterTable, normal
-from jaxcp.layers.router_stats import stacked
+from jaxcp.layers.router_stats import joined, stacked
 from jaxcp.layers.routing import Routing
 from jaxcp.models.base import LanguageModel, embed
 from jaxcp.models.deepseek.v4.config import DeepSeekV4Config
@@ -112,7 +112,7 @@ class MTP(nnx.Module):
         e = linear("btc,cd->btd", e, self.from_embed)
         x = self.hidden_norm(streams)
         x = linear("btsc,cd->btsd", x, self.from_hidden)
-        return self.block(x + e[:, :, None], tokens, positions, attend)[0]
+        return self.block(x + e[:, :, None], tokens, positions, attend)
 
 
 class DeepSeekV4(LanguageModel):
@@ -159,25 +159,26 @@ class DeepSeekV4(LanguageModel):
         """
         if not self.config.num_mtp_layers:
             raise ValueError("drafting needs a model with an MTP layer; num_mtp_layers is 0")
+        return self._drafted(streams, next_tokens, positions, attend)[0]
+
+    def _drafted(self, streams, next_tokens, positions, attend):
         embedded = embed(self.embed, next_tokens, streams.dtype)
-        return self.mtp(embedded, streams, next_tokens, positions, attend)
+        mtp = jax.checkpoint(_mtp, static_argnums=5) if self.config.remat else _mtp
+        return mtp(self.mtp, embedded, streams, next_tokens, positions, attend)
 
     def drafted(self, streams):
         """`[B, T, D]` of a draft's streams, of which `logits` are those of the token after next."""
         return self.mtp.final_norm(self.mtp.streams_to_one(streams))
 
-    def mtp_logits(self, tokens, following, positions, **options):
-        """Float32 logits `[B, T, V]` a draft: of the token after next, the one after that, ...
-
-        `following [B, T, n]` has the n tokens after each one; `options` are those of `hidden`.
-        """
+    def hidden_and_drafts(self, tokens, following, positions, **options):
         attend = self.attend_over(positions, **options)
-        x, _ = self.trunk(tokens, positions, attend)
-        logits = []
+        x, stats = self.trunk(tokens, positions, attend)
+        hidden, drafts = self.final_norm(self.streams_to_one(x)), []
         for depth in range(following.shape[-1]):
-            x = self.draft(x, following[..., depth], positions, attend)
-            logits.append(self.logits(self.drafted(x)))
-        return logits
+            x, of_layer = self._drafted(x, following[..., depth], positions, attend)
+            drafts.append(self.drafted(x))
+            stats = joined(stats, stacked([of_layer]))
+        return hidden, drafts, stats
 
     def streams(self, tokens):
         """The residual streams `[B, T, S, D]` before the first layer: all are the embedding."""
@@ -212,3 +213,7 @@ class DeepSeekV4(LanguageModel):
 
 def _block(layer, x, tokens, positions, attend):
     return layer(x, tokens, positions, attend)
+
+
+def _mtp(layer, embedded, streams, tokens, positions, attend):
+    return layer(embedded, streams, tokens, positions, attend)
