@@ -146,10 +146,11 @@ def misfit(value: Any, spec: P, sizes: dict[str, int]) -> str | None:
     group = rows_of_a_scale(matrices)
     axis = (*at, None, None)[1]
     rows, shards = matrices.shape[1], sizes.get(axis, 1)
-    if group < rows and rows // shards % group:
+    if shards > 1 and group < rows and rows // shards % group:
+        fitting = [n for n in range(1, shards) if rows % (n * group) == 0]
         return (
             f"{tuple(value.shape)}, whose scales are of {group} of {rows} rows each, by "
-            f"{axis}={shards} (at most {axis}={math.gcd(rows // group, shards)})"
+            f"{axis}={shards} (at most {axis}={max(fitting, default=1)})"
         )
     return None
 

@@ -27,7 +27,6 @@ NEUTRAL: dict[str, tuple] = {
     "tie_word_embeddings": (False,),
     "attention_bias": (False,),
     "mlp_bias": (False,),
-    "quantization_config": (None,),
     "layer_types": (None,),
     "sliding_window": (None,),
     "use_sliding_window": (False,),
@@ -58,9 +57,19 @@ NEUTRAL: dict[str, tuple] = {
 """Fields that change what a model computes, and the values that do not. A family reads some."""
 
 
+QUANTISED = None, "jaxcp", "fp8", "mxfp4", "modelopt", "compressed-tensors"
+"""Whose tensors say by themselves how they are quantised, see `jaxcp.quantised_files`."""
+
+
 def _refuse_others(d: dict[str, Any], *reads: str) -> None:
     wrong = {k: d[k] for k, same in NEUTRAL.items() if k in d and k not in reads}
     wrong = {k: v for k, v in wrong.items() if v not in NEUTRAL[k]}
+    method = (d.get("quantization_config") or {}).get("quant_method")
+    if method not in QUANTISED:
+        raise NotImplementedError(
+            f"{d['model_type']}: quantization_config has a quant_method of "
+            f"{', '.join(map(str, QUANTISED[1:]))}; got {method}"
+        )
     if wrong:
         wanted = {k: NEUTRAL[k][0] for k in wrong}
         raise NotImplementedError(f"{d['model_type']}: supported are {wanted}; got {wrong}")
@@ -233,8 +242,6 @@ def _write_qwen3_moe(c: HybridMoEConfig) -> dict[str, Any]:
 def _read_gpt_oss(d: dict[str, Any]) -> HybridMoEConfig:
     reads = ["attention_bias", "sliding_window", "layer_types", "swiglu_limit", "swiglu_alpha"]
     reads += ["use_sliding_window"]  # which transformers does not read here
-    if (d.get("quantization_config") or {}).get("quant_method") == "mxfp4":
-        reads += ["quantization_config"]  # unpacked where the tensors are read
     _refuse_others(d, *reads)
     layers = d["num_hidden_layers"]
     types = d.get("layer_types") or [list(KINDS)[i % 2] for i in range(layers)]
