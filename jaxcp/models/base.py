@@ -84,14 +84,6 @@ class LanguageModel(nnx.Module):
             f"{type(self).__name__} has no drafts to train; set num_mtp_layers=0"
         )
 
-    def mtp_logits(self, tokens, following, positions, **options):
-        """Float32 logits `[B, T, V]` a draft: of the token after next, the one after that, ...
-
-        Arguments and errors are those of `hidden_and_drafts`.
-        """
-        _, drafts, _ = self.hidden_and_drafts(tokens, following, positions, **options)
-        return [self.logits(x) for x in drafts]
-
     def attend_over(
         self,
         positions,

@@ -235,9 +235,14 @@ def balance(others: dict[str, jax.Array], load: jax.Array, rate: float) -> dict[
     """Move the selection bias of every expert by `rate` towards even load (auxiliary-loss-free
     balancing, DeepSeek-V3, arXiv 2412.19437). `load` is `[moe layers, experts]`; layers whose
     router has no such bias (DeepSeek-V4's, which choose by token id) come first."""
-    names = [name for name in others if name.endswith("router_bias")]  # in the order of the layers
+    names = sorted((x for x in others if x.endswith("router_bias")), key=_layers_by_number)
     assert len(names) <= load.shape[0], (names, load.shape)
     moved = {}
     for name, row in zip(names, load[load.shape[0] - len(names) :], strict=True):
         moved[name] = others[name] + rate * jnp.sign(row.mean() - row)
     return others | moved
+
+
+def _layers_by_number(name: str) -> list[str]:
+    """A dict that went through jit has its keys in alphabetical order: layer 10 before layer 2."""
+    return [part.zfill(8) if part.isdigit() else part for part in name.split(".")]

@@ -141,8 +141,7 @@ def of_v4(w, embedded, streams, positions, block):
 
 @functools.partial(jax.jit, compiler_options=QUICK)
 def trunk(model, tokens, positions):
-    run = model.trunk if isinstance(model, jaxcp.DeepSeekV4) else model.forward
-    return run(tokens, positions, model.attend_over(positions))[0]
+    return model.trunk(tokens, positions, model.attend_over(positions))[0]
 
 
 @functools.partial(jax.jit, compiler_options=QUICK)
@@ -268,7 +267,7 @@ def test_drafts_are_those_of_the_equations(name, folder, mesh_of):
 def drafted(model, cache, tokens, after, positions):
     """Trunk and draft of tokens that join the cache."""
     added = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
-    if hasattr(model, "trunk"):
+    if isinstance(model, jaxcp.DeepSeekV4):
         attend = CompressedStep(cache, positions, added, sharded=False)
         x = model.draft(model.trunk(tokens, positions, attend)[0], after, positions, attend)
         return model.logits(model.drafted(x)), attend.after()

@@ -2,7 +2,6 @@
 """Drafts and routers' losses in a training step: their definition, on any mesh, in any pieces."""
 
 import dataclasses
-import functools
 import json
 import pathlib
 
@@ -10,11 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from safetensors.numpy import load_file
 
 import jaxcp
-from jaxcp import models
 from jaxcp.layers.lookahead import draft_batch
 from jaxcp.layout import Contiguous, Zigzag
 from jaxcp.mesh import MeshConfig
@@ -199,65 +196,6 @@ def test_a_router_without_a_selection_bias_is_trained_by_its_loss(tmp_path):
     on = read_metrics(train(config(tmp_path / "on", model=model, losses=losses)).metrics_path)
     assert "router_balance_loss" not in off[0] and on[0]["loss"] == off[0]["loss"]
     assert on[0]["router_balance_loss"] >= 0.9 and on[0]["grad_norm"] != off[0]["grad_norm"]
-
-
-def deepseek(name):
-    """Two layers of the fixture's kinds and the one that drafts."""
-    made = jaxcp.load_config(FIXTURE.parent / name)
-    if name == "deepseek-v3-tiny":
-        return dataclasses.replace(made, num_layers=2)
-    experts = dataclasses.replace(made.experts, hash_layers=1)
-    return dataclasses.replace(made, num_layers=2, layer_kinds="WC", experts=experts)
-
-
-DEEPSEEK = pytest.mark.parametrize("name", ["deepseek-v3-tiny", "deepseek-v4-tiny"])
-
-
-@pytest.mark.slow
-@DEEPSEEK
-def test_deepseek_trains_with_every_loss(name, tmp_path):
-    """V4's first layers choose by token id: they have no bias to move."""
-    data = jaxcp.training.TextSource()
-    losses = []
-    for mesh in (MeshConfig(), MeshConfig(seq=2, data=2)):
-        folder = tmp_path / str(mesh.size)
-        made = config(folder, model=deepseek(name), mesh=mesh, losses=ALL, data=data, seq_len=16)
-        result = train(made)
-        losses.append(read_metrics(result.metrics_path)[0])
-        assert np.abs(result.model.mtp.block.mlp.router_bias.get_value()).max() > 0
-    for key in ("loss", "mtp_loss", "router_balance_loss", "router_z_loss", "grad_norm"):
-        assert losses[0][key] == pytest.approx(losses[1][key], rel=1e-3), key
-
-
-@DEEPSEEK
-def test_deepseek_s_loss_of_drafts_is_the_definition(name):
-    """At two depths, from the model's logits, in float64."""
-    model = models.family_of(deepseek(name)).model_class(deepseek(name), rngs=nnx.Rngs(0))
-    tokens = np.random.default_rng(0).integers(0, 256, (2, 17))
-    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
-    batch["weights"] = np.ones((2, 16), np.float32)
-    batch["segment_ids"] = np.zeros((2, 16), np.int32)
-    batch["positions"] = np.tile(np.arange(16), (2, 1))
-    batch |= draft_batch(batch, 2)
-    del batch["segment_ids"]
-    batch = jax.tree.map(jnp.asarray, batch)
-
-    @functools.partial(jax.jit, compiler_options=QUICK)
-    def both(model):
-        options = {"draft_scale": draft_scale(batch), "chunk": 16}
-        _, totals = objective(model, batch, ALL, **options)
-        given = (batch[name] for name in ("tokens", "following", "positions"))
-        return totals, model.mtp_logits(*given)
-
-    totals, drafts = both(model)
-    losses = []
-    for depth, logits in enumerate(np.asarray(drafts, np.float64)):
-        kept, to = logits[:, : 15 - depth], tokens[:, 2 + depth :]
-        logs = np.log(np.exp(kept).sum(-1)) - np.take_along_axis(kept, to[..., None], -1)[..., 0]
-        losses.append(logs)
-    mean = sum(x.sum() for x in losses) / sum(x.size for x in losses)
-    np.testing.assert_allclose(totals.parts["mtp_loss"] / totals.weight, mean, rtol=1e-5)
-    assert totals.stats.load.shape[0] == (3 if name == "deepseek-v3-tiny" else 4)
 
 
 def test_abstract_batches_have_what_drafts_need(tmp_path):

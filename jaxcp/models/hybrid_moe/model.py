@@ -10,14 +10,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxcp.layers.attention import Attention
-from jaxcp.layers.linear import linear
 from jaxcp.layers.mlp import GatedMLP
 from jaxcp.layers.moe import MoE
 from jaxcp.layers.ngram import NGram
 from jaxcp.layers.norm import RMSNorm
 from jaxcp.layers.parameter import normal
-from jaxcp.layers.router_stats import joined, stacked
-from jaxcp.models.base import LanguageModel, embed
+from jaxcp.layers.router_stats import stacked
+from jaxcp.models.base import embed
+from jaxcp.models.drafting import DraftingModel, JoinedMTP
 from jaxcp.models.hybrid_moe.config import HybridMoEConfig
 
 
@@ -73,29 +73,7 @@ class Block(nnx.Module):
         return x + self.mlp(x_norm), None
 
 
-class MTP(nnx.Module):
-    """The layer that drafts the token after next, from the trunk's state and the next token.
-
-    Source: arXiv 2412.19437, as Hy3 wires it: the state is the one after the final norm, the
-    embedding comes first, and position 0 embeds nothing.
-    """
-
-    def __init__(self, config: HybridMoEConfig, rngs: nnx.Rngs):
-        d = config.embed_dim
-        self.embed_norm, self.hidden_norm = norm(config), norm(config)
-        self.join = normal(rngs, (2, d, d), ("parts", "embed", "embed"), (2 * d) ** -0.5, summed=2)
-        self.block = Block(config, config.num_layers, rngs)
-        self.final_norm = norm(config)
-
-    def __call__(self, embedded, hidden, positions, attend):
-        embedded = jnp.where((positions == 0)[..., None], 0, embedded).astype(hidden.dtype)
-        parts = self.embed_norm(embedded), self.hidden_norm(hidden)
-        x = linear("pbtc,pcd->btd", jnp.stack(parts), self.join)
-        x, stats = self.block(x, positions, attend)
-        return self.final_norm(x), stats
-
-
-class HybridMoE(LanguageModel):
+class HybridMoE(DraftingModel):
     """`HybridMoE(config, rngs=nnx.Rngs(0))`."""
 
     def __init__(self, config: HybridMoEConfig, *, rngs: nnx.Rngs):
@@ -109,7 +87,12 @@ class HybridMoE(LanguageModel):
         self.final_norm = norm(config)
         self.lm_head = normal(rngs, (config.embed_dim, config.vocab_size), ("embed", "vocab"), 0.01)
         if config.num_mtp_layers:
-            self.mtp = MTP(config, rngs)
+            self.mtp = JoinedMTP(
+                config.embed_dim,
+                norm=lambda: norm(config),
+                block=lambda: Block(config, config.num_layers, rngs),
+                rngs=rngs,
+            )
 
     def forward(self, tokens, positions, attend):
         x = self._embedded(tokens, jnp.dtype(self.config.dtype))
@@ -123,38 +106,6 @@ class HybridMoE(LanguageModel):
     def windows(self):
         kept = tuple(layer.attention.window for layer in self.layers)
         return kept + (None,) * self.config.num_mtp_layers
-
-    def draft(self, hidden, next_tokens, positions, attend):
-        """`[B, T, D]`, of which `logits` are those of the token after next.
-
-        Of a draft again, with the tokens after those: one token further, and so on. The layer has
-        keys and values of its own, as layer `num_layers`.
-
-        Args:
-          hidden: what `forward` gave, or `draft`.
-          next_tokens: `[B, T]`, laid out as `hidden` is: the token after the one at each place
-            (after two, of a draft of a draft). See `following`.
-        Raises:
-          ValueError: the model has no MTP layer.
-        """
-        if not self.config.num_mtp_layers:
-            raise ValueError("drafting needs a model with an MTP layer; num_mtp_layers is 0")
-        return self._drafted(hidden, next_tokens, positions, attend)[0]
-
-    def _drafted(self, hidden, next_tokens, positions, attend):
-        embedded = embed(self.embed, next_tokens, hidden.dtype)
-        mtp = jax.checkpoint(_mtp, static_argnums=4) if self.config.remat else _mtp
-        return mtp(self.mtp, embedded, hidden, positions, attend)
-
-    def hidden_and_drafts(self, tokens, following, positions, **options):
-        attend = self.attend_over(positions, **options)
-        hidden, stats = self.forward(tokens, positions, attend)
-        drafts, x = [], hidden
-        for depth in range(following.shape[-1]):
-            x, of_layer = self._drafted(x, following[..., depth], positions, attend)
-            drafts.append(x)
-            stats = joined(stats, stacked([of_layer]))
-        return hidden, drafts, stats
 
     def _embedded(self, tokens, dtype):
         width = self.config.ngram.width
@@ -184,7 +135,3 @@ def norm(config: HybridMoEConfig) -> RMSNorm:
 
 def _block(layer, x, positions, attend):
     return layer(x, positions, attend)
-
-
-def _mtp(mtp, embedded, hidden, positions, attend):
-    return mtp(embedded, hidden, positions, attend)

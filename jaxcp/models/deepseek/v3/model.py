@@ -15,17 +15,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxcp.context_parallel.latent_cache import empty_latent_cache
-from jaxcp.layers.linear import linear
 from jaxcp.layers.mla import IndexDims, LatentAttention, LatentDims
 from jaxcp.layers.mlp import GatedMLP
 from jaxcp.layers.moe import MoE
 from jaxcp.layers.norm import RMSNorm
 from jaxcp.layers.parameter import normal
 from jaxcp.layers.rope import Rope
-from jaxcp.layers.router_stats import joined, stacked
+from jaxcp.layers.router_stats import stacked
 from jaxcp.layers.routing import Routing
-from jaxcp.models.base import LanguageModel, embed
+from jaxcp.models.base import embed
 from jaxcp.models.deepseek.fields import Fields
+from jaxcp.models.drafting import DraftingModel, JoinedMTP
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -248,30 +248,11 @@ class Block(nnx.Module):
         return x + self.mlp(x_norm), None
 
 
-class MTP(nnx.Module):
-    """The layer that drafts the token after next, from the trunk's state and the next token.
+class DeepSeekV3(DraftingModel):
+    """DeepSeek-V3 and V3.2. `DeepSeekV3(config, rngs=nnx.Rngs(0))`.
 
-    Source: arXiv 2412.19437; as vLLM serves it the state is the one after the final norm, the
-    embedding comes first, and position 0 embeds nothing. A published MTP layer was never run here.
+    A published MTP layer was never run here.
     """
-
-    def __init__(self, config: DeepSeekV3Config, rngs: nnx.Rngs):
-        d, eps = config.embed_dim, config.norm_eps
-        self.embed_norm, self.hidden_norm = RMSNorm(d, eps=eps), RMSNorm(d, eps=eps)
-        self.join = normal(rngs, (2, d, d), ("parts", "embed", "embed"), (2 * d) ** -0.5, summed=2)
-        self.block = Block(config, config.num_layers, rngs)
-        self.final_norm = RMSNorm(d, eps=eps)
-
-    def __call__(self, embedded, hidden, positions, attend):
-        embedded = jnp.where((positions == 0)[..., None], 0, embedded).astype(hidden.dtype)
-        parts = self.embed_norm(embedded), self.hidden_norm(hidden)
-        x = linear("pbtc,pcd->btd", jnp.stack(parts), self.join)
-        x, stats = self.block(x, positions, attend)
-        return self.final_norm(x), stats
-
-
-class DeepSeekV3(LanguageModel):
-    """DeepSeek-V3 and V3.2. `DeepSeekV3(config, rngs=nnx.Rngs(0))`."""
 
     def __init__(self, config: DeepSeekV3Config, *, rngs: nnx.Rngs):
         self.config = config
@@ -280,7 +261,12 @@ class DeepSeekV3(LanguageModel):
         self.final_norm = RMSNorm(config.embed_dim, eps=config.norm_eps)
         self.lm_head = normal(rngs, (config.embed_dim, config.vocab_size), ("embed", "vocab"), 0.01)
         if config.num_mtp_layers:
-            self.mtp = MTP(config, rngs)
+            self.mtp = JoinedMTP(
+                config.embed_dim,
+                norm=lambda: RMSNorm(config.embed_dim, eps=config.norm_eps),
+                block=lambda: Block(config, config.num_layers, rngs),
+                rngs=rngs,
+            )
 
     def forward(self, tokens, positions, attend):
         x = self.embedded(tokens)
@@ -293,38 +279,6 @@ class DeepSeekV3(LanguageModel):
 
     def embedded(self, tokens):
         return embed(self.embed, tokens, jnp.dtype(self.config.dtype))
-
-    def draft(self, hidden, next_tokens, positions, attend):
-        """`[B, T, D]`, of which `logits` are those of the token after next.
-
-        Of a draft again, with the tokens after those: one token further, and so on. The layer has
-        a cache of its own, as layer `num_layers`.
-
-        Args:
-          hidden: what `forward` gave, or `draft`.
-          next_tokens: `[B, T]`, laid out as `hidden` is: the token after the one at each place
-            (after two, of a draft of a draft). See `jaxcp.layers.lookahead.following`.
-        Raises:
-          ValueError: the model has no MTP layer.
-        """
-        if not self.config.num_mtp_layers:
-            raise ValueError("drafting needs a model with an MTP layer; num_mtp_layers is 0")
-        return self._drafted(hidden, next_tokens, positions, attend)[0]
-
-    def _drafted(self, hidden, next_tokens, positions, attend):
-        embedded = embed(self.embed, next_tokens, hidden.dtype)
-        mtp = jax.checkpoint(_mtp, static_argnums=4) if self.config.remat else _mtp
-        return mtp(self.mtp, embedded, hidden, positions, attend)
-
-    def hidden_and_drafts(self, tokens, following, positions, **options):
-        attend = self.attend_over(positions, **options)
-        hidden, stats = self.forward(tokens, positions, attend)
-        drafts, x = [], hidden
-        for depth in range(following.shape[-1]):
-            x, of_layer = self._drafted(x, following[..., depth], positions, attend)
-            drafts.append(x)
-            stats = joined(stats, stacked([of_layer]))
-        return hidden, drafts, stats
 
     def head_kernel(self):
         return self.lm_head.get_value()
@@ -346,7 +300,3 @@ class DeepSeekV3(LanguageModel):
 
 def _block(layer, x, positions, attend):
     return layer(x, positions, attend)
-
-
-def _mtp(layer, embedded, hidden, positions, attend):
-    return layer(embedded, hidden, positions, attend)

@@ -18,10 +18,11 @@ from jaxcp.layers.mlp import SwiGLU
 from jaxcp.layers.moe import MoE
 from jaxcp.layers.norm import RMSNorm
 from jaxcp.layers.parameter import RouterTable, normal
-from jaxcp.layers.router_stats import joined, stacked
+from jaxcp.layers.router_stats import stacked
 from jaxcp.layers.routing import Routing
-from jaxcp.models.base import LanguageModel, embed
+from jaxcp.models.base import embed
 from jaxcp.models.deepseek.v4.config import DeepSeekV4Config
+from jaxcp.models.drafting import DraftingModel
 from jaxcp.sharding import tokens_spec
 
 __all__ = ["DeepSeekV4", "DeepSeekV4Config"]
@@ -115,7 +116,7 @@ class MTP(nnx.Module):
         return self.block(x + e[:, :, None], tokens, positions, attend)
 
 
-class DeepSeekV4(LanguageModel):
+class DeepSeekV4(DraftingModel):
     """`DeepSeekV4(config, rngs=nnx.Rngs(0))`."""
 
     def __init__(self, config: DeepSeekV4Config, *, rngs: nnx.Rngs):
@@ -132,7 +133,7 @@ class DeepSeekV4(LanguageModel):
 
     def forward(self, tokens, positions, attend):
         x, stats = self.trunk(tokens, positions, attend)
-        return self.final_norm(self.streams_to_one(x)), stats
+        return self.hidden_of(x), stats
 
     def trunk(self, tokens, positions, attend):
         """Streams `[B, T, S, D]` after the last layer, for `draft`, and what its routers did."""
@@ -144,41 +145,11 @@ class DeepSeekV4(LanguageModel):
             stats.append(of_layer)
         return x, stacked(stats)
 
-    def draft(self, streams, next_tokens, positions, attend):
-        """Streams `[B, T, S, D]`, of which `drafted` makes the state of the token after next.
+    def hidden_of(self, state):
+        return self.final_norm(self.streams_to_one(state))
 
-        Of a draft again, with the tokens after those: one token further, and so on. The layer has
-        a window of its own, as layer `num_layers`.
-
-        Args:
-          streams: what `trunk` gave, or `draft`.
-          next_tokens: `[B, T]`, laid out as the streams are: the token after the one at each place
-            (after two, of a draft of a draft). See `jaxcp.layers.lookahead.following`.
-        Raises:
-          ValueError: the model has no MTP layer.
-        """
-        if not self.config.num_mtp_layers:
-            raise ValueError("drafting needs a model with an MTP layer; num_mtp_layers is 0")
-        return self._drafted(streams, next_tokens, positions, attend)[0]
-
-    def _drafted(self, streams, next_tokens, positions, attend):
-        embedded = embed(self.embed, next_tokens, streams.dtype)
-        mtp = jax.checkpoint(_mtp, static_argnums=5) if self.config.remat else _mtp
-        return mtp(self.mtp, embedded, streams, next_tokens, positions, attend)
-
-    def drafted(self, streams):
-        """`[B, T, D]` of a draft's streams, of which `logits` are those of the token after next."""
-        return self.mtp.final_norm(self.mtp.streams_to_one(streams))
-
-    def hidden_and_drafts(self, tokens, following, positions, **options):
-        attend = self.attend_over(positions, **options)
-        x, stats = self.trunk(tokens, positions, attend)
-        hidden, drafts = self.final_norm(self.streams_to_one(x)), []
-        for depth in range(following.shape[-1]):
-            x, of_layer = self._drafted(x, following[..., depth], positions, attend)
-            drafts.append(self.drafted(x))
-            stats = joined(stats, stacked([of_layer]))
-        return hidden, drafts, stats
+    def drafted(self, state):
+        return self.mtp.final_norm(self.mtp.streams_to_one(state))
 
     def streams(self, tokens):
         """The residual streams `[B, T, S, D]` before the first layer: all are the embedding."""
@@ -213,7 +184,3 @@ class DeepSeekV4(LanguageModel):
 
 def _block(layer, x, tokens, positions, attend):
     return layer(x, tokens, positions, attend)
-
-
-def _mtp(layer, embedded, streams, tokens, positions, attend):
-    return layer(embedded, streams, tokens, positions, attend)
