@@ -79,6 +79,15 @@ def quantised_source(
     )
 
 
+def summed_axis(variable: nnx.Variable, path: str, source: Source) -> int | None:
+    """Which of the last two axes of a leaf's tensors is summed over, -2 or -1.
+
+    None where the leaf cannot be quantised from such tensors.
+    """
+    how = _Layout.of(variable, path, source)
+    return None if how is None else -1 if how.flip else -2
+
+
 def matrix_shape(variable: nnx.Variable) -> tuple[int, int, int]:
     """`[E, D, F]` of a leaf that can be quantised; E is 1 for a linear layer."""
     first, summed = of_experts(variable), variable.get_metadata()["summed"]
@@ -103,7 +112,8 @@ class _Layout:
         if outputs is None or (len(source.leaves) > 1 and row.join != outputs):
             return None
         last = len(row.groups) - row.per_expert - 1
-        return cls(outputs != last, source.place(path))
+        alone = len(source.leaves) == 1
+        return cls(outputs != last, slice(None) if alone else source.place(path))
 
     def of_rows(self, block):
         return block[1] if self.flip else block[0]

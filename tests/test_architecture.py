@@ -25,7 +25,7 @@ RANKS = (
     ("jaxcp.checkpoint_files", "jaxcp.streaming"),
     ("jaxcp.quantised_load",),
     ("jaxcp.weights", "jaxcp.tokenizer", "jaxcp.sampling", "jaxcp.checkpoints"),
-    ("jaxcp.inference", "jaxcp.training", "jaxcp.plan", "jaxcp.evaluate"),
+    ("jaxcp.quantize", "jaxcp.inference", "jaxcp.training", "jaxcp.plan", "jaxcp.evaluate"),
     ("jaxcp.tune",),
     ("jaxcp.demo",),
     ("jaxcp.cli",),
