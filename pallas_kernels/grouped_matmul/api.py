@@ -5,6 +5,7 @@ A backend with kernels (triton, mosaic_tpu) has the functions that `gradients.py
 leaves its gradient to JAX (reference, xla) has `forward(lhs, rhs, group_sizes)`.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -79,8 +80,8 @@ def grouped_swiglu(
     """
     _check(lhs, gate, group_sizes)
     _check(lhs, up, group_sizes)
-    if gate.shape != up.shape or isinstance(gate, Quantised) != isinstance(up, Quantised):
-        raise ValueError(f"gate and up are alike; got {gate.shape}, {up.shape}")
+    if _form(gate) != _form(up):
+        raise ValueError(f"gate and up are alike; got {_form(gate)} and {_form(up)}")
     if clamp is not None and clamp <= 0:
         raise ValueError(f"clamp must be positive; got clamp={clamp}")
     backend = resolve("grouped_matmul", implementation, IMPLEMENTATIONS, BEST)
@@ -92,6 +93,14 @@ def grouped_swiglu(
     _supported(backend, lhs, up)
     lhs, gate, up, group_sizes = gradients.alike(lhs, gate, up, group_sizes)
     return gradients.swiglu(backend, lhs, gate, up, group_sizes, clamp)
+
+
+def _form(weights):
+    """Shapes and dtypes; of quantised weights the packing too."""
+    if not isinstance(weights, Quantised):
+        return weights.shape
+    form = jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", weights)
+    return form
 
 
 def _has_kernels(backend):

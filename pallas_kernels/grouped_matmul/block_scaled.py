@@ -25,13 +25,12 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.devices import find
 from pallas_kernels.dispatch import device_kind, target_platform
 from pallas_kernels.grouped_matmul import groups, reference
+from pallas_kernels.grouped_matmul.narrow import E2M1_LARGEST, E4M3_LARGEST, to_e2m1
 
 # jax on which the machine code for sm_120a has block-scaled instructions; never run on the chip
 PROVED = ("0.10.2", "0.11.0", "0.11.1", "0.11.2", "0.12.0", "0.12.0.1")
 CAPABILITY = (12, 0)
 FORMATS = {"mxfp8": 32, "nvfp4": 16}  # entries that share a scale
-E4M3_LARGEST, E2M1_LARGEST = 448.0, 6.0
-E2M1_MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
@@ -79,7 +78,7 @@ def block_scaled(x: Float[Array, "... K"], format: str) -> BlockScaled:
     scales = (greatest / E2M1_LARGEST / row[..., None]).astype(jnp.float8_e4m3fn)
     exact = scales.astype(jnp.float32)
     unit = blocks / jnp.where(exact > 0, exact * row[..., None], 1.0)[..., None]
-    pairs = _e2m1(unit).reshape(*x.shape[:-1], -1, 2)
+    pairs = to_e2m1(unit).reshape(*x.shape[:-1], -1, 2)
     return BlockScaled(pairs[..., 0] | pairs[..., 1] << 4, scales, row, format)
 
 
@@ -95,15 +94,6 @@ def exact(x: BlockScaled) -> Float[Array, "... K"]:
         scales = x.scales.astype(jnp.float32)
     values = values.reshape(*x.scales.shape, FORMATS[x.format]) * scales[..., None]
     return values.reshape(*x.scales.shape[:-1], x.width) * x.row_scales[..., None]
-
-
-def _e2m1(x):
-    """Codes of the nearest; a tie goes to the even code."""
-    size = jnp.abs(x)
-    code = jnp.zeros(x.shape, jnp.uint8)
-    for i, middle in enumerate(E2M1_MIDDLES):
-        code += ((size >= middle) if i % 2 else (size > middle)).astype(jnp.uint8)
-    return code | (x < 0).astype(jnp.uint8) << 3
 
 
 def grouped_matmul_block_scaled(

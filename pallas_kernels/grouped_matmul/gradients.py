@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.grouped_matmul import groups
-from pallas_kernels.grouped_matmul.quantised import Quantised
+from pallas_kernels.grouped_matmul.quantised import Quantised, channel_scales
 
 
 def alike(*trees):
@@ -83,7 +83,12 @@ def _both_sides(backend, lhs, rhs, group_sizes, dout):
     if not isinstance(rhs, Quantised):
         dlhs = backend.matmul(dout, rhs, group_sizes, transpose=True)
         return dlhs, backend.outer(lhs, dout, group_sizes, rhs.dtype)
+    if not rhs.has_gradient:
+        raise NotImplementedError(
+            f"no gradient through weights of {rhs.values.dtype} with scales {rhs.scales.shape}; "
+            "quantise them to int8 or float8_e4m3fn with a scale a channel or 128 x 128 block"
+        )
     if rhs.by_channel:  # the scales lie along what is summed over: they go to the other side
         group = jnp.minimum(groups.of_rows(group_sizes, dout.shape[0]), rhs.shape[0] - 1)
-        dout = (dout.astype(jnp.float32) * rhs.scales[group, 0]).astype(dout.dtype)
+        dout = (dout.astype(jnp.float32) * channel_scales(rhs)[group, 0]).astype(dout.dtype)
     return backend.matmul(dout, rhs, group_sizes, transpose=True), None

@@ -18,7 +18,14 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.dispatch import target_platform
 from pallas_kernels.grouped_matmul import gradients, groups, tuning
-from pallas_kernels.grouped_matmul.quantised import BLOCK, operand
+from pallas_kernels.grouped_matmul.narrow import from_e2m1, to_float32
+from pallas_kernels.grouped_matmul.quantised import (
+    BLOCK,
+    PACKED,
+    Quantised,
+    fine_operands,
+    operand,
+)
 from pallas_kernels.online_softmax import dot
 
 LANES = 128
@@ -82,6 +89,9 @@ def _products(op, lhs, weights, group_sizes, outs, finish, *, transpose=False):
     if m == 0:
         return [_zeros(lhs, (0, n), lhs.dtype)] * outs
     block, interpret = _blocks(op, lhs, e, n)
+    if isinstance(weights[0], Quantised) and weights[0].is_fine:
+        assert not transpose, "gradients.py refuses it"
+        return _fine_products(op, lhs, weights, group_sizes, outs, finish, block)
     operands = [operand(w, transpose=transpose) for w in weights]
     # a row each: Mosaic picks one of them at run time along a major axis only
     scales = [_whole(s, 1)[:, :, None] for _, s in operands if s is not None]
@@ -111,7 +121,53 @@ def _products(op, lhs, weights, group_sizes, outs, finish, *, transpose=False):
     return [x[:m, :n] for x in out]
 
 
-def _grid(block, grid, groups_, weights, scales, outs, transpose):
+def _fine_products(op, lhs, weights, group_sizes, outs, finish, block):
+    """As `_products`, of weights that are made whole piece by piece on their way in."""
+    m, (e, _, n) = lhs.shape[0], weights[0].shape
+    packed, group = weights[0].packed, weights[0].group
+    if packed and packed not in (64, 128, PACKED):
+        raise NotImplementedError(f"{op}: 64, 128 or {PACKED} rows packed together; got {packed}")
+    pieces = 2 if packed else 1
+    unit = _unit(group, packed)
+    k = _round(lhs.shape[1], unit)
+    block = dataclasses.replace(block, k=unit // LANES * _divisor(k * LANES // unit, block.k))
+    lhs = _whole(lhs, block.m)
+    lhs = jnp.pad(lhs, ((0, 0), (0, k - lhs.shape[1])))
+    operands = [fine_operands(w) for w in weights]
+    values = [_tall(v, k // pieces) for v, _, _ in operands]
+    scales = [_tall(s, k // group) for _, s, _ in operands]
+    wholes = [_whole(s, 1)[:, :, None] for *_, s in operands]
+    rows, wide = lhs.shape[0], values[0].shape[2]
+    visits = groups.visits(group_sizes, rows, block.m, every_group=False)
+    kernel = functools.partial(
+        _products_kernel, block=block, count=len(weights), tall=1, finish=finish, transpose=False,
+        groups_=e, scaled=True, steps=k // block.k, fine=(group, packed),
+    )  # fmt: skip
+    grid = wide, visits.total, k // block.k
+    of_scales = len(weights) * (k // group) * block.n * (4 + 2 * scales[0].dtype.itemsize)
+    out = pl.pallas_call(
+        kernel,
+        grid_spec=_grid(
+            block, grid, e, values, wholes, outs, False, fine=(block.k // pieces, k // group)
+        ),
+        out_shape=[_like(lhs, (rows, wide), lhs.dtype)] * outs,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=(pltpu.PARALLEL, pltpu.ARBITRARY, pltpu.ARBITRARY),
+            vmem_limit_bytes=_vmem(block, lhs.dtype.itemsize, values, outs, 1) + of_scales,
+        ),
+        interpret=target_platform() == "cpu",
+        name=f"grouped_matmul_{op.removeprefix('mosaic_')}_fine",
+    )(visits.group, visits.tile, visits.offsets, lhs, *values, *wholes, *scales)
+    return [x[:m, :n] for x in out]
+
+
+def _tall(x, rows):
+    """Padded to so many rows, and whole lanes."""
+    return _whole(jnp.pad(x, ((0, 0), (0, rows - x.shape[1]), (0, 0))), 1)
+
+
+def _grid(block, grid, groups_, weights, scales, outs, transpose, fine=None):
+    """`fine`: rows of values in a step, and of scales, which come after the others and whole."""
     wide, visits, steps = grid
 
     def of_weights(n, v, k, group, *_):
@@ -121,7 +177,12 @@ def _grid(block, grid, groups_, weights, scales, outs, transpose):
     def of_scales(n, v, k, group, *_):
         return jnp.minimum(group[v], groups_ - 1), 0, 0, n
 
-    matrix = (None, block.n, block.k) if transpose else (None, block.k, block.n)
+    def of_fine_scales(n, v, k, group, *_):
+        return jnp.minimum(group[v], groups_ - 1), 0, n
+
+    tall = fine[0] if fine else block.k
+    matrix = (None, block.n, block.k) if transpose else (None, tall, block.n)
+    finer = [pl.BlockSpec((None, fine[1], block.n), of_fine_scales)] if fine else []
     lhs = pl.BlockSpec((block.m, block.k), lambda n, v, k, group, tile, _: (tile[v], k))
     out = pl.BlockSpec((block.m, block.n), lambda n, v, k, group, tile, _: (tile[v], n))
     return pltpu.PrefetchScalarGridSpec(
@@ -131,10 +192,11 @@ def _grid(block, grid, groups_, weights, scales, outs, transpose):
             lhs,
             *[pl.BlockSpec(matrix, of_weights) for _ in weights],
             *[pl.BlockSpec((None, s.shape[1], 1, block.n), of_scales) for s in scales],
+            *finer * len(weights),
         ],
         out_specs=[out] * outs,
-        scratch_shapes=[pltpu.VMEM((block.m, block.n), jnp.float32)]
-        * (len(weights) if steps > 1 else 0),
+        scratch_shapes=[pltpu.VMEM((fine[1], block.n), jnp.float32) for _ in finer * len(weights)]
+        + [pltpu.VMEM((block.m, block.n), jnp.float32)] * (len(weights) if steps > 1 else 0),
     )
 
 
@@ -214,16 +276,24 @@ def _pieces(offsets_ref, group, tile, block, work):
 
 def _products_kernel(
     group_ref, tile_ref, offsets_ref, lhs_ref, *refs, block, count, scaled, steps, tall, finish,
-    transpose, groups_,
+    transpose, groups_, fine=None,
 ):  # fmt: skip
     by_block, per_step = tall > 1, tall // steps
     weight_refs, scale_refs = refs[:count], refs[count : count * (1 + scaled)]
     sum_refs = refs[len(refs) - count :] if steps > 1 else ()
-    out_refs = refs[count * (1 + scaled) : len(refs) - len(sum_refs)]
+    given = count * (1 + scaled + bool(fine))
+    made_refs = refs[len(refs) - len(sum_refs) - count : len(refs) - len(sum_refs)] if fine else ()
+    out_refs = refs[given : len(refs) - len(sum_refs) - len(made_refs)]
     visit, step = pl.program_id(1), pl.program_id(2)
     group, tile = group_ref[visit], tile_ref[visit]
 
     def product(i, at, columns):
+        if fine:
+            first = step * (block.k // fine[0])
+            total = _fine_product(
+                lhs_ref, weight_refs[i], made_refs[i], first, at, columns, block, *fine
+            )
+            return total * scale_refs[i][0, :, columns]
         if not by_block:
             w = weight_refs[i][columns, :] if transpose else weight_refs[i][:, columns]
             total = dot(lhs_ref[at, :], w.astype(lhs_ref.dtype), (1, 1 if transpose else 0))
@@ -261,6 +331,8 @@ def _products_kernel(
 
     @pl.when(group < groups_)
     def _():
+        for ref, narrow in zip(made_refs, refs[2 * count : 3 * count], strict=False):
+            ref[...] = to_float32(narrow[...])
         jax.lax.fori_loop(0, block.n // block.columns, column, None)
 
     @pl.when(group == groups_)  # rows past the last group
@@ -271,6 +343,37 @@ def _products_kernel(
                 ref[at, :] = jnp.where(mine, x.astype(ref.dtype), ref[at, :])
 
         _pieces(offsets_ref, group, tile, block, work)
+
+
+def _fine_product(lhs_ref, value_ref, scale_ref, first_scale, at, columns, block, group, packed):
+    """Of a piece of the rows with a column of weights."""
+    unit = _unit(group, packed)
+    each, tall = unit // group, unit // 2 if packed else unit
+
+    def add(j, total):
+        values = value_ref[pl.ds(pl.multiple_of(j * tall, tall), tall), columns]
+        values = _unpacked(values, packed) if packed else values.astype(jnp.float32)
+        first = pl.multiple_of(first_scale + j * each, each)
+        scales = scale_ref[pl.ds(first, each), columns]
+        w = values.reshape(each, group, block.columns) * scales[:, None]
+        w = w.reshape(unit, block.columns).astype(lhs_ref.dtype)
+        a = lhs_ref[at, pl.ds(pl.multiple_of(j * unit, unit), unit)]
+        return total + dot(a, w, (1, 0))
+
+    zeros = jnp.zeros((block.rows, block.columns), jnp.float32)
+    return jax.lax.fori_loop(0, block.k // unit, add, zeros)
+
+
+def _unit(group, packed):
+    """Rows made whole at a time: their values fill lanes, their scales whole tiles of 8."""
+    return 2 * LANES if packed or LANES // group < 8 else LANES
+
+
+def _unpacked(values, packed):
+    """Float32 `[2 R, C]` of bytes `[R, C]`."""
+    both, half = values.astype(jnp.int32), packed // 2
+    parts = [both[i : i + half] for i in range(0, both.shape[0], half)]
+    return jnp.concatenate([from_e2m1(x) for part in parts for x in (part & 15, part >> 4)])
 
 
 def _outer_kernel(group_ref, tile_ref, offsets_ref, lhs_ref, dout_ref, out_ref, sum_ref, *, block):

@@ -19,7 +19,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dispatch import target_platform
 from pallas_kernels.grouped_matmul import gradients, groups, tuning
-from pallas_kernels.grouped_matmul.quantised import BLOCK, operand
+from pallas_kernels.grouped_matmul.narrow import from_e2m1, to_float32
+from pallas_kernels.grouped_matmul.quantised import BLOCK, Quantised, fine_operands, operand
 from pallas_kernels.online_softmax import dot
 
 # 2026-11: jax 0.11 and later warn about Pallas-Triton whenever a program is lowered. That is after
@@ -62,9 +63,12 @@ def outer(lhs, dout, group_sizes, dtype):
 
 def _products(op, lhs, weights, group_sizes, outs, finish, *, transpose=False):
     """`finish` of the products of `lhs` with each of the weights, one kernel."""
-    weights, scales = zip(*(operand(w, transpose=transpose) for w in weights), strict=True)
     m, k = lhs.shape
     e, n = weights[0].shape[0], weights[0].shape[1 if transpose else 2]
+    if isinstance(weights[0], Quantised) and weights[0].is_fine:
+        assert not transpose, "gradients.py refuses it"
+        return _fine_products(op, lhs, weights, group_sizes, outs, finish)
+    weights, scales = zip(*(operand(w, transpose=transpose) for w in weights), strict=True)
     if m == 0:
         return [_zeros(lhs, (0, n), lhs.dtype)] * outs
     interpret = target_platform() == "cpu"
@@ -84,6 +88,32 @@ def _products(op, lhs, weights, group_sizes, outs, finish, *, transpose=False):
         interpret=interpret,
         name=f"grouped_matmul_{op.removeprefix('triton_')}{'_transposed' * transpose}",
     )(*tiles, lhs, *weights, *(scales if scaled else ()))  # fmt: skip
+
+
+def _fine_products(op, lhs, weights, group_sizes, outs, finish):
+    """As `_products`, of weights that are made whole tile by tile, exact in bfloat16."""
+    (m, k), (e, _, n) = lhs.shape, weights[0].shape
+    if m == 0:
+        return [_zeros(lhs, (0, n), lhs.dtype)] * outs
+    interpret, packed = target_platform() == "cpu", weights[0].packed
+    block = _fit(tuning.blocks(op, m // e, lhs.dtype, interpret=interpret), m, n, k)
+    if packed:
+        if packed < 2 * LEAST:
+            raise NotImplementedError(f"{op}: at least {2 * LEAST} rows packed; got {packed}")
+        block = dataclasses.replace(block, k=max(LEAST, min(block.k // 2, packed // 2)))
+    tiles = groups.tiles(group_sizes, m, block.m)
+    operands = zip(*(fine_operands(w) for w in weights), strict=True)
+    return pl.pallas_call(
+        functools.partial(
+            _fine_kernel, block=block, count=len(weights), finish=finish, shape=(e, n, k),
+            packed=packed, group_rows=weights[0].group,
+        ),
+        grid=(tiles.group.shape[0] * pl.cdiv(n, block.n),),
+        out_shape=[_like(lhs, (m, n), lhs.dtype)] * outs,
+        compiler_params=plgpu.CompilerParams(num_warps=block.warps, num_stages=block.stages),
+        interpret=interpret,
+        name=f"grouped_matmul_{op.removeprefix('triton_')}_fine",
+    )(*tiles, lhs, *(x for xs in operands for x in xs))  # fmt: skip
 
 
 def _fit(tuned, m, n, k):
@@ -183,6 +213,64 @@ def _products_kernel(
         sums = [total * scale_of(ref, 0) for total, ref in zip(sums, scale_refs, strict=True)]
     mask = jnp.broadcast_to(_both(rows, columns), zeros.shape)
     for ref, x in zip(out_refs, finish(*sums), strict=False):
+        plgpu.store(ref.at[pl.ds(start, block.m), at_columns], x.astype(ref.dtype), mask=mask)
+
+
+def _fine_kernel(
+    group_ref, start_ref, end_ref, lhs_ref, *refs, block, count, finish, shape, packed, group_rows
+):
+    groups_, n, k = shape
+    value_refs, scale_refs, whole_refs = (refs[i * count : (i + 1) * count] for i in range(3))
+    wide = pl.cdiv(n, block.n)
+    tile, column = pl.program_id(0) // wide, pl.program_id(0) % wide * block.n
+    group, start, end = group_ref[tile], start_ref[tile], end_ref[tile]
+    real = group < groups_
+    group = jnp.minimum(group, groups_ - 1)
+    rows, at_columns = start + jnp.arange(block.m) < end, pl.ds(column, block.n)
+    columns, size = _inside(column, block.n, n), (block.k, block.n)
+
+    def product(i, values, first):
+        """Of the rows of a matrix from `first` on, whose values these are."""
+        at, summed = pl.ds(first, block.k), _inside(first, block.k, k)
+        row = jax.lax.div(first + jnp.arange(block.k), jnp.int32(group_rows))
+        row = jnp.broadcast_to(row[:, None], size)
+        where = group, row, jnp.broadcast_to(column + jnp.arange(block.n)[None, :], size)
+        scales = _read(scale_refs[i], where, size, summed, columns, scale_refs[i].dtype)
+        w = (values * to_float32(scales)).astype(lhs_ref.dtype)
+        a = _read(
+            lhs_ref, (pl.ds(start, block.m), at), (block.m, block.k), rows, summed, lhs_ref.dtype
+        )
+        return dot(a, w, (1, 0))
+
+    def stored(i, first, inside, dtype):
+        return _read(value_refs[i], (group, pl.ds(first, block.k), at_columns), size, inside,
+                     columns, dtype)  # fmt: skip
+
+    def halves(index, sums):
+        first, half = index * block.k, packed // 2
+        low = first + jax.lax.div(first, jnp.int32(half)) * half
+        parts = []
+        for i in range(count):
+            both = stored(i, first, None, jnp.int32)
+            part = product(i, from_e2m1(both & 15), low)
+            parts.append(part + product(i, from_e2m1(both >> 4), low + half))
+        return tuple(total + part for total, part in zip(sums, parts, strict=True))
+
+    def step(index, sums):
+        first = index * block.k
+        inside = _inside(first, block.k, k)
+        parts = [product(i, stored(i, first, inside, jnp.float32), first) for i in range(count)]
+        return tuple(total + part for total, part in zip(sums, parts, strict=True))
+
+    steps = pl.cdiv(k // 2 if packed else k, block.k)
+    steps = jnp.where(real, jnp.int32(steps), jnp.int32(0))
+    zeros = jnp.zeros((block.m, block.n), jnp.float32)
+    sums = jax.lax.fori_loop(0, steps, halves if packed else step, (zeros,) * count)
+    at = group, pl.ds(0, 1), at_columns
+    whole = [_read(ref, at, (1, block.n), None, columns, jnp.float32) for ref in whole_refs]
+    sums = [total * x for total, x in zip(sums, whole, strict=True)]
+    mask = jnp.broadcast_to(_both(rows, columns), zeros.shape)
+    for ref, x in zip(refs[3 * count :], finish(*sums), strict=False):
         plgpu.store(ref.at[pl.ds(start, block.m), at_columns], x.astype(ref.dtype), mask=mask)
 
 

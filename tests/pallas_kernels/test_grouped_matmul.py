@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every implementation of the grouped matmul, against a float64 loop over groups."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import grouped_matmul, grouped_swiglu
-from pallas_kernels.grouped_matmul import dequantise, quantise
+from pallas_kernels.grouped_matmul import dequantise, narrow, quantise, quantised
 from pallas_kernels.grouped_matmul.api import IMPLEMENTATIONS
 from pallas_kernels.testing_grouped import CASES, check, product
 
@@ -79,3 +82,59 @@ def test_what_does_not_fit_is_named():
     for implementation in ("triton", "mosaic_tpu"):
         with pytest.raises(NotImplementedError, match="bfloat16"):
             grouped_matmul(x, w.astype("bfloat16"), sizes, implementation=implementation)
+
+
+def test_what_a_format_can_hold_comes_back():
+    """Every e2m1 and e4m3 value, under powers of two; a tie goes to the even code."""
+    codes = np.arange(16, dtype=np.uint8)
+    e2m1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    exact = np.concatenate([e2m1, -e2m1])
+    np.testing.assert_array_equal(narrow.from_e2m1(jnp.asarray(codes, jnp.int32)), exact)
+    back = np.asarray(narrow.to_e2m1(jnp.asarray(exact)))
+    np.testing.assert_array_equal(exact[back], exact)
+    ties = narrow.to_e2m1(jnp.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -5.0]))
+    np.testing.assert_array_equal(exact[np.asarray(ties)], [0, 1, 1, 2, 2, 4, 4, -4])
+    powers = 2.0 ** np.arange(-90, 90)
+    np.testing.assert_array_equal(narrow.from_ue8m0(narrow.to_ue8m0(jnp.asarray(powers))), powers)
+    above = narrow.from_ue8m0(narrow.to_ue8m0(jnp.asarray(powers * 1.01)))
+    np.testing.assert_array_equal(above, 2 * powers)
+    whole = np.tile(exact, 12)[:, None] * np.array([1, 0.25, 1024])  # 192 rows
+    weights = quantise(jnp.asarray(whole[None], jnp.float32), "mxfp4")
+    np.testing.assert_array_equal(dequantise(weights)[0], whole)
+
+
+@pytest.mark.parametrize("packed", [2, 32, 256])
+def test_a_slice_of_whole_packs_stands_for_itself(packed):
+    codes = np.random.default_rng(0).integers(0, 16, (2, 512, 3), np.uint8)
+    values = quantised.pack(codes, packed)
+    np.testing.assert_array_equal(quantised.unpack(jnp.asarray(values), packed), codes)
+    part = quantised.unpack(jnp.asarray(values[:, 128:]), packed)
+    np.testing.assert_array_equal(part, codes[:, 256:])
+
+
+def test_formats_that_do_not_fit_raise():
+    x, sizes = jnp.ones((4, 64)), jnp.array([4])
+    w = jnp.ones((1, 64, 5))
+    mx, nv = quantise(w, "mxfp4"), quantise(w, "nvfp4")
+    with pytest.raises(ValueError, match="gate and up are alike"):
+        grouped_swiglu(x, mx, nv, sizes)
+    with pytest.raises(ValueError, match="gate and up are alike"):
+        grouped_swiglu(x, quantise(w), quantise(w, block=True), sizes)
+    with pytest.raises(ValueError, match="32 rows share a scale"):
+        quantise(jnp.ones((1, 40, 5)), "mxfp8")
+    with pytest.raises(ValueError, match="scales of"):
+        grouped_matmul(x, dataclasses.replace(mx, scales=mx.scales[:, :, :4]), sizes)
+    with pytest.raises(ValueError, match="packed values are uint8"):
+        grouped_matmul(x, dataclasses.replace(mx, packed=48), sizes)
+
+
+@pytest.mark.parametrize("implementation", ["triton", "mosaic_tpu"])
+def test_what_kernels_have_no_path_for_raises(implementation):
+    product = functools.partial(grouped_matmul, implementation=implementation)
+    x, sizes, w = jnp.ones((4, 64)), jnp.array([4]), quantise(jnp.ones((1, 64, 5)), "mxfp4")
+    with pytest.raises(NotImplementedError, match="no gradient"):
+        jax.eval_shape(jax.grad(lambda x, w: product(x, w, sizes).sum()), x, w)
+    codes = jnp.zeros((1, 64, 5), jnp.uint8)
+    thin = dataclasses.replace(w, values=quantised.pack(codes, 8), packed=8)
+    with pytest.raises(NotImplementedError, match="packed"):
+        jax.eval_shape(product, x, thin, sizes)

@@ -5,6 +5,8 @@ Compiling proves what the interpreter cannot: tiling, shared memory and VMEM. Th
 computes the right thing takes the chip.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -13,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxcp.plan import compile_for, parse_target
 from pallas_kernels import grouped_matmul, grouped_swiglu
-from pallas_kernels.grouped_matmul import Quantised
+from pallas_kernels.grouped_matmul import Quantised, quantise
+from pallas_kernels.grouped_matmul.quantised import FORMATS
 
 # 2026-11: jax 0.11 and later warn when Pallas-Triton is used; it works through 0.12.
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
@@ -76,3 +79,29 @@ def test_weights_of_8_bits_compile(target, values, block):
     report = compile_for(jax.value_and_grad(loss), (rows, weights, sizes), mesh)
     assert report.kernels in (2, None), "no gradient but that of the rows"
     assert report.temp_bytes < EXPERTS * EMBED * MLP * 2, "no weights in 16 bits"
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("target", [*GPUS, *TPUS])
+def test_weights_of_4_bits_compile(target, format):
+    """Made whole on the way into the product: no weights in 16 bits in the device's memory."""
+    mesh = mesh_of(target)
+    rows = described(mesh, (256, EMBED), jnp.bfloat16)
+    sizes = described(mesh, (EXPERTS,), jnp.int32)
+    shape = jax.ShapeDtypeStruct((EXPERTS, EMBED, MLP), jnp.float32)
+    weights = jax.tree.map(
+        lambda x: described(mesh, x.shape, x.dtype),
+        jax.eval_shape(functools.partial(quantise, format=format), shape),
+    )
+
+    def layer(rows, gate, up, sizes):
+        def local(rows, gate, up, sizes):
+            return grouped_matmul(rows, gate, sizes), grouped_swiglu(rows, gate, up, sizes)
+
+        return jax.shard_map(local, in_specs=(P(),) * 4, out_specs=(P(), P()))(
+            rows, gate, up, sizes
+        )
+
+    report = compile_for(layer, (rows, weights, weights, sizes), mesh)
+    assert report.kernels in (2, None)
+    assert report.temp_bytes < EXPERTS * EMBED * MLP * 2, "of two matrices in 16 bits, half"

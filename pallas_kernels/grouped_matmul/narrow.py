@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numbers of 4 bits and scales of 8, made and read by arithmetic that a kernel can do too.
+
+e2m1: a sign and 0, 0.5, 1, 1.5, 2, 3, 4 or 6. ue8m0: a power of two, its exponent plus 127.
+Source: OCP Microscaling Formats 1.0.
+"""
+
+import jax
+import jax.numpy as jnp
+
+E2M1_LARGEST, E4M3_LARGEST = 6.0, 448.0
+E2M1_MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
+LEAST = 2.0**-100  # scales stay above what flushes to 0
+
+
+def to_e2m1(x):
+    """Codes, uint8, of the nearest; a tie goes to the even code."""
+    size = jnp.abs(x)
+    code = jnp.zeros(x.shape, jnp.uint8)
+    for i, middle in enumerate(E2M1_MIDDLES):
+        code += ((size >= middle) if i % 2 else (size > middle)).astype(jnp.uint8)
+    return code | (x < 0).astype(jnp.uint8) << 3
+
+
+def from_e2m1(code):
+    """Float32 of int32 codes from 0 to 15."""
+    size = code & 7
+    normal = jax.lax.bitcast_convert_type((size + 252) << 22, jnp.float32)
+    value = jnp.where(size < 2, 0.5 * size.astype(jnp.float32), normal)
+    return jnp.where(code > 7, -value, value)
+
+
+def to_ue8m0(ratio):
+    """The least power of two that `ratio` does not exceed, as uint8."""
+    mantissa, exponent = jnp.frexp(jnp.maximum(ratio, LEAST))
+    return (exponent - (mantissa == 0.5).astype(exponent.dtype) + 127).astype(jnp.uint8)
+
+
+def from_ue8m0(code):
+    """Float32; code 0, which is 2 ** -127, flushes to 0, and 255 is NaN."""
+    code = code.astype(jnp.int32)
+    value = jax.lax.bitcast_convert_type(code << 23, jnp.float32)
+    return jnp.where(code == 255, jnp.nan, value)
+
+
+def to_float32(scales):
+    """Of scales in float32, e4m3 or ue8m0 (as uint8)."""
+    return from_ue8m0(scales) if scales.dtype == jnp.uint8 else scales.astype(jnp.float32)
