@@ -106,20 +106,20 @@ def quantised_names(model: Any) -> list[str]:
 def partition(value: Any, spec: P) -> Any:
     """Specs of the parts of a leaf, that of its weights being `spec`; `spec` itself of an array."""
     if isinstance(value, QuantisedLinear):
-        return dataclasses.replace(value, matrix=_parts(value.matrix, matrix_spec(value, spec)))
+        return dataclasses.replace(
+            value, matrix=_parts(value.matrix, matrix_spec(value.shape, value.summed, spec))
+        )
     return _parts(value, spec) if isinstance(value, Quantised) else spec
 
 
-def matrix_spec(value: QuantisedLinear, spec: P) -> P:
+def matrix_spec(shape: tuple[int, ...], summed: int, spec: P) -> P:
     """Of `[1, D, F]`, where `spec` is that of the weight in its own shape."""
-    full = (*spec, *[None] * (value.ndim - len(spec)))
-    inner = [axis for i, axis in enumerate(full) if axis and i not in (0, value.summed)]
-    if inner:
+    full = (*spec, *[None] * (len(shape) - len(spec)))
+    if any(axis for i, axis in enumerate(full) if i not in (0, summed)):
         raise NotImplementedError(
-            f"a quantised weight {value.shape} can be split along its axes 0 and {value.summed}; "
-            f"got {spec}"
+            f"a quantised weight {shape} can be split along its axes 0 and {summed}; got {spec}"
         )
-    return P(None, full[0], full[value.summed] if value.summed < value.ndim else None)
+    return P(None, full[0], full[summed])
 
 
 def _parts(matrices: Quantised, spec: P) -> Quantised:
@@ -135,29 +135,26 @@ def misfit(value: Any, spec: P, sizes: dict[str, int]) -> str | None:
 
     A device's part begins where a scale begins.
     """
-    matrices, at = value, spec
+    matrices, at = value, P(*spec, *[None] * (3 - len(spec)))
     if isinstance(value, QuantisedLinear):
-        matrices, at = value.matrix, matrix_spec(value, spec)
+        matrices, at = value.matrix, matrix_spec(value.shape, value.summed, spec)
     for size, axis in zip(value.shape, spec, strict=False):
         if axis is not None and size % sizes.get(axis, 1):
             return f"{tuple(value.shape)} by {axis}={sizes[axis]}"
     if not is_quantised(value):
         return None
-    group = rows_of_a_scale(matrices)
-    axis = (*at, None, None)[1]
-    rows, shards = matrices.shape[1], sizes.get(axis, 1)
-    if shards > 1 and group < rows and rows // shards % group:
-        fitting = [n for n in range(1, shards) if rows % (n * group) == 0]
-        return (
-            f"{tuple(value.shape)}, whose scales are of {group} of {rows} rows each, by "
-            f"{axis}={shards} (at most {axis}={max(fitting, default=1)})"
-        )
+    _, d, f = matrices.shape
+    group = 1 if matrices.scales.shape[1] == 1 else matrices.group
+    wide = BLOCK if 1 < matrices.scales.shape[2] < f else 1
+    for size, together, axis in ((d, max(group, matrices.packed), at[1]), (f, wide, at[2])):
+        shards = sizes.get(axis, 1)
+        if shards > 1 and size // shards % max(together, 1):
+            fitting = [n for n in range(1, shards) if size % (n * together) == 0]
+            return (
+                f"{tuple(value.shape)}, of which {together} of {size} belong together, by "
+                f"{axis}={shards} (at most {axis}={max(fitting, default=1)})"
+            )
     return None
-
-
-def rows_of_a_scale(matrices: Quantised) -> int:
-    """How many of the D rows share a scale."""
-    return matrices.shape[1] if matrices.scales.shape[1] == 1 else BLOCK
 
 
 def _is_variable(x: Any) -> bool:

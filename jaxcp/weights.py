@@ -89,7 +89,7 @@ def load(
     copies = family.copies(config)
     _check(path, checkpoint, found, ignored, copies)
     dtypes = {n: _final_dtype(leaf, found[n], checkpoint, config, dtype) for n, _, leaf in flat}
-    kept = {} if widen else _quantised(flat, found, checkpoint)
+    kept = {} if widen else _quantised(flat, found, checkpoint, experts)
     _log_widened(path, found, checkpoint, kept)
     sizes = {n: math.prod(shapes[n]) * dtypes[n].itemsize for n in shapes}
     total = sum((sizes | {n: leaf.nbytes for n, leaf in kept.items()}).values())
@@ -100,7 +100,7 @@ def load(
             final = dtypes[name]
             if name in kept:
                 of_bytes = functools.partial(counted, advance=advance)
-                value, of_leaf = stream_quantised(name, kept[name], experts, of_bytes)
+                value, of_leaf = stream_quantised(kept[name], of_bytes)
             else:
                 pieces = counted(found[name].pieces(name, checkpoint.read), final.itemsize, advance)
                 value, of_leaf = _stream(name, pieces, leaf, final, experts)
@@ -123,11 +123,14 @@ def load(
     return model, Tokenizer.from_file(tokenizer) if tokenizer.exists() else None
 
 
-def _quantised(flat, found, checkpoint: Checkpoint) -> dict[str, QuantisedSource]:
+def _quantised(flat, found, checkpoint: Checkpoint, experts) -> dict[str, QuantisedSource]:
     """Of the leaves that stay quantised, by name."""
     if not checkpoint.packed:
         return {}
-    every = {name: quantised_source(leaf, name, found[name], checkpoint) for name, _, leaf in flat}
+    every = {
+        name: quantised_source(leaf, name, found[name], checkpoint, experts)
+        for name, _, leaf in flat
+    }
     return {name: source for name, source in every.items() if source is not None}
 
 

@@ -140,7 +140,7 @@ def test_a_mesh_that_cuts_through_a_scale():
     assert misfit(wide, spec, {"expert": 2, "model": 3}) is None
     assert "at most model=3" in misfit(wide, spec, {"model": 6})
     heads = QuantisedLinear(wide, (6, 64, 256), 2)
-    assert "128 of 384 rows" in misfit(heads, P("model", None, None), {"model": 6})
+    assert "128 of 384 belong" in misfit(heads, P("model", None, None), {"model": 6})
     assert "(6, 64, 256) by model=4" in misfit(heads, P("model", None, None), {"model": 4})
     with pytest.raises(NotImplementedError, match="axes 0 and 2"):
         misfit(heads, P(None, "model", None), {"model": 2})

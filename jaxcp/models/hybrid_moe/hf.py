@@ -64,15 +64,19 @@ QUANTISED = None, "jaxcp", "fp8", "mxfp4", "modelopt", "compressed-tensors"
 def _refuse_others(d: dict[str, Any], *reads: str) -> None:
     wrong = {k: d[k] for k, same in NEUTRAL.items() if k in d and k not in reads}
     wrong = {k: v for k, v in wrong.items() if v not in NEUTRAL[k]}
+    _refuse_other_formats(d)
+    if wrong:
+        wanted = {k: NEUTRAL[k][0] for k in wrong}
+        raise NotImplementedError(f"{d['model_type']}: supported are {wanted}; got {wrong}")
+
+
+def _refuse_other_formats(d: dict[str, Any]) -> None:
     method = (d.get("quantization_config") or {}).get("quant_method")
     if method not in QUANTISED:
         raise NotImplementedError(
             f"{d['model_type']}: quantization_config has a quant_method of "
             f"{', '.join(map(str, QUANTISED[1:]))}; got {method}"
         )
-    if wrong:
-        wanted = {k: NEUTRAL[k][0] for k in wrong}
-        raise NotImplementedError(f"{d['model_type']}: supported are {wanted}; got {wrong}")
 
 
 def _sizes(d: dict[str, Any]) -> dict[str, Any]:
@@ -319,7 +323,9 @@ def _num_experts(d: dict[str, Any]) -> int:
 
 
 def _read_ours(d: dict[str, Any]) -> HybridMoEConfig:
-    fields = {k: v for k, v in d.items() if k not in ("model_type", "architectures")}
+    _refuse_other_formats(d)
+    others = "model_type", "architectures", "quantization_config"
+    fields = {k: v for k, v in d.items() if k not in others}
     attention, experts = dict(fields["attention"]), dict(fields["experts"])
     rope = dict(attention["rope"])
     try:
