@@ -15,13 +15,18 @@ CP_VENV ?= .venv-bench-cp
 export JAX_PLATFORMS = cpu
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint bench-deviceless bench-cp bench-cp-cpu clean
+.PHONY: demo test test-hf lint bench-deviceless bench-cp bench-cp-cpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/jaxcp demo
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -n 2 $(TESTS)
+
+# What transformers makes of saved models. The import first: without them the tests would be skipped.
+test-hf: $(VENV)/.installed-hf
+	$(BIN)/python -c 'import torch, transformers; print("torch", torch.__version__, "transformers", transformers.__version__)'
+	$(BIN)/python -m pytest -q tests/jaxcp/test_hf.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -63,6 +68,11 @@ $(VENV)/.installed-test: pyproject.toml | $(BIN)/python
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -qq -e '.[dev]'
+	@touch $@ $(VENV)/.installed $(VENV)/.installed-test
+
+# An index that has a CPU build of this torch gives it to a plain name; elsewhere it brings CUDA along.
+$(VENV)/.installed-hf: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -qq -e '.[test,hf]' 'torch==2.13.*'
 	@touch $@ $(VENV)/.installed $(VENV)/.installed-test
 
 # A name on PATH may be a pyenv shim that runs nothing: only one that says its version counts.

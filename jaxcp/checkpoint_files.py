@@ -2,7 +2,6 @@
 """The files of a checkpoint folder, as one set of tensors. Knows no models."""
 
 import dataclasses
-import functools
 import json
 import logging
 import math
@@ -30,6 +29,10 @@ FORMATS = {
 """What safetensors calls a format; its own numpy reader has none of 8 bits."""
 
 
+class CheckpointFileError(ValueError):
+    """A file of a checkpoint cannot be read; the message names it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Stored:
     """Where a tensor lies: `start` bytes from the beginning of `file`."""
@@ -43,7 +46,12 @@ class Stored:
         """The file's own pages; nothing is read before it is used."""
         if 0 in self.shape:
             return np.empty(self.shape, FORMATS[self.dtype])
-        return np.memmap(self.file, FORMATS[self.dtype], "r", self.start, self.shape)
+        try:
+            return np.memmap(self.file, FORMATS[self.dtype], "r", self.start, self.shape)
+        except (ValueError, OSError) as error:  # it was whole when its header was read
+            raise CheckpointFileError(
+                f"needed {self.file} as it was when it was opened: {error}. Copy it again"
+            ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +65,7 @@ class Checkpoint:
     """Those that are quantised; `shapes` has the shape of the weights, `dtypes` their format."""
     lacking: Mapping[str, str]
     """What is missing of quantised tensors that are not whole."""
+    _unpacked: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
 
     def raw(self, name: str) -> np.ndarray:
         """What the file has under this name, as a view of it."""
@@ -69,7 +78,11 @@ class Checkpoint:
             return self.packed[name].unpacked(self.raw)
         if name in self.stored:
             return self.stored[name].view()
-        return _unpacked(*(self.stored[f"{name}{suffix}"] for suffix in mxfp4.SUFFIXES))
+        if name not in self._unpacked:  # leaves that share a tensor are read one after the other
+            self._unpacked.clear()  # first: the host holds one
+            parts = (self.stored[f"{name}{suffix}"].view() for suffix in mxfp4.SUFFIXES)
+            self._unpacked[name] = mxfp4.unpack(*parts)
+        return self._unpacked[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor, or of a part of a quantised one."""
@@ -81,12 +94,6 @@ class Checkpoint:
             return np.dtype(np.float32)
         is_packed = self.dtypes[name] == mxfp4.NAME
         return np.dtype(ml_dtypes.bfloat16 if is_packed else FORMATS[self.dtypes[name]])
-
-
-# Leaves of one layer that share a tensor are read one after the other.
-@functools.lru_cache(maxsize=1)
-def _unpacked(blocks: Stored, scales: Stored) -> np.ndarray:
-    return mxfp4.unpack(blocks.view(), scales.view())
 
 
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
@@ -135,10 +142,12 @@ def _tensors(file: Path) -> Iterator[tuple[str, Stored]]:
         for name, fields in header.items():
             begin, end = fields["data_offsets"]
             at = Stored(file, 8 + length + begin, fields["dtype"], tuple(fields["shape"]))
+            if begin < 0 or end < begin or min(at.shape, default=0) < 0:
+                raise ValueError(f"{name} {at.shape} lies at bytes {begin} to {end}")
             _check_extent(name, at, end - begin, size)
             yield name, at
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise CheckpointFileError(
             f"needed a whole safetensors file; got {file} ({size} bytes), which is truncated or "
             f"no safetensors: {error}. Copy it again"
         ) from error

@@ -158,11 +158,12 @@ def _stream(name: str, pieces: Iterable[Piece], leaf: nnx.Variable, dtype: Any, 
     spec = sharding_of(leaf, experts)
     try:
         sharding = jax.NamedSharding(jax.sharding.get_mesh(), spec)
-        return stream(pieces, leaf.shape, dtype, sharding)
+        sharding.shard_shape(leaf.shape)
     except ValueError as error:
         raise ValueError(
             f"needed a mesh that divides {name} {leaf.shape} as {spec}: {error}"
         ) from error
+    return stream(pieces, leaf.shape, dtype, sharding)
 
 
 def load_config(path: str | os.PathLike) -> Any:

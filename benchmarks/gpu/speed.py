@@ -144,7 +144,8 @@ def grouped(tokens, *, experts=192, embed=4096, width=1536, weights="bfloat16"):
         return out, *pull(dout)
 
     flops = 2.0 * tokens * experts * embed * width
-    total = experts * embed * width * (2.0 if weights == "bfloat16" else 1.0)
+    bits = {"bfloat16": 16, "mxfp8": 8.25, "mxfp4": 4.25, "nvfp4": 4.5}.get(weights, 8)
+    total = experts * embed * width * bits / 8
     name = f"grouped {experts} x {embed} x {width}, {tokens} tokens an expert, {weights}"
     contenders: dict[str, Any] = {"ours": ours, "lax.ragged_dot": ragged}
     yield Timing(f"{name} forward", make, contenders, flops, total)
@@ -190,6 +191,10 @@ def timings(part: str, smoke: bool) -> list[Timing]:
             grouped(8),
             grouped(8, weights="int8"),
             grouped(512, weights="float8_e4m3fn"),
+            grouped(8, weights="mxfp8"),
+            grouped(8, weights="mxfp4"),
+            grouped(8, weights="nvfp4"),
+            grouped(512, weights="mxfp4"),
         ],
     }
     return [timing for case in cases[part] for timing in case]

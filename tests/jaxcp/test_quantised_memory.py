@@ -88,4 +88,4 @@ def test_what_is_widened_would_show():
     report = compiled(
         model, "v6e:2x2", "decode", lambda x: jax.tree.map(of_experts, x, is_leaf=is_quantised)
     )
-    assert report.temp_bytes > widened_bytes(model) / 2
+    assert report.temp_bytes > widened_bytes(model) / 4, "one matrix of all experts at a time"

@@ -126,6 +126,9 @@ def test_every_format_is_read_as_it_lies(name, tmp_path):
         ({"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}, "ends at byte"),
         ({"dtype": "F32", "shape": [5], "data_offsets": [0, 8]}, "has 8 bytes"),
         ({"dtype": "F32", "shape": [2]}, "data_offsets"),
+        ({"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}, "lies at bytes -8 to 0"),
+        ({"dtype": "F32", "shape": [-2, -1], "data_offsets": [0, 8]}, "lies at bytes 0 to 8"),
+        ({"dtype": "other", "shape": [2], "data_offsets": [8, 0]}, "lies at bytes 8 to 0"),
     ],
 )
 def test_a_header_that_lies_is_refused(fields, says, tmp_path):
@@ -144,6 +147,34 @@ def test_a_shard_that_was_cut_names_itself(tmp_path):
     cut.write_bytes(cut.read_bytes()[:-100])
     with pytest.raises(ValueError, match=cut.name):
         weights.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("axes", [{}, {"model": 2, "seq": 4}])
+def test_a_file_that_is_cut_while_it_is_read_names_itself(axes, tmp_path, mesh_of, monkeypatch):
+    """And blames no mesh."""
+    folder = write(tmp_path, "hy3-tiny", tensors("hy3-tiny"))
+    whole = (file := folder / "model.safetensors").read_bytes()
+
+    def cut(path):
+        found = open_checkpoint(path)
+        file.write_bytes(whole[:5000])
+        return found
+
+    monkeypatch.setattr(weights, "open_checkpoint", cut)
+    if axes:
+        mesh_of(**axes)
+    with pytest.raises(ValueError, match=r"needed .*model\.safetensors as it was"):
+        weights.load(folder)
+
+
+def test_a_packed_tensor_that_was_replaced_is_read_anew(tmp_path):
+    blocks = np.full((1, 2, 1, 16), 0x22, np.uint8)  # ones
+    scales = np.full((1, 2, 1), 127, np.uint8)
+    first = checkpoint(tmp_path, x_blocks=blocks, x_scales=scales)
+    np.testing.assert_array_equal(first.read("x"), np.ones((1, 32, 2)))
+    assert first.read("x") is first.read("x")  # two leaves, unpacked once
+    second = checkpoint(tmp_path, x_blocks=blocks, x_scales=scales + np.uint8(1))
+    np.testing.assert_array_equal(second.read("x"), np.full((1, 32, 2), 2))
 
 
 def test_the_bar_counts_every_byte(capsys):
