@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxcp import mxfp4
+from jaxcp import mxfp4, quantised_files
+from jaxcp.quantised_files import Packed
+
+log = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -57,10 +61,21 @@ class Checkpoint:
     stored: Mapping[str, Stored]
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, str]
+    packed: Mapping[str, Packed]
+    """Those that are quantised; `shapes` has the shape of the weights, `dtypes` their format."""
+    lacking: Mapping[str, str]
+    """What is missing of quantised tensors that are not whole."""
     _unpacked: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
 
+    def raw(self, name: str) -> np.ndarray:
+        """What the file has under this name, as a view of it."""
+        return self.stored[name].view()
+
     def read(self, name: str) -> np.ndarray:
-        """The tensor, as a view of its file; one in MXFP4 as the bfloat16 that it stands for."""
+        """The tensor, as a view of its file; one in MXFP4 as the bfloat16 that it stands for,
+        and one quantised in another way as float32."""
+        if name in self.packed:
+            return self.packed[name].unpacked(self.raw)
         if name in self.stored:
             return self.stored[name].view()
         if name not in self._unpacked:  # leaves that share a tensor are read one after the other
@@ -69,8 +84,14 @@ class Checkpoint:
             self._unpacked[name] = mxfp4.unpack(*parts)
         return self._unpacked[name]
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor, or of a part of a quantised one."""
+        return self.shapes[name] if name in self.shapes else self.stored[name].shape
+
     def dtype(self, name: str) -> np.dtype:
         """Of what `read` gives."""
+        if name in self.packed:
+            return np.dtype(np.float32)
         is_packed = self.dtypes[name] == mxfp4.NAME
         return np.dtype(ml_dtypes.bfloat16 if is_packed else FORMATS[self.dtypes[name]])
 
@@ -92,7 +113,20 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
         shapes[name], dtypes[name] = mxfp4.shape(shapes[blocks], shapes[scales]), mxfp4.NAME
         for part in (blocks, scales):
             del shapes[part], dtypes[part]
-    return Checkpoint(stored, shapes, dtypes)
+    packed, lacking = quantised_files.find(shapes, dtypes)
+    for name, tensor in packed.items():
+        shapes[name], dtypes[name] = tensor.shape, tensor.format
+        for part in tensor.parts[1:]:
+            del shapes[part], dtypes[part]
+    unused = [name for name, shape in shapes.items() if quantised_files.is_unused(name, shape)]
+    for name in unused:
+        del shapes[name], dtypes[name]
+    if unused:
+        log.info(
+            "%s: activations and caches are not quantised; %d static scales are not used, such as "
+            "%s", path, len(unused), unused[0],
+        )  # fmt: skip
+    return Checkpoint(stored, shapes, dtypes, packed, lacking)
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, Stored]]:

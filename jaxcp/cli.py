@@ -196,6 +196,32 @@ def _sizes(shape: tuple[str, ...]) -> dict[str, int]:
     return {name: int(size) for name, _, size in pairs}
 
 
+def quantize(
+    source: Annotated[pathlib.Path, tyro.conf.Positional],
+    out: Annotated[pathlib.Path, tyro.conf.Positional],
+    *,
+    weights: Literal["int8", "fp8", "nvfp4", "mxfp8"],
+    only: Literal["experts", "all"] = "all",
+) -> None:
+    """Write a checkpoint with quantised weights, which all commands read.
+
+    One tensor at a time: the model need not fit into memory.
+
+    Args:
+        source: folder with config.json and *.safetensors.
+        out: a new folder.
+        weights: their format.
+        only: "experts": routed experts alone; "all": every weight that its layer can use so.
+    """
+    from jaxcp.quantize import quantize as write_quantised
+
+    found = write_quantised(source, out, weights=weights, only=only)
+    print(
+        f"{len(found.quantised)} tensors in {weights}, {len(found.skipped)} could not be; "
+        f"{found.bytes_before / 2**20:,.2f} -> {found.bytes_after / 2**20:,.2f} MiB: {out}"
+    )
+
+
 def eval_needle(
     *,
     checkpoint: pathlib.Path = NEEDLE,
@@ -289,7 +315,7 @@ def main() -> None:
     """Entry point of `jaxcp`."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     app, evaluations = tyro.extras.SubcommandApp(), tyro.extras.SubcommandApp()
-    for command in (demo, generate, chat, train, tune):
+    for command in (demo, generate, chat, train, tune, quantize):
         app.command(command)
     evaluations.command(name="needle")(eval_needle)
     app.command(evaluations, name="eval", help="Measure what a checkpoint can do.")

@@ -7,6 +7,8 @@ import jax
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from jaxcp.quantised import misfit, partition
+
 RULES: dict[str, str | None] = {
     "heads": "model",  # attention heads are independent until the output projection sums them
     "kv_heads": "model",
@@ -31,6 +33,11 @@ def sharding_of(variable: nnx.Variable, experts: str = "expert") -> P:
     return P(*(None if axis is None else rules[axis] for axis in axes))
 
 
+def parts_of(variable: nnx.Variable, experts: str = "expert") -> Any:
+    """`sharding_of`, of each part of what the parameter holds where that is quantised."""
+    return partition(variable.get_value(), sharding_of(variable, experts))
+
+
 def place(model: Any, *, experts: str = "expert") -> Any:
     """The model with every parameter on the mesh in scope (unchanged where there is none).
 
@@ -50,17 +57,14 @@ def place(model: Any, *, experts: str = "expert") -> Any:
     problems = [problem for problem in found if problem]
     if problems:
         raise ValueError("the mesh does not divide: " + "; ".join(problems))
-    placed = [jax.device_put(leaf.get_value(), sharding_of(leaf, experts)) for _, leaf in leaves]
+    placed = [jax.device_put(leaf.get_value(), parts_of(leaf, experts)) for _, leaf in leaves]
     new = [leaf.replace(value) for (_, leaf), value in zip(leaves, placed, strict=True)]
     return jax.tree.unflatten(tree, new)
 
 
 def _misfit(name, variable, mesh, experts):
-    shape = variable.get_value().shape
-    for size, axis in zip(shape, sharding_of(variable, experts), strict=False):
-        if axis is not None and size % mesh.shape.get(axis, 1):
-            return f"{name} {shape} by {axis}={mesh.shape[axis]}"
-    return None
+    found = misfit(variable.get_value(), sharding_of(variable, experts), dict(mesh.shape))
+    return found and f"{name} {found}"
 
 
 def tokens_spec(x) -> P | None:

@@ -127,7 +127,9 @@ def _overlap(one: Box, other: Box) -> Box | None:
 
 
 @contextlib.contextmanager
-def progress_bar(total: int, wanted: bool | None) -> Iterator[Callable[[int], None]]:
+def progress_bar(
+    total: int, wanted: bool | None, label: str = "loading"
+) -> Iterator[Callable[[int], None]]:
     """A bar of bytes on stderr, and what moves it; None: for a big total on a terminal."""
     if wanted is None:
         wanted = total >= BIG and sys.stderr.isatty()
@@ -146,8 +148,8 @@ def progress_bar(total: int, wanted: bool | None) -> Iterator[Callable[[int], No
 
     columns = DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
     console = Console(stderr=True)
-    with Progress(TextColumn("loading"), BarColumn(), *columns, console=console) as bar:
-        task = bar.add_task("loading", total=total)
+    with Progress(TextColumn(label), BarColumn(), *columns, console=console) as bar:
+        task = bar.add_task(label, total=total)
         yield lambda nbytes: bar.advance(task, nbytes)
 
 

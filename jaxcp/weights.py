@@ -6,6 +6,7 @@ Knows files and placement. Which tensor is which leaf is the family's table, mod
 
 import collections
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -26,6 +27,9 @@ from jaxcp import models, mxfp4
 from jaxcp.checkpoint_files import CONFIG, INDEX, WEIGHTS, Checkpoint, open_checkpoint, read_json
 from jaxcp.models.base import LanguageModel
 from jaxcp.models.weight_table import Piece, Source, sources, spelling_of
+from jaxcp.quantised import quantised_names
+from jaxcp.quantised_files import FORMATS
+from jaxcp.quantised_load import QuantisedSource, quantised_source, stream_quantised
 from jaxcp.sharding import sharding_of
 from jaxcp.streaming import counted, progress_bar, stream
 from jaxcp.tokenizer import Tokenizer
@@ -33,7 +37,7 @@ from jaxcp.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 TOKENIZER = "tokenizer.json"
-DTYPES = ("F32", "BF16", "F16", mxfp4.NAME)
+DTYPES = ("F32", "BF16", "F16", mxfp4.NAME, *FORMATS)
 INTEGERS = ("I64", "I32")
 SHARD_BYTES = 5_000_000_000
 LISTED = 50  # of each kind of problem: a wrong checkpoint of 47,000 tensors must stay readable
@@ -46,11 +50,16 @@ def load(
     experts: str = "expert",
     allow_nonfinite: bool = False,
     progress: bool | None = None,
+    widen: bool = False,
 ) -> tuple[LanguageModel, Tokenizer | None]:
     """The model and the tokenizer (None when there is no tokenizer.json) of a checkpoint folder.
 
     Tensors stream into their shards: the host holds what its devices will, and a bounded piece.
     `progress` shows a bar; None does so for a big checkpoint on a terminal.
+
+    Quantised weights (see `jaxcp.quantised_files`) stay so in memory wherever the layer can use
+    them as they are; those of the others, which a log line names, and all with `widen`, get the
+    model's dtype. `dtype` is then that of the computation and of what is not quantised.
 
     Under `jax.set_mesh` every leaf is put on the mesh with the model's own sharding. `dtype` is
     that of the parameters and of the computation; None keeps each tensor's own. The router's
@@ -79,20 +88,27 @@ def load(
         log.info("%s: left out %d tensors, such as %s", path, len(ignored), min(ignored))
     copies = family.copies(config)
     _check(path, checkpoint, found, ignored, copies)
-    dtypes = {name: _final_dtype(leaf, found[name], checkpoint, dtype) for name, _, leaf in flat}
-    total = sum(math.prod(shapes[name]) * dtypes[name].itemsize for name in shapes)
+    dtypes = {n: _final_dtype(leaf, found[n], checkpoint, config, dtype) for n, _, leaf in flat}
+    kept = {} if widen else _quantised(flat, found, checkpoint, experts)
+    _log_widened(path, found, checkpoint, kept)
+    sizes = {n: math.prod(shapes[n]) * dtypes[n].itemsize for n in shapes}
+    total = sum((sizes | {n: leaf.nbytes for n, leaf in kept.items()}).values())
     read: dict = {}
     strange: collections.Counter = collections.Counter()
     with progress_bar(total, progress) as advance:
         for name, keys, leaf in flat:
             final = dtypes[name]
-            pieces = counted(found[name].pieces(name, checkpoint.read), final.itemsize, advance)
-            value, of_leaf = _stream(name, pieces, leaf, final, experts)
+            if name in kept:
+                of_bytes = functools.partial(counted, advance=advance)
+                value, of_leaf = stream_quantised(kept[name], of_bytes)
+            else:
+                pieces = counted(found[name].pieces(name, checkpoint.read), final.itemsize, advance)
+                value, of_leaf = _stream(name, pieces, leaf, final, experts)
             strange.update({(tensor, final): n for tensor, n in of_leaf.items()})
             read[keys] = leaf.replace(value)
     if strange and not allow_nonfinite:
         lines = [
-            f"{name} {checkpoint.shapes[name]}: {count} of them, as {final}"
+            f"{name} {checkpoint.shape(name)}: {count} of them, as {final}"
             for (name, final), count in strange.items()
         ]
         raise ValueError(
@@ -107,10 +123,30 @@ def load(
     return model, Tokenizer.from_file(tokenizer) if tokenizer.exists() else None
 
 
-def _final_dtype(leaf: nnx.Variable, source: Source, checkpoint: Checkpoint, dtype: Any) -> Any:
-    """Of a leaf: its own where it is no parameter, else the one asked for, else the tensors'."""
+def _quantised(flat, found, checkpoint: Checkpoint, experts) -> dict[str, QuantisedSource]:
+    """Of the leaves that stay quantised, by name."""
+    if not checkpoint.packed:
+        return {}
+    every = {
+        name: quantised_source(leaf, name, found[name], checkpoint, experts)
+        for name, _, leaf in flat
+    }
+    return {name: source for name, source in every.items() if source is not None}
+
+
+def _log_widened(path, found, checkpoint: Checkpoint, kept) -> None:
+    wide = [n for n, x in found.items() if n not in kept and x.names[0] in checkpoint.packed]
+    if wide:
+        log.warning("%s: widened when read, %d leaves: %s", path, len(wide), ", ".join(wide))
+
+
+def _final_dtype(leaf: nnx.Variable, source: Source, checkpoint: Checkpoint, config, dtype) -> Any:
+    """Of a leaf: its own where it is no parameter, else the one asked for, else the tensors'; the
+    model's where those are quantised."""
     if not isinstance(leaf, nnx.Param):
         return jnp.dtype(leaf.dtype)
+    if dtype is None and not checkpoint.packed.keys().isdisjoint(source.names):
+        dtype = config.dtype
     if dtype is not None:
         return jnp.dtype(jnp.float32 if leaf.get_metadata().get("keep_float32") else dtype)
     return np.result_type(*{checkpoint.dtype(name) for name in source.names})
@@ -177,7 +213,7 @@ def save(
     Raises:
       ValueError: `out` is a file, holds a checkpoint of another configuration, or one in several
         files, or one that would become several.
-      NotImplementedError: the model is spread over several processes.
+      NotImplementedError: the model is spread over several processes, or has quantised weights.
     """
     out = Path(os.path.abspath(out))
     keep_config = _check_target(out, model.config)
@@ -233,6 +269,11 @@ def _check_target(out: Path, config: Any) -> bool:
 
 
 def _leaves(model: Any) -> dict[str, jax.Array]:
+    if fixed := quantised_names(model):
+        raise NotImplementedError(
+            f"save writes plain weights; {len(fixed)} of this model are quantised, such as "
+            f"{fixed[0]}. `jaxcp quantize` makes a quantised checkpoint of one with plain weights"
+        )
     flat = nnx.to_flat_state(nnx.state(model))
     leaves = {".".join(map(str, keys)): leaf.get_value() for keys, leaf in flat}
     if not all(leaf.is_fully_addressable for leaf in leaves.values()):
@@ -309,10 +350,14 @@ def _check(
             for name, shape in wanted.items()
             if name in have and have[name] != shape
         ],
+        "of a quantised tensor, not whole": [f"{n}: {x}" for n, x in checkpoint.lacking.items()],
         f"not in {', '.join(DTYPES)}": [
             f"{name}: {checkpoint.dtypes[name]}"
             for name in wanted
-            if name in have and name not in tables and checkpoint.dtypes[name] not in DTYPES
+            if name in have
+            and name not in tables
+            and name not in checkpoint.lacking
+            and checkpoint.dtypes[name] not in DTYPES
         ],
         f"not in {', '.join(INTEGERS)}": [
             f"{name}: {checkpoint.dtypes[name]}"

@@ -16,14 +16,16 @@ LICENSE = "# SPDX-License-Identifier: Apache-2.0\n"
 # A room may import rooms above it and its own. A new module of jaxcp is put here first.
 RANKS = (
     ("pallas_kernels",),
-    ("jaxcp.mesh", "jaxcp.layout", "jaxcp.sharding"),
+    ("jaxcp.mesh", "jaxcp.layout", "jaxcp.sharding", "jaxcp.quantised"),
     ("jaxcp.context_parallel",),
     ("jaxcp.layers",),
     ("jaxcp.models",),
     ("jaxcp.mxfp4",),
+    ("jaxcp.quantised_files",),
     ("jaxcp.checkpoint_files", "jaxcp.streaming"),
+    ("jaxcp.quantised_load",),
     ("jaxcp.weights", "jaxcp.tokenizer", "jaxcp.sampling", "jaxcp.checkpoints"),
-    ("jaxcp.inference", "jaxcp.training", "jaxcp.plan", "jaxcp.evaluate"),
+    ("jaxcp.quantize", "jaxcp.inference", "jaxcp.training", "jaxcp.plan", "jaxcp.evaluate"),
     ("jaxcp.tune",),
     ("jaxcp.demo",),
     ("jaxcp.cli",),

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxcp.layers.linear import linear
 from jaxcp.layers.norm import RMSNorm
 from jaxcp.layers.parameter import constant, normal
 from jaxcp.layers.rope import Rope, rotate
@@ -41,16 +42,13 @@ class Attention(nnx.Module):
         sinks: bool = False,
         rngs: nnx.Rngs,
     ):
-        self.q = normal(rngs, (embed_dim, num_heads, head_dim), ("embed", "heads", "head_dim"), std)
-        self.k = normal(
-            rngs, (embed_dim, num_kv_heads, head_dim), ("embed", "kv_heads", "head_dim"), std
-        )
-        self.v = normal(
-            rngs, (embed_dim, num_kv_heads, head_dim), ("embed", "kv_heads", "head_dim"), std
-        )
-        self.o = normal(
-            rngs, (num_heads, head_dim, embed_dim), ("heads", "head_dim", "embed"), out_std
-        )
+        q = embed_dim, num_heads, head_dim
+        self.q = normal(rngs, q, ("embed", "heads", "head_dim"), std, summed=1)
+        kv, kv_axes = (embed_dim, num_kv_heads, head_dim), ("embed", "kv_heads", "head_dim")
+        self.k = normal(rngs, kv, kv_axes, std, summed=1)
+        self.v = normal(rngs, kv, kv_axes, std, summed=1)
+        o = num_heads, head_dim, embed_dim
+        self.o = normal(rngs, o, ("heads", "head_dim", "embed"), out_std, summed=2)
         if use_bias:
             self.q_bias = constant((num_heads, head_dim), ("heads", "head_dim"), 0.0)
             self.k_bias = constant((num_kv_heads, head_dim), ("kv_heads", "head_dim"), 0.0)
@@ -66,7 +64,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x, positions, attend: Attend):
         def project(name):
-            y = jnp.einsum("btd,dnh->btnh", x, getattr(self, name).astype(x.dtype))
+            y = linear("btd,dnh->btnh", x, getattr(self, name))
             return y + getattr(self, f"{name}_bias").astype(x.dtype) if self.use_bias else y
 
         q, k, v = project("q"), project("k"), project("v")
@@ -76,5 +74,5 @@ class Attention(nnx.Module):
             q, k = rotate(q, positions, self.rope), rotate(k, positions, self.rope)
         options = {"sinks": self.sinks.astype(jnp.float32)} if self.has_sinks else {}
         out = attend(q, k, v, layer=self.layer, window=self.window, **options)
-        out = jnp.einsum("btnh,nhd->btd", out, self.o.astype(x.dtype), out_sharding=tokens_spec(x))
+        out = linear("btnh,nhd->btd", out, self.o, tokens_spec(x))
         return out + self.o_bias.astype(x.dtype) if self.use_bias else out

@@ -17,6 +17,7 @@ from flax import nnx
 
 from jaxcp.context_parallel.compressed import block_starts
 from jaxcp.context_parallel.sparse import Selection
+from jaxcp.layers.linear import linear
 from jaxcp.layers.mla import IndexDims
 from jaxcp.layers.norm import RMSNorm
 from jaxcp.layers.parameter import constant, normal
@@ -65,20 +66,20 @@ class CompressedAttention(nnx.Module):
     ):
         d = dims
         norm = functools.partial(RMSNorm, eps=norm_eps, float32_scale=True)
-        self.q_down = normal(rngs, (embed_dim, d.q_rank), ("embed", None), std)
+        self.q_down = normal(rngs, (embed_dim, d.q_rank), ("embed", None), std, summed=1)
         self.q_norm = norm(d.q_rank, axis="latent")
         q_up = d.q_rank, d.num_heads, d.head_dim
-        self.q_up = normal(rngs, q_up, (None, "heads", "head_dim"), d.q_rank**-0.5)
-        self.kv = normal(rngs, (embed_dim, d.head_dim), ("embed", "head_dim"), std)
+        q_up_axes = None, "heads", "head_dim"
+        self.q_up = normal(rngs, q_up, q_up_axes, d.q_rank**-0.5, summed=1)
+        self.kv = normal(rngs, (embed_dim, d.head_dim), ("embed", "head_dim"), std, summed=1)
         self.kv_norm = norm(d.head_dim, axis="head_dim")
         self.sinks = constant((d.num_heads,), ("heads",), 0.0, keep_float32=True)
-        # a group of heads lies on one device, as its heads do
+        # A group of heads lies on one device, as its heads do. A product for each: not quantised.
         o_down = d.out_groups, d.num_heads // d.out_groups, d.head_dim, d.out_rank
         o_std = (d.num_heads // d.out_groups * d.head_dim) ** -0.5
         self.o_down = normal(rngs, o_down, ("heads", None, "head_dim", None), o_std)
-        self.o_up = normal(
-            rngs, (d.out_groups, d.out_rank, embed_dim), ("heads", None, "embed"), out_std
-        )
+        o_up = d.out_groups, d.out_rank, embed_dim
+        self.o_up = normal(rngs, o_up, ("heads", None, "embed"), out_std, summed=2)
         blocks = rope, d.rope_dim, norm_eps, std, rngs
         self.compressor = (
             Compressor(embed_dim, d.head_dim, ratio, index is not None, *blocks) if ratio else None
@@ -91,10 +92,10 @@ class CompressedAttention(nnx.Module):
 
     def __call__(self, x, positions, attend):
         d = self.dims
-        q_latent = self.q_norm(jnp.einsum("btd,dr->btr", x, self.q_down.astype(x.dtype)))
-        q = jnp.einsum("btr,rnh->btnh", q_latent, self.q_up.astype(x.dtype))
+        q_latent = self.q_norm(linear("btd,dr->btr", x, self.q_down))
+        q = linear("btr,rnh->btnh", q_latent, self.q_up)
         q = rotate_last(unit_rms(q, self.norm_eps), positions, self.rope, d.rope_dim)
-        kv = self.kv_norm(jnp.einsum("btd,dh->bth", x, self.kv.astype(x.dtype)))
+        kv = self.kv_norm(linear("btd,dh->bth", x, self.kv))
         kv = rotate_last(kv[:, :, None], positions, self.rope, d.rope_dim)[:, :, 0]
         options = {"layer": self.layer, "window": self.window, "scale": d.head_dim**-0.5}
         options["sinks"] = self.sinks.astype(jnp.float32)
@@ -114,9 +115,7 @@ class CompressedAttention(nnx.Module):
         groups = self.dims.out_groups
         out = out.reshape(b, t, groups, n // groups, h)
         narrow = jnp.einsum("btgnh,gnhr->btgr", out, self.o_down.astype(out.dtype))
-        return jnp.einsum(
-            "btgr,grd->btd", narrow, self.o_up.astype(out.dtype), out_sharding=tokens_spec(out)
-        )
+        return linear("btgr,grd->btd", narrow, self.o_up, tokens_spec(out))
 
 
 class Compressor(nnx.Module):
@@ -155,13 +154,14 @@ class BlockIndex(nnx.Module):
         self, embed_dim, q_rank, index: IndexDims, ratio, rope: Rope, rope_dim, norm_eps, std, rngs
     ):
         n, c = index.num_heads, index.head_dim
-        self.q = normal(rngs, (q_rank, n, c), (None, None, "head_dim"), q_rank**-0.5)
+        q = q_rank, n, c
+        self.q = normal(rngs, q, (None, None, "head_dim"), q_rank**-0.5, summed=1)
         self.weights = normal(rngs, (embed_dim, n), ("embed", None), std)
         self.compressor = Compressor(embed_dim, c, ratio, True, rope, rope_dim, norm_eps, std, rngs)
         self.index, self.rope, self.rope_dim = index, rope, rope_dim
 
     def __call__(self, x, q_latent, positions, attend, layer) -> Selection:
-        q = jnp.einsum("btr,rnc->btnc", q_latent, self.q.astype(x.dtype))
+        q = linear("btr,rnc->btnc", q_latent, self.q)
         q = rotate_last(q, positions, self.rope, self.rope_dim)
         keys, _ = self.compressor(x, positions, attend, layer=layer, name="index")
         weights = jnp.einsum("btd,dn->btn", x.astype(jnp.float32), self.weights.astype(jnp.float32))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxcp.context_parallel.sparse import Selection
+from jaxcp.layers.linear import linear
 from jaxcp.layers.norm import LayerNorm, RMSNorm
 from jaxcp.layers.parameter import normal
 from jaxcp.layers.rope import Rope, rotate
@@ -65,15 +66,19 @@ class LatentAttention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         d, n = dims, num_heads
-        self.q_down = normal(rngs, (embed_dim, d.q_rank), ("embed", None), std)
+        self.q_down = normal(rngs, (embed_dim, d.q_rank), ("embed", None), std, summed=1)
         self.q_norm = RMSNorm(d.q_rank, eps=norm_eps, axis="latent")
         q_up = d.q_rank, n, d.nope_dim + d.rope_dim
-        self.q_up = normal(rngs, q_up, (None, "heads", "head_dim"), d.q_rank**-0.5)
-        self.kv_down = normal(rngs, (embed_dim, d.kv_rank + d.rope_dim), ("embed", None), std)
+        q_up_axes = None, "heads", "head_dim"
+        self.q_up = normal(rngs, q_up, q_up_axes, d.q_rank**-0.5, summed=1)
+        kv_down = embed_dim, d.kv_rank + d.rope_dim
+        self.kv_down = normal(rngs, kv_down, ("embed", None), std, summed=1)
         self.kv_norm = RMSNorm(d.kv_rank, eps=norm_eps, axis="latent")
         kv_up = d.kv_rank, n, d.nope_dim + d.value_dim
+        # queries are absorbed into it, so it is no plain product: never quantised
         self.kv_up = normal(rngs, kv_up, (None, "heads", "head_dim"), d.kv_rank**-0.5)
-        self.o = normal(rngs, (n, d.value_dim, embed_dim), ("heads", "head_dim", "embed"), out_std)
+        o = n, d.value_dim, embed_dim
+        self.o = normal(rngs, o, ("heads", "head_dim", "embed"), out_std, summed=2)
         self.dims, self.layer, self.rope, self.scale = dims, layer, rope, scale
         self.index = (
             None
@@ -83,11 +88,11 @@ class LatentAttention(nnx.Module):
 
     def __call__(self, x, positions, attend):
         d = self.dims
-        q_latent = self.q_norm(jnp.einsum("btd,dr->btr", x, self.q_down.astype(x.dtype)))
-        q = jnp.einsum("btr,rnh->btnh", q_latent, self.q_up.astype(x.dtype))
+        q_latent = self.q_norm(linear("btd,dr->btr", x, self.q_down))
+        q = linear("btr,rnh->btnh", q_latent, self.q_up)
         rotated = rotate(q[..., d.nope_dim :], positions, self.rope)
         q = jnp.concatenate([q[..., : d.nope_dim], rotated], axis=-1)
-        kv = jnp.einsum("btd,dr->btr", x, self.kv_down.astype(x.dtype))
+        kv = linear("btd,dr->btr", x, self.kv_down)
         latent = self.kv_norm(kv[..., : d.kv_rank])
         key_part = rotate(kv[..., None, d.kv_rank :], positions, self.rope)[:, :, 0]
         kv_up = self.kv_up.astype(x.dtype)
@@ -99,7 +104,7 @@ class LatentAttention(nnx.Module):
         else:
             selection = self.index(x, q_latent, positions)
             out = self._selected(q, latent, key_part, up, selection, attend)
-        return jnp.einsum("btnv,nvd->btd", out, self.o.astype(x.dtype), out_sharding=tokens_spec(x))
+        return linear("btnv,nvd->btd", out, self.o, tokens_spec(x))
 
     def _selected(self, q, latent, key_part, up, selection, attend):
         d, (k_up, v_up) = self.dims, up
@@ -128,16 +133,17 @@ class TokenIndex(nnx.Module):
 
     def __init__(self, embed_dim, q_rank, index: IndexDims, rope: Rope, rope_dim, std, rngs):
         n, c = index.num_heads, index.head_dim
-        self.q = normal(rngs, (q_rank, n, c), (None, None, "head_dim"), q_rank**-0.5)
-        self.k = normal(rngs, (embed_dim, c), ("embed", None), std)
+        q = q_rank, n, c
+        self.q = normal(rngs, q, (None, None, "head_dim"), q_rank**-0.5, summed=1)
+        self.k = normal(rngs, (embed_dim, c), ("embed", None), std, summed=1)
         self.k_norm = LayerNorm(c, eps=1e-6)
         self.weights = normal(rngs, (embed_dim, n), ("embed", None), std, keep_float32=True)
         self.index, self.rope_dim = index, rope_dim
         self.rope = dataclasses.replace(rope, interleaved=False)
 
     def __call__(self, x, q_latent, positions) -> Selection:
-        q = self._rotated(jnp.einsum("btr,rnc->btnc", q_latent, self.q.astype(x.dtype)), positions)
-        k = self.k_norm(jnp.einsum("btd,dc->btc", x, self.k.astype(x.dtype)))
+        q = self._rotated(linear("btr,rnc->btnc", q_latent, self.q), positions)
+        k = self.k_norm(linear("btd,dc->btc", x, self.k))
         k = self._rotated(k[:, :, None], positions)[:, :, 0]
         weights = jnp.einsum("btd,dn->btn", x.astype(jnp.float32), self.weights.astype(jnp.float32))
         scale = (self.index.num_heads * self.index.head_dim) ** -0.5

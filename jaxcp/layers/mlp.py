@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxcp.layers.linear import linear
 from jaxcp.layers.parameter import constant, normal
 from jaxcp.sharding import tokens_spec
 
@@ -30,18 +31,18 @@ class MLP(nnx.Module):
         out_std: float,
         rngs: nnx.Rngs,
     ):
-        self.up = normal(rngs, (embed_dim, mlp_dim), ("embed", "mlp"), std)
-        self.down = normal(rngs, (mlp_dim, embed_dim), ("mlp", "embed"), out_std)
+        self.up = normal(rngs, (embed_dim, mlp_dim), ("embed", "mlp"), std, summed=1)
+        self.down = normal(rngs, (mlp_dim, embed_dim), ("mlp", "embed"), out_std, summed=1)
         if use_bias:
             self.up_bias = constant((mlp_dim,), ("mlp",), 0.0)
             self.down_bias = constant((embed_dim,), ("embed",), 0.0)
         self.activation, self.use_bias = activation, use_bias
 
     def __call__(self, x):
-        h = jnp.einsum("btd,df->btf", x, self.up.astype(x.dtype))
+        h = linear("btd,df->btf", x, self.up)
         h = h + self.up_bias.astype(x.dtype) if self.use_bias else h
         h = ACTIVATIONS[self.activation](h)
-        y = jnp.einsum("btf,fd->btd", h, self.down.astype(x.dtype), out_sharding=tokens_spec(x))
+        y = linear("btf,fd->btd", h, self.down, tokens_spec(x))
         return y + self.down_bias.astype(x.dtype) if self.use_bias else y
 
 
@@ -89,17 +90,12 @@ class GatedMLP(nnx.Module):
         out_std: float,
         rngs: nnx.Rngs,
     ):
-        self.gate = normal(rngs, (embed_dim, mlp_dim), ("embed", "mlp"), std)
-        self.up = normal(rngs, (embed_dim, mlp_dim), ("embed", "mlp"), std)
-        self.down = normal(rngs, (mlp_dim, embed_dim), ("mlp", "embed"), out_std)
+        self.gate = normal(rngs, (embed_dim, mlp_dim), ("embed", "mlp"), std, summed=1)
+        self.up = normal(rngs, (embed_dim, mlp_dim), ("embed", "mlp"), std, summed=1)
+        self.down = normal(rngs, (mlp_dim, embed_dim), ("mlp", "embed"), out_std, summed=1)
         self.activation = activation
 
     def __call__(self, x):
-        gate = jnp.einsum("btd,df->btf", x, self.gate.astype(x.dtype))
-        up = jnp.einsum("btd,df->btf", x, self.up.astype(x.dtype))
-        return jnp.einsum(
-            "btf,fd->btd",
-            self.activation(gate, up),
-            self.down.astype(x.dtype),
-            out_sharding=tokens_spec(x),
-        )
+        gate = linear("btd,df->btf", x, self.gate)
+        up = linear("btd,df->btf", x, self.up)
+        return linear("btf,fd->btd", self.activation(gate, up), self.down, tokens_spec(x))

@@ -19,6 +19,7 @@ from jaxcp.layers.mlp import SILU, GatedMLP, SwiGLU
 from jaxcp.layers.parameter import RouterBias, constant, normal
 from jaxcp.layers.router_stats import RouterStats, router_stats
 from jaxcp.layers.routing import SCORES, Routing
+from jaxcp.quantised import is_quantised
 from jaxcp.sharding import tokens_spec
 from pallas_kernels import grouped_matmul, grouped_swiglu
 
@@ -58,9 +59,9 @@ class MoE(nnx.Module):
             self.router_bias = RouterBias(jnp.zeros((num_experts,), jnp.float32), axes=("choices",))
         if routing.linear_bias:
             self.router_linear_bias = constant((num_experts,), ("choices",), 0.0)
-        self.gate = normal(rngs, wide, ("experts", "embed", "mlp"), std)
-        self.up = normal(rngs, wide, ("experts", "embed", "mlp"), std)
-        self.down = normal(rngs, narrow, ("experts", "mlp", "embed"), out_std)
+        self.gate = normal(rngs, wide, ("experts", "embed", "mlp"), std, summed=1)
+        self.up = normal(rngs, wide, ("experts", "embed", "mlp"), std, summed=1)
+        self.down = normal(rngs, narrow, ("experts", "mlp", "embed"), out_std, summed=1)
         if use_bias:
             self.gate_bias = constant((num_experts, moe_dim), ("experts", "mlp"), 0.0)
             self.up_bias = constant((num_experts, moe_dim), ("experts", "mlp"), 0.0)
@@ -92,7 +93,7 @@ class MoE(nnx.Module):
             tokens = P(*spec, None)
             axes = tuple(jax.tree.leaves(tuple(spec)))
             placed = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, w)
-            experts, width, _ = placed["down"]
+            experts, width, _ = _spec(placed["down"])
             apart = experts if experts not in axes else None
             mesh = jax.sharding.get_abstract_mesh().shape
             partial = tuple(a for a in (width, apart) if a is not None and mesh[a] > 1)
@@ -120,13 +121,16 @@ class MoE(nnx.Module):
         return y.astype(x.dtype), stats
 
     def _weights(self, dtype):
-        """Every leaf of the router (float32) and of the routed experts (`dtype`), by name."""
+        """Every leaf of the router (float32) and of the routed experts, by name: those in `dtype`,
+        or quantised."""
         router, experts = ["router"], ["gate", "up", "down"]
         router += ["router_bias"] if self.routing.selection_bias else []
         router += ["router_linear_bias"] if self.routing.linear_bias else []
         experts += [f"{name}_bias" for name in experts] if self.use_bias else []
         w = {name: getattr(self, name).astype(jnp.float32) for name in router}
-        w |= {name: getattr(self, name).astype(dtype) for name in experts}
+        for name in experts:
+            value = getattr(self, name).get_value()
+            w[name] = value if is_quantised(value) else value.astype(dtype)
         if self.reproducible and self.num_shared_experts:
             w["shared"] = self.shared
         return w
@@ -219,6 +223,11 @@ class MoE(nnx.Module):
         if self.routing.linear_bias:
             logits = logits + w["router_linear_bias"]
         return logits
+
+
+def _spec(placed):
+    """Of weights, quantised or not."""
+    return placed.values if is_quantised(placed) else placed
 
 
 def _weighed(out, weights):

@@ -17,7 +17,10 @@ class RouterTable(nnx.Variable):
 def normal(
     rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float, **metadata
 ) -> nnx.Param:
-    """A float32 parameter drawn from a normal distribution."""
+    """A float32 parameter drawn from a normal distribution.
+
+    `summed=n`: it may be quantised, see `jaxcp.quantised`.
+    """
     value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
     return nnx.Param(value, axes=axes, **metadata)
 

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxcp.layers.attention import Attend
+from jaxcp.layers.linear import linear
 from jaxcp.layers.parameter import normal
 from jaxcp.layers.router_stats import RouterStats, joined, stacked
 from jaxcp.models.base import LanguageModel, embed
@@ -32,7 +33,7 @@ class JoinedMTP(nnx.Module):
     ):
         d = embed_dim
         self.embed_norm, self.hidden_norm = norm(), norm()
-        self.join = normal(rngs, (2, d, d), ("parts", "embed", "embed"), (2 * d) ** -0.5)
+        self.join = normal(rngs, (2, d, d), ("parts", "embed", "embed"), (2 * d) ** -0.5, summed=2)
         self.block = block()
         self.final_norm = norm()
 
@@ -40,7 +41,7 @@ class JoinedMTP(nnx.Module):
         del tokens  # no block of these asks for ids
         embedded = jnp.where((positions == 0)[..., None], 0, embedded).astype(hidden.dtype)
         parts = self.embed_norm(embedded), self.hidden_norm(hidden)
-        x = jnp.einsum("pbtc,pcd->btd", jnp.stack(parts), self.join.astype(hidden.dtype))
+        x = linear("pbtc,pcd->btd", jnp.stack(parts), self.join)
         x, stats = self.block(x, positions, attend)
         return self.final_norm(x), stats
 

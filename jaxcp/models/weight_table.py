@@ -106,19 +106,22 @@ class Source:
     def _read(self, path, tensor, name=None):
         """A view of `tensor(name)`, which is whole but for its experts, as the leaf has it."""
         name = self.names[0] if name is None else name
-        whole, start = tensor(name), 0
-        for place, (leaf_path, shape) in enumerate(self.leaves):
-            end = start + self.row.tensor_shape(shape)[self._join]
-            if leaf_path == path:
-                turns = slice(place, None, len(self.leaves))
-                index = [slice(None)] * whole.ndim
-                index[self._join] = turns if self.row.interleaved else slice(start, end)
-                if self.row.per_expert:
-                    axes = self.row.leaf_axes.split()
-                    shape = tuple(1 if a == "e" else n for a, n in zip(axes, shape, strict=True))
-                return self.row.to_leaf(whole[tuple(index)], shape)
-            start = end
-        raise AssertionError(path)
+        whole, shape = tensor(name), dict(self.leaves)[path]
+        index = [slice(None)] * whole.ndim
+        index[self._join] = self.place(path)
+        if self.row.per_expert:
+            axes = self.row.leaf_axes.split()
+            shape = tuple(1 if a == "e" else n for a, n in zip(axes, shape, strict=True))
+        return self.row.to_leaf(whole[tuple(index)], shape)
+
+    def place(self, path: str) -> slice:
+        """Where the leaf at `path` is on the axis that leaves share."""
+        paths = [leaf_path for leaf_path, _ in self.leaves]
+        place = paths.index(path)
+        if self.row.interleaved:
+            return slice(place, None, len(paths))
+        sizes = [self.row.tensor_shape(shape)[self._join] for _, shape in self.leaves]
+        return slice(sum(sizes[:place]), sum(sizes[: place + 1]))
 
     def write(self, leaf: Callable[[str], np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
         """`(name, tensor)` for every tensor, from `leaf(path)`."""

@@ -16,7 +16,7 @@ from jaxcp.context_parallel.compressed_cache import CompressedCache
 from jaxcp.context_parallel.kv_cache import MAX_EXTEND
 from jaxcp.inference import compressed_steps, steps
 from jaxcp.layers.ngram import windows
-from jaxcp.sharding import sharding_of
+from jaxcp.sharding import parts_of
 
 
 def prefill_program(
@@ -90,8 +90,11 @@ def _compressed(model, mesh: Mesh, cache, held: int, width: int, attention, expe
 
 def _model(model, mesh: Mesh, experts: str):
     def placed(leaf):
-        value, sharding = leaf.get_value(), NamedSharding(mesh, sharding_of(leaf, experts))
-        return leaf.replace(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding))
+        def on_mesh(x, spec):
+            sharding = NamedSharding(mesh, spec)
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+        return leaf.replace(jax.tree.map(on_mesh, leaf.get_value(), parts_of(leaf, experts)))
 
     return jax.tree.map(placed, model, is_leaf=lambda x: isinstance(x, nnx.Variable))
 

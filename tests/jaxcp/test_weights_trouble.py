@@ -36,7 +36,7 @@ def test_everything_wrong_is_listed_at_once(tmp_path):
         "2 of a wrong shape:",
         "model.layers.1.self_attn.q_proj.weight: expected (64, 64), got (32, 64)",
         "lm_head.weight: expected (256, 64), got (64, 256)",
-        "1 not in F32, BF16, F16, MXFP4:",
+        "1 not in F32, BF16, F16, MXFP4, int8",
         "model.embed_tokens.weight: I8",
     ):
         assert expected in message, message

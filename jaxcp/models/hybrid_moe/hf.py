@@ -27,7 +27,6 @@ NEUTRAL: dict[str, tuple] = {
     "tie_word_embeddings": (False,),
     "attention_bias": (False,),
     "mlp_bias": (False,),
-    "quantization_config": (None,),
     "layer_types": (None,),
     "sliding_window": (None,),
     "use_sliding_window": (False,),
@@ -58,12 +57,26 @@ NEUTRAL: dict[str, tuple] = {
 """Fields that change what a model computes, and the values that do not. A family reads some."""
 
 
+QUANTISED = None, "jaxcp", "fp8", "mxfp4", "modelopt", "compressed-tensors"
+"""Whose tensors say by themselves how they are quantised, see `jaxcp.quantised_files`."""
+
+
 def _refuse_others(d: dict[str, Any], *reads: str) -> None:
     wrong = {k: d[k] for k, same in NEUTRAL.items() if k in d and k not in reads}
     wrong = {k: v for k, v in wrong.items() if v not in NEUTRAL[k]}
+    _refuse_other_formats(d)
     if wrong:
         wanted = {k: NEUTRAL[k][0] for k in wrong}
         raise NotImplementedError(f"{d['model_type']}: supported are {wanted}; got {wrong}")
+
+
+def _refuse_other_formats(d: dict[str, Any]) -> None:
+    method = (d.get("quantization_config") or {}).get("quant_method")
+    if method not in QUANTISED:
+        raise NotImplementedError(
+            f"{d['model_type']}: quantization_config has a quant_method of "
+            f"{', '.join(map(str, QUANTISED[1:]))}; got {method}"
+        )
 
 
 def _sizes(d: dict[str, Any]) -> dict[str, Any]:
@@ -233,8 +246,6 @@ def _write_qwen3_moe(c: HybridMoEConfig) -> dict[str, Any]:
 def _read_gpt_oss(d: dict[str, Any]) -> HybridMoEConfig:
     reads = ["attention_bias", "sliding_window", "layer_types", "swiglu_limit", "swiglu_alpha"]
     reads += ["use_sliding_window"]  # which transformers does not read here
-    if (d.get("quantization_config") or {}).get("quant_method") == "mxfp4":
-        reads += ["quantization_config"]  # unpacked where the tensors are read
     _refuse_others(d, *reads)
     layers = d["num_hidden_layers"]
     types = d.get("layer_types") or [list(KINDS)[i % 2] for i in range(layers)]
@@ -312,7 +323,9 @@ def _num_experts(d: dict[str, Any]) -> int:
 
 
 def _read_ours(d: dict[str, Any]) -> HybridMoEConfig:
-    fields = {k: v for k, v in d.items() if k not in ("model_type", "architectures")}
+    _refuse_other_formats(d)
+    others = "model_type", "architectures", "quantization_config"
+    fields = {k: v for k, v in d.items() if k not in others}
     attention, experts = dict(fields["attention"]), dict(fields["experts"])
     rope = dict(attention["rope"])
     try:

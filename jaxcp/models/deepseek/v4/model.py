@@ -13,6 +13,7 @@ from flax import nnx
 from jaxcp.context_parallel.compressed_cache import LayerShape, empty_compressed_cache
 from jaxcp.layers.compressed import CompressedAttention
 from jaxcp.layers.hyper_connections import HyperConnection, StreamsToOne
+from jaxcp.layers.linear import linear
 from jaxcp.layers.mlp import SwiGLU
 from jaxcp.layers.moe import MoE
 from jaxcp.layers.norm import RMSNorm
@@ -100,8 +101,8 @@ class MTP(nnx.Module):
         c, d = config, config.embed_dim
         norm = functools.partial(RMSNorm, d, eps=c.norm_eps, float32_scale=True)
         self.embed_norm, self.hidden_norm, self.final_norm = norm(), norm(), norm()
-        self.from_embed = normal(rngs, (d, d), ("embed", "embed"), d**-0.5)
-        self.from_hidden = normal(rngs, (d, d), ("embed", "embed"), d**-0.5)
+        self.from_embed = normal(rngs, (d, d), ("embed", "embed"), d**-0.5, summed=1)
+        self.from_hidden = normal(rngs, (d, d), ("embed", "embed"), d**-0.5, summed=1)
         self.block = Block(c, c.num_layers, rngs)
         self.streams_to_one = StreamsToOne(
             d, c.streams.count, eps=c.streams.eps, norm_eps=c.norm_eps, rngs=rngs
@@ -109,9 +110,9 @@ class MTP(nnx.Module):
 
     def __call__(self, embedded, streams, tokens, positions, attend):
         e = self.embed_norm(embedded)
-        e = jnp.einsum("btc,cd->btd", e, self.from_embed.astype(e.dtype))
+        e = linear("btc,cd->btd", e, self.from_embed)
         x = self.hidden_norm(streams)
-        x = jnp.einsum("btsc,cd->btsd", x, self.from_hidden.astype(x.dtype))
+        x = linear("btsc,cd->btsd", x, self.from_hidden)
         return self.block(x + e[:, :, None], tokens, positions, attend)
 
 
