@@ -22,12 +22,19 @@ def to_e2m1(x):
     return code | (x < 0).astype(jnp.uint8) << 3
 
 
-def from_e2m1(code):
-    """Float32 of int32 codes from 0 to 15."""
-    size = code & 7
-    normal = jax.lax.bitcast_convert_type((size + 252) << 22, jnp.float32)
-    value = jnp.where(size < 2, 0.5 * size.astype(jnp.float32), normal)
-    return jnp.where(code > 7, -value, value)
+def four_times_e2m1(both, *, high: bool = False):
+    """4 times the code in the low, or `high`, 4 bits of int32, as float32; other bits are ignored.
+
+    With exponent and mantissa where float32 has them, and a bias, that is g from a value of 1 on,
+    and 2 g - 4 below, where a number has no leading 1.
+    """
+    shift = 4 if high else 0
+    size = both << (22 - shift) & 7 << 22 | 128 << 23
+    g = jax.lax.bitcast_convert_type(size, jnp.float32)
+    size = jnp.minimum(g, 2 * g - 4)
+    sign = both << (28 - shift) & -(1 << 31)
+    bits = jax.lax.bitcast_convert_type(size, jnp.int32) | sign
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def to_ue8m0(ratio):

@@ -150,7 +150,7 @@ def dequantise(weights: Quantised, dtype=jnp.float32) -> Float[Array, "E D F"]:
     """The matrices that the values and scales stand for."""
     if weights.packed:
         codes = unpack(weights.values, weights.packed)
-        exact = narrow.from_e2m1(codes.astype(jnp.int32))
+        exact = 0.25 * narrow.four_times_e2m1(codes.astype(jnp.int32))
     else:
         exact = weights.values.astype(jnp.float32)
     exact *= spread(narrow.to_float32(weights.scales), weights.shape)

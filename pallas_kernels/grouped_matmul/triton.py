@@ -10,6 +10,7 @@ Interpreted on CPU; inside `shard_map` the interpreter needs the caller's `check
 
 import dataclasses
 import functools
+import operator
 import warnings
 
 import jax
@@ -19,7 +20,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dispatch import target_platform
 from pallas_kernels.grouped_matmul import gradients, groups, tuning
-from pallas_kernels.grouped_matmul.narrow import from_e2m1, to_float32
+from pallas_kernels.grouped_matmul.narrow import four_times_e2m1, from_ue8m0
 from pallas_kernels.grouped_matmul.quantised import BLOCK, Quantised, fine_operands, operand
 from pallas_kernels.online_softmax import dot
 
@@ -100,7 +101,9 @@ def _fine_products(op, lhs, weights, group_sizes, outs, finish):
     if packed:
         if packed < 2 * LEAST:
             raise NotImplementedError(f"{op}: at least {2 * LEAST} rows packed; got {packed}")
-        block = dataclasses.replace(block, k=max(LEAST, min(block.k // 2, packed // 2)))
+        block = dataclasses.replace(block, k=max(LEAST, min(weights[0].group, packed // 2)))
+        if block.m > 64:  # every warp makes whole what it multiplies by, and would spill
+            block = dataclasses.replace(block, n=min(block.n, 64))
     tiles = groups.tiles(group_sizes, m, block.m)
     operands = zip(*(fine_operands(w) for w in weights), strict=True)
     return pl.pallas_call(
@@ -227,48 +230,55 @@ def _fine_kernel(
     real = group < groups_
     group = jnp.minimum(group, groups_ - 1)
     rows, at_columns = start + jnp.arange(block.m) < end, pl.ds(column, block.n)
-    columns, size = _inside(column, block.n, n), (block.k, block.n)
+    columns = _inside(column, block.n, n)
+    # rows of one scale: a row of scales spreads over them, and nothing is rearranged
+    tall = min(group_rows, block.k)
+
+    def stored(i, first, inside, dtype):
+        where = group, pl.ds(first, tall), at_columns
+        return _read(value_refs[i], where, (tall, block.n), inside, columns, dtype)
 
     def product(i, values, first):
         """Of the rows of a matrix from `first` on, whose values these are."""
-        at, summed = pl.ds(first, block.k), _inside(first, block.k, k)
-        row = jax.lax.div(first + jnp.arange(block.k), jnp.int32(group_rows))
-        row = jnp.broadcast_to(row[:, None], size)
-        where = group, row, jnp.broadcast_to(column + jnp.arange(block.n)[None, :], size)
-        scales = _read(scale_refs[i], where, size, summed, columns, scale_refs[i].dtype)
-        w = (values * to_float32(scales)).astype(lhs_ref.dtype)
+        inside = _inside(first, tall, k)
+        row = jax.lax.div(first, jnp.int32(group_rows))
+        where, dtype = (group, pl.ds(row, 1), at_columns), scale_refs[i].dtype
+        wide = jnp.int32 if dtype == jnp.uint8 else jnp.float32
+        scales = _read(scale_refs[i], where, (1, block.n), None, columns, wide)
+        scales = from_ue8m0(scales) if dtype == jnp.uint8 else scales
+        scales = 0.25 * scales if packed else scales  # four_times_e2m1
         a = _read(
-            lhs_ref, (pl.ds(start, block.m), at), (block.m, block.k), rows, summed, lhs_ref.dtype
-        )
-        return dot(a, w, (1, 0))
+            lhs_ref, (pl.ds(start, block.m), pl.ds(first, tall)), (block.m, tall), rows, inside,
+            lhs_ref.dtype,
+        )  # fmt: skip
+        return dot(a, (values * scales).astype(a.dtype), (1, 0))
 
-    def stored(i, first, inside, dtype):
-        return _read(value_refs[i], (group, pl.ds(first, block.k), at_columns), size, inside,
-                     columns, dtype)  # fmt: skip
-
-    def halves(index, sums):
-        first, half = index * block.k, packed // 2
+    def parts(i, first):
+        """What is added one after the other: a sum of them would be no tensor core's."""
+        if not packed:
+            yield product(i, stored(i, first, _inside(first, tall, k), jnp.float32), first)
+            return
+        half = packed // 2
         low = first + jax.lax.div(first, jnp.int32(half)) * half
-        parts = []
-        for i in range(count):
-            both = stored(i, first, None, jnp.int32)
-            part = product(i, from_e2m1(both & 15), low)
-            parts.append(part + product(i, from_e2m1(both >> 4), low + half))
-        return tuple(total + part for total, part in zip(sums, parts, strict=True))
+        both = stored(i, first, None, jnp.int32)
+        yield product(i, four_times_e2m1(both), low)
+        yield product(i, four_times_e2m1(both, high=True), low + half)
 
     def step(index, sums):
-        first = index * block.k
-        inside = _inside(first, block.k, k)
-        parts = [product(i, stored(i, first, inside, jnp.float32), first) for i in range(count)]
-        return tuple(total + part for total, part in zip(sums, parts, strict=True))
+        for first in range(0, block.k, tall):
+            at = index * block.k + first
+            sums = tuple(
+                functools.reduce(operator.add, parts(i, at), x) for i, x in enumerate(sums)
+            )
+        return tuple(sums)
 
     steps = pl.cdiv(k // 2 if packed else k, block.k)
     steps = jnp.where(real, jnp.int32(steps), jnp.int32(0))
     zeros = jnp.zeros((block.m, block.n), jnp.float32)
-    sums = jax.lax.fori_loop(0, steps, halves if packed else step, (zeros,) * count)
+    sums = jax.lax.fori_loop(0, steps, step, (zeros,) * count)
     at = group, pl.ds(0, 1), at_columns
-    whole = [_read(ref, at, (1, block.n), None, columns, jnp.float32) for ref in whole_refs]
-    sums = [total * x for total, x in zip(sums, whole, strict=True)]
+    wholes = [_read(ref, at, (1, block.n), None, columns, jnp.float32) for ref in whole_refs]
+    sums = [total * x for total, x in zip(sums, wholes, strict=True)]
     mask = jnp.broadcast_to(_both(rows, columns), zeros.shape)
     for ref, x in zip(refs[3 * count :], finish(*sums), strict=False):
         plgpu.store(ref.at[pl.ds(start, block.m), at_columns], x.astype(ref.dtype), mask=mask)

@@ -88,7 +88,8 @@ def test_weights_of_4_bits_compile(target, format):
     mesh = mesh_of(target)
     rows = described(mesh, (256, EMBED), jnp.bfloat16)
     sizes = described(mesh, (EXPERTS,), jnp.int32)
-    shape = jax.ShapeDtypeStruct((EXPERTS, EMBED, MLP), jnp.float32)
+    columns = 200 if target == GPUS[1] else MLP  # no block divides it: loads have masks
+    shape = jax.ShapeDtypeStruct((EXPERTS, EMBED, columns), jnp.float32)
     weights = jax.tree.map(
         lambda x: described(mesh, x.shape, x.dtype),
         jax.eval_shape(functools.partial(quantise, format=format), shape),
