@@ -86,14 +86,15 @@ def rows(args: Args) -> list[dict[str, Any]]:
             one = measured(path, tokens, digits)
         error = np.abs(one.pop("logits") - exact)
         size = {"error_max": float(error.max()), "error_mean": float(error.mean())}
+        size["error_999"] = float(np.quantile(error, 0.999))
         found.append({"weights": weights, "only": only, **size, **one})
     found[0] |= {"logit_std": float(exact.std())}
     return found
 
 
 HEAD = (
-    "weights", "of", "KiB", "largest error", "mean error", "perplexity", "change", "of answers",
-    "change", "answers right",
+    "weights", "of", "KiB", "largest error", "99.9 % within", "mean error", "perplexity", "change",
+    "of answers", "change", "answers right",
 )  # fmt: skip
 
 
@@ -101,7 +102,9 @@ def table(found: list[dict[str, Any]]) -> str:
     plain = found[0]
     lines: list[tuple[str, ...]] = [HEAD, ("---",) * len(HEAD)]
     for r in found:
-        errors = [f"{r[f'error_{x}']:.3f}" if f"error_{x}" in r else "" for x in ("max", "mean")]
+        errors = [
+            f"{r[f'error_{x}']:.3f}" if f"error_{x}" in r else "" for x in ("max", "999", "mean")
+        ]
         row = [r["weights"], r["only"], f"{r['bytes'] / 1024:,.0f}", *errors]
         for name in ("perplexity", "perplexity_answers"):
             row += [f"{r[name]:.4f}", "" if r is plain else f"{r[name] / plain[name] - 1:+.2%}"]

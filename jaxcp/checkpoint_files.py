@@ -65,6 +65,8 @@ class Checkpoint:
     """Those that are quantised; `shapes` has the shape of the weights, `dtypes` their format."""
     lacking: Mapping[str, str]
     """What is missing of quantised tensors that are not whole."""
+    turned: Mapping[str, Packed]
+    """Of gpt-oss's in MXFP4, which lie as `[..., out, in]` where `shapes` has `[..., in, out]`."""
     _unpacked: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
 
     def raw(self, name: str) -> np.ndarray:
@@ -108,9 +110,12 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     stored = {name: at for file in _files(Path(path)) for name, at in _tensors(file)}
     shapes = {name: at.shape for name, at in stored.items()}
     dtypes = {name: at.dtype for name, at in stored.items()}
+    turned = {}
     for name in mxfp4.packed(dtypes):
         blocks, scales = (f"{name}{suffix}" for suffix in mxfp4.SUFFIXES)
         shapes[name], dtypes[name] = mxfp4.shape(shapes[blocks], shapes[scales]), mxfp4.NAME
+        experts, size, out = shapes[name]
+        turned[name] = Packed("mxfp4", blocks, (experts, out, size), (1, 32), scales)
         for part in (blocks, scales):
             del shapes[part], dtypes[part]
     packed, lacking = quantised_files.find(shapes, dtypes)
@@ -126,7 +131,7 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
             "%s: activations and caches are not quantised; %d static scales are not used, such as "
             "%s", path, len(unused), unused[0],
         )  # fmt: skip
-    return Checkpoint(stored, shapes, dtypes, packed, lacking)
+    return Checkpoint(stored, shapes, dtypes, packed, lacking, turned)
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, Stored]]:

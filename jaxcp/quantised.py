@@ -91,7 +91,7 @@ def quantised_model(model: Any, *, only: Literal["experts", "all"] = "all", **ho
 
 
 def widened_model(model: Any, dtype: Any = jnp.float32) -> Any:
-    """The model with the weights that its quantised parameters stand for."""
+    """The model, of one device, with the weights that its quantised parameters stand for."""
     return jax.tree.map(lambda x: widened(x, dtype), model, is_leaf=is_quantised)
 
 

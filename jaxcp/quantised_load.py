@@ -53,7 +53,6 @@ class QuantisedSource:
     tensors: tuple[Packed, ...]
     parts: dict[str, _Part]
     packed: int
-    per_expert: bool
     read: Callable[[str], np.ndarray]
 
     @property
@@ -71,10 +70,20 @@ class QuantisedSource:
 
     def pieces(self, name: str) -> Iterator[Piece]:
         part = self.parts[name]
-        shape = (1, *part.shape[1:]) if self.per_expert else part.shape
-        for i, tensor in enumerate(self.tensors):
-            make = functools.partial(part.make, tensor, self.read)
+        shape = (1, *part.shape[1:])
+        for i, (tensor, read) in enumerate(self._matrices()):
+            make = functools.partial(part.make, tensor, read)
             yield Piece(part.name(tensor), (i, 0, 0), shape, make)
+
+    def _matrices(self) -> Iterator[tuple[Packed, Callable[[str], np.ndarray]]]:
+        """One at a time, also those that lie in one tensor."""
+        for tensor in self.tensors:
+            if len(tensor.shape) == 2:
+                yield tensor, self.read
+                continue
+            for e in range(tensor.shape[0]):
+                of_one = functools.partial(_at, self.read, tensor.second, e)
+                yield dataclasses.replace(tensor, shape=tensor.shape[1:]), of_one
 
 
 def quantised_source(
@@ -86,7 +95,8 @@ def quantised_source(
       ValueError: some of the leaf's tensors are quantised and others not, or in another format;
         or the mesh in scope does not divide the leaf, or cuts through what shares a scale.
     """
-    packed = [checkpoint.packed.get(name) for name in source.names]
+    held = {**checkpoint.packed, **checkpoint.turned}
+    packed = [held.get(name) for name in source.names]
     kinds = {x and (x.format, x.block) for x in packed}
     if len(kinds) > 1:
         raise ValueError(
@@ -95,6 +105,8 @@ def quantised_source(
         )
     tensors = tuple(x for x in packed if x is not None)
     how = _Layout.of(variable, path, source)
+    if how is not None and source.names[0] in checkpoint.turned:
+        how = dataclasses.replace(how, flip=not how.flip)
     if not tensors or how is None or (tensors[0].is_halves and not how.flip):
         return None
     spec, mesh = sharding_of(variable, experts), jax.sharding.get_abstract_mesh().shape
@@ -105,9 +117,7 @@ def quantised_source(
     tall, wide = (mesh.get(axis, 1) for axis in axes)
     halves = math.gcd(d // tall, PACKED) if tensors[0].is_halves else 0
     parts = _parts(tensors[0], how, (e, d, f), halves, f // wide, checkpoint)
-    found = QuantisedSource(
-        variable, spec, tensors, parts, halves, source.row.per_expert, checkpoint.raw
-    )
+    found = QuantisedSource(variable, spec, tensors, parts, halves, checkpoint.raw)
     if problem := misfit(found.abstract, spec, dict(mesh)):
         raise ValueError(f"needed a mesh that divides {path} {problem}")
     return found
@@ -139,6 +149,10 @@ def _parts(first: Packed, how, shape, halves: int, width: int, checkpoint) -> di
             (e, 1, f), np.dtype(np.float32), lambda x: x.second or x.scale, how.whole
         )
     return parts
+
+
+def _at(read, whole, e, name):
+    return read(name) if name == whole else read(name)[e]
 
 
 def summed_axis(variable: nnx.Variable, path: str, source: Source) -> int | None:

@@ -125,7 +125,7 @@ def load(
 
 def _quantised(flat, found, checkpoint: Checkpoint, experts) -> dict[str, QuantisedSource]:
     """Of the leaves that stay quantised, by name."""
-    if not checkpoint.packed:
+    if not checkpoint.packed and not checkpoint.turned:
         return {}
     every = {
         name: quantised_source(leaf, name, found[name], checkpoint, experts)
@@ -135,7 +135,8 @@ def _quantised(flat, found, checkpoint: Checkpoint, experts) -> dict[str, Quanti
 
 
 def _log_widened(path, found, checkpoint: Checkpoint, kept) -> None:
-    wide = [n for n, x in found.items() if n not in kept and x.names[0] in checkpoint.packed]
+    held = {**checkpoint.packed, **checkpoint.turned}
+    wide = [n for n, x in found.items() if n not in kept and x.names[0] in held]
     if wide:
         log.warning("%s: widened when read, %d leaves: %s", path, len(wide), ", ".join(wide))
 

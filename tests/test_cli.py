@@ -8,6 +8,9 @@ import sys
 
 import pytest
 
+from jaxcp.checkpoints import NEEDLE
+from jaxcp.evaluate.haystack import QUESTION, make_haystack
+
 TINY = """
 import jaxcp
 
@@ -39,7 +42,7 @@ def test_help_names_every_command_and_needs_no_jax():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("demo", "generate", "chat", "train", "tune", "eval"):
+    for command in ("demo", "generate", "chat", "train", "tune", "quantize", "eval"):
         assert command in done.stdout
 
 
@@ -98,3 +101,20 @@ def test_demo_does_the_whole_job(tmp_path):
     measured = json.loads((tmp_path / "demo" / "demo.json").read_text())
     assert set(measured["accuracy"]) == {"1024", "2048"}
     assert "resumed from step" in done.stdout and "reused" in done.stdout
+
+
+@pytest.mark.slow
+def test_quantize_and_generate(tmp_path):
+    """Needles are found by the engine, over shards, with weights of 4 bits."""
+    done = jaxcp_command("quantize", NEEDLE, tmp_path / "four", "--weights", "nvfp4")
+    assert done.returncode == 0, done.stderr
+    assert "100 tensors in nvfp4, 0 could not be; 1.77 -> 0.63 MiB" in done.stdout
+    stack = make_haystack(1_024, 4, 0)
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text(stack.text + QUESTION.format(key=stack.keys[1]))
+    options = ["--prompt-file", prompt, "--max-new-tokens", 6, "--seq", 2]
+    done = jaxcp_command("generate", "--checkpoint", tmp_path / "four", *options)
+    assert done.returncode == 0, done.stderr
+    assert f"{stack.values[1]:06d}" in done.stdout
+    done = jaxcp_command("quantize", NEEDLE, tmp_path / "four", "--weights", "int8")
+    assert done.returncode == 1 and "needed an empty folder" in done.stderr

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from tiny_checkpoints import same, tensors, write
 
-from jaxcp import load, mxfp4, save
+from jaxcp import load, logits, mxfp4, save
+from jaxcp.quantised import widened
+from pallas_kernels.grouped_matmul import Quantised
 
 
 def pack(rng, experts, out, groups):
@@ -41,11 +43,19 @@ def test_a_packed_checkpoint_is_the_unpacked_one(tmp_path):
         parts |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
         whole[name] = mxfp4.unpack(blocks, scales)
     packed = {"dtype": "bfloat16", "quantization_config": {"quant_method": "mxfp4"}}
-    model, _ = load(write(tmp_path / "packed", "gpt-oss-tiny", parts, **packed))
+    folder = write(tmp_path / "packed", "gpt-oss-tiny", parts, **packed)
+    model, _ = load(folder, widen=True)
     expected, _ = load(write(tmp_path / "whole", "gpt-oss-tiny", whole, dtype="bfloat16"))
     assert model.config == expected.config and same(model, expected)
     save(model, tmp_path / "out")  # in bfloat16, and says so
     assert same(load(tmp_path / "out")[0], expected)
+    tokens = rng.integers(0, 256, (1, 24)).astype(np.int32)
+    four = load(folder, dtype="float32")[0]
+    up = four.layers[0].mlp.up.get_value()
+    assert isinstance(up, Quantised) and up.values.dtype == np.uint8
+    assert np.array_equal(widened(up), expected.layers[0].mlp.up.get_value().astype("float32"))
+    wanted = logits(load(tmp_path / "whole", dtype="float32")[0], tokens)
+    np.testing.assert_allclose(logits(four, tokens), wanted, atol=1e-4 * np.abs(wanted).max())
     name = next(k for k in parts if k.endswith("_scales"))
     del parts[name]
     with pytest.raises(ValueError, match=rf"missing:\n    {name.removesuffix('_scales')} "):

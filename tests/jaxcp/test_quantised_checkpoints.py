@@ -15,6 +15,7 @@ from tiny_checkpoints import FIXTURES, flat, random_model, same, tensors, write
 
 import jaxcp
 from jaxcp.quantised import is_quantised, quantised_names, widened
+from jaxcp.quantize import quantize
 
 E4M3, E8M0 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e8m0fnu
 FP8 = {"quantization_config": {"quant_method": "fp8"}, "dtype": "float32"}
@@ -181,6 +182,54 @@ def test_over_a_mesh_every_device_reads_its_part(folder, mesh_of):
         assert all(jax.tree.leaves(equal)), name
     wanted = expected("v3", folder / "v3")
     np.testing.assert_allclose(logits(found), wanted, **CLOSE)
+
+
+def in_groups(folder, weights):
+    pair("v3", folder / "v3")
+    path = folder / weights
+    if not path.exists():
+        quantize(folder / "v3/random", path, weights=weights)
+    return path
+
+
+def four_devices():
+    return jax.set_mesh(jaxcp.make_mesh(model=2, expert=2, devices=jax.devices()[:4]))
+
+
+@pytest.mark.parametrize("weights", ["mxfp8", "nvfp4"])
+def test_groups_and_halves_over_a_mesh(weights, folder):
+    """Of two devices each packs its own rows together."""
+    path = in_groups(folder, weights)
+    alone = flat(jaxcp.load(path)[0])
+    with four_devices():
+        found = jaxcp.load(path)[0]
+        down = found.layers[1].mlp.down.get_value()
+        assert down.values.addressable_shards[0].data.shape[1] == (64 if down.packed else 128)
+        on_host = jax.tree.map(np.asarray, flat(found))
+    for name, leaf in on_host.items():
+        np.testing.assert_array_equal(widened(leaf), widened(alone[name]), err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["mxfp8", "nvfp4"])
+def test_logits_of_groups_and_halves(weights, folder):
+    path = in_groups(folder, weights)
+    wanted = logits(jaxcp.load(path, widen=True)[0])
+    np.testing.assert_allclose(logits(jaxcp.load(path)[0]), wanted, **CLOSE)
+    with four_devices():
+        np.testing.assert_allclose(logits(jaxcp.load(path)[0]), wanted, **CLOSE)
+
+
+def test_a_scale_of_no_value(folder):
+    """The exponent that E8M0 has for NaN, in a leaf whose scales are bytes on the device."""
+    parts, _ = in_deepseek_v4(
+        load_file(FIXTURES / "deepseek-v4-tiny" / "model_official_names.safetensors")
+    )
+    name = "layers.0.ffn.experts.3.w1.scale"
+    parts[name].view(np.uint8)[1, 0] = 255
+    path = write(folder / "nan", "deepseek-v4-tiny", parts, **FP8)
+    with pytest.raises(ValueError, match=rf"{name} \(32, 2\): 1 of them"):
+        jaxcp.load(path)
 
 
 def test_a_mesh_that_cuts_through_a_block(folder, mesh_of):

@@ -95,6 +95,31 @@ def test_experts_only_of_a_checkpoint_in_several_files(tmp_path):
         assert name in open_checkpoint(tmp_path / "out").stored, file
 
 
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_experts_in_one_tensor(weights, tmp_path):
+    """As transformers has them in memory: gate above up, all experts."""
+    whole = tensors("hy3-tiny")
+    for i in (1, 2, 3):
+        at = f"model.layers.{i}.mlp.experts"
+        gate, up, down = (
+            np.stack([whole.pop(f"{at}.{e}.{kind}_proj.weight") for e in range(8)])
+            for kind in ("gate", "up", "down")
+        )
+        whole[f"{at}.gate_up_proj"] = np.concatenate([gate, up], axis=1)
+        whole[f"{at}.down_proj"] = down
+    source = write(tmp_path / "in", "hy3-tiny", whole)
+    found = quantize(source, tmp_path / "out", weights=weights, only="experts")
+    assert len(found.quantised) == 6 and not found.skipped
+    before, after = jaxcp.load(source)[0], jaxcp.load(tmp_path / "out")[0]
+    for kind in ("gate", "up", "down"):
+        leaf = getattr(after.layers[2].mlp, kind).get_value()
+        rows = np.asarray(getattr(before.layers[2].mlp, kind).get_value()).swapaxes(1, 2)
+        error = np.abs(np.asarray(widened(leaf)).swapaxes(1, 2) - rows)
+        for e in range(8):
+            assert (error[e] <= bound(rows[e], weights) + 1e-30).all(), (kind, e)
+        assert is_quantised(leaf)
+
+
 def test_an_aligned_file_that_safetensors_reads(tmp_path):
     quantize(HY3, tmp_path / "out", weights="int8")
     found, parts = load_file(tmp_path / "out/model.safetensors"), stored(tmp_path / "out")
