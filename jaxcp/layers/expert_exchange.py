@@ -33,6 +33,15 @@ def capacity(rows: int, shards: int) -> int:
     return max(1, -(-int(rows * SLACK) // shards))
 
 
+def zeros_after(count: Int[Array, ""], shape: tuple[int, ...], dtype: Any) -> Array:
+    """Zeros that can only be made once `count`, which is not negative, is known.
+
+    XLA makes plain zeros of all layers at once and holds them from the first layer to the last:
+    at 16,384 tokens of Hy3 1 GiB a layer, seen on GPU.
+    """
+    return jnp.full(shape, jnp.minimum(count, 0).astype(dtype))
+
+
 def exchanged(
     rows: Float[Array, "M D"],
     chosen: Int[Array, "M k"],
@@ -73,7 +82,8 @@ def exchanged(
         by_expert = jnp.argsort(number)
         sizes = jnp.bincount(number, length=each).astype(jnp.int32)
         made = compute(weights, arrived[by_expert], number[by_expert], sizes)
-        return swap(jnp.zeros_like(made).at[by_expert].set(made, unique_indices=True))
+        empty = zeros_after(sizes[0], made.shape, made.dtype)
+        return swap(empty.at[by_expert].set(made, unique_indices=True))
 
     def round_(out, i):
         place = i * room + jnp.arange(room)
@@ -85,6 +95,6 @@ def exchanged(
 
         return lax.cond(i < needed, more, lambda out: out, out), None
 
-    out = jnp.zeros((choices, rows.shape[1]), rows.dtype)
+    out = zeros_after(needed, (choices, rows.shape[1]), rows.dtype)
     out, _ = lax.scan(round_, out, jnp.arange(rounds))
     return out.reshape(*chosen.shape, -1)

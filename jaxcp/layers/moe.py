@@ -13,7 +13,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from jaxcp.layers.expert_exchange import exchanged
+from jaxcp.layers.expert_exchange import exchanged, zeros_after
 from jaxcp.layers.fixed_tiles import experts_in_tiles, in_tiles
 from jaxcp.layers.mlp import SILU, GatedMLP, SwiGLU
 from jaxcp.layers.parameter import RouterBias, constant, normal
@@ -177,7 +177,8 @@ class MoE(nnx.Module):
         order = jnp.argsort(number)  # stable: choices of one expert stay in token order
         sizes = jnp.bincount(number, length=each).astype(jnp.int32)
         out = self._applied(w, rows[order // chosen.shape[1]], number[order], sizes)
-        out = jnp.zeros_like(out).at[order].set(out, unique_indices=True)
+        empty = zeros_after(sizes[0], out.shape, out.dtype)
+        out = empty.at[order].set(out, unique_indices=True)
         return out.reshape(*chosen.shape, -1)
 
     def _applied(self, w, rows, expert, sizes):
