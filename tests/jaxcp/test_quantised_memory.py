@@ -54,13 +54,16 @@ def widened_bytes(model):
     return sum(2 * int(np.prod(x.shape)) for x in leaves if is_quantised(x))
 
 
-def compiled(model, where, program, change=lambda model: model):
+def compiled(model, where, program, change=None):
+    """A step of `model`, or of what `change` makes of it inside the program."""
     target = parse_target(where)
     mesh = target.mesh(seq=target.size)
     if program == "prefill":
         fn, args = prefill_program(model, mesh, tokens=256)
     else:
         fn, args = decode_program(model, mesh, max_len=256)
+    if change is None:  # a prefill has arguments that are static, and stay so
+        return compile_for(fn, args, mesh)
     return compile_for(lambda model, *rest: fn(change(model), *rest), args, mesh)
 
 
