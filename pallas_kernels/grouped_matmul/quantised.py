@@ -179,10 +179,11 @@ def columns(scales, width):
 def check(weights: Quantised) -> None:
     """Raises ValueError: values or scales of a wrong dtype or shape."""
     e, d, f = weights.shape
-    if weights.packed and (weights.values.dtype != np.uint8 or d % weights.packed):
+    together = weights.packed
+    if together and (weights.values.dtype != np.uint8 or PACKED % together or d % together):
         raise ValueError(
-            f"packed values are uint8, {weights.packed} rows packed together; "
-            f"got {weights.values.dtype}, {d} rows"
+            f"packed values are uint8, a power of two of rows to {PACKED} packed together, which "
+            f"divides rows; got {weights.values.dtype}, packed={together} of {d} rows"
         )
     if not weights.packed:
         _largest(weights.values.dtype)

@@ -10,6 +10,7 @@ Interpreted on CPU; inside `shard_map` the interpreter needs the caller's `check
 
 import dataclasses
 import functools
+import math
 import operator
 import warnings
 
@@ -104,6 +105,7 @@ def _fine_products(op, lhs, weights, group_sizes, outs, finish):
         block = dataclasses.replace(block, k=max(LEAST, min(weights[0].group, packed // 2)))
         if block.m > 64:  # every warp makes whole what it multiplies by, and would spill
             block = dataclasses.replace(block, n=min(block.n, 64))
+    block = dataclasses.replace(block, k=math.gcd(block.k, k))  # a block ends where rows do
     tiles = groups.tiles(group_sizes, m, block.m)
     operands = zip(*(fine_operands(w) for w in weights), strict=True)
     return pl.pallas_call(
@@ -169,20 +171,24 @@ def _gated(g, u, clamp):
     return gradients.activation(g, u, clamp), g, u
 
 
-def _products_kernel(
-    group_ref, start_ref, end_ref, lhs_ref, *refs, block, count, scaled, finish, transpose, shape
-):
+def _place(tile_refs, block, groups_, n):
+    """Of a program: its group, whether that is one, its first row and column, and which exist."""
+    wide = pl.cdiv(n, block.n)
+    tile, column = pl.program_id(0) // wide, pl.program_id(0) % wide * block.n
+    group, start, end = (ref[tile] for ref in tile_refs)
+    rows = start + jnp.arange(block.m) < end
+    columns = _inside(column, block.n, n)
+    return jnp.minimum(group, groups_ - 1), group < groups_, start, rows, column, columns
+
+
+def _products_kernel(*refs, block, count, scaled, finish, transpose, shape):
+    tile_refs, lhs_ref, refs = refs[:3], refs[3], refs[4:]
     groups_, n, k = shape
     weight_refs, scale_refs = refs[:count], refs[count : 2 * count] if scaled else ()
     out_refs = refs[count * (1 + scaled) :]
     by_block = scaled and scale_refs[0].shape[1] > 1
-    wide = pl.cdiv(n, block.n)
-    tile, column = pl.program_id(0) // wide, pl.program_id(0) % wide * block.n
-    group, start, end = group_ref[tile], start_ref[tile], end_ref[tile]
-    real = group < groups_
-    group = jnp.minimum(group, groups_ - 1)
-    rows, at_columns = start + jnp.arange(block.m) < end, pl.ds(column, block.n)
-    columns = _inside(column, block.n, n)
+    group, real, start, rows, column, columns = _place(tile_refs, block, groups_, n)
+    at_columns = pl.ds(column, block.n)
 
     def scale_of(ref, row):
         return _read(
@@ -219,48 +225,39 @@ def _products_kernel(
         plgpu.store(ref.at[pl.ds(start, block.m), at_columns], x.astype(ref.dtype), mask=mask)
 
 
-def _fine_kernel(
-    group_ref, start_ref, end_ref, lhs_ref, *refs, block, count, finish, shape, packed, group_rows
-):
+def _fine_kernel(*refs, block, count, finish, shape, packed, group_rows):
+    tile_refs, lhs_ref, refs = refs[:3], refs[3], refs[4:]
     groups_, n, k = shape
     value_refs, scale_refs, whole_refs = (refs[i * count : (i + 1) * count] for i in range(3))
-    wide = pl.cdiv(n, block.n)
-    tile, column = pl.program_id(0) // wide, pl.program_id(0) % wide * block.n
-    group, start, end = group_ref[tile], start_ref[tile], end_ref[tile]
-    real = group < groups_
-    group = jnp.minimum(group, groups_ - 1)
-    rows, at_columns = start + jnp.arange(block.m) < end, pl.ds(column, block.n)
-    columns = _inside(column, block.n, n)
+    group, real, start, rows, column, columns = _place(tile_refs, block, groups_, n)
+    at_columns = pl.ds(column, block.n)
     # rows of one scale: a row of scales spreads over them, and nothing is rearranged
     tall = min(group_rows, block.k)
 
-    def stored(i, first, inside, dtype):
+    def stored(i, first, dtype):
         where = group, pl.ds(first, tall), at_columns
-        return _read(value_refs[i], where, (tall, block.n), inside, columns, dtype)
+        return _read(value_refs[i], where, (tall, block.n), None, columns, dtype)
 
     def product(i, values, first):
         """Of the rows of a matrix from `first` on, whose values these are."""
-        inside = _inside(first, tall, k)
         row = jax.lax.div(first, jnp.int32(group_rows))
         where, dtype = (group, pl.ds(row, 1), at_columns), scale_refs[i].dtype
-        wide = jnp.int32 if dtype == jnp.uint8 else jnp.float32
-        scales = _read(scale_refs[i], where, (1, block.n), None, columns, wide)
+        read_as = jnp.int32 if dtype == jnp.uint8 else jnp.float32
+        scales = _read(scale_refs[i], where, (1, block.n), None, columns, read_as)
         scales = from_ue8m0(scales) if dtype == jnp.uint8 else scales
         scales = 0.25 * scales if packed else scales  # four_times_e2m1
-        a = _read(
-            lhs_ref, (pl.ds(start, block.m), pl.ds(first, tall)), (block.m, tall), rows, inside,
-            lhs_ref.dtype,
-        )  # fmt: skip
+        at = pl.ds(start, block.m), pl.ds(first, tall)
+        a = _read(lhs_ref, at, (block.m, tall), rows, None, lhs_ref.dtype)
         return dot(a, (values * scales).astype(a.dtype), (1, 0))
 
     def parts(i, first):
         """What is added one after the other: a sum of them would be no tensor core's."""
         if not packed:
-            yield product(i, stored(i, first, _inside(first, tall, k), jnp.float32), first)
+            yield product(i, stored(i, first, jnp.float32), first)
             return
         half = packed // 2
         low = first + jax.lax.div(first, jnp.int32(half)) * half
-        both = stored(i, first, None, jnp.int32)
+        both = stored(i, first, jnp.int32)
         yield product(i, four_times_e2m1(both), low)
         yield product(i, four_times_e2m1(both, high=True), low + half)
 
@@ -272,7 +269,7 @@ def _fine_kernel(
             )
         return tuple(sums)
 
-    steps = pl.cdiv(k // 2 if packed else k, block.k)
+    steps = (k // 2 if packed else k) // block.k
     steps = jnp.where(real, jnp.int32(steps), jnp.int32(0))
     zeros = jnp.zeros((block.m, block.n), jnp.float32)
     sums = jax.lax.fori_loop(0, steps, step, (zeros,) * count)

@@ -141,3 +141,22 @@ def test_what_kernels_have_no_path_for_raises(implementation):
     thin = dataclasses.replace(w, values=quantised.pack(codes, 8), packed=8)
     with pytest.raises(NotImplementedError, match="packed"):
         jax.eval_shape(product, x, thin, sizes)
+
+
+@pytest.mark.parametrize("implementation", ["triton", "mosaic_tpu"])
+@pytest.mark.parametrize("packed", [0, 16 * 4])
+def test_rows_that_no_block_divides(implementation, packed):
+    """Scales of 16 rows, and a rest of a block: nothing past the last row takes part."""
+    rng = np.random.default_rng(0)
+    summed = 192 if packed else 48
+    shape = 2, summed, 40
+    scales = jnp.asarray(rng.uniform(0.5, 2, (2, summed // 16, 40)), jnp.float32)
+    codes = rng.integers(0, 16, shape, np.uint8)
+    values = quantised.pack(codes, packed) if packed else codes.view(np.int8) - np.int8(8)
+    w = quantised.Quantised(jnp.asarray(values), scales, packed=packed)
+    x = jnp.asarray(rng.normal(size=(20, summed)), jnp.float32)
+    sizes = jnp.array([9, 11])
+    product = functools.partial(grouped_matmul, implementation=implementation)
+    exact = np.asarray(dequantise(w), np.float64)
+    expected = np.concatenate([np.asarray(x[:9]) @ exact[0], np.asarray(x[9:]) @ exact[1]])
+    np.testing.assert_allclose(product(x, w, sizes), expected, atol=1e-3)
