@@ -19,7 +19,6 @@ from pallas_kernels import PAD_POSITION
 
 B, T, N, K, H = 2, 45, 8, 2, 8  # T: no number of shards but 1 and 3 divides it
 EVERYTHING = {"window": 17, "soft_cap": 2.0, "scale": 0.4}
-QUICK = {"xla_backend_optimization_level": 0}  # what is compiled runs once
 LAYOUTS = (Zigzag(), Contiguous(), Striped())
 TOLERANCE = 2e-6  # float32, relative to the greatest entry (at least 1)
 VARIANTS = (
@@ -56,7 +55,7 @@ def problem():
     }  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def with_gradients(strategy, options, x):
     """`(out, dq, dk, dv, dsinks)` for the cotangent `x["dout"]`."""
 
@@ -266,9 +265,7 @@ def test_inside_a_scan_over_layers_that_are_computed_again(mesh_of):
         return (jax.lax.scan(jax.checkpoint(layer), x, weights)[0] ** 2).sum()
 
     found = [
-        jax.jit(jax.value_and_grad(f, (0, 1)))
-        .lower(x, weights)
-        .compile(compiler_options={"xla_backend_optimization_level": 0})(x, weights)
+        jax.jit(jax.value_and_grad(f, (0, 1))).lower(x, weights).compile()(x, weights)
         for f in (loop, scan)
     ]
     for one, other in zip(*map(jax.tree.leaves, found), strict=True):

@@ -14,7 +14,6 @@ from jaxcp.inference import compressed_steps, steps
 from jaxcp.plan import compile_for, decode_program, prefill_program
 
 V3, V32, V4 = "deepseek-v3-tiny", "deepseek-v32-tiny", "deepseek-v4-tiny"
-QUICK = {"xla_backend_optimization_level": 0}  # what is compiled runs once
 
 
 @pytest.fixture
@@ -23,12 +22,12 @@ def quick(monkeypatch):
 
     @functools.cache
     def compressed(donate):
-        return jax.jit(compressed_steps._step, static_argnums=(5, 6), compiler_options=QUICK)
+        return jax.jit(compressed_steps._step, static_argnums=(5, 6))
 
     @functools.cache
     def others(fn, donate):
         static = {steps._prefill: (9, 10), steps._whole: (3,)}.get(fn, ())
-        return jax.jit(fn, static_argnums=static, compiler_options=QUICK)
+        return jax.jit(fn, static_argnums=static)
 
     monkeypatch.setattr(compressed_steps, "_jitted", compressed)
     monkeypatch.setattr(steps, "_jitted", others)

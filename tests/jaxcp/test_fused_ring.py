@@ -20,7 +20,6 @@ from pallas_kernels.flash_attention import tuning
 from pallas_kernels.ring_attention import mosaic_tpu
 
 TOKENS = P("data", "seq")
-QUICK = {"xla_backend_optimization_level": 0}  # what is compiled runs once
 
 
 def row(queries, op="mosaic_backward"):
@@ -51,7 +50,7 @@ def problem(tokens, *, batch=1, heads=1, kv_heads=1, width=16):
     return {**arrays, "dout": normal(heads), "positions": positions}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def with_gradients(strategy, options, x):
     def attend(q, k, v, sinks):
         return jaxcp.context_parallel_attention(

@@ -18,7 +18,6 @@ from jaxcp.plan import collectives
 from pallas_kernels.flash_attention import Mask
 
 B, T, N, R, L, H, V = 2, 45, 4, 4, 12, 8, 6  # R: rotated part of a key; L: width of the latent
-QUICK = {"xla_backend_optimization_level": 0}  # what is compiled runs once
 TOKENS = P("data", "seq")
 STRATEGIES = (
     jaxcp.Ring(),
@@ -80,7 +79,7 @@ def test_mla(strategy, shards, mesh_of):
     there = jax.device_put(Zigzag().permute(there, shards), TOKENS)
     options = {"window": 17}
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def run(there, weights):
         def attend(q, latent, weights):
             return latent_attention(

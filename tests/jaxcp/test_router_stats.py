@@ -15,7 +15,6 @@ from jaxcp.sharding import place
 from pallas_kernels import PAD_POSITION
 
 B, T, D, E, K = 2, 16, 12, 4, 2
-QUICK = {"xla_backend_optimization_level": 0}
 ROUTINGS = {
     "softmax": Routing(scores="softmax", selection_bias=False),
     "sigmoid": Routing(),
