@@ -68,8 +68,9 @@ def expected(x, **options):
 
 @pytest.mark.parametrize(
     "strategy, shards",
-    [(strategy, n) for strategy in STRATEGIES for n in (3, 8)]
-    + [(jaxcp.Ring(), n) for n in (1, 2)],
+    # each on an odd or an even number; on both, and with every mask, `test_dense_attention` has them
+    [(strategy, n) for strategy, n in zip(STRATEGIES, (3, 8) * 3, strict=True)]
+    + [(jaxcp.Ring(), n) for n in (1, 2, 8)],
     ids=str,
 )
 def test_mla(strategy, shards, mesh_of):
