@@ -68,7 +68,7 @@ def expected(x, **options):
 
 @pytest.mark.parametrize(
     "strategy, shards",
-    # each on an odd or an even number; on both, and with every mask, `test_dense_attention` has them
+    # on an odd or an even number; `test_dense_attention` has both, and every mask
     [(strategy, n) for strategy, n in zip(STRATEGIES, (3, 8) * 3, strict=True)]
     + [(jaxcp.Ring(), n) for n in (1, 2, 8)],
     ids=str,
