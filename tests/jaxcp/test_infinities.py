@@ -33,7 +33,9 @@ def test_a_model_whose_sinks_are_minus_infinity():
         mlp_dim=8, moe_dim=8, num_experts=2, num_experts_per_tok=1, first_dense_layers=1,
         attention=AttentionConfig(sinks=True),
     )  # fmt: skip
-    graph, parameters, rest = nnx.split(jaxcp.HybridMoE(config, rngs=nnx.Rngs(0)), nnx.Param, ...)
+    graph, parameters, rest = nnx.split(jaxcp.abstract_model(config), nnx.Param, ...)
+    rng = np.random.default_rng(0)
+    parameters = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), parameters)
     tokens = jnp.arange(10).reshape(2, 5)
     positions = jnp.tile(jnp.array([0, 1, 2, 3, PAD_POSITION], jnp.int32), (2, 1))
 
