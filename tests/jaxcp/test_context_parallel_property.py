@@ -101,6 +101,8 @@ def check(program, rows):
         }
         x["positions"] = positions
         more = {"sinks": rng.normal(size=heads).astype(np.float32)} if "sinks" in leaves else {}
+        for sinks in more.values():
+            sinks[: heads // 2] = -np.inf
         if segments is not None:
             x["segment_ids"] = segments
         there = layout.permute(x, shards)
