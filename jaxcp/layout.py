@@ -53,6 +53,9 @@ class Layout:
     def permute(self, tree: Any, shards: int, fill: dict[str, Any] | None = None) -> Any:
         """Tree of `[B, T, ...]` -> `[B, padded T, ...]`, in shard order, on the host.
 
+        Any positions are taken: what they let tokens see is the caller's to know, see
+        `context_parallel_attention`.
+
         Args:
           fill: values for the pads by leaf key, over `PAD_VALUES` (positions, segment ids, targets
             mask themselves) and 0.
