@@ -41,6 +41,8 @@ class Skeleton(NamedTuple):
 
     names: tuple[str, ...]
     learnt: frozenset[str]
+    axes: dict[str, tuple[str | None, ...]]
+    """Logical axes of what is learnt."""
     structure: jax.tree_util.PyTreeDef
 
 
@@ -51,7 +53,8 @@ def skeleton(model_config: Any) -> Skeleton:
     learnt = frozenset(
         name for name, variable in variables.items() if isinstance(variable, nnx.Param)
     )
-    return Skeleton(tuple(variables), learnt, jax.tree.structure(model))
+    axes = {name: _axes(variables[name]) for name in variables if name in learnt}
+    return Skeleton(tuple(variables), learnt, axes, jax.tree.structure(model))
 
 
 def join(model_config: Any, state: State) -> Any:
@@ -63,7 +66,7 @@ def join(model_config: Any, state: State) -> Any:
 
 def init_state(config: TrainConfig) -> State:
     """A fresh state on the mesh in scope."""
-    learnt = skeleton(config.model).learnt
+    learnt, axes = skeleton(config.model).learnt, skeleton(config.model).axes
     arrays = {
         name: v.get_value()
         for name, v in _variables(
@@ -74,7 +77,7 @@ def init_state(config: TrainConfig) -> State:
     state = {
         "params": params,
         "others": {name: x for name, x in arrays.items() if name not in learnt},
-        "opt_state": jax.jit(make_optimizer(config.optimizer, config.steps).init)(params),
+        "opt_state": jax.jit(make_optimizer(config.optimizer, config.steps, axes).init)(params),
         "step": jnp.int32(0),
         "rng": jax.random.key_data(jax.random.key(config.seed)),
     }
@@ -91,7 +94,8 @@ def abstract_inputs(config: TrainConfig, mesh: Mesh) -> tuple[State, dict[str, A
 
     def fresh(params):
         key = jax.random.key_data(jax.random.key(config.seed))
-        optimizer = make_optimizer(config.optimizer, config.steps)
+        axes = skeleton(config.model).axes
+        optimizer = make_optimizer(config.optimizer, config.steps, axes)
         return {"opt_state": optimizer.init(params), "step": jnp.int32(0), "rng": key}
 
     learnt = skeleton(config.model).learnt
@@ -134,6 +138,10 @@ def _variables(model: Any) -> dict[str, nnx.Variable]:
     }
 
 
+def _axes(variable: nnx.Variable) -> tuple[str | None, ...]:
+    return tuple(variable.get_metadata().get("axes") or (None,) * len(variable.shape))
+
+
 def _on_mesh(x: jax.Array) -> jax.Array:
     """What was made on one device becomes replicated; what has a sharding keeps it."""
     mesh = jax.sharding.get_mesh()
@@ -160,7 +168,7 @@ def make_step(
     `data.consecutive` says of them. Kept by its arguments, so that
     a run which goes on in the same process does not compile again.
     """
-    optimizer = make_optimizer(optimizer_config, steps)
+    optimizer = make_optimizer(optimizer_config, steps, skeleton(model_config).axes)
     rate = schedule(optimizer_config, optimizer_config.learning_rate, steps)
 
     options = {"attention": attention, "consecutive": consecutive, "chunk": loss_chunk}
