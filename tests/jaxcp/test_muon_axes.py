@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import jaxcp
+from jaxcp.models.hybrid_moe.config import NGramConfig
 from jaxcp.sharding import sharding_of
 from jaxcp.training import OptimizerConfig
 from jaxcp.training.optimizer import decays, is_matrix, make_optimizer, matrix_sizes
@@ -47,18 +48,20 @@ DECAYS_TOO = {"vocab embed", "embed vocab", "vocab ngram", "positions embed", "m
 BIASES = {"heads head_dim", "kv_heads head_dim", "experts mlp", "choices embed", "places latent"}
 
 
-def config(folder):
-    """The fixture's, with an MTP layer and n-grams where its family has them."""
+def configs(folder):
+    """The fixture's, with an MTP layer and with n-grams where its family has them."""
     config = jaxcp.load_config(FIXTURES / folder)
-    fields = {field.name for field in dataclasses.fields(config)}
-    more = {"num_mtp_layers": 1, "ngram_width": 3}
-    return dataclasses.replace(config, **{k: v for k, v in more.items() if k in fields})
+    more = {"num_mtp_layers": 1}, {"num_mtp_layers": 0, "ngram": NGramConfig(width=3)}
+    found = [config]
+    for fields in more:
+        if all(hasattr(config, name) for name in fields):
+            found.append(dataclasses.replace(config, **fields))
+    return found
 
 
-def shapes(folder):
+def shapes(config):
     """`(logical axes, shape)` of every weight, by name."""
-    bones = skeleton(config(folder))
-    model = jaxcp.abstract_model(config(folder))
+    bones, model = skeleton(config), jaxcp.abstract_model(config)
     leaves = dict(zip(bones.names, jax.tree.leaves(model), strict=True))
     return {name: (axes, leaves[name].shape) for name, axes in bones.axes.items()}
 
@@ -73,7 +76,8 @@ def sizes(description, axes, shape):
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_every_weight_is_cut_as_its_axes_say(folder):
-    for name, (axes, shape) in shapes(folder).items():
+    weights = {name: x for config in configs(folder) for name, x in shapes(config).items()}
+    for name, (axes, shape) in weights.items():
         assert len(axes) == len(shape), name
         key = " ".join(map(str, axes))
         if key in MUON:
@@ -87,7 +91,7 @@ def test_every_weight_is_cut_as_its_axes_say(folder):
 
 
 def test_one_step_makes_every_matrix_of_an_indexer_orthogonal():
-    weights = shapes("deepseek-v32-tiny")
+    weights = shapes(configs("deepseek-v32-tiny")[0])
     axes = {name: axes for name, (axes, _) in weights.items() if "layers.1.attention.index" in name}
     rng = np.random.default_rng(0)
     grads = {n: jnp.asarray(rng.normal(size=weights[n][1]), jnp.float32) for n in axes}
