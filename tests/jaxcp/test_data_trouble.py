@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxcp
-from jaxcp.training import TextSource, TokenFiles, TrainConfig, train
+from jaxcp.training import OptimizerConfig, TextSource, TokenFiles, TrainConfig, train
 from jaxcp.training.data import checked
 from pallas_kernels import PAD_POSITION
 
@@ -113,6 +113,46 @@ def test_positions_that_mask_are_taken():
     ):
         out = checked(batch(**changes), vocab_size=64)
         assert (out["positions"] == changes["positions"]).all()
+
+
+@pytest.mark.parametrize(
+    ("key", "dtype", "pad"),
+    [
+        ("positions", "uint8", PAD_POSITION),
+        ("segment_ids", "uint32", -1),
+        ("targets", "uint16", -1),
+    ],
+)
+def test_pads_that_a_dtype_cannot_hold_are_refused(key, dtype, pad):
+    """They would wrap, and be tokens."""
+    with pytest.raises(ValueError, match=f"pads of '{key}' are {pad}, which {dtype} cannot hold"):
+        jaxcp.Zigzag().permute({key: np.zeros((1, LENGTH), dtype)}, 2)
+    filled = jaxcp.Zigzag().permute({key: np.zeros((1, LENGTH), dtype)}, 2, fill={key: 9})
+    assert (filled[key] == 9).sum() == 2
+    jaxcp.Contiguous().permute({key: np.zeros((1, LENGTH), dtype)}, 2)  # needs no pads
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"batch_size": 4.0}, "batch_size must be an integer; got batch_size=4.0"),
+        ({"steps": 1.5}, "steps must be an integer"),
+        ({"stop_after": 1.5}, "stop_after must be an integer"),
+        ({"seed": 0.5}, "seed must be an integer"),
+        ({"seq_len": np.int64(0)}, "seq_len must be positive"),
+    ],
+)
+def test_counts_of_a_run_are_integers(changes, match):
+    fixed = {"model": None, "seq_len": 8, "batch_size": 2, "steps": 1, "data": "x.bin"}
+    with pytest.raises(ValueError, match=match):
+        TrainConfig(**fixed | {"out_dir": "out"} | changes)
+
+
+@pytest.mark.parametrize("name", ["weight_decay", "router_bias_rate"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1])
+def test_rates_are_numbers(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be >= 0; got {name}={value}"):
+        OptimizerConfig(**{name: value})
 
 
 def test_a_file_of_another_dtype_is_refused_with_the_place_in_it(tmp_path):
