@@ -2,14 +2,17 @@
 """Data from outside is checked as it came: nothing is narrowed first, and positions must mask."""
 
 import logging
+import types
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 
 import jaxcp
-from jaxcp.training import OptimizerConfig, TextSource, TokenFiles, TrainConfig, train
+from jaxcp.training import OptimizerConfig, TextSource, TokenFiles, TrainConfig
 from jaxcp.training.data import checked
+from jaxcp.training.loop import _Run
 from pallas_kernels import PAD_POSITION
 
 LENGTH = 6
@@ -186,8 +189,13 @@ def test_a_run_names_file_and_offset(tmp_path):
         data=str(tmp_path / "x.bin"),
         out_dir=tmp_path / "out",
     )
+    run = _Run(config, jaxcp.make_mesh(devices=jax.devices()[:1]))
     with pytest.raises(ValueError, match=r"id 300, .*x\.bin, token 37 \(byte 74, uint16\)"):
-        train(config)
+        run.batch(0)
+    longer = {"tokens": np.zeros((1, 17), int), "targets": np.zeros((1, 17), int)}
+    run.source = types.SimpleNamespace(batch=lambda *wanted: longer)
+    with pytest.raises(ValueError, match="the model has 16 positions; got position 16"):
+        run.batch(0)
 
 
 @pytest.mark.parametrize("dtype", ["uint32", "int64", "uint64"])
