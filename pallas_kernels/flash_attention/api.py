@@ -45,7 +45,8 @@ def flash_attention(
 
     Args:
       q_positions, kv_positions: global position of each token; default `0..T-1`, `0..S-1`.
-        `PAD_POSITION` marks a pad or an empty slot.
+        `PAD_POSITION` marks a pad or an empty slot. Numbers alone mask: where they start anew for
+        each packed document, segment ids must keep documents apart.
       q_segment_ids, kv_segment_ids: tokens see only their own segment; both or neither.
       causal: a key is visible when its position is not after the query's.
       window: number of positions a query sees, its own included.

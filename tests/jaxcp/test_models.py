@@ -190,7 +190,8 @@ def test_load_of_every_layer_sums_to_one(mesh_of):
     tokens = np.random.default_rng(0).integers(0, 32, (2, 16))
     batch = on_mesh(tokens, 4)
     run = jax.jit(lambda m, t, p: m.hidden(t, p))
-    x, (load, *_) = run(model, batch["tokens"], batch["positions"])
+    x, stats = run(model, batch["tokens"], batch["positions"])
+    load = stats.load
     assert x.shape == (2, 16, 16) and load.shape == (2, 4) and load.dtype == jnp.float32
     np.testing.assert_allclose(load.sum(-1), 1, rtol=1e-6)
 
