@@ -42,7 +42,9 @@ def _sizes(d: HFConfig) -> dict[str, Any]:
     }
 
 
-def _head_dim(d: HFConfig) -> int:
+def _head_dim(d: HFConfig, *default: int) -> int:
+    if default and "head_dim" not in d:
+        return default[0]
     return d.size("head_dim", None) or d.size("hidden_size") // d.size("num_attention_heads")
 
 
@@ -93,7 +95,7 @@ def _read_hy_v3(fields: Mapping[str, Any]) -> HybridMoEConfig:
     _all_layers_are(d, "full_attention")
     config = HybridMoEConfig(
         **_sizes(d),
-        head_dim=d.size("head_dim", 128),
+        head_dim=_head_dim(d, 128),
         mlp_dim=d.size("intermediate_size"),
         moe_dim=d.size("moe_intermediate_size"),
         num_experts=d.size("num_experts"),
@@ -164,8 +166,8 @@ QWEN3_MOE_HARMLESS = ("max_window_layers",)  # of Qwen2: here all layers have a 
 def _read_qwen3_moe(fields: Mapping[str, Any]) -> HybridMoEConfig:
     d = HFConfig(fields, aliases=QWEN3_MOE_ALIASES, harmless=QWEN3_MOE_HARMLESS)
     d.only(qk_norm=(True,), use_qk_norm=(True,))
-    windowed = d.flag("use_sliding_window", False)
     window = d.size("sliding_window", None) if "sliding_window" in d else 4096
+    windowed = d.flag("use_sliding_window", False) and window is not None
     _all_layers_are(d, "sliding_attention" if windowed else "full_attention")
     dense, step = d.places("mlp_only_layers") or [], d.size("decoder_sparse_step", 1)
     if sorted(dense) != list(range(len(dense))) or step != 1:
@@ -242,7 +244,7 @@ def _read_gpt_oss(fields: Mapping[str, Any]) -> HybridMoEConfig:
         d.agree(initial_context_length=rope.yarn.original_max_positions)
     config = HybridMoEConfig(
         **_sizes(d),
-        head_dim=_head_dim(d),
+        head_dim=_head_dim(d, 64),
         mlp_dim=d.size("intermediate_size"),
         moe_dim=d.size("intermediate_size"),
         num_experts=d.size("num_local_experts"),

@@ -117,7 +117,7 @@ class DeepSeekV3Config:
             moe_dim=d.size("moe_intermediate_size"),
             num_experts=d.size("n_routed_experts"),
             num_experts_per_tok=d.size("num_experts_per_tok"),
-            num_shared_experts=d.count("n_shared_experts", None) or 0,
+            num_shared_experts=0 if d["n_shared_experts"] is None else d.count("n_shared_experts"),
             first_dense_layers=_dense_layers(d, layers),
             routing=Routing(
                 normalise=d.flag("norm_topk_prob"),
