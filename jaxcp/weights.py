@@ -31,6 +31,7 @@ from jaxcp.quantised import quantised_names
 from jaxcp.quantised_files import FORMATS
 from jaxcp.quantised_load import QuantisedSource, quantised_source, stream_quantised
 from jaxcp.sharding import sharding_of
+from jaxcp.stored_dtype import stored_dtype
 from jaxcp.streaming import counted, progress_bar, stream
 from jaxcp.tokenizer import Tokenizer
 
@@ -170,6 +171,8 @@ def _stream(name: str, pieces: Iterable[Piece], leaf: nnx.Variable, dtype: Any, 
 def load_config(path: str | os.PathLike) -> Any:
     """The config object (`GPTConfig`, `HybridMoEConfig`) of a checkpoint folder; no weights read.
 
+    A config.json without dtype means that of the tensors, and without tensors that of the family.
+
     Raises:
       FileNotFoundError: there is no config.json.
       ValueError: config.json is no JSON object, or of a model that jaxcp does not know.
@@ -179,7 +182,10 @@ def load_config(path: str | os.PathLike) -> Any:
         raise FileNotFoundError(
             f"needed a checkpoint folder with {CONFIG} and *.safetensors; {file} is not there"
         )
-    return models.config_from_dict(read_json(file))
+    fields = read_json(file)
+    if not (fields.get("dtype") or fields.get("torch_dtype")):
+        fields |= {"dtype": dtype} if (dtype := stored_dtype(path)) else {}
+    return models.config_from_dict(fields)
 
 
 def abstract_model(config: Any) -> LanguageModel:

@@ -53,18 +53,31 @@ class Routing:
                 f"needs 1 <= top_groups <= num_groups; got {self.top_groups} of {self.num_groups}"
             )
 
+    def check(self, experts: int, k: int) -> None:
+        """Raises ValueError where `k` of these `experts` cannot be chosen so: `num_groups` does not
+        divide them into groups of two and more, or the open groups hold fewer than `k`."""
+        size = experts // self.num_groups
+        if self.num_groups > 1 and (
+            size * self.num_groups != experts or size < 2 or size * self.top_groups < k
+        ):
+            raise ValueError(
+                "num_groups must divide the experts into groups of two and more, top_groups of "
+                f"which hold k; got {self.top_groups} of {self.num_groups} groups, "
+                f"{experts} experts, k={k}"
+            )
+
     def select(
         self, scores: Float[Array, "M E"], k: int, bias: Float[Array, "E"] | None = None
     ) -> Int[Array, "M k"]:
         """The `k` experts of each token; the lower index where scores are equal.
 
         Raises:
-          ValueError: `num_groups` does not divide the experts into groups of two and more, or
-            the open groups hold fewer than `k`.
+          ValueError: groups that `check` refuses.
         """
+        self.check(scores.shape[-1], k)
         wanted = lax.stop_gradient(scores if bias is None else scores + bias)
         if self.num_groups > 1:
-            wanted = self._only_top_groups(wanted, k)
+            wanted = self._only_top_groups(wanted)
         return lax.top_k(wanted, k)[1]
 
     def probabilities(self, logits: Float[Array, "M E"]) -> Float[Array, "M E"]:
@@ -82,15 +95,9 @@ class Routing:
             weights = _over_their_sum(weights)
         return weights * self.scale
 
-    def _only_top_groups(self, wanted, k):
+    def _only_top_groups(self, wanted):
         tokens, experts = wanted.shape
         size = experts // self.num_groups
-        if size * self.num_groups != experts or size < 2 or size * self.top_groups < k:
-            raise ValueError(
-                "num_groups must divide the experts into groups of two and more, top_groups of "
-                f"which hold k; got {self.top_groups} of {self.num_groups} groups, "
-                f"{experts} experts, k={k}"
-            )
         grouped = wanted.reshape(tokens, self.num_groups, size)
         best = lax.top_k(grouped, 2)[0].sum(-1)
         open_groups = lax.top_k(best, self.top_groups)[1]
