@@ -29,12 +29,13 @@ from jaxcp.checkpoint_files import (
     open_checkpoint,
     read_json,
 )
+from jaxcp.config_file import fitted, load_config, naming
 from jaxcp.models.weight_table import sources
 from jaxcp.mxfp4 import MAGNITUDES
 from jaxcp.quantised import of_experts
 from jaxcp.quantised_load import summed_axis
 from jaxcp.streaming import progress_bar
-from jaxcp.weights import abstract_model, load_config
+from jaxcp.weights import abstract_model
 
 log = logging.getLogger(__name__)
 
@@ -126,8 +127,9 @@ def _wanted(path: Path, checkpoint: Checkpoint, only: Only) -> dict[str, int]:
         raise ValueError(f"needed plain weights; {path} is quantised already, such as {name}")
     config = load_config(path)
     family = models.family_of(config)
-    config = family.fit(config, checkpoint.shapes.keys())
-    flat = nnx.to_flat_state(nnx.state(abstract_model(config)))
+    config = fitted(path, config, checkpoint.shapes.keys())
+    with naming(path / CONFIG):
+        flat = nnx.to_flat_state(nnx.state(abstract_model(config)))
     leaves = {".".join(map(str, keys)): leaf for keys, leaf in flat}
     shapes = {name: leaf.shape for name, leaf in leaves.items()}
     found = sources(family.table(config), shapes, checkpoint.shapes)

@@ -24,7 +24,8 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from jaxcp import models, mxfp4
-from jaxcp.checkpoint_files import CONFIG, INDEX, WEIGHTS, Checkpoint, open_checkpoint, read_json
+from jaxcp.checkpoint_files import CONFIG, INDEX, WEIGHTS, Checkpoint, open_checkpoint
+from jaxcp.config_file import fitted, load_config, naming
 from jaxcp.models.base import LanguageModel
 from jaxcp.models.weight_table import Piece, Source, sources, spelling_of
 from jaxcp.quantised import quantised_names
@@ -78,8 +79,9 @@ def load(
         config = dataclasses.replace(config, dtype=jnp.dtype(dtype).name)
     family = models.family_of(config)
     checkpoint = open_checkpoint(path)
-    config = family.fit(config, checkpoint.shapes.keys())
-    graph, state = nnx.split(abstract_model(config))
+    config = fitted(path, config, checkpoint.shapes.keys())
+    with naming(Path(path, CONFIG)):
+        graph, state = nnx.split(abstract_model(config))
     flat = [(".".join(map(str, keys)), keys, leaf) for keys, leaf in nnx.to_flat_state(state)]
     shapes = {name: leaf.shape for name, _, leaf in flat}
     found = sources(family.table(config), shapes, checkpoint.shapes)
@@ -167,21 +169,6 @@ def _stream(name: str, pieces: Iterable[Piece], leaf: nnx.Variable, dtype: Any, 
     return stream(pieces, leaf.shape, dtype, sharding)
 
 
-def load_config(path: str | os.PathLike) -> Any:
-    """The config object (`GPTConfig`, `HybridMoEConfig`) of a checkpoint folder; no weights read.
-
-    Raises:
-      FileNotFoundError: there is no config.json.
-      ValueError: config.json is no JSON object, or of a model that jaxcp does not know.
-    """
-    file = Path(path, CONFIG)
-    if not file.exists():
-        raise FileNotFoundError(
-            f"needed a checkpoint folder with {CONFIG} and *.safetensors; {file} is not there"
-        )
-    return models.config_from_dict(read_json(file))
-
-
 def abstract_model(config: Any) -> LanguageModel:
     """The model of `config` with `jax.ShapeDtypeStruct` leaves: to count or compile, not to run."""
     model_class = models.family_of(config).model_class
@@ -260,7 +247,7 @@ def _check_target(out: Path, config: Any) -> bool:
         return False
     there = load_config(out)
     if Path(out, WEIGHTS).exists():
-        there = models.family_of(there).fit(there, open_checkpoint(out).shapes.keys())
+        there = fitted(out, there, open_checkpoint(out).shapes.keys())
     if there.to_hf() != config.to_hf():  # remat and the like are not in the file
         raise ValueError(
             f"needed a folder without a checkpoint of another configuration; {out}/{CONFIG} "

@@ -23,7 +23,7 @@ RANKS = (
     ("jaxcp.mxfp4", "jaxcp.input_files"),
     ("jaxcp.quantised_files",),
     ("jaxcp.checkpoint_files", "jaxcp.streaming"),
-    ("jaxcp.quantised_load",),
+    ("jaxcp.quantised_load", "jaxcp.config_file"),
     ("jaxcp.weights", "jaxcp.tokenizer", "jaxcp.sampling", "jaxcp.checkpoints"),
     ("jaxcp.quantize", "jaxcp.inference", "jaxcp.training", "jaxcp.plan", "jaxcp.evaluate"),
     ("jaxcp.tune",),
