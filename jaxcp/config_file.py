@@ -116,8 +116,10 @@ def _misfits(config: Any, path: str = "") -> Iterator[str]:
         if dataclasses.is_dataclass(value):
             yield from _misfits(value, f"{name}.")
         elif not any(_is(value, kind, name) for kind in options):
-            limits = RANGES.get(name, SIZES) if int in options else ""
-            yield f"{name}={value!r:.50} (needed {field.type} {limits})"
+            wanted = " or ".join(kind.__name__ for kind in options)
+            limits = RANGES.get(name, SIZES) if int in options else None
+            within = f" from {limits[0]} to {limits[-1]}" if limits else ""
+            yield f"{name}={value!r:.50} (needed {wanted}{within})"
 
 
 def _is(value: Any, kind: Any, name: str) -> bool:

@@ -30,6 +30,7 @@ from jaxcp.checkpoint_files import (
     read_json,
 )
 from jaxcp.config_file import fitted, load_config, naming
+from jaxcp.input_files import open_regular
 from jaxcp.models.weight_table import sources
 from jaxcp.mxfp4 import MAGNITUDES
 from jaxcp.quantised import of_experts
@@ -246,11 +247,26 @@ def _halves(x):
 def _write_rest(source: Path, folder: Path, weights: Weights, only: Only) -> None:
     """config.json, which says so, and the files of the tokenizer as they are."""
     for file in source.iterdir():
-        if file.suffix in COPIED and file.name not in (CONFIG, INDEX):
-            shutil.copyfile(file, folder / file.name)
+        if file.suffix in COPIED and file.name not in (CONFIG, INDEX) and not file.is_dir():
+            _check_link(file, source)
+            with open_regular(file) as (handle, _), open(folder / file.name, "wb") as copy:
+                shutil.copyfileobj(handle, copy)
     fields = read_json(source / CONFIG)
     fields["quantization_config"] = {"quant_method": "jaxcp", "weights": weights, "only": only}
     _synced(folder / CONFIG, [(json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()])
+
+
+def _check_link(file: Path, source: Path) -> None:
+    """Raises where copying would put a file of somewhere else into a folder to be handed on.
+
+    Links to the `blobs` of the hub's cache, beside its `snapshots`, are the hub's own.
+    """
+    target, folder = file.resolve(), source.resolve()
+    if not any(target.is_relative_to(x) for x in (folder, folder.parent.parent / "blobs")):
+        raise ValueError(
+            f"needed files of the checkpoint to copy; {file} is a link that leads out of its "
+            "folder. Copy there what it leads to, or take it away"
+        )
 
 
 def _write_file(path: Path, tensors: list[_Tensor], advance: Callable[[int], None]) -> None:
