@@ -32,7 +32,7 @@ RANGES = {
 }
 """What else an integer of a configuration may be; others are `SIZES`."""
 MESSAGE = 2_000
-WRONG_VALUES = AttributeError, TypeError, LookupError, ArithmeticError, ValueError
+WRONG_VALUES = AttributeError, TypeError, LookupError, ArithmeticError, ValueError, StopIteration
 
 
 def load_config(path: str | os.PathLike) -> Any:
