@@ -24,14 +24,14 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from jaxcp import models, mxfp4
-from jaxcp.checkpoint_files import CONFIG, INDEX, WEIGHTS, Checkpoint, open_checkpoint, read_json
+from jaxcp.checkpoint_files import CONFIG, INDEX, WEIGHTS, Checkpoint, open_checkpoint
+from jaxcp.config_file import fitted, load_config, naming
 from jaxcp.models.base import LanguageModel
 from jaxcp.models.weight_table import Piece, Source, sources, spelling_of
 from jaxcp.quantised import quantised_names
 from jaxcp.quantised_files import FORMATS
 from jaxcp.quantised_load import QuantisedSource, quantised_source, stream_quantised
 from jaxcp.sharding import sharding_of
-from jaxcp.stored_dtype import stored_dtype
 from jaxcp.streaming import counted, progress_bar, stream
 from jaxcp.tokenizer import Tokenizer
 
@@ -79,8 +79,9 @@ def load(
         config = dataclasses.replace(config, dtype=jnp.dtype(dtype).name)
     family = models.family_of(config)
     checkpoint = open_checkpoint(path)
-    config = family.fit(config, checkpoint.shapes.keys())
-    graph, state = nnx.split(abstract_model(config))
+    config = fitted(path, config, checkpoint.shapes.keys())
+    with naming(Path(path, CONFIG)):
+        graph, state = nnx.split(abstract_model(config))
     flat = [(".".join(map(str, keys)), keys, leaf) for keys, leaf in nnx.to_flat_state(state)]
     shapes = {name: leaf.shape for name, _, leaf in flat}
     found = sources(family.table(config), shapes, checkpoint.shapes)
@@ -168,26 +169,6 @@ def _stream(name: str, pieces: Iterable[Piece], leaf: nnx.Variable, dtype: Any, 
     return stream(pieces, leaf.shape, dtype, sharding)
 
 
-def load_config(path: str | os.PathLike) -> Any:
-    """The config object (`GPTConfig`, `HybridMoEConfig`) of a checkpoint folder; no weights read.
-
-    A config.json without dtype means that of the tensors, and without tensors that of the family.
-
-    Raises:
-      FileNotFoundError: there is no config.json.
-      ValueError: config.json is no JSON object, or of a model that jaxcp does not know.
-    """
-    file = Path(path, CONFIG)
-    if not file.exists():
-        raise FileNotFoundError(
-            f"needed a checkpoint folder with {CONFIG} and *.safetensors; {file} is not there"
-        )
-    fields = read_json(file)
-    if not (fields.get("dtype") or fields.get("torch_dtype")):
-        fields |= {"dtype": dtype} if (dtype := stored_dtype(path)) else {}
-    return models.config_from_dict(fields)
-
-
 def abstract_model(config: Any) -> LanguageModel:
     """The model of `config` with `jax.ShapeDtypeStruct` leaves: to count or compile, not to run."""
     model_class = models.family_of(config).model_class
@@ -266,7 +247,7 @@ def _check_target(out: Path, config: Any) -> bool:
         return False
     there = load_config(out)
     if Path(out, WEIGHTS).exists():
-        there = models.family_of(there).fit(there, open_checkpoint(out).shapes.keys())
+        there = fitted(out, there, open_checkpoint(out).shapes.keys())
     if there.to_hf() != config.to_hf():  # remat and the like are not in the file
         raise ValueError(
             f"needed a folder without a checkpoint of another configuration; {out}/{CONFIG} "

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from jaxcp.input_files import JSON_BYTES, read_bytes
 from jaxcp.layers.lookahead import draft_batch
 from jaxcp.layers.ngram import windows
 from jaxcp.layout import Zigzag
@@ -63,7 +64,7 @@ def claim(config: TrainConfig) -> None:
     out_dir = pathlib.Path(config.out_dir)
     path, ours = out_dir / "config.json", identity(config)
     if path.exists() and checkpoint.steps(out_dir / CHECKPOINTS):
-        lines = differences(json.loads(path.read_text()), ours)
+        lines = differences(_recorded(path), ours)
         if lines:
             raise ValueError(
                 f"{out_dir} holds a run with another configuration: {'; '.join(lines)}. "
@@ -74,6 +75,13 @@ def claim(config: TrainConfig) -> None:
     fresh = path.with_name("config.json.new")
     fresh.write_text(json.dumps(ours, indent=1))
     fresh.replace(path)
+
+
+def _recorded(path: pathlib.Path) -> Any:
+    try:
+        return json.loads(read_bytes(path, JSON_BYTES))  # with Infinity, where a run has it
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"needed the configuration of a run; got {path}: {error}") from error
 
 
 CHECKPOINTS = "checkpoints"
