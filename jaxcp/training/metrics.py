@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from jaxcp.pictures import new_figure
+
 Record = dict[str, Any]
 """`step, loss` (nats), `lr, grad_norm, tokens` (since step 0), `tokens_per_second` (None until
 there are two steps to time), `seconds` (of this process); of a model with experts also
@@ -117,13 +119,12 @@ def plot_loss(metrics_path: str | pathlib.Path, out_png: str | pathlib.Path) -> 
 
     Raises:
       ValueError: the file holds no record.
+      ImportError: matplotlib is missing, which is an extra.
     """
     records = read_metrics(metrics_path)
     if not records:
         raise ValueError(f"{metrics_path} holds no record yet; train for more than log_every steps")
-    from matplotlib.figure import Figure  # not pyplot: no backend, no window, no global state
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = new_figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     axes.plot(
         [r["tokens"] for r in records],
