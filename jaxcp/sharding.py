@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the logical axes of a parameter to mesh axes: one table, and what applies it."""
 
+import jaxcp.flax_version  # noqa: F401  (before flax)
+
+# isort: split
 from typing import Any
 
 import jax

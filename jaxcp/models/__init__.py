@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model families, by the `model_type` of their config.json. Imported on first use."""
 
+import jaxcp.flax_version  # noqa: F401  (before flax)
+
+# isort: split
 import dataclasses
 import importlib
 from collections.abc import Collection, Mapping, Sequence

@@ -178,12 +178,12 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 def load_run(path_or_name: str | pathlib.Path) -> TrainConfig:
     """The run in a Python file with `def config() -> TrainConfig`: a path, or the name of a file in
-    `configs/` of the working directory or of the source tree.
+    `configs/` of the working directory or, where that has none, of those that jaxcp ships.
 
     Raises:
       ValueError: no such file, naming those that exist; or a file without `config()`.
     """
-    folders = [pathlib.Path("configs"), pathlib.Path(__file__).parents[2] / "configs"]
+    folders = [pathlib.Path("configs"), pathlib.Path(__file__).parents[1] / "configs"]
     candidates = [
         pathlib.Path(path_or_name),
         *(folder / f"{path_or_name}.py" for folder in folders),
