@@ -27,7 +27,7 @@ def quick(monkeypatch):
 
     @functools.cache
     def others(fn, donate):
-        static = {steps._prefill: (9, 10), steps._whole: (3,)}.get(fn, ())
+        static = {steps._prefill: (7, 8), steps._whole: (3,)}.get(fn, ())
         return jax.jit(fn, static_argnums=static, compiler_options=QUICK)
 
     monkeypatch.setattr(compressed_steps, "_jitted", compressed)
