@@ -59,7 +59,7 @@ def prefill(
     start, done = np.asarray(cache.lengths), np.zeros_like(lengths)
     tokens = windows(tokens[:, : lengths.max()], width, before=np.asarray(cache.recent))
     recent = _recent(tokens, np.asarray(cache.recent))
-    logits = None
+    logits: Any = None
     for piece in pieces(frame_of(cache), start, lengths, layout_of(attention), EXTEND_SIZES):
         ids, positions = piece.laid_out(tokens, done, start)
         done = done + piece.taken
