@@ -5,7 +5,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -172,7 +171,7 @@ class GPT(LanguageModel):
         dtype = jnp.dtype(self.config.dtype)
         x = embed(self.embed, tokens, dtype) + embed(self.position_embed, positions, dtype)
         for layer in self.layers:
-            block = jax.checkpoint(_block, static_argnums=3) if self.config.remat else _block
+            block = self.recomputed(_block, attend, static_argnums=3)
             x = block(layer, x, positions, attend)
         return self.final_norm(x), None
 

@@ -5,7 +5,6 @@ Dense layers first, then mixture of experts. The layer pattern adds layers with 
 and layers without rotary positions.
 """
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -101,7 +100,7 @@ class HybridMoE(DraftingModel):
         x = self._embedded(tokens, jnp.dtype(self.config.dtype))
         stats = []
         for layer in self.layers:
-            block = jax.checkpoint(_block, static_argnums=3) if self.config.remat else _block
+            block = self.recomputed(_block, attend, static_argnums=3)
             x, of_layer = block(layer, x, positions, attend)
             stats.append(of_layer)
         return self.final_norm(x), stacked(stats)

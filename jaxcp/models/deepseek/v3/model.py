@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -293,7 +292,7 @@ class DeepSeekV3(DraftingModel):
         x = self.embedded(tokens)
         stats = []
         for layer in self.layers:
-            block = jax.checkpoint(_block, static_argnums=3) if self.config.remat else _block
+            block = self.recomputed(_block, attend, static_argnums=3)
             x, of_layer = block(layer, x, positions, attend)
             stats.append(of_layer)
         return self.final_norm(x), stacked(stats)
