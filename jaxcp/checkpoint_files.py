@@ -201,7 +201,7 @@ def _stored(file: Path, begin: int, name: str, fields: Any) -> Stored:
     if len(name) > NAME_LENGTH or not name.isprintable():
         raise ValueError(f"a tensor's name is not printable, or longer than {NAME_LENGTH}")
     fields = fields if isinstance(fields, dict) else {}
-    dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if not isinstance(dtype, str) or not _is_sizes(shape, AXES) or not _is_sizes(offsets, 2):
         raise ValueError(f"{name} needs a dtype, and a shape and data_offsets of integers")
     if len(offsets) < 2 or offsets[0] > offsets[1]:
