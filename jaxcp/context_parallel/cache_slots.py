@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the arrays of a cache lie on devices, and where its shards put new rows."""
 
+import numbers
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -9,6 +11,26 @@ from jax.sharding import PartitionSpec as P
 AXIS = "seq"
 TOKENS, ROWS, SAME = P("data", AXIS), P("data"), P(None)
 SHARDED, WHOLE = P("data", AXIS, "model", None), P("data", None, "model", None)
+
+
+def check_size(batch_size: int, max_len: int) -> None:
+    """Raise ValueError where no cache of the mesh in scope has this size."""
+    sizes = batch_size, max_len
+    if not all(isinstance(n, numbers.Integral) and n >= 1 for n in sizes):
+        raise ValueError(
+            f"a cache needs batch_size >= 1 and max_len >= 1; got {batch_size} and {max_len}"
+        )
+    check_rows(batch_size)
+
+
+def check_rows(batch_size: int) -> None:
+    """Raise ValueError where the mesh in scope does not divide the rows."""
+    shards = jax.sharding.get_abstract_mesh().shape.get("data", 1)
+    if batch_size % shards:
+        raise ValueError(
+            f"rows must be a multiple of the mesh's data={shards}; got {batch_size} (a session "
+            "has one). Give more rows, or make the mesh with data=1 and its devices along seq"
+        )
 
 
 def write_rows(cache, new, lengths):

@@ -32,6 +32,7 @@ from jaxcp.context_parallel.cache_slots import (
     TOKENS,
     WHOLE,
     axis_in_scope,
+    check_size,
     deal_rows,
     on_mesh,
     on_shards,
@@ -104,10 +105,7 @@ def empty_cache(
     windows = (None,) * layers if windows is None else windows
     if len(windows) != layers:
         raise ValueError(f"windows must name {layers} layers; got {windows}")
-    if batch_size < 1 or max_len < 1:
-        raise ValueError(
-            f"a cache needs batch_size >= 1 and max_len >= 1; got {batch_size} and {max_len}"
-        )
+    check_size(batch_size, max_len)
     shards = shards_in_scope()
     total = shards * (-(-max_len // shards) + MAX_EXTEND)
 

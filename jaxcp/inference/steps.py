@@ -14,9 +14,11 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from jaxcp.context_parallel import Ring, Strategy
+from jaxcp.context_parallel.cache_slots import check_rows
 from jaxcp.context_parallel.compressed_cache import CompressedCache
 from jaxcp.context_parallel.kv_cache import MAX_EXTEND, Extend, KVCache, Prefill
 from jaxcp.context_parallel.overlap import compiler_options
+from jaxcp.inference.checks import integers, token_ids
 from jaxcp.inference.compressed_steps import prefill_compressed
 from jaxcp.inference.turns import frame_of, latest, layout_of, pieces
 from jaxcp.layers.ngram import windows
@@ -50,8 +52,8 @@ def prefill(
     Raises:
       ValueError: no tokens, rows that do not fit the cache, ids out of range.
     """
-    tokens = np.asarray(tokens)
-    lengths = _check_tokens(model, cache, tokens, lengths)
+    tokens = token_ids(model, tokens)
+    lengths = _check_tokens(cache, tokens, lengths)
     cache = cache if donate else _copied(cache)
     if isinstance(cache, CompressedCache):
         return prefill_compressed(model, cache, tokens, lengths, attention)
@@ -86,25 +88,24 @@ def decode_step(
         raise ValueError(
             f"the cache is full: {longest} of max_len={cache.max_len} tokens; make a longer one"
         )
-    token = np.asarray(next_token)
+    token = token_ids(model, next_token)
     if token.shape != cache.lengths.shape:
         raise ValueError(
             f"next_token must be [{cache.lengths.shape[0]}], one a row; got {token.shape}"
         )
-    check_ids(model, token)
     cache = cache if donate else _copied(cache)
     if isinstance(cache, CompressedCache):
         one = np.ones(token.shape, np.int32)
         return prefill_compressed(model, cache, token[:, None], one, None)
-    return _jitted(_decode, True)(model, cache, token.astype(np.int32))
+    return _jitted(_decode, True)(model, cache, token)
 
 
 def logits(model: Any, tokens: Any, *, attention: Strategy | None = None) -> jax.Array:
     """Float32 logits `[B, T, V]` of every token, in natural order, on the host."""
-    tokens = np.asarray(tokens)
+    tokens = token_ids(model, tokens)
     if tokens.ndim != 2 or not tokens.size:
         raise ValueError(f"tokens must be [B, T] with at least one token; got {tokens.shape}")
-    check_ids(model, tokens)
+    check_rows(len(tokens))
     limit = getattr(model.config, "max_positions", tokens.shape[1])
     if tokens.shape[1] > limit:
         raise ValueError(f"the model has {limit} positions; got {tokens.shape[1]} tokens")
@@ -198,30 +199,20 @@ def _put(arrays, spec):
     return tuple(jax.device_put(np.asarray(x, np.int32), spec) for x in arrays)
 
 
-def _check_tokens(model, cache, tokens, lengths):
+def _check_tokens(cache, tokens, lengths):
     batch = cache.lengths.shape[0]
     if tokens.ndim != 2 or tokens.shape[0] != batch or tokens.shape[1] < 1:
         raise ValueError(f"tokens must be [{batch}, T] with at least one token; got {tokens.shape}")
-    check_ids(model, tokens)
-    lengths = np.full(batch, tokens.shape[1]) if lengths is None else np.asarray(lengths)
+    if lengths is None:
+        lengths = np.full(batch, tokens.shape[1])
+    lengths = integers("lengths", lengths)
     if lengths.shape != (batch,) or lengths.min() < 1 or lengths.max() > tokens.shape[1]:
         raise ValueError(f"lengths must be [{batch}] in 1..{tokens.shape[1]}; got {lengths}")
+    lengths = lengths.astype(np.int32)
     needed = int((np.asarray(cache.lengths) + lengths).max())
     if needed > cache.max_len:
         raise ValueError(
             f"{needed} tokens do not fit max_len={cache.max_len} ({tokens.shape[1]} new ones); "
             "shorten the prompt or make the engine or cache with a larger max_len"
         )
-    return lengths.astype(np.int32)
-
-
-def check_ids(model: Any, tokens: np.ndarray) -> None:
-    """Raise ValueError for ids that the model has no embedding of."""
-    vocab = model.config.vocab_size
-    if not np.issubdtype(tokens.dtype, np.integer):
-        raise ValueError(f"token ids must be integers; got {tokens.dtype}")
-    if tokens.min() < 0 or tokens.max() >= vocab:
-        raise ValueError(
-            f"token ids must lie in 0..{vocab - 1}; got {tokens.min()}..{tokens.max()}. "
-            "Is it another tokenizer's?"
-        )
+    return lengths
