@@ -81,7 +81,9 @@ def make_mesh(
     taken, idle = available[: config.size], available[config.size :]
     if idle:
         names = ", ".join([*map(str, idle[:LISTED]), *["..."][: len(idle) > LISTED]])
-        logger.warning("the mesh takes %d of %d devices; idle: %s", len(taken), len(available), names)
+        logger.warning(
+            "the mesh takes %d of %d devices; idle: %s", len(taken), len(available), names
+        )
     shape = tuple(getattr(config, axis) for axis in AXES)
     types = (AxisType.Explicit,) * len(AXES)
     if devices is None:

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import types
 from collections.abc import Iterable, Mapping
@@ -30,7 +31,7 @@ from jaxcp.models.weight_table import Piece, Source, sources, spelling_of
 from jaxcp.quantised import quantised_names
 from jaxcp.quantised_files import FORMATS
 from jaxcp.quantised_load import QuantisedSource, quantised_source, stream_quantised
-from jaxcp.sharding import sharding_of
+from jaxcp.sharding import indivisible, sharding_of
 from jaxcp.streaming import counted, progress_bar, stream
 from jaxcp.tokenizer import Tokenizer
 
@@ -40,6 +41,8 @@ TOKENIZER = "tokenizer.json"
 DTYPES = ("F32", "BF16", "F16", mxfp4.NAME, *FORMATS)
 INTEGERS = ("I64", "I32")
 SHARD_BYTES = 5_000_000_000
+HUB_ID = r"\w[\w.-]*(/[\w.-]+)?"
+NO_PATH = ". A hub id is no path: fetch it (hf download ORG/NAME --local-dir DIR) and load DIR"
 LISTED = 50  # of each kind of problem: a wrong checkpoint of 47,000 tensors must stay readable
 
 
@@ -81,6 +84,8 @@ def load(
     config = family.fit(config, checkpoint.shapes.keys())
     graph, state = nnx.split(abstract_model(config))
     flat = [(".".join(map(str, keys)), keys, leaf) for keys, leaf in nnx.to_flat_state(state)]
+    if problem := indivisible(((name, leaf) for name, _, leaf in flat), experts):
+        raise ValueError(f"needed a mesh that divides {problem}")
     shapes = {name: leaf.shape for name, _, leaf in flat}
     found = sources(family.table(config), shapes, checkpoint.shapes)
     ignored = family.weights.left_out(checkpoint.shapes.keys(), config)
@@ -156,14 +161,7 @@ def _final_dtype(leaf: nnx.Variable, source: Source, checkpoint: Checkpoint, con
 def _stream(name: str, pieces: Iterable[Piece], leaf: nnx.Variable, dtype: Any, experts: str):
     if jax.sharding.get_abstract_mesh().empty:
         return stream(pieces, leaf.shape, dtype, None)
-    spec = sharding_of(leaf, experts)
-    try:
-        sharding = jax.NamedSharding(jax.sharding.get_mesh(), spec)
-        sharding.shard_shape(leaf.shape)
-    except ValueError as error:
-        raise ValueError(
-            f"needed a mesh that divides {name} {leaf.shape} as {spec}: {error}"
-        ) from error
+    sharding = jax.NamedSharding(jax.sharding.get_mesh(), sharding_of(leaf, experts))
     return stream(pieces, leaf.shape, dtype, sharding)
 
 
@@ -178,6 +176,7 @@ def load_config(path: str | os.PathLike) -> Any:
     if not file.exists():
         raise FileNotFoundError(
             f"needed a checkpoint folder with {CONFIG} and *.safetensors; {file} is not there"
+            + ("" if Path(path).exists() or not re.fullmatch(HUB_ID, str(path)) else NO_PATH)
         )
     return models.config_from_dict(read_json(file))
 
