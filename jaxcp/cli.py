@@ -49,6 +49,19 @@ class Sampling:
     seed: int = 0
 
 
+def _check(max_len: int | None, sampling: Sampling) -> None:
+    """Refuse what nothing could honour before a model is loaded."""
+    _at_least_one(max_len=max_len, max_new_tokens=sampling.max_new_tokens)
+    if not 0 <= sampling.seed < 2**32:  # jax would drop the higher bits
+        raise ValueError(f"--seed must be in 0..{2**32 - 1}; got {sampling.seed}")
+
+
+def _at_least_one(**options: int | None) -> None:
+    for name, value in options.items():
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {value}")
+
+
 def demo(out: pathlib.Path = pathlib.Path("out/demo"), *, smoke: bool = False) -> None:
     """The main job on what the package ships: long texts over eight emulated devices, training.
 
@@ -80,6 +93,7 @@ def generate(
         devices: how the devices are used.
         sampling: how tokens are chosen.
     """
+    _check(max_len, sampling)
     text = read_prompt(prompt, prompt_file)
     with _loaded(checkpoint, devices) as (model, tokenizer):
         from jaxcp.inference import Engine
@@ -110,6 +124,7 @@ def chat(
         devices: how the devices are used.
         sampling: how tokens are chosen.
     """
+    _check(max_len, sampling)
     with _loaded(checkpoint, devices) as (model, tokenizer):
         from jaxcp.inference import Engine
 
@@ -259,6 +274,9 @@ def eval_needle(
         out: folder for needle.png and needle.json.
         devices: how the devices are used.
     """
+    if not lengths:
+        raise ValueError("--lengths needs one number or more")
+    _at_least_one(needles=needles, haystacks=haystacks)
     with _loaded(checkpoint, devices) as (model, tokenizer):
         from rich.progress import Progress
 
