@@ -123,7 +123,7 @@ def load(
 
 
 def _check_finite(path, checkpoint: Checkpoint, strange: Mapping[tuple[str, Any], int]) -> None:
-    """Raise ValueError for `strange`: by tensor and final dtype, how many numbers are NaN or Inf."""
+    """Raise ValueError for `strange`: how many numbers of a tensor, as a dtype, are NaN or Inf."""
     if not strange:
         return
     lines = [
