@@ -29,6 +29,6 @@ def draw_if_possible(
 ) -> str:
     """Call `plot(data, path)` and return the path; where matplotlib is missing, say so instead."""
     if importlib.util.find_spec("matplotlib") is None:
-        return f"no picture, for lack of matplotlib: {HOW_TO_GET_THEM}"
+        return f"no picture without matplotlib ({HOW_TO_GET_THEM})"
     plot(data, path)
     return str(path)
