@@ -37,6 +37,7 @@ hypothesis.settings.register_profile("jaxcp", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("jaxcp")
 
 
+pytest_plugins = ["costs"]
 LINUX = sys.platform == "linux"
 
 
