@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tiny_checkpoints import FIXTURES, same, tensors, write
+from tiny_checkpoints import FIXTURES, assert_same, tensors, write
 
 from jaxcp import load_config, models, weights
 
@@ -72,7 +72,7 @@ def test_a_tied_head(tmp_path):
     assert load_file(tmp_path / "out/model.safetensors").keys() == before.keys()
     assert load_config(tmp_path / "out") == model.config and model.config.tie_embeddings
     again = before | {"lm_head.weight": table}  # some files repeat it
-    assert same(model, weights.load(write(tmp_path / "in", name, again, **tied))[0])
+    assert_same(model, weights.load(write(tmp_path / "in", name, again, **tied))[0])
     for contents, fields, message in (
         (before | {"lm_head.weight": head}, tied, r"ties it to:\n    lm_head\.weight"),
         (before, {}, r"1 missing:\n    lm_head\.weight"),
@@ -90,6 +90,6 @@ def test_an_untied_head_of_gpt2(tmp_path):
     np.testing.assert_allclose(logits, np.float64(hidden) @ head.T, atol=1e-4, rtol=0)
     weights.save(model, tmp_path / "out")
     assert load_file(tmp_path / "out/model.safetensors").keys() == contents.keys()
-    assert same(model, weights.load(tmp_path / "out")[0])
+    assert_same(model, weights.load(tmp_path / "out")[0])
     with pytest.raises(ValueError, match=r"1 missing:\n    lm_head\.weight"):
         weights.load(write(tmp_path / "in", "gpt2-tiny", before, **untied))

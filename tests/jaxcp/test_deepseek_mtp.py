@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
 from test_deepseek_weights import FLASH, PRO, R1, V32_EXP
-from tiny_checkpoints import FIXTURES, same, tensors, write
+from tiny_checkpoints import FIXTURES, assert_same, tensors, write
 
 import jaxcp
 from jaxcp import Zigzag, models, weights
@@ -89,7 +89,8 @@ def test_round_trip_is_exact(name, folder, tmp_path):
     for k, v in contents(name).items():
         assert after[k].dtype == v.dtype and after[k].tobytes() == v.tobytes(), k
     again, _ = weights.load(tmp_path / "out")
-    assert again.config == model.config and same(again, model)
+    assert again.config == model.config
+    assert_same(again, model)
 
 
 def test_a_copy_that_is_none(tmp_path):

@@ -6,7 +6,7 @@ import dataclasses
 import numpy as np
 import pytest
 from test_config_fields import CANNOT_RUN, WALK, fields_of, read
-from tiny_checkpoints import FIXTURES, random_model, same
+from tiny_checkpoints import FIXTURES, assert_same, random_model
 
 import jaxcp
 
@@ -68,7 +68,8 @@ def test_heads_that_are_tied_or_not(name, tied, tmp_path):
     expected = logits(theirs, tokens)
     theirs.save_pretrained(tmp_path / "theirs")
     again, _ = jaxcp.load(tmp_path / "theirs")
-    assert again.config == model.config and same(again, model)
+    assert again.config == model.config
+    assert_same(again, model)
     found = jaxcp.logits(again, tokens)
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
 

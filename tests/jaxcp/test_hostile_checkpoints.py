@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hostile_folders import bounded, folder_of, refused
 from safetensors.numpy import load_file, save_file
-from tiny_checkpoints import FIXTURES, same, tensors, write
+from tiny_checkpoints import FIXTURES, assert_same, tensors, write
 
 from jaxcp import weights
 from jaxcp.checkpoint_files import open_checkpoint
@@ -113,7 +113,8 @@ def hub_cache(root, name="hy3-tiny"):
 def test_the_cache_of_the_hub_loads_and_is_quantised(tmp_path):
     snapshot = hub_cache(tmp_path / "models--org--name")
     model, tokenizer = weights.load(snapshot)
-    assert same(model, weights.load(FIXTURES / "hy3-tiny")[0]) and tokenizer.vocab_size == 256
+    assert_same(model, weights.load(FIXTURES / "hy3-tiny")[0])
+    assert tokenizer.vocab_size == 256
     quantize(snapshot, tmp_path / "out", weights="int8", only="experts")
     assert not (tmp_path / "out" / "tokenizer.json").is_symlink()
     assert Tokenizer.from_file(tmp_path / "out" / "tokenizer.json").vocab_size == 256
@@ -309,4 +310,4 @@ def with_header(path, change):
 
 def test_a_checkpoint_like_the_others_loads(tmp_path):
     written = write(tmp_path / "a", "gpt2-tiny", tensors("gpt2-tiny"))
-    assert same(weights.load(written)[0], weights.load(FIXTURES / "gpt2-tiny")[0])
+    assert_same(weights.load(written)[0], weights.load(FIXTURES / "gpt2-tiny")[0])
