@@ -59,7 +59,7 @@ $(BIN)/python:
 # -qq: a quiet pip still warns about each index it cannot reach, by its address.
 # A marker is newer than pyproject.toml when what the file asks for is installed.
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install -qq -e .
+	$(BIN)/python -m pip install -qq -e '.[pictures]'
 	@touch $@
 
 $(VENV)/.installed-test: pyproject.toml | $(BIN)/python

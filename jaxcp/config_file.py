@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jaxcp import models
 from jaxcp.checkpoint_files import CONFIG, read_json
+from jaxcp.stored_dtype import stored_dtype
 
 MOST_LAYERS = 10_000
 """That a config.json may speak of; no model has a fiftieth."""
@@ -38,6 +39,8 @@ WRONG_VALUES = AttributeError, TypeError, LookupError, ArithmeticError, ValueErr
 def load_config(path: str | os.PathLike) -> Any:
     """The config object (`GPTConfig`, `HybridMoEConfig`) of a checkpoint folder; no weights read.
 
+    A config.json without dtype means that of the tensors, and without tensors that of the family.
+
     Raises:
       FileNotFoundError: there is no config.json.
       ValueError: config.json is no strict JSON object, has a value of a wrong type or beyond all
@@ -50,6 +53,8 @@ def load_config(path: str | os.PathLike) -> Any:
             f"needed a checkpoint folder with {CONFIG} and *.safetensors; {file} is not there"
         )
     fields = read_json(file)
+    if not (fields.get("dtype") or fields.get("torch_dtype")):
+        fields |= {"dtype": dtype} if (dtype := stored_dtype(path)) else {}
     with naming(file):
         _check_layers(fields)
         config = models.config_from_dict(fields)

@@ -5,6 +5,9 @@ One tensor at a time, into files cut as those of the source. Names and number fo
 `jaxcp.quantised_files`; what rounds is in numpy here, so that no device is needed.
 """
 
+import jaxcp.flax_version  # noqa: F401  (before flax)
+
+# isort: split
 import dataclasses
 import json
 import logging

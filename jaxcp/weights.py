@@ -4,6 +4,9 @@
 Knows files and placement. Which tensor is which leaf is the family's table, models/*/weights.py.
 """
 
+import jaxcp.flax_version  # noqa: F401  (before flax)
+
+# isort: split
 import collections
 import dataclasses
 import functools

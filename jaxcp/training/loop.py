@@ -2,6 +2,7 @@
 """The training run: steps, a record now and then, a checkpoint now and then, and resuming."""
 
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -173,9 +174,13 @@ class _Run:
 
     def batch(self, step: int):
         config = self.config
+        wanted = step, config.batch_size, config.seq_len
+        locate = getattr(self.source, "locate", None)
         host = checked(
-            self.source.batch(step, config.batch_size, config.seq_len),
+            self.source.batch(*wanted),
             vocab_size=config.model.vocab_size,
+            max_positions=getattr(config.model, "max_positions", None),
+            locate=locate and functools.partial(locate, *wanted),
         )
         count = host["tokens"].size
         if depth := getattr(config.model, "num_mtp_layers", 0):

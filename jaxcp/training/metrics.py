@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from jaxcp.input_files import open_regular
+from jaxcp.pictures import new_figure
 
 Record = dict[str, Any]
 """`step, loss` (nats), `lr, grad_norm, tokens` (since step 0), `tokens_per_second` (None until
@@ -130,6 +131,7 @@ def plot_loss(metrics_path: str | pathlib.Path, out_png: str | pathlib.Path) -> 
 
     Raises:
       ValueError: the file holds no record.
+      ImportError: matplotlib is missing, which is an extra.
     """
     records = read_metrics(metrics_path)
     if not records:
@@ -137,9 +139,7 @@ def plot_loss(metrics_path: str | pathlib.Path, out_png: str | pathlib.Path) -> 
     for number, record in enumerate(records, 1):
         if not all(isinstance(record.get(key), int | float) for key in ("tokens", "loss")):
             raise ValueError(f"needed tokens and loss as numbers; {metrics_path}, record {number}")
-    from matplotlib.figure import Figure  # not pyplot: no backend, no window, no global state
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = new_figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     axes.plot(
         [r["tokens"] for r in records],

@@ -146,14 +146,14 @@ def test_shards_that_are_not_there(tmp_path):
 
 
 def test_saving_again_replaces_the_weights_only(tmp_path):
-    out = write(tmp_path / "out", "hy3-tiny", tensors("hy3-tiny"), extra="kept")
+    out = write(tmp_path / "out", "hy3-tiny", tensors("hy3-tiny"), _name_or_path="kept")
     (out / "notes.txt").write_text("kept")
     model, _ = weights.load(out)
     model.embed.set_value(model.embed.get_value() + 1)
     weights.save(model, out)
     again, _ = weights.load(out)
     assert same(again, model)
-    assert '"extra": "kept"' in (out / "config.json").read_text()
+    assert '"_name_or_path": "kept"' in (out / "config.json").read_text()
     assert sorted(p.name for p in out.iterdir()) == [
         "config.json",
         "model.safetensors",

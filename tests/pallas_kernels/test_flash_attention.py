@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every implementation of flash attention, against float64 and against its own promises."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +12,6 @@ from pallas_kernels.flash_attention.api import IMPLEMENTATIONS
 from pallas_kernels.testing import CASES, TOLERANCE, check
 
 KERNELS = ("triton", "mosaic_tpu")
-QUICK = {"xla_backend_optimization_level": 0}  # an interpreted kernel is a long program
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -36,7 +33,7 @@ def test_gradients_of_parts_add_up(implementation):
     positions = jnp.arange(130, dtype=jnp.int32)[None]
     options = dict(mask=Mask(window=90), soft_cap=None, scale=0.2, implementation=implementation)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def gradients(q, k, v, dout, dlse):
         out, lse = attention_forward(q, k, v, positions, positions, None, None, **options)
         delta = row_delta(out, dout, dlse)
