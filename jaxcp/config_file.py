@@ -33,6 +33,8 @@ RANGES = {
 }
 """What else an integer of a configuration may be; others are `SIZES`."""
 MESSAGE = 2_000
+HUB_ID = r"\w[\w.-]*(/[\w.-]+)?"
+NO_PATH = ". A hub id is no path: fetch it (hf download ORG/NAME --local-dir DIR) and load DIR"
 WRONG_VALUES = AttributeError, TypeError, LookupError, ArithmeticError, ValueError, StopIteration
 
 
@@ -51,6 +53,7 @@ def load_config(path: str | os.PathLike) -> Any:
     if not file.exists():
         raise FileNotFoundError(
             f"needed a checkpoint folder with {CONFIG} and *.safetensors; {file} is not there"
+            + ("" if Path(path).exists() or not re.fullmatch(HUB_ID, str(path)) else NO_PATH)
         )
     fields = read_json(file)
     if not (fields.get("dtype") or fields.get("torch_dtype")):

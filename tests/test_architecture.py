@@ -16,7 +16,7 @@ LICENSE = "# SPDX-License-Identifier: Apache-2.0\n"
 
 # A room may import rooms above it and its own. A new module of jaxcp is put here first.
 RANKS = (
-    ("pallas_kernels",),
+    ("pallas_kernels", "jaxcp.version", "jaxcp.accelerators"),
     ("jaxcp.flax_version", "jaxcp.pictures"),
     ("jaxcp.mesh", "jaxcp.layout", "jaxcp.sharding", "jaxcp.quantised"),
     ("jaxcp.context_parallel",),
@@ -30,9 +30,9 @@ RANKS = (
     ("jaxcp.weights", "jaxcp.tokenizer", "jaxcp.sampling", "jaxcp.checkpoints"),
     ("jaxcp.quantize", "jaxcp.inference", "jaxcp.training", "jaxcp.plan", "jaxcp.evaluate"),
     ("jaxcp.tune",),
-    ("jaxcp.demo",),
+    ("jaxcp.demo", "jaxcp.terminal"),
     ("jaxcp.cli",),
-    (CONFIGS,),  # written as a user writes them: from the root
+    (CONFIGS, "jaxcp.__main__"),  # configs are written as a user writes them: from the root
 )
 RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
 KERNEL_LIBRARIES = {"pallas_kernels", "jax", "numpy", "jaxtyping", *sys.stdlib_module_names}
