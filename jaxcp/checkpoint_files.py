@@ -202,10 +202,12 @@ def _stored(file: Path, begin: int, name: str, fields: Any) -> Stored:
         raise ValueError(f"a tensor's name is not printable, or longer than {NAME_LENGTH}")
     fields = fields if isinstance(fields, dict) else {}
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
-    if not isinstance(dtype, str) or not _is_sizes(shape, AXES) or not _is_sizes(offsets, 2):
+    if not isinstance(dtype, str) or not _are_integers(shape) or not _are_integers(offsets):
         raise ValueError(f"{name} needs a dtype, and a shape and data_offsets of integers")
-    if len(offsets) < 2 or offsets[0] > offsets[1]:
-        raise ValueError(f"{name} has data_offsets {offsets}")
+    if len(shape) > AXES or len(offsets) != 2:
+        raise ValueError(f"{name} has {len(shape)} axes and {len(offsets)} data_offsets")
+    if offsets[0] < 0 or offsets[1] < offsets[0] or min(shape, default=0) < 0:
+        raise ValueError(f"{name} {tuple(shape)} lies at bytes {offsets[0]} to {offsets[1]}")
     nbytes = offsets[1] - offsets[0]
     known = FORMATS.get(dtype)
     if known is not None and math.prod(shape) * np.dtype(known).itemsize != nbytes:
@@ -213,13 +215,8 @@ def _stored(file: Path, begin: int, name: str, fields: Any) -> Stored:
     return Stored(file, begin + offsets[0], dtype, tuple(shape), nbytes)
 
 
-def _is_sizes(value: Any, most: int) -> bool:
-    """Whether it is a list of integers from 0 on, of at most so many."""
-    return (
-        isinstance(value, list)
-        and len(value) <= most
-        and all(type(size) is int and size >= 0 for size in value)
-    )
+def _are_integers(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int for value in values)
 
 
 def _check_extents(found: Mapping[str, Stored], size: int) -> None:
