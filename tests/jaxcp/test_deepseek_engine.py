@@ -62,6 +62,7 @@ def one_layer(kind):
     return jaxcp.abstract_model(dataclasses.replace(config, **layers))
 
 
+@pytest.mark.slow
 def test_programs_of_a_compressed_cache():
     """Decoding sends nothing; a turn gathers its new entries, not the cache."""
     mesh = jaxcp.make_mesh(seq=4, devices=jax.devices()[:4])

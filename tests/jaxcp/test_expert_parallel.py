@@ -90,7 +90,7 @@ def alone(skew, use_bias):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "axes, use_bias",
-    [(axes, True) for axes in MESHES.values()] + [(MESHES["on seq"], False)],
+    [(axes, True) for axes in MESHES.values()] + [(MESHES["experts on seq"], False)],
     ids=[*MESHES, "no biases"],
 )
 def test_any_mesh_gives_the_same(axes, use_bias, mesh_of):
