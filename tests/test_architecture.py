@@ -20,7 +20,7 @@ RANKS = (
     ("jaxcp.context_parallel",),
     ("jaxcp.layers",),
     ("jaxcp.models",),
-    ("jaxcp.mxfp4",),
+    ("jaxcp.mxfp4", "jaxcp.detokenize"),
     ("jaxcp.quantised_files",),
     ("jaxcp.checkpoint_files", "jaxcp.streaming"),
     ("jaxcp.quantised_load",),
