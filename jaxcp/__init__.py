@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from jaxcp.training import TokenFiles as TokenFiles
     from jaxcp.training import TrainConfig as TrainConfig
     from jaxcp.training import train as train
+    from jaxcp.version import __version__ as __version__
     from jaxcp.weights import abstract_model as abstract_model
     from jaxcp.weights import load as load
     from jaxcp.weights import load_config as load_config
@@ -72,6 +73,7 @@ _HOME = {
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_MODULE_OF)
+_MODULE_OF["__version__"] = "jaxcp.version"
 
 
 def __getattr__(name: str):
@@ -81,4 +83,4 @@ def __getattr__(name: str):
 
 
 def __dir__():
-    return __all__
+    return [*__all__, "__version__"]

@@ -10,12 +10,21 @@ import json
 import logging
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import OmitArgPrefixes
 
+from jaxcp.accelerators import choose_cpu
 from jaxcp.checkpoints import NEEDLE
+from jaxcp.terminal import ABOUT, one_line_errors, read_lines, read_prompt
+from jaxcp.version import __version__
+
+NEW_TOKENS, CHAT_NEW_TOKENS = 256, 128
+CHAT_TOKENS = 32_768
+MOST_EMULATED = 512
+"""CPU devices that a command makes; so many still start in seconds, and share a few cores."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,11 +41,25 @@ class Devices:
 class Sampling:
     """How tokens are chosen. Greedy unless the temperature is positive."""
 
-    max_new_tokens: int = 256
+    max_new_tokens: int | None = None
+    """Default: 256 (chat: 128), or as many as there is room for."""
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float = 1.0
     seed: int = 0
+
+
+def _check(max_len: int | None, sampling: Sampling) -> None:
+    """Refuse what nothing could honour before a model is loaded."""
+    _at_least_one(max_len=max_len, max_new_tokens=sampling.max_new_tokens)
+    if not 0 <= sampling.seed < 2**32:  # jax would drop the higher bits
+        raise ValueError(f"--seed must be in 0..{2**32 - 1}; got {sampling.seed}")
+
+
+def _at_least_one(**options: int | None) -> None:
+    for name, value in options.items():
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {value}")
 
 
 def demo(out: pathlib.Path = pathlib.Path("out/demo"), *, smoke: bool = False) -> None:
@@ -60,49 +83,57 @@ def generate(
     devices: OmitArgPrefixes[Devices] = Devices(),
     sampling: OmitArgPrefixes[Sampling] = Sampling(),
 ) -> None:
-    """Continue a text.
+    """Continue a text: the prompt's, a file's, or what is piped in.
 
     Args:
-        prompt: the text, or what follows the text of the file.
-        prompt_file: a UTF-8 file.
+        prompt: the text, or what follows the text of the file; -: standard input.
+        prompt_file: a UTF-8 file; -: standard input.
         checkpoint: folder with config.json, *.safetensors and tokenizer.json.
         max_len: tokens that fit, prompt and answer; default: just enough.
         devices: how the devices are used.
         sampling: how tokens are chosen.
     """
-    from jaxcp.tokenizer import read_text
-
-    text = (read_text(prompt_file) if prompt_file else "") + (prompt or "")
+    _check(max_len, sampling)
+    text = read_prompt(prompt, prompt_file)
     with _loaded(checkpoint, devices) as (model, tokenizer):
         from jaxcp.inference import Engine
 
-        needed = len(tokenizer.encode(text)) + sampling.max_new_tokens
-        session = Engine(model, tokenizer, max_len=max_len or needed).session(seed=sampling.seed)
+        tokens = len(tokenizer.encode(text))
+        if max_len is None:
+            limit = _positions(model, tokens + (sampling.max_new_tokens or NEW_TOKENS))
+            if tokens > limit:
+                raise ValueError(f"the prompt has {tokens:,} tokens; the model takes {limit:,}")
+            max_len = limit
+        session = Engine(model, tokenizer, max_len=max_len).session(seed=sampling.seed)
         _answer(session, text, sampling)
 
 
 def chat(
     *,
     checkpoint: pathlib.Path = NEEDLE,
-    max_len: int = 32_768,
+    max_len: int | None = None,
     devices: OmitArgPrefixes[Devices] = Devices(),
-    sampling: OmitArgPrefixes[Sampling] = Sampling(max_new_tokens=128),
+    sampling: OmitArgPrefixes[Sampling] = Sampling(),
 ) -> None:
     """Talk turn by turn; each turn prefills only itself. An empty line or end of file ends it.
 
     Args:
         checkpoint: folder with config.json, *.safetensors and tokenizer.json.
-        max_len: tokens that the conversation may hold.
+        max_len: tokens that the conversation may hold; default: 32,768, or as many as the model
+            has positions.
         devices: how the devices are used.
         sampling: how tokens are chosen.
     """
+    _check(max_len, sampling)
     with _loaded(checkpoint, devices) as (model, tokenizer):
         from jaxcp.inference import Engine
 
+        if max_len is None:
+            max_len = _positions(model, CHAT_TOKENS)
         session = Engine(model, tokenizer, max_len=max_len).session(seed=sampling.seed)
-        while text := _read_line():
+        for text in read_lines():
             try:
-                _answer(session, text, sampling)
+                _answer(session, text, sampling, CHAT_NEW_TOKENS)
             except ValueError as error:
                 print(f"! {error}", file=sys.stderr)
 
@@ -114,13 +145,14 @@ def train(
     max_seconds: float | None = None,
     export_dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> None:
-    """Run a config: a name in configs/ or the path of a Python file with `config() -> TrainConfig`.
+    """Run a config: a name, or the path of a Python file with `config() -> TrainConfig`.
 
     Run it again to go on from its newest checkpoint. A finished run leaves a checkpoint in
     OUT/model that `generate`, `chat` and `eval` read, and OUT/loss.png.
 
     Args:
-        run: "needle", "gpt_cpu", "gpt2_124m", or a path.
+        run: a path, or a name: of configs/NAME.py here, or one that comes with jaxcp:
+            needle, gpt_cpu, gpt2_124m.
         out: folder of the run; default: the config's.
         max_seconds: stop after so long, saved.
         export_dtype: number format of the exported weights.
@@ -133,14 +165,15 @@ def train(
     if max_seconds is not None:
         config = dataclasses.replace(config, max_seconds=max_seconds)
     _want_devices(config.mesh.size)
+    from jaxcp.pictures import draw_if_possible
     from jaxcp.training import plot_loss
     from jaxcp.training import train as run_training
     from jaxcp.training.export import export
 
     result = run_training(config, progress=True)
     folder = pathlib.Path(config.out_dir)
-    plot_loss(result.metrics_path, folder / "loss.png")
-    print(f"step {result.steps}, loss {result.final_loss:.4f}, {folder / 'loss.png'}")
+    picture = draw_if_possible(plot_loss, result.metrics_path, folder / "loss.png")
+    print(f"step {result.steps}, loss {result.final_loss:.4f}, {picture}")
     if result.steps >= config.steps:
         print(f"checkpoint: {export(result, config, folder / 'model', dtype=export_dtype)}")
 
@@ -243,10 +276,14 @@ def eval_needle(
         out: folder for needle.png and needle.json.
         devices: how the devices are used.
     """
+    if not lengths:
+        raise ValueError("--lengths needs one number or more")
+    _at_least_one(needles=needles, haystacks=haystacks)
     with _loaded(checkpoint, devices) as (model, tokenizer):
         from rich.progress import Progress
 
         from jaxcp.evaluate.needle import evaluate_needle, plot_heat_map
+        from jaxcp.pictures import draw_if_possible
 
         with Progress(transient=True) as bar:
             task = bar.add_task("needles", total=len(lengths) * haystacks * needles)
@@ -255,26 +292,26 @@ def eval_needle(
                 on_answer=lambda _: bar.advance(task),
             )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
-    plot_heat_map(result, out / "needle.png")
+    picture = draw_if_possible(plot_heat_map, result, out / "needle.png")
     (out / "needle.json").write_text(json.dumps(result.as_json(), indent=1))
     for length in result.lengths():
         asked = sum(answer.length == length for answer in result.answers)
         print(f"{length:>9,} bytes  {100 * result.accuracy(length):6.2f} % of {asked}")
-    print(out / "needle.png")
+    print(picture)
 
 
 @contextlib.contextmanager
 def _loaded(checkpoint: pathlib.Path, devices: Devices):
     """The model and tokenizer of a checkpoint, on a mesh over the devices asked for."""
-    count = devices.seq * devices.model
-    _want_devices(count)
+    from jaxcp.mesh import MeshConfig
+
+    config = MeshConfig(seq=devices.seq, model=devices.model)
+    _want_devices(config.size)
     import jax
 
-    from jaxcp.mesh import make_mesh
     from jaxcp.weights import load
 
-    chosen = jax.devices() if jax.device_count() == count else jax.devices()[:count]
-    with jax.set_mesh(make_mesh(seq=devices.seq, model=devices.model, devices=chosen)):
+    with jax.set_mesh(config.make(jax.devices()[: config.size])):
         model, tokenizer = load(checkpoint)
         if tokenizer is None:
             raise ValueError(f"{checkpoint} has no tokenizer.json; the command line talks in text")
@@ -285,12 +322,29 @@ def _want_devices(count: int) -> None:
     """Where there are only CPUs, emulate `count` devices; accelerators stay as they are."""
     import jax
 
-    jax.config.update("jax_num_cpu_devices", count)
+    try:
+        jax.config.update("jax_num_cpu_devices", min(count, MOST_EMULATED))
+    except RuntimeError:  # jax runs already, with the devices that it has
+        pass
+    if jax.default_backend() == "cpu" and count > jax.device_count():
+        raise ValueError(
+            f"needed {count:,} devices; here are CPUs, which emulate {jax.device_count()} at most"
+        )
 
 
-def _answer(session, text: str, sampling: Sampling) -> None:
+def _positions(model, at_most: int) -> int:
+    """`at_most` tokens, or as many as the model has positions."""
+    return min(at_most, getattr(model.config, "max_positions", at_most))
+
+
+def _answer(session, text: str, sampling: Sampling, default: int = NEW_TOKENS) -> None:
+    count = sampling.max_new_tokens
+    if count is None:
+        answered = session.stats.turns > 0  # its last token is not in the cache yet
+        used = session.stats.tokens + answered + len(session.engine.tokenizer.encode(text))
+        count = max(1, min(default, session.engine.max_len - used + 1))
     for piece in session.send(
-        text, max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature,
+        text, max_new_tokens=count, temperature=sampling.temperature,
         top_k=sampling.top_k, top_p=sampling.top_p,
     ):  # fmt: skip
         print(piece, end="", flush=True)
@@ -304,25 +358,21 @@ def _answer(session, text: str, sampling: Sampling) -> None:
     )
 
 
-def _read_line() -> str:
-    try:
-        return input("> ")
-    except EOFError:
-        return ""
-
-
-def main() -> None:
-    """Entry point of `jaxcp`."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `jaxcp`: run the command that the arguments (default: the process's) name."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments == ["--version"]:
+        print(f"jaxcp {__version__}")
+        return
     app, evaluations = tyro.extras.SubcommandApp(), tyro.extras.SubcommandApp()
     for command in (demo, generate, chat, train, tune, quantize):
         app.command(command)
     evaluations.command(name="needle")(eval_needle)
     app.command(evaluations, name="eval", help="Measure what a checkpoint can do.")
-    try:
-        app.cli(prog="jaxcp")
-    except (ValueError, NotImplementedError, ImportError, OSError) as error:
-        sys.exit(f"jaxcp: {error}")
+    with one_line_errors():
+        choose_cpu()
+        app.cli(prog="jaxcp", description=ABOUT, args=arguments)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the logical axes of a parameter to mesh axes: one table, and what applies it."""
 
+import jaxcp.flax_version  # noqa: F401  (before flax)
+
+# isort: split
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -16,6 +21,9 @@ RULES: dict[str, str | None] = {
     "embed": None,  # the residual stream is whole on every device, so norms need no communication
     "head_dim": None,
     "latent": None,  # narrow, and all heads read it
+    "head_groups": "model",  # of an output projection through narrow middles: heads lie with theirs
+    "group_heads": None,  # within such a group
+    "index_heads": None,  # of an indexer: small, and every device scores for all its queries
     "vocab": None,  # the loss and the sampler read whole rows
     "experts": "expert",  # or another axis, see `place`: tokens travel to their experts
     "choices": None,  # a router's columns: every device chooses among all experts
@@ -23,6 +31,8 @@ RULES: dict[str, str | None] = {
     "window": None,  # of an n-gram embedding: small
     "ngram": None,
     "parts": None,  # what an MTP layer joins: embedding and state
+    "places": None,  # of a token within its block
+    "mixes": None,  # coefficients of hyper-connections
 }
 
 
@@ -38,6 +48,31 @@ def parts_of(variable: nnx.Variable, experts: str = "expert") -> Any:
     return partition(variable.get_value(), sharding_of(variable, experts))
 
 
+def indivisible(leaves: Iterable[tuple[str, nnx.Variable]], experts: str = "expert") -> str | None:
+    """Which parameter the mesh in scope does not divide, and which sizes of the mesh axis divide
+    all of them; None where there is no mesh, or every parameter fits."""
+    mesh = dict(jax.sharding.get_abstract_mesh().shape)
+    first: dict[str, str] = {}
+    sizes: dict[str, set[int]] = {axis: set() for axis in mesh}
+    for name, leaf in leaves:
+        logical = leaf.get_metadata().get("axes") or ()
+        for size, kind, axis in zip(leaf.shape, logical, sharding_of(leaf, experts), strict=False):
+            if axis is None or not mesh:
+                continue
+            if axis not in mesh:
+                have = f"{axis}, and the mesh has {', '.join(mesh)}; make it with jaxcp.make_mesh"
+                return f"{name}: its {kind} lie over {have}"
+            sizes[axis].add(size)
+            if size % mesh[axis]:
+                text = f"{name} {tuple(leaf.shape)} by {axis}={mesh[axis]}: it has {size} {kind}"
+                first.setdefault(axis, text)
+    for axis, text in first.items():
+        whole = math.gcd(*sizes[axis])
+        fitting = [str(n) for n in range(1, whole + 1) if whole % n == 0]
+        return f"{text}; the model can have {axis}={' or '.join(fitting)}"
+    return None
+
+
 def place(model: Any, *, experts: str = "expert") -> Any:
     """The model with every parameter on the mesh in scope (unchanged where there is none).
 
@@ -45,7 +80,8 @@ def place(model: Any, *, experts: str = "expert") -> Any:
       experts: the mesh axis over which the experts of MoE layers are spread. With "seq" (or
         "data") they lie on the devices that hold the sequence, and tokens travel to them.
     Raises:
-      ValueError: a width that its mesh axis does not divide, all of them listed.
+      ValueError: a width that its mesh axis does not divide, and which sizes of the axis would;
+        or an axis that cuts through what shares a scale, all of those listed.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -53,7 +89,10 @@ def place(model: Any, *, experts: str = "expert") -> Any:
     leaves, tree = jax.tree_util.tree_flatten_with_path(
         model, is_leaf=lambda x: isinstance(x, nnx.Variable)
     )
-    found = [_misfit(jax.tree_util.keystr(path), leaf, mesh, experts) for path, leaf in leaves]
+    named = [(jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
+    if problem := indivisible(named, experts):
+        raise ValueError(f"the mesh does not divide: {problem}")
+    found = [_misfit(name, leaf, mesh, experts) for name, leaf in named]
     problems = [problem for problem in found if problem]
     if problems:
         raise ValueError("the mesh does not divide: " + "; ".join(problems))

@@ -12,6 +12,7 @@ from jaxtyping import Int32
 from tokenizers import decoders, models, pre_tokenizers
 
 from jaxcp.detokenize import BYTE_OF, pieces
+from jaxcp.input_files import LARGE_JSON_BYTES, parse_json, read_bytes
 
 
 class Tokenizer:
@@ -24,18 +25,28 @@ class Tokenizer:
     def from_file(cls, path: str | os.PathLike) -> "Tokenizer":
         """Reads a `tokenizer.json`.
 
+        What it says of cutting and padding is passed over: a text becomes all of its tokens.
+
         Raises:
           FileNotFoundError: there is no such file.
-          ValueError: the file is no tokenizer.
+          ValueError: the file is no tokenizer, or no strict JSON (`jaxcp.input_files`).
         """
-        text = Path(path).read_text(encoding="utf-8")
+        data = read_bytes(path, LARGE_JSON_BYTES)
+        fields = parse_json(data, path)
         try:
-            return cls(tokenizers.Tokenizer.from_str(text))
-        except Exception as error:  # the library raises a bare Exception
+            backend = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
+            _check_ids(fields["model"]["vocab"])
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        # The library raises a bare Exception, and a BaseException where its Rust code panics.
+        except BaseException as error:
             raise ValueError(
-                f"needed a tokenizer.json of the tokenizers library; got {path}: {error}. "
+                f"needed a tokenizer.json of the tokenizers library; got {path}: {error!s:.500}. "
                 "Copy the file from the checkpoint again"
             ) from error
+        backend.no_truncation()
+        backend.no_padding()
+        return cls(backend)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes a `tokenizer.json` that `from_file` reads."""
@@ -48,7 +59,11 @@ class Tokenizer:
 
     def encode(self, text: str) -> Int32[np.ndarray, " T"]:
         """The ids of `text`. Special tokens written out in the text become their ids."""
-        return np.asarray(self.backend.encode(text, add_special_tokens=False).ids, np.int32)
+        try:
+            encoded = self.backend.encode(text, add_special_tokens=False)
+        except Exception as error:  # a bare one, such as for a character without an unknown token
+            raise ValueError(f"needed a text that this tokenizer can encode: {error}") from error
+        return np.asarray(encoded.ids, np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, without special tokens; bytes that are not UTF-8 become U+FFFD."""
@@ -66,6 +81,12 @@ class Tokenizer:
         return pieces(
             self.backend.decoder, (t for t in tokens if t is not None and t not in special)
         )
+
+
+def _check_ids(vocab: dict[str, int] | list) -> None:
+    """A list has no ids: they are its places."""
+    if isinstance(vocab, dict) and max(vocab.values(), default=0) >= 1 << 31:
+        raise ValueError("it has an id of more than 31 bits")
 
 
 def byte_level() -> Tokenizer:

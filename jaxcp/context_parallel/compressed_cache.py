@@ -109,6 +109,8 @@ class CompressedStep:
         device has them all.
     """
 
+    keeps_rows = True
+
     def __init__(self, cache: CompressedCache, positions, added, *, sharded: bool,
                  strategy: Strategy | None = None):  # fmt: skip
         self.cache, self.positions, self.added = cache, positions, added

@@ -7,7 +7,6 @@ one that dies takes nothing with it.
 """
 
 import dataclasses
-import glob
 import json
 import os
 import select
@@ -23,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxcp.accelerators import device_files
 from jaxcp.plan import gpu_code, machine_code
 from jaxcp.tune import gpu_cost
 from jaxcp.tune.inputs import fill
@@ -58,8 +58,7 @@ def present(target: str) -> str | None:
 
     jax is asked only where there are devices at all: where libtpu finds none it looks for long.
     """
-    nodes = "/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*"
-    if os.environ.get("JAX_PLATFORMS") == "cpu" or not any(map(glob.glob, nodes)):
+    if os.environ.get("JAX_PLATFORMS") == "cpu" or not device_files():
         return None
     kind = jax.devices()[0].device_kind
     chip = find(kind)

@@ -120,8 +120,8 @@ def search(
     >>> print(found.row.text, found.complete)
     """
     about = part_of(op, target, part)
-    if max_seconds <= 0:
-        raise ValueError(f"max_seconds must be positive; got {max_seconds}")
+    if not 0 < max_seconds < math.inf:
+        raise ValueError(f"max_seconds must be positive and finite; got {max_seconds}")
     problem = evaluate.Problem(
         op=op, target=target, part=about.name, shape=about.sized(shape or {}), dtype=_dtype(dtype)
     )

@@ -24,10 +24,34 @@ def test_some_of_the_devices():
     assert mesh.devices.ravel().tolist() == devices
 
 
-@pytest.mark.parametrize("axes, size", [({}, 1), ({"seq": 3}, 3), ({"seq": 8, "data": 2}, 16)])
+@pytest.mark.parametrize("axes, size", [({"seq": 9}, 9), ({"seq": 8, "data": 2}, 16)])
 def test_a_mesh_that_does_not_fit(axes, size):
     with pytest.raises(ValueError, match=rf"needs {size} devices; got 8 \(cpu\).*emulate_devices"):
         jaxcp.make_mesh(**axes)
+
+
+@pytest.mark.parametrize("axes, size", [({}, 1), ({"seq": 3}, 3), ({"seq": 2, "data": 2}, 4)])
+@pytest.mark.parametrize("given", [False, True], ids=["all there are", "given"])
+def test_a_smaller_mesh_takes_the_first_devices_and_says_who_is_idle(caplog, axes, size, given):
+    every = jax.devices()
+    mesh = jaxcp.make_mesh(**axes, devices=every if given else None)
+    shape = tuple(axes.get(axis, 1) for axis in mesh.axis_names)
+    as_jax = jax.make_mesh(shape, mesh.axis_names, devices=every if given else None)
+    assert mesh.devices.ravel().tolist() == as_jax.devices.ravel().tolist() == every[:size]
+    [record] = caplog.records
+    assert record.levelname == "WARNING" and f"takes {size} of 8 devices" in record.message
+    assert [str(device) in record.message for device in every] == [i >= size for i in range(8)]
+
+
+def test_a_mesh_over_every_device_says_nothing(caplog):
+    jaxcp.make_mesh(seq=8)
+    MeshConfig(seq=3).make(jax.devices()[:3])
+    assert not caplog.records
+
+
+def test_no_devices_cannot_be_emulated():
+    with pytest.raises(ValueError, match="1 device or more; got count=0"):
+        jaxcp.emulate_devices(0)
 
 
 def test_a_mesh_over_no_devices():

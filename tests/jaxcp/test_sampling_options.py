@@ -3,6 +3,7 @@
 
 import math
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -11,13 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxcp.sampling import Sampler, sample
 
 DRAWS, V = 3000, 64
-traces = []
-
-
-@jax.jit
-def draw(logits, key, options):
-    traces.append(options)
-    return sample(logits, key, options)
+draw = jax.jit(sample)
 
 
 def support(logits, **options):
@@ -60,13 +55,13 @@ def test_extreme_options():
 
 def test_options_are_data():
     """Two programs for whatever options: the greedy one and the other."""
-    traces.clear()
-    jax.clear_caches()
+    draw = jax.jit(chex.assert_max_traces(sample, n=2))
     logits = np.zeros((2, V), np.float32)
     for options in ({}, {"temperature": 0.5}, {"temperature": 2.0, "top_k": 9}, {"temperature": 1,
                     "top_p": 0.3}, {"top_k": 3}):  # fmt: skip
-        draw(logits, jax.random.key(0), Sampler(**options).options())
-    assert [t is None for t in traces] == [True, False]
+        tokens = draw(logits, jax.random.key(0), Sampler(**options).options())
+        chex.assert_shape(tokens, (2,))
+        chex.assert_type(tokens, np.int32)
 
 
 @pytest.mark.parametrize("axes", [{}, {"seq": 2}, {"data": 2, "model": 2}], ids=str)
