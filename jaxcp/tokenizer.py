@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text to token ids and back, over the `tokenizers` library. Knows no models, no templates."""
 
+import operator
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -9,8 +10,8 @@ import numpy as np
 import tokenizers
 from jaxtyping import Int32
 from tokenizers import decoders, models, pre_tokenizers
-from tokenizers.decoders import DecodeStream
 
+from jaxcp.detokenize import BYTE_OF, pieces
 from jaxcp.input_files import LARGE_JSON_BYTES, parse_json, read_bytes
 
 
@@ -66,24 +67,20 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, without special tokens; bytes that are not UTF-8 become U+FFFD."""
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+        return self.backend.decode([_id(i) for i in ids], skip_special_tokens=True)
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Yields printable pieces as `ids` arrive; joined they are `decode(ids)`.
 
-        A character whose bytes are spread over several tokens is held back until it is whole.
+        A character whose bytes are spread over several tokens is held back until it is whole, and
+        a run of byte tokens (of Llama's kind) until it ends.
         """
-        decoder = DecodeStream(skip_special_tokens=True)
-        seen, emitted = [], 0
-        for i in ids:
-            seen.append(int(i))
-            piece = decoder.step(self.backend, seen[-1])
-            if piece:
-                emitted += len(piece)
-                yield piece
-        rest = self.decode(seen)[emitted:]  # a character that never became whole
-        if rest:
-            yield rest
+        added = self.backend.get_added_tokens_decoder().values()
+        special = {token.content for token in added if token.special}
+        tokens = (self.backend.id_to_token(_id(i)) for i in ids)
+        return pieces(
+            self.backend.decoder, (t for t in tokens if t is not None and t not in special)
+        )
 
 
 def _check_ids(vocab: dict[str, int] | list) -> None:
@@ -94,17 +91,20 @@ def _check_ids(vocab: dict[str, int] | list) -> None:
 
 def byte_level() -> Tokenizer:
     """A tokenizer of 256 ids: the id of a byte of the UTF-8 text is its value."""
-    # ByteLevel writes a byte as one printable character (GPT-2's table): a byte that prints in
-    # Latin-1 is itself, the others are counted up from U+0100.
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    vocab, shifted = {}, 0x100
-    for byte in range(256):
-        vocab[chr(byte if byte in printable else shifted)] = byte
-        shifted += byte not in printable
-    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend = tokenizers.Tokenizer(models.BPE(vocab=BYTE_OF, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     return Tokenizer(backend)
+
+
+def _id(value: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = -1
+    if not 0 <= number < 2**32 or isinstance(value, bool):
+        raise ValueError(f"token ids must be integers from 0 on; got {value!r}")
+    return number
 
 
 def read_text(path: str | os.PathLike) -> str:

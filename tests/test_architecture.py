@@ -22,7 +22,7 @@ RANKS = (
     ("jaxcp.context_parallel",),
     ("jaxcp.layers",),
     ("jaxcp.models",),
-    ("jaxcp.mxfp4", "jaxcp.input_files"),
+    ("jaxcp.mxfp4", "jaxcp.input_files", "jaxcp.detokenize"),
     ("jaxcp.quantised_files",),
     ("jaxcp.checkpoint_files", "jaxcp.streaming"),
     ("jaxcp.quantised_load", "jaxcp.stored_dtype"),
