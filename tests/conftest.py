@@ -22,6 +22,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 
+import gc
 import pathlib
 import sys
 
@@ -39,6 +40,8 @@ hypothesis.settings.load_profile("jaxcp")
 
 pytest_plugins = ["costs"]
 LINUX = sys.platform == "linux"
+# Tracing makes many objects and few cycles: collecting them was 5 % of a run.
+gc.set_threshold(50_000, 20, 50)
 
 
 def pytest_sessionstart(session):

@@ -296,9 +296,9 @@ def test_a_draft_over_the_cache_is_that_of_the_whole_sequence(name, folder):
     [
         # 1,575 on the hub, of which 778 are scales: of 5 + 2 projections, and of 257 experts' three
         (FLASH, 1575 - (5 + 2 + 3 * 257)),
-        (PRO, None),
+        pytest.param(PRO, None, marks=pytest.mark.slow),
         (R1, None),
-        (V32_EXP, None),
+        pytest.param(V32_EXP, None, marks=pytest.mark.slow),
     ],
     ids=["V4-Flash", "V4-Pro", "V3", "V3.2"],
 )

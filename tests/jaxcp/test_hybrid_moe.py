@@ -74,8 +74,8 @@ def test_every_layer_is_that_of_transformers(name):
 @pytest.mark.parametrize(
     "name, axes, attention",
     [
-        ("qwen3-moe-tiny", {"seq": 4, "model": 2}, None),
-        ("gpt-oss-tiny", {"seq": 8}, None),
+        pytest.param("qwen3-moe-tiny", {"seq": 4, "model": 2}, None, marks=pytest.mark.slow),
+        pytest.param("gpt-oss-tiny", {"seq": 8}, None, marks=pytest.mark.slow),
         ("gpt-oss-tiny", {"seq": 3, "model": 2}, RingPassQ()),
     ],
     ids=lambda x: x if isinstance(x, str) else "",

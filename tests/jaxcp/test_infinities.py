@@ -65,7 +65,8 @@ def test_a_model_whose_sinks_are_minus_infinity():
 
 def test_an_optimizer_leaves_a_sink_of_minus_infinity():
     parameters = {"layers.0.attention.sinks": jnp.array([NOTHING, 1.0])}
-    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.1), 10)
+    axes = dict.fromkeys(parameters, ("heads",))
+    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.1), 10, axes)
     with jax.numpy_dtype_promotion("standard"):  # as a step has it
         gradient = {name: jnp.array([0.0, 1.0]) for name in parameters}
         updates, _ = optimizer.update(gradient, optimizer.init(parameters), parameters)
