@@ -7,7 +7,8 @@ that they are compiled with, which have other paths: products in parts, one bloc
 
 import pytest
 
-from benchmarks import numerics
+from benchmarks import numericsfrom slow import slow_but
+
 from pallas_kernels import testing, testing_decode, testing_grouped
 from pallas_kernels.decode_attention import tuning as decode
 from pallas_kernels.dispatch import INTERPRETED
@@ -71,7 +72,7 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("suite", "case"), CASES)
+@pytest.mark.parametrize(("suite", "case"), slow_but(CASES, lambda case: case in CASES[::4]))
 def test_the_blocks_of_sm_120(suite, case, monkeypatch):
     for module in (flash, decode, grouped):
         kept = tuple(row for row in module.TABLE if row[1] != INTERPRETED)
