@@ -6,9 +6,9 @@ that they are compiled with, which have other paths: products in parts, one bloc
 """
 
 import pytest
+from slow import slow_but
 
-from benchmarks import numericsfrom slow import slow_but
-
+from benchmarks import numerics
 from pallas_kernels import testing, testing_decode, testing_grouped
 from pallas_kernels.decode_attention import tuning as decode
 from pallas_kernels.dispatch import INTERPRETED
