@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from dense_attention import dense
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 import jaxcp
 from jaxcp.context_parallel.compressed import compress
-from jaxcp.context_parallel.sparse import Selection, sparse_attention
+from jaxcp.context_parallel.sparse import Selection, shared_head, sparse_attention
 from jaxcp.layers.router_stats import router_stats
 from jaxcp.layers.routing import SCORES, Routing
 from jaxcp.models.hybrid_moe.config import AttentionConfig
@@ -72,6 +74,40 @@ def test_an_optimizer_leaves_a_sink_of_minus_infinity():
         updates, _ = optimizer.update(gradient, optimizer.init(parameters), parameters)
     (update,) = updates.values()
     assert update[0] == 0 and np.isfinite(update[1]) and update[1] != 0
+
+
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_a_latent_whose_sinks_are_minus_infinity(reproducible, mesh_of):
+    """Over two shards, the last three tokens pads, against float64; also in a fixed order."""
+    strategy, rng = jaxcp.Ring(reproducible=reproducible), np.random.default_rng(0)
+    x = {
+        name: rng.normal(size=(1, 32, *shape)).astype(np.float32)
+        for name, shape in (("q", (2, 4)), ("latent", (4,)), ("dout", (2, 4)))
+    }
+    place = np.arange(32, dtype=np.int32)
+    x["positions"] = np.where(place < 29, place, PAD_POSITION)[None]
+    sinks = np.array([NOTHING, 0.3], np.float32)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def run(q, latent, dout, positions, sinks):
+        def attend(q, latent, sinks):
+            return jaxcp.latent_attention(
+                q, latent, (), positions, expand=shared_head, strategy=strategy, sinks=sinks
+            )
+
+        out, pull = jax.vjp(attend, q, latent, sinks)
+        return out, *pull(dout)
+
+    mesh_of(seq=2)
+    there = jax.device_put(strategy.layout.permute(x, 2), P("data", "seq"))
+    *found, dsinks = run(**there, sinks=sinks)
+    found = strategy.layout.inverse(found, 2, 32)
+    key = x["latent"][:, :, None]
+    out, dq, dk, dv, dsink = dense(x["q"], key, key, x["positions"], sinks=sinks, dout=x["dout"])
+    wanted = out, dq, (dk + dv)[:, :, 0]
+    for ours, theirs in zip((*found, dsinks), (*wanted, dsink), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert not np.any(found[0][:, 29:]) and dsinks[0] == 0
 
 
 @pytest.mark.parametrize("selected", [False, True])
