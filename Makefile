@@ -1,7 +1,7 @@
 # `make demo` and `make test` need python3 (3.11 or newer) and make; they make their own environment.
 # Packages are installed once; after that no network is needed. Another Python, another place:
 #   make test PYTHON=python3.13 VENV=.venv-3.13
-# Some tests: make test TESTS="tests/jaxcp -k ring"
+# Some tests: make test-all TESTS="tests/jaxcp -k ring"
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,13 +15,18 @@ CP_VENV ?= .venv-bench-cp
 export JAX_PLATFORMS = cpu
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-hf lint bench-deviceless bench-cp bench-cp-cpu clean
+.PHONY: demo test test-all test-hf lint bench-deviceless bench-cp bench-cp-cpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/jaxcp demo
 
+# Every room, and every two options that meet: minutes on 2 cores.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q -n 2 $(TESTS)
+	$(BIN)/python -m pytest -q -n 2 -m "not slow" --costs $(TESTS)
+
+# And what is left to a machine that waits: real sizes, more meshes, every compiler.
+test-all: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q -n 2 --costs $(TESTS)
 
 # What transformers makes of saved models. The import first: without them the tests would be skipped.
 test-hf: $(VENV)/.installed-hf
@@ -59,7 +64,7 @@ $(BIN)/python:
 # -qq: a quiet pip still warns about each index it cannot reach, by its address.
 # A marker is newer than pyproject.toml when what the file asks for is installed.
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install -qq -e .
+	$(BIN)/python -m pip install -qq -e '.[pictures]'
 	@touch $@
 
 $(VENV)/.installed-test: pyproject.toml | $(BIN)/python

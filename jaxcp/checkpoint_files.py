@@ -2,18 +2,18 @@
 """The files of a checkpoint folder, as one set of tensors. Knows no models."""
 
 import dataclasses
-import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from jaxcp import mxfp4, quantised_files
+from jaxcp.input_files import LARGE_JSON_BYTES, open_regular, read_json, strict_json
 from jaxcp.quantised_files import Packed
 
 log = logging.getLogger(__name__)
@@ -27,6 +27,10 @@ FORMATS = {
     "F8_E8M0": ml_dtypes.float8_e8m0fnu,
 }  # fmt: skip
 """What safetensors calls a format; its own numpy reader has none of 8 bits."""
+NAME_LENGTH = 500
+"""Of tensors and of files; names are printed where something is wrong."""
+AXES = 8
+LISTED = 50
 
 
 class CheckpointFileError(ValueError):
@@ -41,9 +45,14 @@ class Stored:
     start: int
     dtype: str
     shape: tuple[int, ...]
+    nbytes: int
 
     def view(self) -> np.ndarray:
         """The file's own pages; nothing is read before it is used."""
+        if self.dtype not in FORMATS:
+            raise CheckpointFileError(
+                f"needed tensors in {', '.join(FORMATS)}; {self.file} has one in {self.dtype:.20}"
+            )
         if 0 in self.shape:
             return np.empty(self.shape, FORMATS[self.dtype])
         try:
@@ -101,19 +110,28 @@ class Checkpoint:
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     """What is in `model.safetensors`, or the shards that `model.safetensors.index.json` names.
 
-    Reads headers; tensors are read when they are used.
+    Reads headers; tensors are read when they are used. Nothing in the folder is trusted: the index
+    names files of this folder or of folders in it. That holds for the names as they are written;
+    a link that lies in the folder is followed wherever it leads, as the hub's cache needs
+    (`snapshots/*/model.safetensors` leads to `../../blobs/`), and what is no whole safetensors
+    file there is refused without a word of what is in it.
 
     Raises:
       FileNotFoundError: a file is not there.
-      ValueError: a file is truncated or no safetensors; the message names it.
+      ValueError: a file is truncated or no safetensors, or two tensors share bytes or a name;
+        the message names the file.
     """
-    stored = {name: at for file in _files(Path(path)) for name, at in _tensors(file)}
+    stored = _stored_tensors(Path(path))
     shapes = {name: at.shape for name, at in stored.items()}
     dtypes = {name: at.dtype for name, at in stored.items()}
     turned = {}
     for name in mxfp4.packed(dtypes):
         blocks, scales = (f"{name}{suffix}" for suffix in mxfp4.SUFFIXES)
-        shapes[name], dtypes[name] = mxfp4.shape(shapes[blocks], shapes[scales]), mxfp4.NAME
+        try:
+            shapes[name] = mxfp4.shape(shapes[blocks], shapes[scales])
+        except ValueError as error:
+            raise CheckpointFileError(f"{stored[blocks].file}: {name}: {error}") from error
+        dtypes[name] = mxfp4.NAME
         experts, size, out = shapes[name]
         turned[name] = Packed("mxfp4", blocks, (experts, out, size), (1, 32), scales)
         for part in (blocks, scales):
@@ -134,65 +152,114 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     return Checkpoint(stored, shapes, dtypes, packed, lacking, turned)
 
 
-def _tensors(file: Path) -> Iterator[tuple[str, Stored]]:
-    """From the header: its length in 8 bytes, then JSON; offsets count from its end."""
-    size = file.stat().st_size
+def _stored_tensors(folder: Path) -> dict[str, Stored]:
+    """Where each tensor is; one that lies in two files is in the one that the index says."""
+    if Path(folder, WEIGHTS).exists():
+        return _tensors(folder / WEIGHTS)
+    weight_map = _weight_map(folder)
+    stored: dict[str, Stored] = {}
+    for shard in sorted(set(weight_map.values())):
+        for name, at in _tensors(folder / shard).items():
+            if name not in stored or weight_map.get(name) == shard:
+                stored[name] = at
+            elif stored[name].file != folder / weight_map.get(name, ""):
+                raise CheckpointFileError(
+                    f"needed each tensor once; {name} is in {stored[name].file} and in {at.file}, "
+                    f"and {INDEX} names neither for it. Copy the checkpoint again"
+                )
+    return stored
+
+
+def _tensors(file: Path) -> dict[str, Stored]:
+    """From the header: its length in 8 bytes, then JSON."""
+    size = None
     try:
-        with open(file, "rb") as handle:
+        with open_regular(file) as (handle, size):
             length = int.from_bytes(handle.read(8), "little")
             if not 2 <= length <= size - 8:
-                raise ValueError(f"a header of {length} bytes")
-            header = json.loads(handle.read(length))
+                raise ValueError("its header would be longer than the file")
+            if length > LARGE_JSON_BYTES:
+                raise ValueError(f"its header has {length:,} bytes; {LARGE_JSON_BYTES:,} are read")
+            header = strict_json(handle.read(length))
+        if not isinstance(header, dict):
+            raise ValueError("its header is no JSON object")
         header.pop("__metadata__", None)
-        for name, fields in header.items():
-            begin, end = fields["data_offsets"]
-            at = Stored(file, 8 + length + begin, fields["dtype"], tuple(fields["shape"]))
-            if begin < 0 or end < begin or min(at.shape, default=0) < 0:
-                raise ValueError(f"{name} {at.shape} lies at bytes {begin} to {end}")
-            _check_extent(name, at, end - begin, size)
-            yield name, at
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        found = {name: _stored(file, 8 + length, name, x) for name, x in header.items()}
+        _check_extents(found, size)
+    except ValueError as error:
+        if size is None:  # it was not opened, and the error says so
+            raise
         raise CheckpointFileError(
             f"needed a whole safetensors file; got {file} ({size} bytes), which is truncated or "
             f"no safetensors: {error}. Copy it again"
         ) from error
+    return found
 
 
-def _check_extent(name: str, at: Stored, nbytes: int, size: int) -> None:
-    if at.start + nbytes > size:
-        raise ValueError(f"{name} ends at byte {at.start + nbytes}")
-    known = FORMATS.get(at.dtype)
-    if known is not None and math.prod(at.shape) * np.dtype(known).itemsize != nbytes:
-        raise ValueError(f"{name} {at.dtype} {at.shape} has {nbytes} bytes")
+def _stored(file: Path, begin: int, name: str, fields: Any) -> Stored:
+    """Where a tensor lies of which the header says `fields`; offsets count from `begin`."""
+    if len(name) > NAME_LENGTH or not name.isprintable():
+        raise ValueError(f"a tensor's name is not printable, or longer than {NAME_LENGTH}")
+    fields = fields if isinstance(fields, dict) else {}
+    dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+    if not isinstance(dtype, str) or not _are_integers(shape) or not _are_integers(offsets):
+        raise ValueError(f"{name} needs a dtype, and a shape and data_offsets of integers")
+    if len(shape) > AXES or len(offsets) != 2:
+        raise ValueError(f"{name} has {len(shape)} axes and {len(offsets)} data_offsets")
+    if offsets[0] < 0 or offsets[1] < offsets[0] or min(shape, default=0) < 0:
+        raise ValueError(f"{name} {tuple(shape)} lies at bytes {offsets[0]} to {offsets[1]}")
+    nbytes = offsets[1] - offsets[0]
+    known = FORMATS.get(dtype)
+    if known is not None and math.prod(shape) * np.dtype(known).itemsize != nbytes:
+        raise ValueError(f"{name} {dtype} {tuple(shape)} has {nbytes} bytes")
+    return Stored(file, begin + offsets[0], dtype, tuple(shape), nbytes)
 
 
-def _files(folder: Path) -> list[Path]:
-    if Path(folder, WEIGHTS).exists():
-        return [folder / WEIGHTS]
+def _are_integers(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int for value in values)
+
+
+def _check_extents(found: Mapping[str, Stored], size: int) -> None:
+    """Raises where a tensor ends behind the file, or two share bytes."""
+    end, last = 0, ""
+    for name, at in sorted(found.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+        if at.nbytes and at.start < end:
+            raise ValueError(f"{last} and {name} lie on the same bytes")
+        if at.start + at.nbytes > size:
+            raise ValueError(f"{name} ends at byte {at.start + at.nbytes}")
+        if at.nbytes:
+            end, last = at.start + at.nbytes, name
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """The file of each tensor, as the index has it."""
     if not Path(folder, INDEX).exists():
         raise FileNotFoundError(
             f"needed {WEIGHTS} or {INDEX} beside {folder / CONFIG}; neither is there"
         )
-    weight_map = read_json(folder / INDEX).get("weight_map")
+    weight_map = read_json(folder / INDEX, LARGE_JSON_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(
             f"needed a weight_map (tensor name -> file) in {folder / INDEX}; it has none"
         )
-    shards = sorted(set(weight_map.values()))
-    absent = [shard for shard in shards if not Path(folder, shard).exists()]
+    if outside := [x for x in weight_map.values() if not _is_inside(x)]:
+        raise ValueError(
+            f"needed names of files in the folder of {folder / INDEX}; its weight_map leads to "
+            f"{outside[0]!r:.100}, which it may not"
+        )
+    shards = set(weight_map.values())
+    absent = sorted(shard for shard in shards if not os.path.exists(folder / shard))
     if absent:
         raise FileNotFoundError(
             f"{folder / INDEX} names {len(shards)} files; {len(absent)} are not there: "
-            f"{', '.join(absent)}. Copy them too"
+            f"{', '.join(absent[:LISTED])}. Copy them too"
         )
-    return [folder / shard for shard in shards]
+    return weight_map
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise ValueError(f"needed JSON; got {file}: {error}. Copy it again") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"needed a JSON object; got {file} with a {type(fields).__name__}")
-    return fields
+def _is_inside(shard: Any) -> bool:
+    """Whether it is the name of a file in the folder, for this system's paths and for others'."""
+    if not isinstance(shard, str) or len(shard) > NAME_LENGTH or not shard.isprintable():
+        return False
+    paths = PurePosixPath(shard), PureWindowsPath(shard)
+    return not any(path.anchor or ".." in path.parts for path in paths)

@@ -145,13 +145,14 @@ def train(
     max_seconds: float | None = None,
     export_dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> None:
-    """Run a config: a name in configs/ or the path of a Python file with `config() -> TrainConfig`.
+    """Run a config: a name, or the path of a Python file with `config() -> TrainConfig`.
 
     Run it again to go on from its newest checkpoint. A finished run leaves a checkpoint in
     OUT/model that `generate`, `chat` and `eval` read, and OUT/loss.png.
 
     Args:
-        run: "needle", "gpt_cpu", "gpt2_124m", or a path.
+        run: a path, or a name: of configs/NAME.py here, or one that comes with jaxcp:
+            needle, gpt_cpu, gpt2_124m.
         out: folder of the run; default: the config's.
         max_seconds: stop after so long, saved.
         export_dtype: number format of the exported weights.
@@ -164,14 +165,15 @@ def train(
     if max_seconds is not None:
         config = dataclasses.replace(config, max_seconds=max_seconds)
     _want_devices(config.mesh.size)
+    from jaxcp.pictures import draw_if_possible
     from jaxcp.training import plot_loss
     from jaxcp.training import train as run_training
     from jaxcp.training.export import export
 
     result = run_training(config, progress=True)
     folder = pathlib.Path(config.out_dir)
-    plot_loss(result.metrics_path, folder / "loss.png")
-    print(f"step {result.steps}, loss {result.final_loss:.4f}, {folder / 'loss.png'}")
+    picture = draw_if_possible(plot_loss, result.metrics_path, folder / "loss.png")
+    print(f"step {result.steps}, loss {result.final_loss:.4f}, {picture}")
     if result.steps >= config.steps:
         print(f"checkpoint: {export(result, config, folder / 'model', dtype=export_dtype)}")
 
@@ -281,6 +283,7 @@ def eval_needle(
         from rich.progress import Progress
 
         from jaxcp.evaluate.needle import evaluate_needle, plot_heat_map
+        from jaxcp.pictures import draw_if_possible
 
         with Progress(transient=True) as bar:
             task = bar.add_task("needles", total=len(lengths) * haystacks * needles)
@@ -289,12 +292,12 @@ def eval_needle(
                 on_answer=lambda _: bar.advance(task),
             )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
-    plot_heat_map(result, out / "needle.png")
+    picture = draw_if_possible(plot_heat_map, result, out / "needle.png")
     (out / "needle.json").write_text(json.dumps(result.as_json(), indent=1))
     for length in result.lengths():
         asked = sum(answer.length == length for answer in result.answers)
         print(f"{length:>9,} bytes  {100 * result.accuracy(length):6.2f} % of {asked}")
-    print(out / "needle.png")
+    print(picture)
 
 
 @contextlib.contextmanager

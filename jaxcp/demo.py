@@ -21,6 +21,7 @@ from jaxcp.context_parallel import Ring
 from jaxcp.evaluate.needle import Result, evaluate_needle, plot_heat_map
 from jaxcp.mesh import MeshConfig, emulate_devices, make_mesh
 from jaxcp.models.gpt.model import GPTConfig
+from jaxcp.pictures import draw_if_possible
 from jaxcp.training import OptimizerConfig, TextSource, TrainConfig, plot_loss, train
 from jaxcp.training.loop import Result as Trained
 from jaxcp.training.metrics import read_metrics
@@ -50,14 +51,14 @@ def run(out: pathlib.Path, *, smoke: bool = False) -> None:
     emulate_devices(DEVICES)
     console.print(f"[bold]jaxcp demo[/bold]: {DEVICES} emulated devices, jax {jax.__version__}")
     found = _find_needles(console, size)
-    plot_heat_map(found, out / "needle.png")
+    pictures = [draw_if_possible(plot_heat_map, found, out / "needle.png")]
     first, resumed = _train(console, size, out)
-    plot_loss(resumed.metrics_path, out / "loss.png")
+    pictures += [draw_if_possible(plot_loss, resumed.metrics_path, out / "loss.png")]
     console.print(_table(found, first, resumed))
     measured = found.as_json() | {"final_loss": resumed.final_loss}
     (out / "demo.json").write_text(json.dumps(measured, indent=1))
     console.print(
-        f"pictures: {out / 'needle.png'}, {out / 'loss.png'}   "
+        f"pictures: {', '.join(dict.fromkeys(pictures))}   "
         f"({time.perf_counter() - begin:.0f} s in all)"
     )
 

@@ -53,11 +53,15 @@ class Layout:
     def permute(self, tree: Any, shards: int, fill: dict[str, Any] | None = None) -> Any:
         """Tree of `[B, T, ...]` -> `[B, padded T, ...]`, in shard order, on the host.
 
+        Any positions are taken: what they let tokens see is the caller's to know, see
+        `context_parallel_attention`.
+
         Args:
           fill: values for the pads by leaf key, over `PAD_VALUES` (positions, segment ids, targets
             mask themselves) and 0.
         Raises:
-          ValueError: leaves that disagree on T; a layout `by_segment` and no leaf "segment_ids".
+          ValueError: leaves that disagree on T; a layout `by_segment` and no leaf "segment_ids"; a
+            dtype that cannot hold the leaf's pads.
         """
         values = PAD_VALUES | (fill or {})
         leaves = jax.tree_util.tree_leaves_with_path(tree)
@@ -72,8 +76,8 @@ class Layout:
 
         def one(path, x):
             x = np.asarray(x)
-            value = values.get(_key(path), 0)
-            pads = np.full((x.shape[0], order.shape[-1] - length, *x.shape[2:]), value, x.dtype)
+            shape = x.shape[0], order.shape[-1] - length, *x.shape[2:]
+            pads = _pads(_key(path), values.get(_key(path), 0), shape, x.dtype)
             return _taken(np.concatenate([x, pads], axis=1), order)
 
         return jax.tree_util.tree_map_with_path(one, tree)
@@ -109,6 +113,16 @@ class Layout:
 def _key(path) -> str:
     last = path[-1] if path else None
     return str(getattr(last, "key", getattr(last, "name", "")))
+
+
+def _pads(key: str, value: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        pad = np.asarray(value).astype(dtype)
+    if pad != value and value == value and 0 not in shape:
+        raise ValueError(
+            f"pads of {key!r} are {value}, which {dtype} cannot hold; give it as int32"
+        )
+    return np.full(shape, pad)
 
 
 def _taken(x: np.ndarray, order: np.ndarray) -> np.ndarray:

@@ -6,6 +6,9 @@ axes is one matrix, `QuantisedLinear`. A parameter that may be either says `summ
 its axes (after "experts") a product sums over, the first ones.
 """
 
+import jaxcp.flax_version  # noqa: F401  (before flax)
+
+# isort: split
 import dataclasses
 import math
 from typing import Any, Literal

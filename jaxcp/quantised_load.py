@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the quantised tensors of a checkpoint to quantised leaves, which stay so in memory."""
 
+import jaxcp.flax_version  # noqa: F401  (before flax)
+
+# isort: split
 import collections
 import dataclasses
 import functools

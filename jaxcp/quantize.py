@@ -5,6 +5,9 @@ One tensor at a time, into files cut as those of the source. Names and number fo
 `jaxcp.quantised_files`; what rounds is in numpy here, so that no device is needed.
 """
 
+import jaxcp.flax_version  # noqa: F401  (before flax)
+
+# isort: split
 import dataclasses
 import json
 import logging
@@ -29,12 +32,14 @@ from jaxcp.checkpoint_files import (
     open_checkpoint,
     read_json,
 )
+from jaxcp.config_file import fitted, load_config, naming
+from jaxcp.input_files import open_regular
 from jaxcp.models.weight_table import sources
 from jaxcp.mxfp4 import MAGNITUDES
 from jaxcp.quantised import of_experts
 from jaxcp.quantised_load import summed_axis
 from jaxcp.streaming import progress_bar
-from jaxcp.weights import abstract_model, load_config
+from jaxcp.weights import abstract_model
 
 log = logging.getLogger(__name__)
 
@@ -126,8 +131,9 @@ def _wanted(path: Path, checkpoint: Checkpoint, only: Only) -> dict[str, int]:
         raise ValueError(f"needed plain weights; {path} is quantised already, such as {name}")
     config = load_config(path)
     family = models.family_of(config)
-    config = family.fit(config, checkpoint.shapes.keys())
-    flat = nnx.to_flat_state(nnx.state(abstract_model(config)))
+    config = fitted(path, config, checkpoint.shapes.keys())
+    with naming(path / CONFIG):
+        flat = nnx.to_flat_state(nnx.state(abstract_model(config)))
     leaves = {".".join(map(str, keys)): leaf for keys, leaf in flat}
     shapes = {name: leaf.shape for name, leaf in leaves.items()}
     found = sources(family.table(config), shapes, checkpoint.shapes)
@@ -244,11 +250,26 @@ def _halves(x):
 def _write_rest(source: Path, folder: Path, weights: Weights, only: Only) -> None:
     """config.json, which says so, and the files of the tokenizer as they are."""
     for file in source.iterdir():
-        if file.suffix in COPIED and file.name not in (CONFIG, INDEX):
-            shutil.copyfile(file, folder / file.name)
+        if file.suffix in COPIED and file.name not in (CONFIG, INDEX) and not file.is_dir():
+            _check_link(file, source)
+            with open_regular(file) as (handle, _), open(folder / file.name, "wb") as copy:
+                shutil.copyfileobj(handle, copy)
     fields = read_json(source / CONFIG)
     fields["quantization_config"] = {"quant_method": "jaxcp", "weights": weights, "only": only}
     _synced(folder / CONFIG, [(json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()])
+
+
+def _check_link(file: Path, source: Path) -> None:
+    """Raises where copying would put a file of somewhere else into a folder to be handed on.
+
+    Links to the `blobs` of the hub's cache, beside its `snapshots`, are the hub's own.
+    """
+    target, folder = file.resolve(), source.resolve()
+    if not any(target.is_relative_to(x) for x in (folder, folder.parent.parent / "blobs")):
+        raise ValueError(
+            f"needed files of the checkpoint to copy; {file} is a link that leads out of its "
+            "folder. Copy there what it leads to, or take it away"
+        )
 
 
 def _write_file(path: Path, tensors: list[_Tensor], advance: Callable[[int], None]) -> None:

@@ -2,46 +2,96 @@
 """From logits to tokens: greedy, temperature, top-k, top-p."""
 
 import dataclasses
+import math
+import numbers
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
+
+MOST = np.iinfo(np.int32).max
+COLDEST = float(np.finfo(np.float32).tiny)  # it and its reciprocal are normal numbers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """`temperature=0` is greedy. `top_k` and `top_p` cut the distribution, in that order."""
+    """`temperature=0` is greedy. `top_k` and `top_p` cut the distribution, in that order.
+
+    `top_k` leaves that many tokens, `top_p` the fewest whose probability reaches it; of tokens
+    that tie, those with the smaller ids.
+
+    Raises:
+      ValueError: an option is no number, not finite, or out of its range.
+    """
 
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float = 1.0
 
     def __post_init__(self):
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be >= 0 (0 is greedy); got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1 or None; got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1]; got {self.top_p}")
+        if not _is(numbers.Real, self.temperature) or not 0 <= self.temperature < math.inf:
+            raise ValueError(
+                f"temperature must be >= 0 (0 is greedy) and finite; got {self.temperature!r}"
+            )
+        if self.top_k is not None and (not _is(numbers.Integral, self.top_k) or self.top_k < 1):
+            raise ValueError(f"top_k must be at least 1 or None; got {self.top_k!r}")
+        if not _is(numbers.Real, self.top_p) or not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1]; got {self.top_p!r}")
 
     def __call__(self, logits: Float[Array, "B V"], key: jax.Array) -> Int[Array, "B"]:
         """One token a row, int32. The same key gives the same tokens."""
+        return sample(logits, key, self.options())
+
+    def options(self) -> tuple[Any, ...] | None:
+        """What `sample` takes: None for greedy, else three scalars that may be traced."""
         if self.temperature == 0:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        logits = logits / self.temperature
-        if self.top_k is not None and self.top_k < logits.shape[-1]:
-            smallest = jax.lax.top_k(logits, self.top_k)[0][..., -1:]
-            logits = jnp.where(logits < smallest, -jnp.inf, logits)
-        if self.top_p < 1:
-            logits = _nucleus(logits, self.top_p)
-        return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+            return None
+        temperature = min(max(float(self.temperature), COLDEST), 1 / COLDEST)
+        top_k = MOST if self.top_k is None else min(int(self.top_k), MOST)
+        return np.float32(temperature), np.int32(top_k), np.float32(self.top_p)
 
 
-def _nucleus(logits, top_p):
-    """Keep the fewest tokens whose probability reaches top_p. Source: arXiv 1904.09751."""
+def sample(
+    logits: Float[Array, "B V"], key: jax.Array, options: tuple[Any, ...] | None
+) -> Int[Array, "B"]:
+    """One token a row, int32, by `Sampler.options()`; under `jit` one program for all that draw."""
+    logits = _whole_rows(logits)
+    if options is None:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    temperature, top_k, top_p = options
+    # the best one is 0 whatever the temperature: nothing overflows but to -inf
+    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
+    cut = (top_k < logits.shape[-1]) | (top_p < 1)
+    logits = jax.lax.cond(cut, _cut, lambda x, *_: x, logits, top_k, top_p)
+    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+
+
+def _is(kind, value) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _whole_rows(logits):
+    """`logits` with every row on one device: under a mesh the vocabulary may be sharded."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return logits
+    return jax.sharding.reshard(logits, jax.P(jax.typeof(logits).sharding.spec[0], None))
+
+
+def _cut(logits, top_k, top_p):
+    """-inf for all but the `top_k` best and, of those, the fewest whose probability reaches top_p.
+
+    Of tokens that tie with the last one kept, the first. Source of top_p: arXiv 1904.09751.
+    """
     ordered = jnp.sort(logits, axis=-1, descending=True)
-    probability = jax.nn.softmax(ordered, axis=-1)
+    rank = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    probability = jax.nn.softmax(jnp.where(rank < top_k, ordered, -jnp.inf), axis=-1)
     before = jnp.cumsum(probability, axis=-1) - probability  # mass of the tokens ranked above
-    kept = jnp.sum(before < top_p, axis=-1, keepdims=True)
-    smallest = jnp.take_along_axis(ordered, kept - 1, axis=-1)
-    return jnp.where(logits < smallest, -jnp.inf, logits)
+    within = (rank < top_k) & ((before < top_p) | (top_p >= 1))
+    kept = jnp.maximum(1, jnp.sum(within, axis=-1, keepdims=True, dtype=jnp.int32))
+    last = jnp.max(jnp.where(rank >= kept - 1, ordered, -jnp.inf), axis=-1, keepdims=True)
+    above, ties = logits > last, logits == last
+    spare = kept - jnp.sum(above, axis=-1, keepdims=True, dtype=jnp.int32)
+    first = jnp.cumsum(ties, axis=-1, dtype=jnp.int32) <= spare
+    return jnp.where(above | (ties & first), logits, -jnp.inf)

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the logical axes of a parameter to mesh axes: one table, and what applies it."""
 
+import jaxcp.flax_version  # noqa: F401  (before flax)
+
+# isort: split
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -18,6 +21,9 @@ RULES: dict[str, str | None] = {
     "embed": None,  # the residual stream is whole on every device, so norms need no communication
     "head_dim": None,
     "latent": None,  # narrow, and all heads read it
+    "head_groups": "model",  # of an output projection through narrow middles: heads lie with theirs
+    "group_heads": None,  # within such a group
+    "index_heads": None,  # of an indexer: small, and every device scores for all its queries
     "vocab": None,  # the loss and the sampler read whole rows
     "experts": "expert",  # or another axis, see `place`: tokens travel to their experts
     "choices": None,  # a router's columns: every device chooses among all experts
@@ -25,6 +31,8 @@ RULES: dict[str, str | None] = {
     "window": None,  # of an n-gram embedding: small
     "ngram": None,
     "parts": None,  # what an MTP layer joins: embedding and state
+    "places": None,  # of a token within its block
+    "mixes": None,  # coefficients of hyper-connections
 }
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text to token ids and back, over the `tokenizers` library. Knows no models, no templates."""
 
+import operator
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -9,7 +10,9 @@ import numpy as np
 import tokenizers
 from jaxtyping import Int32
 from tokenizers import decoders, models, pre_tokenizers
-from tokenizers.decoders import DecodeStream
+
+from jaxcp.detokenize import BYTE_OF, pieces
+from jaxcp.input_files import LARGE_JSON_BYTES, parse_json, read_bytes
 
 
 class Tokenizer:
@@ -22,18 +25,28 @@ class Tokenizer:
     def from_file(cls, path: str | os.PathLike) -> "Tokenizer":
         """Reads a `tokenizer.json`.
 
+        What it says of cutting and padding is passed over: a text becomes all of its tokens.
+
         Raises:
           FileNotFoundError: there is no such file.
-          ValueError: the file is no tokenizer.
+          ValueError: the file is no tokenizer, or no strict JSON (`jaxcp.input_files`).
         """
-        text = Path(path).read_text(encoding="utf-8")
+        data = read_bytes(path, LARGE_JSON_BYTES)
+        fields = parse_json(data, path)
         try:
-            return cls(tokenizers.Tokenizer.from_str(text))
-        except Exception as error:  # the library raises a bare Exception
+            backend = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
+            _check_ids(fields["model"]["vocab"])
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        # The library raises a bare Exception, and a BaseException where its Rust code panics.
+        except BaseException as error:
             raise ValueError(
-                f"needed a tokenizer.json of the tokenizers library; got {path}: {error}. "
+                f"needed a tokenizer.json of the tokenizers library; got {path}: {error!s:.500}. "
                 "Copy the file from the checkpoint again"
             ) from error
+        backend.no_truncation()
+        backend.no_padding()
+        return cls(backend)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes a `tokenizer.json` that `from_file` reads."""
@@ -46,43 +59,52 @@ class Tokenizer:
 
     def encode(self, text: str) -> Int32[np.ndarray, " T"]:
         """The ids of `text`. Special tokens written out in the text become their ids."""
-        return np.asarray(self.backend.encode(text, add_special_tokens=False).ids, np.int32)
+        try:
+            encoded = self.backend.encode(text, add_special_tokens=False)
+        except Exception as error:  # a bare one, such as for a character without an unknown token
+            raise ValueError(f"needed a text that this tokenizer can encode: {error}") from error
+        return np.asarray(encoded.ids, np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, without special tokens; bytes that are not UTF-8 become U+FFFD."""
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+        return self.backend.decode([_id(i) for i in ids], skip_special_tokens=True)
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Yields printable pieces as `ids` arrive; joined they are `decode(ids)`.
 
-        A character whose bytes are spread over several tokens is held back until it is whole.
+        A character whose bytes are spread over several tokens is held back until it is whole, and
+        a run of byte tokens (of Llama's kind) until it ends.
         """
-        decoder = DecodeStream(skip_special_tokens=True)
-        seen, emitted = [], 0
-        for i in ids:
-            seen.append(int(i))
-            piece = decoder.step(self.backend, seen[-1])
-            if piece:
-                emitted += len(piece)
-                yield piece
-        rest = self.decode(seen)[emitted:]  # a character that never became whole
-        if rest:
-            yield rest
+        added = self.backend.get_added_tokens_decoder().values()
+        special = {token.content for token in added if token.special}
+        tokens = (self.backend.id_to_token(_id(i)) for i in ids)
+        return pieces(
+            self.backend.decoder, (t for t in tokens if t is not None and t not in special)
+        )
+
+
+def _check_ids(vocab: dict[str, int] | list) -> None:
+    """A list has no ids: they are its places."""
+    if isinstance(vocab, dict) and max(vocab.values(), default=0) >= 1 << 31:
+        raise ValueError("it has an id of more than 31 bits")
 
 
 def byte_level() -> Tokenizer:
     """A tokenizer of 256 ids: the id of a byte of the UTF-8 text is its value."""
-    # ByteLevel writes a byte as one printable character (GPT-2's table): a byte that prints in
-    # Latin-1 is itself, the others are counted up from U+0100.
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    vocab, shifted = {}, 0x100
-    for byte in range(256):
-        vocab[chr(byte if byte in printable else shifted)] = byte
-        shifted += byte not in printable
-    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend = tokenizers.Tokenizer(models.BPE(vocab=BYTE_OF, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     return Tokenizer(backend)
+
+
+def _id(value: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = -1
+    if not 0 <= number < 2**32 or isinstance(value, bool):
+        raise ValueError(f"token ids must be integers from 0 on; got {value!r}")
+    return number
 
 
 def read_text(path: str | os.PathLike) -> str:

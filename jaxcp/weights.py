@@ -4,6 +4,9 @@
 Knows files and placement. Which tensor is which leaf is the family's table, models/*/weights.py.
 """
 
+import jaxcp.flax_version  # noqa: F401  (before flax)
+
+# isort: split
 import collections
 import dataclasses
 import functools
@@ -11,7 +14,6 @@ import json
 import logging
 import math
 import os
-import re
 import shutil
 import types
 from collections.abc import Iterable, Mapping
@@ -25,7 +27,8 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from jaxcp import models, mxfp4
-from jaxcp.checkpoint_files import CONFIG, INDEX, WEIGHTS, Checkpoint, open_checkpoint, read_json
+from jaxcp.checkpoint_files import CONFIG, INDEX, WEIGHTS, Checkpoint, open_checkpoint
+from jaxcp.config_file import fitted, load_config, naming
 from jaxcp.models.base import LanguageModel
 from jaxcp.models.weight_table import Piece, Source, sources, spelling_of
 from jaxcp.quantised import quantised_names
@@ -41,8 +44,6 @@ TOKENIZER = "tokenizer.json"
 DTYPES = ("F32", "BF16", "F16", mxfp4.NAME, *FORMATS)
 INTEGERS = ("I64", "I32")
 SHARD_BYTES = 5_000_000_000
-HUB_ID = r"\w[\w.-]*(/[\w.-]+)?"
-NO_PATH = ". A hub id is no path: fetch it (hf download ORG/NAME --local-dir DIR) and load DIR"
 LISTED = 50  # of each kind of problem: a wrong checkpoint of 47,000 tensors must stay readable
 
 
@@ -81,8 +82,9 @@ def load(
         config = dataclasses.replace(config, dtype=jnp.dtype(dtype).name)
     family = models.family_of(config)
     checkpoint = open_checkpoint(path)
-    config = family.fit(config, checkpoint.shapes.keys())
-    graph, state = nnx.split(abstract_model(config))
+    config = fitted(path, config, checkpoint.shapes.keys())
+    with naming(Path(path, CONFIG)):
+        graph, state = nnx.split(abstract_model(config))
     flat = [(".".join(map(str, keys)), keys, leaf) for keys, leaf in nnx.to_flat_state(state)]
     if problem := indivisible(((name, leaf) for name, _, leaf in flat), experts):
         raise ValueError(f"needed a mesh that divides {problem}")
@@ -111,21 +113,28 @@ def load(
                 value, of_leaf = _stream(name, pieces, leaf, final, experts)
             strange.update({(tensor, final): n for tensor, n in of_leaf.items()})
             read[keys] = leaf.replace(value)
-    if strange and not allow_nonfinite:
-        lines = [
-            f"{name} {checkpoint.shape(name)}: {count} of them, as {final}"
-            for (name, final), count in strange.items()
-        ]
-        raise ValueError(
-            f"needed finite weights; {path} has {_listed('tensors with NaN or Inf', lines)}\n"
-            "Copy the checkpoint again, choose a dtype with a wider range, "
-            "or load it with allow_nonfinite=True"
-        )
+    if not allow_nonfinite:
+        _check_finite(path, checkpoint, strange)
     model = nnx.merge(graph, nnx.from_flat_state(list(read.items())))
     again = copies.keys() & checkpoint.shapes.keys() - family.weights.COPIES.keys()
     model.spelling = tuple(sorted({*spelling_of(found), *again}))
     tokenizer = Path(path, TOKENIZER)
     return model, Tokenizer.from_file(tokenizer) if tokenizer.exists() else None
+
+
+def _check_finite(path, checkpoint: Checkpoint, strange: Mapping[tuple[str, Any], int]) -> None:
+    """Raise ValueError for `strange`: how many numbers of a tensor, as a dtype, are NaN or Inf."""
+    if not strange:
+        return
+    lines = [
+        f"{name} {checkpoint.shape(name)}: {count} of them, as {final}"
+        for (name, final), count in strange.items()
+    ]
+    raise ValueError(
+        f"needed finite weights; {path} has {_listed('tensors with NaN or Inf', lines)}\n"
+        "Copy the checkpoint again, choose a dtype with a wider range, "
+        "or load it with allow_nonfinite=True"
+    )
 
 
 def _quantised(flat, found, checkpoint: Checkpoint, experts) -> dict[str, QuantisedSource]:
@@ -163,22 +172,6 @@ def _stream(name: str, pieces: Iterable[Piece], leaf: nnx.Variable, dtype: Any, 
         return stream(pieces, leaf.shape, dtype, None)
     sharding = jax.NamedSharding(jax.sharding.get_mesh(), sharding_of(leaf, experts))
     return stream(pieces, leaf.shape, dtype, sharding)
-
-
-def load_config(path: str | os.PathLike) -> Any:
-    """The config object (`GPTConfig`, `HybridMoEConfig`) of a checkpoint folder; no weights read.
-
-    Raises:
-      FileNotFoundError: there is no config.json.
-      ValueError: config.json is no JSON object, or of a model that jaxcp does not know.
-    """
-    file = Path(path, CONFIG)
-    if not file.exists():
-        raise FileNotFoundError(
-            f"needed a checkpoint folder with {CONFIG} and *.safetensors; {file} is not there"
-            + ("" if Path(path).exists() or not re.fullmatch(HUB_ID, str(path)) else NO_PATH)
-        )
-    return models.config_from_dict(read_json(file))
 
 
 def abstract_model(config: Any) -> LanguageModel:
@@ -259,7 +252,7 @@ def _check_target(out: Path, config: Any) -> bool:
         return False
     there = load_config(out)
     if Path(out, WEIGHTS).exists():
-        there = models.family_of(there).fit(there, open_checkpoint(out).shapes.keys())
+        there = fitted(out, there, open_checkpoint(out).shapes.keys())
     if there.to_hf() != config.to_hf():  # remat and the like are not in the file
         raise ValueError(
             f"needed a folder without a checkpoint of another configuration; {out}/{CONFIG} "

@@ -47,6 +47,7 @@ class Case:
     soft_cap: float | None = None
     scale: float | None = None
     sinks: bool = False
+    sinkless: int = 0  # heads, of those with sinks, whose sink is -inf
     layout: str = "natural"
     outliers: bool = False
     seed: int = 0
@@ -54,7 +55,8 @@ class Case:
 
 EVERYTHING = Case(
     batch=2, queries=5, slots=777, heads=6, kv_heads=2, head_dim=80, value_dim=48, window=200,
-    soft_cap=3.0, scale=0.2, sinks=True, layout="pads", cache="int8", scale_dtype="bfloat16",
+    soft_cap=3.0, scale=0.2, sinks=True, sinkless=2, layout="pads", cache="int8",
+    scale_dtype="bfloat16",
 )  # fmt: skip
 
 # many rows: a few keys make up each, so that the roundings of one row are a lottery
@@ -81,7 +83,7 @@ CASES = {
     "window": Case(slots=900, queries=4, window=50),
     "shuffled": Case(batch=2, layout="shuffled", queries=3, window=100),
     "dealt to slots": Case(batch=2, layout="dealt", queries=7),
-    "nothing to see": Case(layout="future", queries=2, sinks=True),
+    "nothing to see": Case(layout="future", queries=2, sinks=True, sinkless=3),
     "bfloat16": Case(dtype="bfloat16", heads=16, kv_heads=2, slots=640, queries=4),
     "float32 queries, bfloat16 cache": Case(cache="bfloat16"),
     "int8": Case(cache="int8", dtype="bfloat16", heads=16, kv_heads=2, slots=500),
@@ -143,6 +145,7 @@ def arrays(case: Case) -> dict[str, np.ndarray]:
             found[name] = x.astype(case.cache or case.dtype)
     if case.sinks:
         found["sinks"] = rng.standard_normal(case.heads).astype(np.float32)
+        found["sinks"][: case.sinkless] = -np.inf
     return found | positions(case)
 
 

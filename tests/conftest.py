@@ -2,14 +2,27 @@
 """Eight emulated CPU devices for every test, and strict numerics."""
 
 import os
+from importlib import metadata
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # libtpu and the CUDA plugin are installed for compiling only
-# Eight devices share a few cores with another worker: XLA ends the process where a collective
-# has waited 40 s for a device that only had no turn yet.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+# A test's time is the compilation of programs that run once, so the CPU's LLVM optimises none of
+# them. HLO, collectives and memory stay what they are for every target; machine code does not, and
+# whoever reads that asks for the optimised one (`gpu_code.dump_flags`).
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+        "--xla_cpu_parallel_codegen_split_count=1",
+        # a third of the compilation; jax 0.12 has no other emitters
+        "--xla_cpu_use_fusion_emitters=false" * (metadata.version("jaxlib") < "0.12"),
+        # Eight devices share a few cores with another worker: XLA ends the process where a
+        # collective has waited 40 s for a device that only had no turn yet.
+        "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+        os.environ.get("XLA_FLAGS", ""),
+    ]
 )
 
+import gc
 import pathlib
 import sys
 
@@ -25,7 +38,10 @@ hypothesis.settings.register_profile("jaxcp", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("jaxcp")
 
 
+pytest_plugins = ["costs"]
 LINUX = sys.platform == "linux"
+# Tracing makes many objects and few cycles: collecting them was 5 % of a run.
+gc.set_threshold(50_000, 20, 50)
 
 
 def pytest_sessionstart(session):

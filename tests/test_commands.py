@@ -10,6 +10,7 @@ import sys
 
 import pytest
 from flax import nnx
+from pairwise import pairwise
 
 import jaxcp
 from jaxcp import accelerators, terminal
@@ -28,6 +29,35 @@ def short(tmp_path_factory):
     folder = tmp_path_factory.mktemp("short") / "model"
     jaxcp.save(jaxcp.GPT(config, rngs=nnx.Rngs(0)), folder, byte_level())
     return folder
+
+
+GENERATED = {
+    "--seq": (1, 2),
+    "--model": (1, 2),
+    "--temperature": (0.0, 0.9),
+    "--top-k": (None, 7),
+    "--top-p": (None, 0.6),
+    "--max-len": (None, 32),
+    "command": ("generate", "chat"),
+}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, id=str([*c.values()])) for c in pairwise(GENERATED)]
+)
+def test_options_say_in_a_command_what_they_say_in_python(case, capsys, monkeypatch, short):
+    case = dict(case)
+    sampling = {"temperature": case["--temperature"], "top_k": case["--top-k"]}
+    model, tokenizer = jaxcp.load(short)
+    session = jaxcp.Engine(model, tokenizer, max_len=POSITIONS).session(seed=3)
+    said = session.send("hello", max_new_tokens=6, top_p=case["--top-p"] or 1.0, **sampling)
+    expected = "".join(said)
+    pipe(monkeypatch, b"hello" + b"\n" * (case["command"] == "chat"))
+    options = [case.pop("command"), "--checkpoint", short, "--max-new-tokens", 6, "--seed", 3]
+    for name, value in case.items():
+        options += [] if value is None else [name, value]
+    code, out, errors = run(capsys, *options)
+    assert code == 0 and out.rstrip("\n") == expected.rstrip("\n"), errors
 
 
 class Terminal(io.StringIO):

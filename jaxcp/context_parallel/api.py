@@ -47,7 +47,9 @@ def context_parallel_attention(
     Args:
       strategy: one of `jaxcp.context_parallel.STRATEGIES`; None takes `Ring()`.
       axis_name: the axis over which tokens lie, or two of them, the outer one first.
-      positions: global position of every token; `PAD_POSITION` for pads.
+      positions: global position of every token; `PAD_POSITION` for pads. Values are not checked:
+        where they start anew for each packed document, `segment_ids` must say so, or documents see
+        each other, and the first ones what is later.
       consecutive: the caller's word that tokens lie in the strategy's layout and that those of a
         segment are consecutive. Layers with a window then exchange the window alone (`Halo`).
       Others as in `pallas_kernels.flash_attention`.

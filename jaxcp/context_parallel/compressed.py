@@ -40,7 +40,7 @@ def compress(
 
     Entry w is `sum_i softmax(gates)_i * values_i` channel by channel, over the tokens i of block w.
     With `overlap`, C is 2 D: over the first halves of the tokens of block w - 1 and the second
-    halves of those of block w.
+    halves of those of block w. A gate of -inf leaves its token out; of nothing the entry is 0.
 
     Entries lie with the owner of the block's last token, `[B, E]` sharded as `[B, T]` is. A row's
     positions must be those of one document, ascending on every shard. What is not so, or lies in
@@ -151,11 +151,13 @@ def _of_row(values, gates, positions, *, ratio, slots, halves, send):
     shape = slots, ratio, halves, values.shape[-1] // halves
     values, gates = values[rows].reshape(shape), gates[rows].reshape(shape)
     gates = jnp.where(member[..., None, None], gates, -jnp.inf)
-    some = (blocks != NONE)[:, None, None]
-    high = jnp.where(some, lax.stop_gradient(gates).max(1), 0.0)
+    high = lax.stop_gradient(gates).max(1)
+    high = jnp.where(jnp.isneginf(high), 0.0, high)
     weights = jnp.exp(gates - high[:, None])
-    total = jnp.where(some, weights.sum(1), 1.0)
-    value, lse = (weights * values).sum(1) / total, jnp.where(some, high + jnp.log(total), -jnp.inf)
+    total = weights.sum(1)
+    safe = jnp.where(total == 0, 1.0, total)
+    value = (weights * values).sum(1) / safe
+    lse = jnp.where(total == 0, -jnp.inf, high + jnp.log(safe))
     counts = jnp.broadcast_to(member.sum(1)[:, None], (slots, halves))
     follows = jnp.concatenate([jnp.zeros(1, bool), jnp.diff(blocks) == 1])
     needed = ~owned

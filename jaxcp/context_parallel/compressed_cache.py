@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from jaxcp.context_parallel.cache_slots import check_size
 from jaxcp.context_parallel.compressed import compress_shard, no_pending, runs_of, shards_of
 from jaxcp.context_parallel.ring import Ring
 from jaxcp.context_parallel.sparse import Selection, attend_selected, shared_head
@@ -73,10 +74,7 @@ def empty_compressed_cache(
     layers: list[LayerShape], *, batch_size: int, max_len: int, window: int, head_dim: int, dtype
 ) -> CompressedCache:
     """A cache for `max_len` tokens a row, on the mesh in scope."""
-    if batch_size < 1 or max_len < 1:
-        raise ValueError(
-            f"a cache needs batch_size >= 1 and max_len >= 1; got {batch_size} and {max_len}"
-        )
+    check_size(batch_size, max_len)
 
     def entries(shape: LayerShape):
         blocks = max(1, max_len // shape.ratio) if shape.ratio else 0
@@ -110,6 +108,8 @@ class CompressedStep:
       sharded: the tokens lie over `seq`, in `strategy.layout` (default zigzag); else every
         device has them all.
     """
+
+    keeps_rows = True
 
     def __init__(self, cache: CompressedCache, positions, added, *, sharded: bool,
                  strategy: Strategy | None = None):  # fmt: skip

@@ -4,7 +4,8 @@
 A layer that sees everything keeps a key and a value for each slot, and slots are sharded. A slot
 belongs to no position: it holds whatever token was written there, and its position says which. So
 new tokens go wherever there is room, shards fill evenly over any number of turns, and an empty
-slot (position `PAD_POSITION`) masks itself. A layer with a window keeps the newest tokens alone, on
+slot (position `PAD_POSITION`) masks itself. Rows of a batch fill their slots each for itself, as
+their lengths say. A layer with a window keeps the newest tokens alone, on
 every device (`window_cache`).
 
 `Prefill`: many new tokens, sharded like the cache; keys travel by the strategy.
@@ -17,6 +18,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
@@ -30,10 +32,13 @@ from jaxcp.context_parallel.cache_slots import (
     TOKENS,
     WHOLE,
     axis_in_scope,
+    check_size,
     deal_rows,
     on_mesh,
     on_shards,
     shards_in_scope,
+    slots_in_use,
+    write_first,
     write_rows,
 )
 from jaxcp.context_parallel.ring import Ring
@@ -51,8 +56,8 @@ MAX_EXTEND = 64
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["k", "v", "positions", "fill", "lengths", "recent"],
-    meta_fields=["windows", "max_len"],
+    data_fields=["k", "v", "positions", "lengths", "recent"],
+    meta_fields=["windows", "shards", "max_len"],
 )
 @dataclasses.dataclass(frozen=True)
 class KVCache:
@@ -61,20 +66,21 @@ class KVCache:
     k: tuple[jax.Array, ...]  # a layer: [B, S, K, H], sharded; with a window [B, R, K, H], not
     v: tuple[jax.Array, ...]
     positions: jax.Array  # int32 [B, S]
-    fill: jax.Array  # int32 [shards]: slots in use
     lengths: jax.Array  # int32 [B]: tokens in the cache; the next token's position
     recent: jax.Array  # int32 [B, W - 1]: the latest token ids, newest first, for n-gram embeddings
     windows: tuple[int | None, ...]  # a layer: it keeps no more than this needs
+    shards: int
     max_len: int
-
-    @property
-    def shards(self) -> int:
-        return self.fill.shape[0]
 
     @property
     def slots(self) -> int:
         """Slots a shard."""
         return self.positions.shape[1] // self.shards
+
+    @property
+    def fill(self) -> np.ndarray:
+        """Slots in use of each shard, `[shards]`, by the longest row."""
+        return slots_in_use(np.asarray(self.lengths).max(), np.arange(self.shards), self.shards)
 
     def bytes_per_device(self) -> int:
         """Bytes of keys and values that one device holds."""
@@ -99,10 +105,7 @@ def empty_cache(
     windows = (None,) * layers if windows is None else windows
     if len(windows) != layers:
         raise ValueError(f"windows must name {layers} layers; got {windows}")
-    if batch_size < 1 or max_len < 1:
-        raise ValueError(
-            f"a cache needs batch_size >= 1 and max_len >= 1; got {batch_size} and {max_len}"
-        )
+    check_size(batch_size, max_len)
     shards = shards_in_scope()
     total = shards * (-(-max_len // shards) + MAX_EXTEND)
 
@@ -118,10 +121,10 @@ def empty_cache(
             k=tuple(map(layer, windows)),
             v=tuple(map(layer, windows)),
             positions=on_mesh(positions, TOKENS),
-            fill=on_mesh(jnp.zeros(shards, jnp.int32), SAME),
             lengths=on_mesh(jnp.zeros(batch_size, jnp.int32), ROWS),
             recent=on_mesh(jnp.full((batch_size, recent), -1, jnp.int32), P("data", None)),
             windows=windows,
+            shards=shards,
             max_len=max_len,
         )
 
@@ -131,25 +134,29 @@ def empty_cache(
 class Prefill:
     """Attention of new tokens `[B, T]` (sharded over `seq`) over the cache, which it fills.
 
-    Every shard writes its `T / shards` new rows behind its fill.
+    Every shard writes its `T / shards` new rows behind what it holds of each row.
 
     Args:
       added: int32 `[B]`, new tokens of each row.
       strategy: for layers that see everything; None passes queries around where that sends less
         than rotating keys (`RingPassQ.fewer_bytes`), else it is `Ring()`.
-      used: (static) bounds the slots that a shard holds afterwards, and only those travel; equal
-        to `T / shards` it says that the cache was empty.
+      used: (static) bounds the slots that a shard holds afterwards, and only those travel; None:
+        the cache was empty.
       halos: by window, what shards send each other of the new tokens: see `window_cache.attend`.
     """
+
+    keeps_rows = True
 
     def __init__(self, cache: KVCache, positions, added, *, strategy: Strategy | None, used, halos):
         if strategy is not None and strategy.reproducible:
             raise NotImplementedError("prefill over a cache has no reproducible form; use Ring()")
-        self.cache, self.positions, self.strategy, self.used = cache, positions, strategy, used
-        self.added, self.halos = added, halos
+        self.cache, self.positions, self.strategy = cache, positions, strategy
+        self.added, self.halos, self.empty = added, halos, used is None
+        self.used = positions.shape[1] // cache.shards if used is None else used
+        self.write = write_first if self.empty else write_rows
         self.k, self.v = list(cache.k), list(cache.v)
-        write = on_shards(write_rows, (TOKENS, TOKENS, SAME), TOKENS)
-        self.kv_positions = write(cache.positions, positions, cache.fill)
+        write = on_shards(self.write, (TOKENS, TOKENS, ROWS), TOKENS)
+        self.kv_positions = write(cache.positions, positions, cache.lengths)
 
     def __call__(self, q, k, v, *, layer, window, sinks=None, scale=None, soft_cap=None):
         options, more = _options(q, window, scale, soft_cap), [(self.positions, TOKENS)]
@@ -158,28 +165,27 @@ class Prefill:
             more += [(self.cache.lengths, ROWS), (self.added, ROWS), (self.halos[window], SAME)]
         else:
             local, held = functools.partial(self._full, **options), SHARDED
-            more += [(self.kv_positions, TOKENS), (self.cache.fill, SAME)]
+            more += [(self.kv_positions, TOKENS), (self.cache.lengths, ROWS)]
         return _run(self, layer, local, SHARDED, held, (q, k, v), more, sinks)
 
     def latent(self, q, latent, weights, *, expand, layer, scale):
         """Of a `latent_cache`: `(latent, key part)` of the tokens, as `latent_attention`'s."""
         local = functools.partial(self._latent, expand=expand, scale=scale)
         whole = tuple(weight_spec(x, SHARDED) for x in weights)
-        run = on_shards(local, (SHARDED, *[TOKENS] * 4, SAME, whole), (SHARDED, TOKENS))
+        run = on_shards(local, (SHARDED, *[TOKENS] * 4, ROWS, whole), (SHARDED, TOKENS))
         new, held = jnp.concatenate(latent, axis=-1)[:, :, None], self.k[layer]
-        ids = self.positions, self.kv_positions, self.cache.fill
+        ids = self.positions, self.kv_positions, self.cache.lengths
         out, self.k[layer] = run(q, new, held, *ids, weights)
         return out
 
     def selected(self, q, keys, selection, *, layer, **options):
         """Of a `latent_cache` with an index: see `WholeSequence.selected`."""
-        where = self.positions, self.kv_positions, (self.cache.fill,)
         return attend_selected_slots(
-            self, q, keys, selection, where, write_rows, layer=layer, used=self.used, **options
+            self, q, keys, selection, self.write, layer=layer, used=self.used, **options
         )
 
-    def _latent(self, q, new, held, q_pos, kv_pos, fill, weights, *, expand, scale):
-        held = write_rows(held, new, fill)
+    def _latent(self, q, new, held, q_pos, kv_pos, lengths, weights, *, expand, scale):
+        held = self.write(held, new, lengths)
         seen = jnp.split(held[:, : self.used, 0].astype(q.dtype), [weights[0].shape[0]], axis=-1)
         kv_pos = kv_pos[:, : self.used]
         if axis_in_scope() is None:
@@ -192,8 +198,8 @@ class Prefill:
         out, _ = strategy.attend(*arrays, expand=expand, weights=weights, scale=scale, **options)
         return out, held
 
-    def _full(self, q, k, v, cache_k, cache_v, q_pos, kv_pos, fill, sinks, *, window, **options):
-        cache_k, cache_v = write_rows(cache_k, k, fill), write_rows(cache_v, v, fill)
+    def _full(self, q, k, v, cache_k, cache_v, q_pos, kv_pos, lengths, sinks, *, window, **options):
+        cache_k, cache_v = self.write(cache_k, k, lengths), self.write(cache_v, v, lengths)
         seen_k, seen_v = (x[:, : self.used].astype(q.dtype) for x in (cache_k, cache_v))
         kv_pos = kv_pos[:, : self.used]
         if axis_in_scope() is None:
@@ -209,7 +215,7 @@ class Prefill:
 
     def _windowed(self, q, k, v, held_k, held_v, pos, start, added, halo, sinks, **options):
         held = None
-        if self.used > pos.shape[1]:
+        if not self.empty:
             before = window_cache.positions_held(start, held_k.shape[1])
             held = held_k.astype(q.dtype), held_v.astype(q.dtype), before
         options["axis_name"] = axis_in_scope()
@@ -221,29 +227,29 @@ class Prefill:
         )
         return _with_sinks(out, lse, sinks), held_k, held_v
 
-    def filled(self, counts, recent) -> KVCache:
-        """The cache after all layers, with `counts [shards]` more slots in use."""
-        return _after(self, self.added, counts, recent)
+    def filled(self, recent) -> KVCache:
+        """The cache after all layers."""
+        return _after(self, self.added, recent)
 
 
 class Extend:
     """Attention of a few new tokens `[B, T]` over the cache, which they join.
 
-    The tokens are the same on every shard; their keys are dealt out one by one, the emptiest shard
-    first. One all-gather a layer carries the partial results: `shards * B * T * N * (H + 1)`
-    float32. A layer that keeps its window alone sends nothing.
+    The tokens are the same on every shard; their keys are dealt out one by one, to the shard whose
+    turn it is in each row. One all-gather a layer carries the partial results:
+    `shards * B * T * N * (H + 1)` float32. A layer that keeps its window alone sends nothing.
     """
+
+    keeps_rows = True
 
     def __init__(self, cache: KVCache, positions):
         if positions.shape[1] > MAX_EXTEND:  # more would push out of a window what it still needs
             raise ValueError(f"at most {MAX_EXTEND} tokens; got {positions.shape[1]}: use Prefill")
         self.cache, self.positions = cache, positions
         self.k, self.v = list(cache.k), list(cache.v)
-        # the order in which shards receive: the emptiest is 0
-        self.turn = jnp.argsort(jnp.argsort(cache.fill)).astype(jnp.int32)
         local = functools.partial(deal_rows, pad=PAD_POSITION)
-        write = on_shards(local, (TOKENS, ROWS, SAME, SAME), TOKENS)
-        self.kv_positions = write(cache.positions, positions, cache.fill, self.turn)
+        write = on_shards(local, (TOKENS, ROWS, ROWS), TOKENS)
+        self.kv_positions = write(cache.positions, positions, cache.lengths)
 
     def __call__(self, q, k, v, *, layer, window, sinks=None, scale=None, soft_cap=None):
         options, more = _options(q, window, scale, soft_cap), [(self.positions, ROWS)]
@@ -252,36 +258,31 @@ class Extend:
             more += [(self.cache.lengths, ROWS)]
         else:
             local, held = functools.partial(_extend_full, **options), SHARDED
-            more += [(self.kv_positions, TOKENS), (self.cache.fill, SAME), (self.turn, SAME)]
+            more += [(self.kv_positions, TOKENS), (self.cache.lengths, ROWS)]
         return _run(self, layer, local, WHOLE, held, (q, k, v), more, sinks)
 
     def latent(self, q, latent, weights, *, expand, layer, scale):
         """Of a `latent_cache`: heads meet the latent itself, projections absorbed."""
         local, rows = functools.partial(_extend_latent, scale=scale), P("data")
-        specs = WHOLE, rows, TOKENS, rows, TOKENS, SAME, SAME
+        specs = WHOLE, rows, TOKENS, rows, TOKENS, ROWS
         whole = tuple(weight_spec(x, WHOLE) for x in weights)
         run = on_shards(local, (*specs, whole), (WHOLE, TOKENS))
         new = jnp.concatenate(latent, axis=-1)[:, :, None]
-        state = self.k[layer], self.positions, self.kv_positions, self.cache.fill, self.turn
+        state = self.k[layer], self.positions, self.kv_positions, self.cache.lengths
         out, self.k[layer] = run(q, new, *state, weights)
         return out
 
     def selected(self, q, keys, selection, *, layer, **options):
         """Of a `latent_cache` with an index: see `WholeSequence.selected`."""
-        where = self.positions, self.kv_positions, (self.cache.fill, self.turn)
-        return attend_selected_slots(
-            self, q, keys, selection, where, deal_rows, layer=layer, **options
-        )
+        return attend_selected_slots(self, q, keys, selection, deal_rows, layer=layer, **options)
 
     def extended(self, added, recent) -> KVCache:
         """The cache after all layers, with `added [B]` tokens a row."""
-        shards = self.cache.shards
-        dealt = (added.max() - self.turn + shards - 1) // shards
-        return _after(self, added, dealt, recent)
+        return _after(self, added, recent)
 
 
-def _extend_full(q, k, v, cache_k, cache_v, q_pos, kv_pos, fill, turn, sinks, **options):
-    cache_k, cache_v = deal_rows(cache_k, k, fill, turn), deal_rows(cache_v, v, fill, turn)
+def _extend_full(q, k, v, cache_k, cache_v, q_pos, kv_pos, lengths, sinks, **options):
+    cache_k, cache_v = deal_rows(cache_k, k, lengths), deal_rows(cache_v, v, lengths)
     out, lse = _attend(q, cache_k, cache_v, q_pos, kv_pos, **options)
     if axis_in_scope() is not None:
         packed = lax.all_gather(jnp.concatenate([out, lse[..., None]], axis=-1), AXIS)
@@ -289,8 +290,8 @@ def _extend_full(q, k, v, cache_k, cache_v, q_pos, kv_pos, fill, turn, sinks, **
     return _with_sinks(out, lse, sinks).astype(q.dtype), cache_k, cache_v
 
 
-def _extend_latent(q, new, held, q_pos, kv_pos, fill, turn, weights, *, scale):
-    held, (k_up, v_up) = deal_rows(held, new, fill, turn), weights
+def _extend_latent(q, new, held, q_pos, kv_pos, lengths, weights, *, scale):
+    held, (k_up, v_up) = deal_rows(held, new, lengths), weights
     nope = k_up.shape[-1]
     absorbed = jnp.einsum("btnh,lnh->btnl", q[..., :nope], k_up)
     q = jnp.concatenate([absorbed, q[..., nope:]], axis=-1)
@@ -356,15 +357,14 @@ def _with_sinks(out, lse, sinks):
     return apply_sinks(out, lse, *sinks)[0] if sinks else out
 
 
-def _after(step: Prefill | Extend, added, slots, recent) -> KVCache:
-    """The cache that `step` leaves: `added [B]` tokens a row in `slots [shards]` new slots."""
+def _after(step: Prefill | Extend, added, recent) -> KVCache:
+    """The cache that `step` leaves, with `added [B]` tokens a row."""
     cache = step.cache
     return dataclasses.replace(
         cache,
         k=tuple(step.k),
         v=tuple(step.v),
         positions=step.kv_positions,
-        fill=cache.fill + slots,
         lengths=cache.lengths + added,
         recent=recent,
     )

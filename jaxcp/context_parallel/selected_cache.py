@@ -13,24 +13,20 @@ import functools
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from jaxcp.context_parallel.cache_slots import SAME, TOKENS, axis_in_scope, on_shards
+from jaxcp.context_parallel.cache_slots import ROWS, TOKENS, axis_in_scope, on_shards
 from jaxcp.context_parallel.compressed import in_order
 from jaxcp.context_parallel.sparse import attend_selected
 
 
-def attend_selected_slots(
-    step, q, keys, selection, where, write, *, layer, scale, value_dim, used=None
-):
+def attend_selected_slots(step, q, keys, selection, write, *, layer, scale, value_dim, used=None):
     """The latent that `q [B, T, N, H]` reads out, `[B, T, N, value_dim]`; `step` keeps the rows.
 
     Args:
       step: `Prefill` or `Extend`, with a layer's rows in `k` and index keys in `v`.
       keys: `[B, T, H]` of the new tokens; index keys and queries are in `selection`.
-      where: positions of queries and of slots, and the arguments of `write`, which puts rows of
-        new tokens into a shard's slots.
+      write: `write(cache, new, lengths)` puts rows of new tokens into a shard's slots.
       used: (static) bounds the slots in use of a shard; None: all may be.
     """
-    q_pos, kv_pos, places = where
     sharded = used is not None
     tokens = TOKENS if sharded else P("data", None)
     heads = P(*tokens, "model", None)
@@ -39,17 +35,18 @@ def attend_selected_slots(
         _local, write=write, used=used, top_k=selection.top_k, scale=scale, value_dim=value_dim
     )
     picks = wide, P(*tokens, None)
-    specs = heads, picks, (wide, wide), (TOKENS, TOKENS), tokens, TOKENS, (SAME,) * len(places)
+    specs = heads, picks, (wide, wide), (TOKENS, TOKENS), tokens, TOKENS, ROWS
     run = on_shards(local, specs, (heads, (TOKENS, TOKENS)))
     new = keys[:, :, None], selection.keys[:, :, None]
     held = step.k[layer], step.v[layer]
     queries = selection.queries, selection.weights
-    out, (step.k[layer], step.v[layer]) = run(q, queries, new, held, q_pos, kv_pos, places)
+    ids = step.positions, step.kv_positions, step.cache.lengths
+    out, (step.k[layer], step.v[layer]) = run(q, queries, new, held, *ids)
     return out
 
 
-def _local(q, picks, new, held, q_pos, kv_pos, places, *, write, used, **options):
-    held = tuple(write(x, rows, *places) for x, rows in zip(held, new, strict=True))
+def _local(q, picks, new, held, q_pos, kv_pos, lengths, *, write, used, **options):
+    held = tuple(write(x, rows, lengths) for x, rows in zip(held, new, strict=True))
     keys, index_keys = (x[:, :used, 0] for x in held)
     axis, positions = axis_in_scope(), kv_pos[:, :used]
     limit = positions.shape[1] * (1 if axis is None else lax.axis_size(axis))

@@ -15,6 +15,7 @@ import numpy as np
 from jaxcp.evaluate.haystack import DIGITS, QUESTION, Haystack, make_haystack
 from jaxcp.inference import Engine, Session
 from jaxcp.models.base import LanguageModel
+from jaxcp.pictures import new_figure
 from jaxcp.tokenizer import Tokenizer
 
 DEPTH_BINS = 10
@@ -140,12 +141,11 @@ def _tokens(haystack: Haystack, tokenizer: Tokenizer) -> int:
 
 
 def plot_heat_map(result: Result, path: str | pathlib.Path) -> None:
-    """Exact match by context length and depth, as a PNG."""
-    import matplotlib
+    """Draw exact match by context length and depth as a PNG.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    Raises:
+      ImportError: matplotlib is missing, which is an extra.
+    """
     lengths = result.lengths()
     grid = np.full((DEPTH_BINS, len(lengths)), np.nan)
     for column, length in enumerate(lengths):
@@ -156,7 +156,8 @@ def plot_heat_map(result: Result, path: str | pathlib.Path) -> None:
                 if a.length == length and int(a.depth * DEPTH_BINS) == row
             ]
             grid[row, column] = 100 * np.mean(hits) if hits else np.nan
-    figure, axes = pyplot.subplots(figsize=(2.4 + 1.1 * len(lengths), 4.2), layout="constrained")
+    figure = new_figure(figsize=(2.4 + 1.1 * len(lengths), 4.2), layout="constrained")
+    axes = figure.add_subplot()
     image = axes.imshow(grid, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
     axes.set_xticks(
         range(len(lengths)), [f"{n:,}\n{100 * result.accuracy(n):.1f} %" for n in lengths]
@@ -172,4 +173,3 @@ def plot_heat_map(result: Result, path: str | pathlib.Path) -> None:
             axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8)
     figure.colorbar(image, label="exact match, %")
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Long prompts in, answers out."""
 
+import jaxcp.flax_version  # noqa: F401  (before flax)
+
+# isort: split
 from jaxcp.inference.engine import Engine
 from jaxcp.inference.session import Session, Stats
 from jaxcp.inference.steps import decode_step, logits, prefill

@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`prefill` and `decode_step` over a `CompressedCache`, whose new tokens keep a layout's order.
-
-Blocks are compressed where runs of consecutive tokens lie, so every turn is permuted by itself;
-what the cache holds is on every device and need not be balanced.
-"""
+"""`prefill` and `decode_step` over a `CompressedCache`, which every device holds."""
 
 import functools
 
@@ -15,47 +11,35 @@ from jax.sharding import PartitionSpec as P
 from jaxcp.context_parallel import Ring
 from jaxcp.context_parallel.compressed_cache import CompressedStep
 from jaxcp.context_parallel.overlap import compiler_options
-from pallas_kernels import PAD_POSITION
+from jaxcp.inference.turns import WIDTHS, Frame, latest, pieces
 from pallas_kernels.dispatch import target_platform
 
 EXTEND_SIZES = (1, 8, 32, 64)
 """Widths to which short turns are padded; longer turns are sharded."""
 
 
-def prefill_compressed(model, cache, tokens, lengths, strategy, donate):
+def prefill_compressed(model, cache, tokens, lengths, strategy):
     """`jaxcp.prefill` of checked tokens int `[B, T]` and lengths int32 `[B]`, on the host."""
-    strategy = Ring() if strategy is None else strategy
-    start = np.asarray(cache.lengths)
-    sharded = is_sharded(int(start.max()), tokens.shape[1])
-    tokens, positions = laid_out(tokens, start, lengths, sharded, strategy)
-    if not jax.sharding.get_abstract_mesh().empty:
-        tokens, positions = jax.device_put((tokens, positions), tokens_spec(sharded))
-        lengths = jax.device_put(lengths, P("data"))
-    return _jitted(donate)(model, cache, tokens, positions, lengths, sharded, strategy)
+    start, done = np.asarray(cache.lengths), np.zeros_like(lengths)
+    strategy, logits = Ring() if strategy is None else strategy, None
+    for piece in pieces_of(start, lengths, strategy):
+        arrays = *piece.laid_out(tokens, done, start), piece.taken.astype(np.int32)
+        done = done + piece.taken
+        if not jax.sharding.get_abstract_mesh().empty:
+            arrays = jax.device_put(arrays, (*[tokens_spec(piece.sharded)] * 2, P("data")))
+        found, cache = _jitted(True)(model, cache, *arrays, piece.sharded, strategy)
+        logits = latest(logits, found, piece.taken)
+    return logits, cache
 
 
-def is_sharded(held: int, width: int) -> bool:
-    """Whether a turn of `width` tokens on a cache of `held` is; else every device has it whole."""
-    return held == 0 or width > EXTEND_SIZES[-1]
+def pieces_of(start, lengths, strategy):
+    """The pieces of a turn, over the mesh in scope. A cache takes any: nothing has to be level."""
+    frame = Frame(shards=jax.sharding.get_abstract_mesh().shape.get("seq", 1))
+    return pieces(frame, start, lengths, strategy.layout, EXTEND_SIZES, least=WIDTHS[0])
 
 
 def tokens_spec(sharded: bool) -> P:
     return P("data", "seq" if sharded else None)
-
-
-def laid_out(tokens, start, lengths, sharded, strategy):
-    """Tokens and positions, padded; in the strategy's layout over the mesh in scope if sharded."""
-    width = tokens.shape[1]
-    padded = _bucket(width) if sharded else next(s for s in EXTEND_SIZES if s >= width)
-    offsets = np.arange(padded, dtype=np.int32)
-    real = offsets < lengths[:, None]
-    positions = np.where(real, start[:, None] + offsets, PAD_POSITION).astype(np.int32)
-    tokens = np.pad(tokens, [(0, 0), (0, padded - width)]).astype(np.int32)
-    if sharded:
-        shards = jax.sharding.get_abstract_mesh().shape.get("seq", 1)
-        batch = strategy.layout.permute({"tokens": tokens, "positions": positions}, shards)
-        tokens, positions = batch["tokens"], batch["positions"]
-    return tokens, positions
 
 
 def _step(model, cache, tokens, positions, added, sharded, strategy):
@@ -79,9 +63,3 @@ def _jit(donate: bool, platform: str):
         donate_argnums=(1,) if donate else (),
         compiler_options=compiler_options(platform),
     )
-
-
-def _bucket(size: int) -> int:
-    """The next of eight sizes between powers of two: few compilations, little padding."""
-    step = max(1, 1 << max(0, size.bit_length() - 4))
-    return -(-size // step) * step

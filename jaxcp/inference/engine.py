@@ -2,13 +2,20 @@
 """A model ready to talk: with its tokenizer, length, strategy, and the mesh it was made under."""
 
 import contextlib
+from collections.abc import Collection, Set
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxcp.context_parallel import Strategy
+from jaxcp.inference.checks import integer, token_ids
 from jaxcp.inference.session import Session
+from jaxcp.inference.steps import prefill
 from jaxcp.tokenizer import Tokenizer
+
+TRIED = 64
+"""Tokens of the prefill that is traced to see whether a strategy can do it."""
 
 
 class Engine:
@@ -20,7 +27,9 @@ class Engine:
       attention: the strategy for prefill; None lets each turn choose (see `jaxcp.prefill`).
       stop_tokens: ids that end an answer (and are not part of it).
     Raises:
-      ValueError: the model has fewer positions than `max_len`.
+      ValueError: the model has fewer positions than `max_len`, no embedding of a stop token, or
+        what `attention` needs is not on this mesh.
+      NotImplementedError: `attention` cannot fill a cache of this model.
 
     >>> engine = jaxcp.Engine(model, tokenizer, max_len=131_072)
     >>> answer = "".join(engine.session().send("The needle is"))
@@ -33,15 +42,14 @@ class Engine:
         *,
         max_len: int,
         attention: Strategy | None = None,
-        stop_tokens: tuple[int, ...] = (),
+        stop_tokens: Collection[int] = (),
     ):
-        limit = getattr(model.config, "max_positions", max_len)
-        if not 1 <= max_len <= limit:
-            raise ValueError(
-                f"max_len must be in 1..{limit} (the model's positions); got {max_len}"
-            )
-        self.model, self.tokenizer, self.max_len = model, tokenizer, max_len
-        self.attention, self.stop_tokens = attention, tuple(stop_tokens)
+        limit = getattr(model.config, "max_positions", float("inf"))
+        self.max_len = integer("max_len", max_len, 1, limit, "the model's positions")
+        self.model, self.tokenizer, self.attention = model, tokenizer, attention
+        self.stop_tokens = _stop_tokens(model, stop_tokens)
+        if attention is not None:
+            _try(model, attention, min(self.max_len, TRIED))
         self._mesh = None if jax.sharding.get_abstract_mesh().empty else jax.sharding.get_mesh()
 
     def session(self, *, seed: int = 0) -> "Session":
@@ -51,3 +59,26 @@ class Engine:
     def on_mesh(self) -> contextlib.AbstractContextManager:
         """The mesh this engine was made under, as a context."""
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+
+
+def _stop_tokens(model: Any, ids: Any) -> tuple[int, ...]:
+    try:
+        stops = token_ids(model, list(ids) if isinstance(ids, Set) else ids)
+    except ValueError as error:
+        raise ValueError(f"stop_tokens: {error}") from error
+    if stops.ndim != 1:
+        raise ValueError(f"stop_tokens must be ids, such as (2,) or () for none; got {ids!r}")
+    return tuple(stops.tolist())
+
+
+def _try(model: Any, attention: Strategy, tokens: int) -> None:
+    """Trace a prefill by this strategy on the mesh in scope, and compute nothing.
+
+    Raises:
+      ValueError, NotImplementedError: what the strategy says of this model and mesh.
+    """
+    if not isinstance(attention, Strategy):
+        raise ValueError(f"attention must be a strategy such as jaxcp.Ring(); got {attention!r}")
+    rows = jax.sharding.get_abstract_mesh().shape.get("data", 1)
+    cache, text = model.init_cache(rows, tokens), np.zeros((rows, tokens), np.int32)
+    jax.eval_shape(lambda: prefill(model, cache, text, attention=attention)[0])

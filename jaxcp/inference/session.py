@@ -3,10 +3,13 @@
 
 A turn prefills its own tokens and nothing else. The last token of an answer is not in the cache
 until the next turn needs it.
+
+Steps donate the cache. One that fails or is interrupted may take it along: the session knows its
+tokens, and the next turn computes them again.
 """
 
+import contextlib
 import dataclasses
-import functools
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from jaxcp.inference.steps import check_ids, decode_step, prefill
-from jaxcp.sampling import Sampler
+from jaxcp.inference.checks import integer, token_ids
+from jaxcp.inference.steps import decode_step, prefill
+from jaxcp.sampling import Sampler, sample
 
 if TYPE_CHECKING:
     from jaxcp.inference.engine import Engine
@@ -52,9 +56,11 @@ class Session:
 
     def __init__(self, engine: "Engine", *, seed: int = 0):
         self.engine = engine
+        seed = integer("seed", seed, 0, 2**32 - 1)  # jax.random.key drops what is above
         with engine.on_mesh():
             self._cache = engine.model.init_cache(1, engine.max_len)
             self._key = jax.random.key(seed)
+        self._cached: list[int] = []  # the tokens in the cache
         self._pending: list[int] = []  # answered, not yet in the cache
         self._shared = False
         self._turn: object = None  # the latest `send`
@@ -72,17 +78,17 @@ class Session:
         """Append `text` to the conversation and yield the answer in pieces as it is made.
 
         Pieces are text that never splits a character; token ids where the engine has no
-        tokenizer (then `text` is a sequence of ids). Leaving the loop early is fine: the
-        conversation then holds what was yielded. Greedy unless `temperature` is positive.
+        tokenizer (then `text` is a sequence of ids). Leaving the loop early is fine, and so is an
+        error or an interruption: the conversation then holds what was yielded, and if that is
+        nothing, is as it was before. Greedy unless `temperature` is positive.
 
         Raises (at the call, not at the first piece):
-          ValueError: an empty prompt, ids out of range, or more tokens than `max_len` leaves
-            room for.
+          ValueError: an empty prompt, ids that are no integers or out of range, an option of
+            sampling out of range, or more tokens than `max_len` leaves room for.
         """
         sampler = Sampler(temperature=temperature, top_k=top_k, top_p=top_p)
         ids = self._encode(text)
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
+        max_new_tokens = integer("max_new_tokens", max_new_tokens, 1)
         needed = self.stats.tokens + len(self._pending) + len(ids) + max_new_tokens - 1
         if needed > self.engine.max_len:
             raise ValueError(
@@ -92,14 +98,13 @@ class Session:
                 "ask for fewer new tokens, or make the engine with a larger max_len"
             )
         self._turn = turn = object()
-        tokens = self._generate(turn, [*self._pending, *ids], max_new_tokens, sampler)
+        tokens = self._generate(turn, ids, max_new_tokens, sampler)
         return tokens if self.engine.tokenizer is None else self.engine.tokenizer.stream(tokens)
 
     def fork(self) -> "Session":
         """A second conversation with the same past. Copies nothing; the first to go on copies."""
         child = object.__new__(Session)
-        child.__dict__.update(self.__dict__)
-        child._pending, child.stats = list(self._pending), dataclasses.replace(self.stats)
+        child.__dict__.update(self._state())
         self._shared = child._shared = True
         return child
 
@@ -108,31 +113,31 @@ class Session:
             if self.engine.tokenizer is None:
                 raise ValueError("this engine has no tokenizer: send token ids")
             text = self.engine.tokenizer.encode(text)
-        ids = [int(i) for i in text]
-        if not ids:
+        ids = token_ids(self.engine.model, list(text) if isinstance(text, Iterator) else text)
+        if ids.ndim != 1:
+            raise ValueError(f"a prompt is one sequence of ids; got the shape {ids.shape}")
+        if not ids.size:
             raise ValueError("the prompt is empty; send at least one token")
-        check_ids(self.engine.model, np.asarray(ids))
-        return ids
+        return ids.tolist()
 
     def _generate(
         self, turn: object, ids: list[int], count: int, sampler: Sampler
     ) -> Iterator[int]:
         self._check_turn(turn)
-        stats = self.stats
-        stats.turns, stats.reused, stats.prefilled = stats.turns + 1, stats.tokens, len(ids)
-        stats.generated, stats.decode_seconds = 0, 0.0
+        self._restore_cache()
+        ids, reused, stats = [*self._pending, *ids], self.stats.tokens, self.stats
         start = time.perf_counter()
-        token = self._step(
-            prefill, np.asarray([ids], np.int32), sampler, attention=self.engine.attention
-        )
+        with self._unless_it_fails():
+            token = self._step(prefill, [ids], sampler, attention=self.engine.attention)
+        stats.turns, stats.reused, stats.prefilled = stats.turns + 1, reused, len(ids)
         stats.prefill_seconds = time.perf_counter() - start
+        stats.generated, stats.decode_seconds = 0, 0.0
         for number in range(count):
             if number:
                 self._check_turn(turn)
                 start = time.perf_counter()
-                token = self._step(decode_step, np.asarray([token], np.int32), sampler)
+                token = self._step(decode_step, [token], sampler)
                 stats.decode_seconds += time.perf_counter() - start
-            self._pending = [token]
             if token in self.engine.stop_tokens:
                 return
             stats.generated += 1
@@ -145,18 +150,56 @@ class Session:
                 "conversation twice. Read an answer to the end, or leave it, before the next send"
             )
 
-    def _step(self, step, tokens: np.ndarray, sampler: Sampler, **options) -> int:
-        """Run one step over `tokens`; the next token."""
+    def _step(self, step, tokens: list, sampler: Sampler, **options) -> int:
+        """Run one step over `tokens`, which join the cache; the next token."""
+        array = np.asarray(tokens, np.int32)
+        added, held = array.ravel().tolist(), self.stats.tokens + array.size
         with self.engine.on_mesh():
             logits, self._cache = step(
-                self.engine.model, self._cache, tokens, donate=not self._shared, **options
+                self.engine.model, self._cache, array, donate=not self._shared, **options
             )
-            self._shared, self._pending = False, []
-            self.stats.tokens += tokens.size
+            # no call in between: what interrupts comes before all of these or after
+            self._cached += added
+            self._shared, self._pending, self.stats.tokens = False, [], held
             self._key, key = jax.random.split(self._key)
-            return int(_sample(logits, key, sampler)[0])
+            token = int(_sample(logits, key, sampler.options())[0])
+            self._pending = [token]
+            return token
+
+    def _state(self) -> dict[str, Any]:
+        """All of a conversation, with copies of what a step changes in place."""
+        copies = {"_cached": list(self._cached), "stats": dataclasses.replace(self.stats)}
+        return self.__dict__ | copies
+
+    @contextlib.contextmanager
+    def _unless_it_fails(self) -> Iterator[None]:
+        """Should what is inside fail, everything is as it was, but for a cache that is donated."""
+        before = self._state()
+        try:
+            yield
+        except BaseException:
+            vars(self.stats).update(vars(before.pop("stats")))
+            self.__dict__.update(before)
+            raise
+
+    def _restore_cache(self) -> None:
+        """Where the cache was lost to a step that failed, all its tokens are pending again."""
+        if _length(self._cache) == len(self._cached):
+            return
+        with self.engine.on_mesh():
+            self._cache = self.engine.model.init_cache(1, self.engine.max_len)
+        self._cached, self._pending = [], [*self._cached, *self._pending]
+        self._shared, self.stats.tokens = False, 0
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _sample(logits, key, sampler):
-    return sampler(logits, key)
+_sample = jax.jit(sample)
+
+
+def _length(cache: Any) -> int | None:
+    """Tokens in a cache; None where it was given away or the computation that made it failed."""
+    if any(x.is_deleted() for x in jax.tree.leaves(cache)):
+        return None
+    try:
+        return int(np.asarray(cache.lengths)[0])
+    except jax.errors.JaxRuntimeError:
+        return None

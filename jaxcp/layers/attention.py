@@ -19,7 +19,8 @@ from jaxcp.sharding import tokens_spec
 Attend = Callable
 """`attend(q, k, v, *, layer: int, window: int | None) -> out`, all `[B, T, heads, H]`.
 
-It also takes `sinks [heads]`, `scale` and `soft_cap`, as `flash_attention` does.
+It also takes `sinks [heads]`, `scale` and `soft_cap`, as `flash_attention` does. A call changes one
+over a cache, which says so: `keeps_rows = True`.
 """
 
 

@@ -66,10 +66,10 @@ class CompressedAttention(nnx.Module):
     ):
         d = dims
         norm = functools.partial(RMSNorm, eps=norm_eps, float32_scale=True)
-        self.q_down = normal(rngs, (embed_dim, d.q_rank), ("embed", None), std, summed=1)
+        self.q_down = normal(rngs, (embed_dim, d.q_rank), ("embed", "latent"), std, summed=1)
         self.q_norm = norm(d.q_rank, axis="latent")
         q_up = d.q_rank, d.num_heads, d.head_dim
-        q_up_axes = None, "heads", "head_dim"
+        q_up_axes = "latent", "heads", "head_dim"
         self.q_up = normal(rngs, q_up, q_up_axes, d.q_rank**-0.5, summed=1)
         self.kv = normal(rngs, (embed_dim, d.head_dim), ("embed", "head_dim"), std, summed=1)
         self.kv_norm = norm(d.head_dim, axis="head_dim")
@@ -77,9 +77,10 @@ class CompressedAttention(nnx.Module):
         # A group of heads lies on one device, as its heads do. A product for each: not quantised.
         o_down = d.out_groups, d.num_heads // d.out_groups, d.head_dim, d.out_rank
         o_std = (d.num_heads // d.out_groups * d.head_dim) ** -0.5
-        self.o_down = normal(rngs, o_down, ("heads", None, "head_dim", None), o_std)
+        o_down_axes = "head_groups", "group_heads", "head_dim", "latent"
+        self.o_down = normal(rngs, o_down, o_down_axes, o_std)
         o_up = d.out_groups, d.out_rank, embed_dim
-        self.o_up = normal(rngs, o_up, ("heads", None, "embed"), out_std, summed=2)
+        self.o_up = normal(rngs, o_up, ("head_groups", "latent", "embed"), out_std, summed=2)
         blocks = rope, d.rope_dim, norm_eps, std, rngs
         self.compressor = (
             Compressor(embed_dim, d.head_dim, ratio, index is not None, *blocks) if ratio else None
@@ -126,9 +127,9 @@ class Compressor(nnx.Module):
 
     def __init__(self, embed_dim, size, ratio, overlap, rope: Rope, rope_dim, norm_eps, std, rngs):
         width = size * (2 if overlap else 1)
-        self.value = normal(rngs, (embed_dim, width), ("embed", None), std)
-        self.gate = normal(rngs, (embed_dim, width), ("embed", None), std)
-        self.bias = constant((ratio, width), (None, None), 0.0, keep_float32=True)
+        self.value = normal(rngs, (embed_dim, width), ("embed", "latent"), std)
+        self.gate = normal(rngs, (embed_dim, width), ("embed", "latent"), std)
+        self.bias = constant((ratio, width), ("places", "latent"), 0.0, keep_float32=True)
         self.norm = RMSNorm(size, eps=norm_eps, axis="latent", float32_scale=True)
         self.ratio, self.overlap = ratio, overlap
         self.rope, self.rope_dim = rope, rope_dim
@@ -155,8 +156,8 @@ class BlockIndex(nnx.Module):
     ):
         n, c = index.num_heads, index.head_dim
         q = q_rank, n, c
-        self.q = normal(rngs, q, (None, None, "head_dim"), q_rank**-0.5, summed=1)
-        self.weights = normal(rngs, (embed_dim, n), ("embed", None), std)
+        self.q = normal(rngs, q, ("latent", "index_heads", "head_dim"), q_rank**-0.5, summed=1)
+        self.weights = normal(rngs, (embed_dim, n), ("embed", "index_heads"), std)
         self.compressor = Compressor(embed_dim, c, ratio, True, rope, rope_dim, norm_eps, std, rngs)
         self.index, self.rope, self.rope_dim = index, rope, rope_dim
 

@@ -85,7 +85,7 @@ def sinkhorn(logits, iterations: int, eps: float):
 
 
 def _mix(width, inputs, rngs):
-    return normal(rngs, (width, inputs), (None, "embed"), inputs**-0.5, keep_float32=True)
+    return normal(rngs, (width, inputs), ("mixes", "embed"), inputs**-0.5, keep_float32=True)
 
 
 def _projected(x, mix, eps):

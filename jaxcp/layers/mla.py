@@ -66,17 +66,17 @@ class LatentAttention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         d, n = dims, num_heads
-        self.q_down = normal(rngs, (embed_dim, d.q_rank), ("embed", None), std, summed=1)
+        self.q_down = normal(rngs, (embed_dim, d.q_rank), ("embed", "latent"), std, summed=1)
         self.q_norm = RMSNorm(d.q_rank, eps=norm_eps, axis="latent")
         q_up = d.q_rank, n, d.nope_dim + d.rope_dim
-        q_up_axes = None, "heads", "head_dim"
+        q_up_axes = "latent", "heads", "head_dim"
         self.q_up = normal(rngs, q_up, q_up_axes, d.q_rank**-0.5, summed=1)
         kv_down = embed_dim, d.kv_rank + d.rope_dim
-        self.kv_down = normal(rngs, kv_down, ("embed", None), std, summed=1)
+        self.kv_down = normal(rngs, kv_down, ("embed", "latent"), std, summed=1)
         self.kv_norm = RMSNorm(d.kv_rank, eps=norm_eps, axis="latent")
         kv_up = d.kv_rank, n, d.nope_dim + d.value_dim
         # queries are absorbed into it, so it is no plain product: never quantised
-        self.kv_up = normal(rngs, kv_up, (None, "heads", "head_dim"), d.kv_rank**-0.5)
+        self.kv_up = normal(rngs, kv_up, ("latent", "heads", "head_dim"), d.kv_rank**-0.5)
         o = n, d.value_dim, embed_dim
         self.o = normal(rngs, o, ("heads", "head_dim", "embed"), out_std, summed=2)
         self.dims, self.layer, self.rope, self.scale = dims, layer, rope, scale
@@ -134,10 +134,12 @@ class TokenIndex(nnx.Module):
     def __init__(self, embed_dim, q_rank, index: IndexDims, rope: Rope, rope_dim, std, rngs):
         n, c = index.num_heads, index.head_dim
         q = q_rank, n, c
-        self.q = normal(rngs, q, (None, None, "head_dim"), q_rank**-0.5, summed=1)
-        self.k = normal(rngs, (embed_dim, c), ("embed", None), std, summed=1)
+        self.q = normal(rngs, q, ("latent", "index_heads", "head_dim"), q_rank**-0.5, summed=1)
+        self.k = normal(rngs, (embed_dim, c), ("embed", "head_dim"), std, summed=1)
         self.k_norm = LayerNorm(c, eps=1e-6)
-        self.weights = normal(rngs, (embed_dim, n), ("embed", None), std, keep_float32=True)
+        self.weights = normal(
+            rngs, (embed_dim, n), ("embed", "index_heads"), std, keep_float32=True
+        )
         self.index, self.rope_dim = index, rope_dim
         self.rope = dataclasses.replace(rope, interleaved=False)
 

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 HF_KEYS = {
-    "rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "truncate",
+    "rope_type", "rope_theta", "partial_rotary_factor", "factor", "truncate",
     "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor",
     "mscale", "mscale_all_dim",
 }  # fmt: skip
@@ -36,6 +36,12 @@ class YaRN:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float | None = None
+
+    def __post_init__(self):
+        gain = 1.0 if self.attention_factor is None else self.attention_factor
+        turns = self.factor, self.original_max_positions, self.beta_fast, self.beta_slow, gain
+        if not all(0 < x < math.inf for x in turns):
+            raise ValueError(f"yarn needs positive numbers; got {self}")
 
     def slowed(self, frequencies: np.ndarray, theta: float) -> np.ndarray:
         """`frequencies [H / 2]` of base `theta`, blended."""
@@ -67,8 +73,8 @@ class Rope:
     interleaved: bool = False
 
     def __post_init__(self):
-        if self.theta <= 1:
-            raise ValueError(f"theta must be above 1; got theta={self.theta}")
+        if not 1 < self.theta < math.inf:
+            raise ValueError(f"theta must be above 1, and finite; got theta={self.theta}")
 
     def frequencies(self, size: int) -> np.ndarray:
         """Radians a position, of each of the `size / 2` pairs; float64."""
@@ -76,25 +82,43 @@ class Rope:
         return frequencies if self.yarn is None else self.yarn.slowed(frequencies, self.theta)
 
     @classmethod
-    def from_hf(cls, fields: Mapping[str, Any], *, interleaved: bool = False) -> "Rope":
+    def from_hf(
+        cls,
+        fields: Mapping[str, Any],
+        *,
+        interleaved: bool = False,
+        theta: float = 10_000.0,
+        default: Mapping[str, Any] | None = None,
+    ) -> "Rope":
         """From a config.json: `rope_parameters`, or `rope_theta` and `rope_scaling` before that.
+
+        Where both are there they are one set (`merged`). `theta` and `default`, a set of
+        `rope_parameters`, are what a family takes where the file says nothing.
 
         Raises:
           NotImplementedError: a `rope_type` other than default and yarn, a partial rotation, or
             parameters that are not known here (such as one set a kind of layer).
-          ValueError: a yarn without `factor` or `original_max_position_embeddings`.
+          ValueError: a yarn without `factor` or `original_max_position_embeddings`; parameters
+            that contradict each other, that are no numbers, or that do nothing.
         """
-        rope = {**(fields.get("rope_scaling") or {}), **(fields.get("rope_parameters") or {})}
+        rope = merged(fields)
+        rope = dict(default or {}) if rope is None else rope
         if unknown := sorted(rope.keys() - HF_KEYS):
             raise NotImplementedError(f"rope_parameters: not known are {', '.join(unknown)}")
-        kind = rope.get("rope_type", rope.get("type", "default"))
+        kind = rope.get("rope_type", "default")
         if kind not in ("default", "yarn"):
             raise NotImplementedError(f"rope_type must be default or yarn; got rope_type={kind!r}")
-        if rope.get("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0)) != 1.0:
-            raise NotImplementedError("partial_rotary_factor must be 1: all channels turn")
-        theta = rope.get("rope_theta", fields.get("rope_theta", 10_000.0))
+        if kind == "default" and rope.get("factor") not in (None, 1):
+            raise ValueError(
+                f"factor={rope['factor']!r} does nothing with a rope_type of default; "
+                "name the rope_type, or remove factor"
+            )
+        for parts in (rope, fields):
+            if parts.get("partial_rotary_factor") not in (None, 1):
+                raise NotImplementedError("partial_rotary_factor must be 1: all channels turn")
+        theta = _theta(rope, fields, theta)
         yarn = _yarn(rope, fields) if kind == "yarn" else None
-        return cls(theta=float(theta), yarn=yarn, interleaved=interleaved)
+        return cls(theta=theta, yarn=yarn, interleaved=interleaved)
 
     def to_hf(self) -> dict[str, Any]:
         """The `rope_parameters` that `from_hf` reads."""
@@ -135,25 +159,81 @@ def rotate(
     return jnp.concatenate(turned, axis=-1)
 
 
+def merged(fields: Mapping[str, Any]) -> dict[str, Any] | None:
+    """`rope_parameters` and `rope_scaling` of a config.json as one set, None without either.
+
+    Either may say what the other does not: a `rope_scaling` that was added to a file with
+    `rope_parameters` brings its type and leaves the theta. transformers 5 forgets that theta.
+
+    Raises:
+      ValueError: they contradict each other.
+    """
+    both = {key: fields.get(key) for key in ("rope_parameters", "rope_scaling")}
+    if wrong := {k: v for k, v in both.items() if not isinstance(v, Mapping | None)}:
+        raise ValueError(f"needed an object or null; got {wrong}")
+    rope: dict[str, Any] = {}
+    for part in both.values():
+        for key, value in _one_type(part or {}).items():
+            if rope.setdefault(key, value) != value:
+                raise ValueError(
+                    "rope_parameters and rope_scaling must agree where they say the same; "
+                    f"got {key}={rope[key]!r} and {value!r}"
+                )
+    return rope if any(part is not None for part in both.values()) else None
+
+
+def _one_type(part):
+    """`part` with `rope_type` alone, which was `type` before; without it where it is default, so
+    that another one beside it contradicts nothing."""
+    part = dict(part)
+    kinds = [part.pop(key) for key in ("type", "rope_type") if key in part]
+    if kinds and kinds[0] != kinds[-1]:
+        raise ValueError(f"type and rope_type are one thing; got {kinds[0]!r} and {kinds[1]!r}")
+    return part if not kinds or kinds[0] == "default" else part | {"rope_type": kinds[0]}
+
+
+def _theta(rope, fields, theta):
+    given = [x for x in (rope.get("rope_theta"), fields.get("rope_theta")) if x is not None]
+    if wrong := [x for x in given if not _is_number(x)]:
+        raise ValueError(f"rope_theta must be a finite number; got rope_theta={wrong[0]!r}")
+    if len(set(given)) > 1:
+        raise ValueError(
+            f"rope_theta must be one number; got {given[0]} among the rope_parameters and "
+            f"{given[1]} beside them"
+        )
+    return float(given[0] if given else theta)
+
+
 def _yarn(rope, fields):
     original = rope.get("original_max_position_embeddings", fields.get("max_position_embeddings"))
     if rope.get("factor") is None or original is None:
         raise ValueError(
             f"yarn needs factor and original_max_position_embeddings; got {dict(rope)}"
         )
-    gain = rope.get("attention_factor")
-    if gain is None and rope.get("mscale") and rope.get("mscale_all_dim"):
+    # null in a config.json is as if it were not there
+    numbers = {
+        k: v for k, v in rope.items() if k not in ("rope_type", "truncate") and v is not None
+    }
+    if wrong := {k: v for k, v in numbers.items() if not _is_number(v)}:
+        raise ValueError(f"yarn needs finite numbers; got {wrong}")
+    if not isinstance(truncate := rope.get("truncate", True), bool):
+        raise ValueError(f"truncate must be true or false; got truncate={truncate!r}")
+    gain = numbers.get("attention_factor")
+    if gain is None and numbers.get("mscale") and numbers.get("mscale_all_dim"):
         one, all_dim = (_mscale(rope["factor"], rope[k]) for k in ("mscale", "mscale_all_dim"))
         gain = one / all_dim
     return YaRN(
         factor=float(rope["factor"]),
         original_max_positions=original,
-        # null in a config.json is as if it were not there
-        beta_fast=float(rope.get("beta_fast") or 32),
-        beta_slow=float(rope.get("beta_slow") or 1),
-        truncate=rope.get("truncate", True),
+        beta_fast=float(numbers.get("beta_fast") or 32),
+        beta_slow=float(numbers.get("beta_slow") or 1),
+        truncate=truncate,
         attention_factor=gain,
     )
+
+
+def _is_number(x):
+    return isinstance(x, int | float) and not isinstance(x, bool) and -1e38 < x < 1e38
 
 
 def _mscale(factor, weight):

@@ -19,18 +19,25 @@ from pallas_kernels import PAD_POSITION
 class RouterStats(NamedTuple):
     """Of one router `[...]`, or of every MoE layer of a model `[L, ...]`, the MTP layers' last.
 
-    `probabilities` and `z` have a gradient, `load` and `flips` have none.
+    Choices are counted in integers, which sum to the same on every mesh and in any number of
+    pieces, as long as a batch has less than 2**31 tokens. `probabilities` and `z` have a gradient.
     """
 
-    load: Float[Array, "*L E"]
-    """The fraction of choices that fell on each expert."""
+    counts: Int[Array, "*L E"]
+    """How many choices fell on each expert."""
     probabilities: Float[Array, "*L E"]
     """The mean over tokens of `Routing.probabilities`."""
     z: Float[Array, "*L"]
     """The mean over tokens of `logsumexp(logits) ** 2`."""
-    flips: Float[Array, "*L"]
-    """The fraction of choices whose expert is none of the k that the same token would have chosen
+    flips: Int[Array, "*L"]
+    """How many choices have an expert that is none of the k that the same token would have chosen
     without the selection bias, its scores being what they are; 0 where there is no such bias."""
+
+    @property
+    def load(self) -> Float[Array, "*L E"]:
+        """The fraction of choices that fell on each expert; 0 where there are none."""
+        counts = jnp.asarray(self.counts, jnp.float32)
+        return counts / jnp.maximum(counts.sum(-1, keepdims=True), 1)
 
     def balance_loss(self) -> Float[Array, ""]:
         """`E * sum_e load_e * probabilities_e`, the mean over layers: 1 where both are even.
@@ -41,7 +48,7 @@ class RouterStats(NamedTuple):
         value is k times this one, and takes the means over all layers together.
         """
         load = lax.stop_gradient(self.load)
-        return (self.load.shape[-1] * (load * self.probabilities).sum(-1)).mean()
+        return (load.shape[-1] * (load * self.probabilities).sum(-1)).mean()
 
     def z_loss(self) -> Float[Array, ""]:
         """`z`, the mean over layers. Source: ST-MoE (arXiv 2202.08906)."""
@@ -73,7 +80,7 @@ def router_stats(
 
     `unbiased`: the choice without the selection bias, None where it is `chosen`.
     """
-    (m, k), experts = chosen.shape, logits.shape[1]
+    m, experts = logits.shape
     real = jnp.ones((m,), bool) if positions is None else positions.reshape(m) != PAD_POSITION
     number = jnp.where(real[:, None], chosen, experts)
     sizes = jnp.bincount(number.reshape(-1), length=experts + 1)[:experts]
@@ -90,5 +97,4 @@ def router_stats(
         total = tuple(lax.psum(x, axes) for x in total)
     sizes, probabilities, z, flips, tokens = total
     tokens = jnp.maximum(tokens, 1).astype(jnp.float32)
-    load, flips = (x.astype(jnp.float32) / (tokens * k) for x in (sizes, flips))
-    return RouterStats(load, probabilities / tokens, z / tokens, flips)
+    return RouterStats(sizes, probabilities / tokens, z / tokens, flips)

@@ -12,10 +12,17 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+
+def _sqrt_softplus(x):
+    y = jax.nn.softplus(x)
+    some = y > 0  # it ends at 0, near -90, where the slope of a root is infinite
+    return jnp.where(some, jnp.sqrt(jnp.where(some, y, 1.0)), 0.0)
+
+
 SCORES = {
     "sigmoid": jax.nn.sigmoid,  # Hy3, DeepSeek-V3
     "softmax": jax.nn.softmax,  # Qwen3-MoE; gpt-oss, whose softmax over the chosen is `normalise`
-    "sqrt_softplus": lambda x: jnp.sqrt(jax.nn.softplus(x)),  # DeepSeek-V4
+    "sqrt_softplus": _sqrt_softplus,  # DeepSeek-V4
 }
 
 
@@ -46,18 +53,31 @@ class Routing:
                 f"needs 1 <= top_groups <= num_groups; got {self.top_groups} of {self.num_groups}"
             )
 
+    def check(self, experts: int, k: int) -> None:
+        """Raises ValueError where `k` of these `experts` cannot be chosen so: `num_groups` does not
+        divide them into groups of two and more, or the open groups hold fewer than `k`."""
+        size = experts // self.num_groups
+        if self.num_groups > 1 and (
+            size * self.num_groups != experts or size < 2 or size * self.top_groups < k
+        ):
+            raise ValueError(
+                "num_groups must divide the experts into groups of two and more, top_groups of "
+                f"which hold k; got {self.top_groups} of {self.num_groups} groups, "
+                f"{experts} experts, k={k}"
+            )
+
     def select(
         self, scores: Float[Array, "M E"], k: int, bias: Float[Array, "E"] | None = None
     ) -> Int[Array, "M k"]:
         """The `k` experts of each token; the lower index where scores are equal.
 
         Raises:
-          ValueError: `num_groups` does not divide the experts into groups of two and more, or
-            the open groups hold fewer than `k`.
+          ValueError: groups that `check` refuses.
         """
+        self.check(scores.shape[-1], k)
         wanted = lax.stop_gradient(scores if bias is None else scores + bias)
         if self.num_groups > 1:
-            wanted = self._only_top_groups(wanted, k)
+            wanted = self._only_top_groups(wanted)
         return lax.top_k(wanted, k)[1]
 
     def probabilities(self, logits: Float[Array, "M E"]) -> Float[Array, "M E"]:
@@ -66,26 +86,26 @@ class Routing:
         scores = SCORES[self.scores](logits)
         if self.scores == "softmax":
             return scores
-        return scores / (scores.sum(-1, keepdims=True) + 1e-20)
+        return _over_their_sum(scores)
 
     def weigh(self, scores: Float[Array, "M E"], chosen: Int[Array, "M k"]) -> Float[Array, "M k"]:
         """What each of the `chosen` counts: its score without the selection bias."""
         weights = jnp.take_along_axis(scores, chosen, axis=-1)
         if self.normalise:
-            weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
+            weights = _over_their_sum(weights)
         return weights * self.scale
 
-    def _only_top_groups(self, wanted, k):
+    def _only_top_groups(self, wanted):
         tokens, experts = wanted.shape
         size = experts // self.num_groups
-        if size * self.num_groups != experts or size < 2 or size * self.top_groups < k:
-            raise ValueError(
-                "num_groups must divide the experts into groups of two and more, top_groups of "
-                f"which hold k; got {self.top_groups} of {self.num_groups} groups, "
-                f"{experts} experts, k={k}"
-            )
         grouped = wanted.reshape(tokens, self.num_groups, size)
         best = lax.top_k(grouped, 2)[0].sum(-1)
         open_groups = lax.top_k(best, self.top_groups)[1]
         is_open = (open_groups[..., None] == jnp.arange(self.num_groups)).any(1)
         return jnp.where(is_open[..., None], grouped, -jnp.inf).reshape(tokens, experts)
+
+
+def _over_their_sum(scores):
+    total = scores.sum(-1, keepdims=True) + 1e-20
+    # of scores that have all vanished: the gradient has 0 / total**2, and that square is 0
+    return scores / jnp.where(total > 1e-19, total, lax.stop_gradient(total))

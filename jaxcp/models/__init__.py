@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model families, by the `model_type` of their config.json. Imported on first use."""
 
+import jaxcp.flax_version  # noqa: F401  (before flax)
+
+# isort: split
 import dataclasses
 import importlib
 from collections.abc import Collection, Mapping, Sequence
@@ -52,7 +55,7 @@ class Family:
 FAMILIES = {
     "gpt2": Family("jaxcp.models.gpt", config="GPTConfig", model="GPT"),
     **dict.fromkeys(
-        ("deepseek_v3", "deepseek_v32"),
+        ("deepseek_v3", "deepseek_v32", "kimi_k2"),
         Family("jaxcp.models.deepseek.v3", config="DeepSeekV3Config", model="DeepSeekV3"),
     ),
     "deepseek_v4": Family(
@@ -63,6 +66,17 @@ FAMILIES = {
         Family("jaxcp.models.hybrid_moe", config="HybridMoEConfig", model="HybridMoE"),
     ),
 }
+
+ARCHITECTURES = {
+    "GPT2LMHeadModel": "gpt2",
+    "DeepseekV3ForCausalLM": "deepseek_v3",
+    "DeepseekV32ForCausalLM": "deepseek_v32",
+    "DeepseekV4ForCausalLM": "deepseek_v4",
+    "HYV3ForCausalLM": "hy_v3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "GptOssForCausalLM": "gpt_oss",
+}
+"""What `architectures` says where a config.json is older than `model_type`."""
 
 
 def family_of(config: Any) -> Family:
@@ -84,15 +98,22 @@ def config_from_dict(fields: Mapping[str, Any]) -> Any:
     Raises:
       ValueError: the model_type is unknown, or a field that the family needs is not there.
     """
-    model_type = fields.get("model_type")
-    if model_type not in FAMILIES:
+    model_type = fields.get("model_type") or _by_architecture(fields.get("architectures"))
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
             f"needed a model_type that jaxcp knows ({', '.join(FAMILIES)}); got {model_type!r}. "
             "A new family is a folder in jaxcp/models and a line in jaxcp/models/__init__.py"
         )
     try:
-        return FAMILIES[model_type].config_class.from_hf(fields)
+        return FAMILIES[model_type].config_class.from_hf({**fields, "model_type": model_type})
     except KeyError as error:
         raise ValueError(
             f"a {model_type} config needs the field {error}; it is not there"
         ) from error
+
+
+def _by_architecture(names: Any) -> str | None:
+    """The one model_type that all known `names` are of."""
+    names = names if isinstance(names, list) else []
+    found = {ARCHITECTURES[x] for x in names if isinstance(x, str) and x in ARCHITECTURES}
+    return found.pop() if len(found) == 1 else None

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every language model offers, whatever its layers."""
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -99,6 +101,15 @@ class LanguageModel(nnx.Module):
         return WholeSequence(
             positions, segment_ids=segment_ids, strategy=attention, consecutive=consecutive
         )
+
+    def recomputed(self, block: Callable, attend: Attend, *, static_argnums: int) -> Callable:
+        """`block`, whose backward pass computes it again where `config.remat` says so.
+
+        Not over a cache: `attend` keeps what layers write, and there is no backward pass.
+        """
+        if not self.config.remat or getattr(attend, "keeps_rows", False):
+            return block
+        return jax.checkpoint(block, static_argnums=static_argnums)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Float32 logits of hidden states, accumulated in float32."""

@@ -4,7 +4,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -108,7 +107,7 @@ class DraftingModel(LanguageModel):
         if not self.config.num_mtp_layers:
             raise ValueError("drafting needs a model with an MTP layer; num_mtp_layers is 0")
         embedded = embed(self.embed, next_tokens, state.dtype)
-        mtp = jax.checkpoint(_mtp, static_argnums=5) if self.config.remat else _mtp
+        mtp = self.recomputed(_mtp, attend, static_argnums=5)
         return mtp(self.mtp, embedded, state, next_tokens, positions, attend)
 
 

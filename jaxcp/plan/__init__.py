@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ask the compiler what a program costs on machines that are not there."""
 
+import jaxcp.flax_version  # noqa: F401  (before flax)
+
+# isort: split
 from jaxcp.plan.compile import Report, compile_for, on_mesh
 from jaxcp.plan.hlo import Collective, Copy, Transfer, collectives, copies, kernel_calls, transfers
 from jaxcp.plan.inference import decode_program, prefill_program

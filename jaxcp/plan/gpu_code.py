@@ -21,6 +21,8 @@ TOOLS = ("ptxas", "nvdisasm")
 
 def dump_flags(folder) -> str:
     flags = f"--xla_dump_to={folder} --xla_gpu_dump_llvmir=true"
+    # the code that a user gets, whatever XLA_FLAGS asked for before: the last one counts
+    flags += " --xla_backend_optimization_level=3 --xla_llvm_disable_expensive_passes=false"
     # since jax 0.11 what an emitter makes is only written for those that are named
     modern = tuple(map(int, metadata.version("jaxlib").split(".")[:2])) >= (0, 11)
     return flags + " --xla_dump_emitter_re=ptx" if modern else flags

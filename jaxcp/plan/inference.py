@@ -14,8 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxcp.context_parallel import Ring, Strategy
 from jaxcp.context_parallel.compressed_cache import CompressedCache
 from jaxcp.context_parallel.kv_cache import MAX_EXTEND
-from jaxcp.inference import compressed_steps, steps
-from jaxcp.layers.ngram import windows
+from jaxcp.inference import compressed_steps, steps, turns
 from jaxcp.sharding import parts_of
 
 
@@ -32,6 +31,8 @@ def prefill_program(
 ) -> tuple[Callable, tuple]:
     """What `jaxcp.prefill` runs on `[batch_size, tokens]` and a cache that holds `held` tokens.
 
+    Where it runs more than one piece (see `jaxcp.inference.turns`), the first and largest.
+
     Args:
       model: `jaxcp.abstract_model(config)`.
       held: a turn of up to 64 tokens on a filled cache runs another program, and raises here.
@@ -46,20 +47,20 @@ def prefill_program(
     cache = _cache(model, mesh, batch_size, held + tokens if max_len is None else max_len)
     if isinstance(cache, CompressedCache):
         return _compressed(model, mesh, cache, held, tokens, attention, experts)
-    text = np.zeros((batch_size, tokens), np.int32)
-    positions = np.broadcast_to(np.arange(tokens, dtype=np.int32), text.shape)
-    fill = steps._gains(np.zeros(cache.shards, np.int32), held)
-    text = windows(text, cache.recent.shape[1] + 1)
-    spread, _, counts, halos = steps._spread(attention, cache, text, positions, fill)
-    used = steps._used(cache, int(fill.max()), spread.shape[1] // cache.shards)
+    start, lengths = np.full(batch_size, held), np.full(batch_size, tokens)
+    layout = turns.layout_of(attention)
+    sizes = steps.EXTEND_SIZES
+    piece = next(turns.pieces(turns.frame_of(cache), start, lengths, layout, sizes))
+    width = cache.recent.shape[1] + 1
+    shape = *piece.order.shape, *[width] * (width > 1)
     shards = NamedSharding(mesh, P("data", "seq"))
-    ids = jax.ShapeDtypeStruct(spread.shape, jnp.int32, sharding=shards)
-    where = jax.ShapeDtypeStruct(spread.shape[:2], jnp.int32, sharding=shards)
+    ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=shards)
+    where = jax.ShapeDtypeStruct(shape[:2], jnp.int32, sharding=shards)
     row = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
     recent = jax.ShapeDtypeStruct(cache.recent.shape, jnp.int32)
     fn = steps._jitted(steps._prefill, True)
-    arrays = ids, where, row, row, counts, recent, halos
-    return fn, (_model(model, mesh, experts), cache, *arrays, attention, used)
+    arrays = ids, where, row, recent, piece.halos
+    return fn, (_model(model, mesh, experts), cache, *arrays, attention, piece.used)
 
 
 def decode_program(
@@ -77,15 +78,14 @@ def _compressed(model, mesh: Mesh, cache, held: int, width: int, attention, expe
     """A turn of `width` tokens on a compressed cache that holds `held`, or one step of decoding."""
     strategy = Ring() if attention is None else attention
     lengths = np.full(cache.lengths.shape, width, np.int32)
-    sharded = compressed_steps.is_sharded(held, width)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        text, start = np.zeros((*lengths.shape, width), np.int32), np.full_like(lengths, held)
-        shape = compressed_steps.laid_out(text, start, lengths, sharded, strategy)[0].shape
-    spread = NamedSharding(mesh, compressed_steps.tokens_spec(sharded))
-    ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=spread)
+        start = np.full_like(lengths, held)
+        piece = next(compressed_steps.pieces_of(start, lengths, strategy))
+    spread = NamedSharding(mesh, compressed_steps.tokens_spec(piece.sharded))
+    ids = jax.ShapeDtypeStruct(piece.order.shape, jnp.int32, sharding=spread)
     row = jax.ShapeDtypeStruct(lengths.shape, jnp.int32, sharding=NamedSharding(mesh, P("data")))
     fn = compressed_steps._jitted(True)
-    return fn, (_model(model, mesh, experts), cache, ids, ids, row, sharded, strategy)
+    return fn, (_model(model, mesh, experts), cache, ids, ids, row, piece.sharded, strategy)
 
 
 def _model(model, mesh: Mesh, experts: str):

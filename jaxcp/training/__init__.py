@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training: `train(TrainConfig(...))`."""
 
+import jaxcp.flax_version  # noqa: F401  (before flax)
+
+# isort: split
 from jaxcp.training.config import LossConfig, OptimizerConfig, TrainConfig, load_run
 from jaxcp.training.data import BatchSource, TextSource, TokenFiles
 from jaxcp.training.loop import Result, train

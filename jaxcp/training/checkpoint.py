@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
+from jaxcp.input_files import read_json
+
 logger = logging.getLogger(__name__)
 
 FILES = "files.json"
@@ -30,7 +32,7 @@ def steps(folder: pathlib.Path) -> list[int]:
     if not folder.is_dir():
         return []
     names = (path.parent.name for path in folder.glob(f"*/{FILES}"))
-    return sorted(int(name) for name in names if name.isdigit())
+    return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
 
 def save(folder: pathlib.Path, step: int, state: Any, *, keep: int) -> pathlib.Path:
@@ -102,7 +104,7 @@ def _sizes(folder: pathlib.Path) -> dict[str, int]:
 
 def _check_sizes(folder: pathlib.Path) -> None:
     # Before orbax: on a file that is missing or cut off it fails in threads that nobody waits for.
-    needed, found = json.loads((folder / FILES).read_text()), _sizes(folder)
+    needed, found = read_json(folder / FILES), _sizes(folder)
     wrong = [
         f"{name} has {found.get(name, 0)} of {size} bytes"
         for name, size in needed.items()

@@ -4,12 +4,19 @@
 import dataclasses
 import importlib.util
 import math
+import numbers
 import pathlib
 import re
 from typing import Any, Literal
 
 from jaxcp.mesh import MeshConfig
 from jaxcp.training.data import BatchSource
+
+
+def _whole(config: Any, *names: str) -> None:
+    for name in names:
+        if not isinstance(getattr(config, name), numbers.Integral):
+            raise ValueError(f"{name} must be an integer; got {name}={getattr(config, name)!r}")
 
 
 def _positive(config: Any, *names: str) -> None:
@@ -48,7 +55,7 @@ class OptimizerConfig:
         if self.clip_norm is not None:
             _positive(self, "clip_norm")
         for name in ("warmup_steps", "weight_decay", "router_bias_rate"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be >= 0; got {name}={getattr(self, name)}")
         for name in ("decay_fraction", "final_fraction", "beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) <= 1:
@@ -119,10 +126,10 @@ class TrainConfig:
     """Tokens whose logits a device holds at once."""
 
     def __post_init__(self):
-        _positive(self, "seq_len", "batch_size", "steps", "accumulate", "max_seconds")
-        _positive(self, "checkpoint_every", "keep", "log_every", "loss_chunk")
-        if self.stop_after is not None:
-            _positive(self, "stop_after")
+        counts = ["seq_len", "batch_size", "steps", "accumulate", "checkpoint_every", "keep"]
+        counts += ["log_every", "loss_chunk"] + ["stop_after"] * (self.stop_after is not None)
+        _whole(self, *counts, "seed")
+        _positive(self, *counts, "max_seconds")
         pieces = self.accumulate * self.mesh.data
         if self.batch_size % pieces:
             raise ValueError(
@@ -171,12 +178,12 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 def load_run(path_or_name: str | pathlib.Path) -> TrainConfig:
     """The run in a Python file with `def config() -> TrainConfig`: a path, or the name of a file in
-    `configs/` of the working directory or of the source tree.
+    `configs/` of the working directory or, where that has none, of those that jaxcp ships.
 
     Raises:
       ValueError: no such file, naming those that exist; or a file without `config()`.
     """
-    folders = [pathlib.Path("configs"), pathlib.Path(__file__).parents[2] / "configs"]
+    folders = [pathlib.Path("configs"), pathlib.Path(__file__).parents[1] / "configs"]
     candidates = [
         pathlib.Path(path_or_name),
         *(folder / f"{path_or_name}.py" for folder in folders),

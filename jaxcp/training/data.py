@@ -9,6 +9,7 @@ cut into windows that are shuffled anew every epoch; each token is trained on on
 import dataclasses
 import functools
 import glob
+import logging
 import pathlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,10 +21,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxcp.layout import Layout
+from jaxcp.training.batch import Batch
+from jaxcp.training.batch import checked as checked
+from jaxcp.training.batch import consecutive as consecutive
 
-Batch = dict[str, np.ndarray]
-"""`[B, T]` each: int32 `tokens`, `targets` (-1: none), `positions`, float32 `weights` of the
-targets, and int32 `segment_ids` where documents are packed."""
+logger = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -34,8 +36,9 @@ class BatchSource(Protocol):
         """The batch of one optimizer step, in natural order, targets already shifted.
 
         `positions` (0, 1, 2, ...) and `weights` (1 where `targets >= 0`) are filled in where they
-        are missing. A source may return another `[B, T]` than asked for, to change the context
-        during a run; each new shape compiles once.
+        are missing. Positions that start anew within a row need `segment_ids`, which alone keep
+        documents apart; `PAD_POSITION` marks pads. A source may return another `[B, T]` than asked
+        for, to change the context during a run; each new shape compiles once.
         """
         ...
 
@@ -57,18 +60,35 @@ class TokenFiles:
     seed: int = 0
 
     def __post_init__(self):
-        if np.dtype(self.dtype).kind not in "ui":
-            raise ValueError(f"tokens must be integers; got dtype={self.dtype!r}")
+        try:
+            dtype = np.dtype(self.dtype)
+        except TypeError:
+            raise ValueError(f"dtype must name a dtype, as uint16; got {self.dtype!r}") from None
+        if dtype.kind not in "ui" or dtype.byteorder == ">":
+            raise ValueError(f"tokens must be little-endian integers; got dtype={self.dtype!r}")
+        if self.separator is None:
+            return
+        last = np.iinfo(dtype).max
+        if type(self.separator) is not int or not 0 <= self.separator <= last:
+            raise ValueError(
+                f"separator must be a token of dtype={self.dtype}, 0 to {last}; "
+                f"got separator={self.separator!r}"
+            )
+
+    @functools.cached_property
+    def paths(self) -> list[str]:
+        """The files, in the order in which their tokens follow each other."""
+        paths = _files(self.pattern)
+        if not paths:
+            raise ValueError(f"no file matches data={self.pattern!r} (from {pathlib.Path.cwd()})")
+        return paths
 
     @functools.cached_property
     def pieces(self) -> list[np.ndarray]:
         """The files, mapped into memory."""
         dtype = np.dtype(self.dtype).newbyteorder("<")
-        paths = sorted(glob.glob(self.pattern, recursive=True))
-        if not paths:
-            raise ValueError(f"no file matches data={self.pattern!r} (from {pathlib.Path.cwd()})")
         pieces: list[np.ndarray] = []
-        for path in paths:
+        for path in self.paths:
             size = pathlib.Path(path).stat().st_size
             if size == 0:
                 raise ValueError(f"token file {path} is empty; write it again or take it out")
@@ -78,10 +98,26 @@ class TokenFiles:
                     f"({self.dtype}): it is cut off or of another dtype"
                 )
             pieces.append(np.memmap(path, dtype=dtype, mode="r"))
+            if _looks_wider(pieces[-1]):
+                logger.warning(
+                    "every second token of %s is below 16, as if it held wider integers than %s",
+                    path,
+                    self.dtype,
+                )
         return pieces
 
     def batch(self, step: int, rows: int, length: int) -> Batch:
         return _window_batch(self.pieces, self.separator, self.seed, step, rows, length)
+
+    def locate(self, step: int, rows: int, length: int, row: int, place: int) -> str:
+        """Where a token of a batch was read: its file and offset."""
+        total = sum(piece.size for piece in self.pieces)
+        token = int(_starts(total, self.seed, step, rows, length)[row] + place) % total
+        for path, piece in zip(self.paths, self.pieces, strict=True):
+            if token < piece.size:
+                return f"{path}, token {token} (byte {token * piece.itemsize}, {self.dtype})"
+            token -= piece.size
+        raise AssertionError(token)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,9 +150,7 @@ class TextSource:
 
             text = "\n\n".join(topics[name] for name in sorted(topics)).encode()
         else:
-            text = b"\n\n".join(
-                _read_utf8(path) for path in sorted(glob.glob(self.path, recursive=True))
-            )
+            text = b"\n\n".join(_read_utf8(path) for path in _files(self.path))
         if not text:
             raise ValueError(f"no text in data path={self.path!r} (from {pathlib.Path.cwd()})")
         start, stop = (int(x * len(text)) for x in self.part)
@@ -129,6 +163,18 @@ class TextSource:
 def as_source(data: str | BatchSource, seed: int = 0) -> BatchSource:
     """A glob of `.bin` files becomes `TokenFiles`; a source stays what it is."""
     return TokenFiles(pattern=data, seed=seed) if isinstance(data, str) else data
+
+
+def _looks_wider(piece: np.ndarray) -> bool:
+    """Whether the odd places look like the upper halves of ids twice as wide, which are small."""
+    head = piece[:4096]
+    return np.unique(head[::2]).size > 64 and bool(head[1::2].max() < 16)
+
+
+def _files(pattern: str) -> list[str]:
+    """The files, no folders, that a glob matches, by name."""
+    paths = glob.glob(pattern, recursive=True)
+    return sorted(path for path in paths if not pathlib.Path(path).is_dir())
 
 
 def _read_utf8(path: str) -> bytes:
@@ -144,6 +190,18 @@ def _window_batch(
     pieces: list[np.ndarray], separator: int | None, seed: int, step: int, rows: int, length: int
 ) -> Batch:
     total = sum(piece.size for piece in pieces)
+    starts = _starts(total, seed, step, rows, length)
+    text = np.stack([_circular(pieces, total, int(start), length + 1) for start in starts])
+    batch = {"tokens": text[:, :-1], "targets": text[:, 1:].copy()}
+    if separator is not None:
+        ends = batch["tokens"] == separator
+        batch["segment_ids"] = (np.cumsum(ends, axis=1) - ends).astype(np.int32)
+        batch["targets"][ends] = -1  # the next document's first token is not this one's to predict
+    return batch
+
+
+def _starts(total: int, seed: int, step: int, rows: int, length: int) -> np.ndarray:
+    """`[rows]`: where in the stream of `total` tokens each row of a batch begins."""
     if total < length + 1:
         raise ValueError(
             f"a row needs {length + 1} tokens (one more for the target); the data has {total}"
@@ -155,13 +213,7 @@ def _window_batch(
         offset, order = _epoch(seed, int(epoch), total, windows)
         here = numbers // windows == epoch
         starts[here] = (offset + order[numbers[here] % windows] * length) % total
-    text = np.stack([_circular(pieces, total, int(start), length + 1) for start in starts])
-    batch = {"tokens": text[:, :-1], "targets": text[:, 1:].copy()}
-    if separator is not None:
-        ends = batch["tokens"] == separator
-        batch["segment_ids"] = (np.cumsum(ends, axis=1) - ends).astype(np.int32)
-        batch["targets"][ends] = -1  # the next document's first token is not this one's to predict
-    return batch
+    return starts
 
 
 @functools.lru_cache(maxsize=2)
@@ -171,62 +223,23 @@ def _epoch(seed: int, epoch: int, total: int, windows: int) -> tuple[int, np.nda
 
 
 def _circular(pieces: list[np.ndarray], total: int, start: int, count: int) -> np.ndarray:
-    """`count` tokens from `start` of the pieces end to end and around, int32."""
+    """`count` tokens from `start` of the pieces end to end and around, int32, or int64 where the
+    files hold wider ones: what is outside the vocabulary must still be so when it is checked."""
     out: list[np.ndarray] = []
     while count:
         offset = start % total
         for piece in pieces:
             if offset < piece.size:
-                out.append(np.asarray(piece[offset : offset + count], np.int32))
+                out.append(np.asarray(piece[offset : offset + count]))
                 break
             offset -= piece.size
         start, count = start + out[-1].size, count - out[-1].size
-    return np.concatenate(out)
-
-
-def checked(batch: Batch, vocab_size: int) -> Batch:
-    """The batch with its optional leaves filled in, cast, and known to be in range.
-
-    Raises:
-      ValueError: a leaf missing or unknown, shapes that differ, a token outside the vocabulary
-        (an index out of range is silently clamped on devices, so it must be found here).
-    """
-    known = {"tokens", "targets", "positions", "segment_ids", "weights"}
-    if not {"tokens", "targets"} <= batch.keys() <= known:
-        raise ValueError(
-            f"a batch needs tokens and targets and may have {sorted(known)}; got {sorted(batch)}"
-        )
-    tokens, targets = np.asarray(batch["tokens"]), np.asarray(batch["targets"])
-    out: dict[str, Any] = {"tokens": tokens, "targets": targets}
-    out["positions"] = batch.get(
-        "positions", np.broadcast_to(np.arange(tokens.shape[-1]), tokens.shape)
-    )
-    if "segment_ids" in batch:
-        out["segment_ids"] = batch["segment_ids"]
-    out = {key: np.asarray(x, np.int32) for key, x in out.items()}
-    weights = np.asarray(batch.get("weights", 1.0), np.float32)
-    # A target below 0 is none, whatever weight came with it.
-    out["weights"] = np.where(targets >= 0, weights, np.float32(0))
-    shapes = {key: x.shape for key, x in out.items()}
-    if len(set(shapes.values())) != 1 or tokens.ndim != 2:
-        raise ValueError(f"all leaves of a batch must be [B, T] alike; got {shapes}")
-    for name in ("tokens", "targets"):
-        if out[name].max() >= vocab_size:
-            raise ValueError(
-                f"{name} hold id {out[name].max()}, but the vocabulary has {vocab_size}: "
-                "raise vocab_size, or the data is of another tokenizer or dtype"
-            )
-    if tokens.min() < 0:
-        raise ValueError(f"tokens must be >= 0; got {tokens.min()}")
-    return out
-
-
-def consecutive(batch: Batch) -> bool:
-    """Whether the tokens of every segment lie one after the other, with positions that say so."""
-    positions = batch["positions"]
-    segments = batch.get("segment_ids", np.zeros_like(positions))
-    step, same = np.diff(positions), np.diff(segments)
-    return bool(((same > 0) | ((same == 0) & (step == 1))).all())
+    ids = np.concatenate(out)
+    if np.can_cast(ids.dtype, np.int32):
+        return ids.astype(np.int32)
+    if ids.dtype == np.uint64:  # the largest int64 is outside every vocabulary too
+        ids = np.minimum(ids, np.uint64(np.iinfo(np.int64).max))
+    return ids.astype(np.int64)
 
 
 def put(batch: Batch, *, mesh: Mesh, layout: Layout, accumulate: int = 1) -> dict[str, jax.Array]:

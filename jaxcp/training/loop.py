@@ -2,6 +2,7 @@
 """The training run: steps, a record now and then, a checkpoint now and then, and resuming."""
 
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -11,6 +12,7 @@ from typing import Any
 
 import jax
 
+from jaxcp.input_files import JSON_BYTES, read_bytes
 from jaxcp.layers.lookahead import draft_batch
 from jaxcp.layers.ngram import windows
 from jaxcp.layout import Zigzag
@@ -62,7 +64,7 @@ def claim(config: TrainConfig) -> None:
     out_dir = pathlib.Path(config.out_dir)
     path, ours = out_dir / "config.json", identity(config)
     if path.exists() and checkpoint.steps(out_dir / CHECKPOINTS):
-        lines = differences(json.loads(path.read_text()), ours)
+        lines = differences(_recorded(path), ours)
         if lines:
             raise ValueError(
                 f"{out_dir} holds a run with another configuration: {'; '.join(lines)}. "
@@ -73,6 +75,13 @@ def claim(config: TrainConfig) -> None:
     fresh = path.with_name("config.json.new")
     fresh.write_text(json.dumps(ours, indent=1))
     fresh.replace(path)
+
+
+def _recorded(path: pathlib.Path) -> Any:
+    try:
+        return json.loads(read_bytes(path, JSON_BYTES))  # with Infinity, where a run has it
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"needed the configuration of a run; got {path}: {error}") from error
 
 
 CHECKPOINTS = "checkpoints"
@@ -165,9 +174,13 @@ class _Run:
 
     def batch(self, step: int):
         config = self.config
+        wanted = step, config.batch_size, config.seq_len
+        locate = getattr(self.source, "locate", None)
         host = checked(
-            self.source.batch(step, config.batch_size, config.seq_len),
+            self.source.batch(*wanted),
             vocab_size=config.model.vocab_size,
+            max_positions=getattr(config.model, "max_positions", None),
+            locate=locate and functools.partial(locate, *wanted),
         )
         count = host["tokens"].size
         if depth := getattr(config.model, "num_mtp_layers", 0):

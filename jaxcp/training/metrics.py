@@ -10,6 +10,9 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from jaxcp.input_files import open_regular
+from jaxcp.pictures import new_figure
+
 Record = dict[str, Any]
 """`step, loss` (nats), `lr, grad_norm, tokens` (since step 0), `tokens_per_second` (None until
 there are two steps to time), `seconds` (of this process); of a model with experts also
@@ -45,19 +48,27 @@ def read_metrics(path: str | pathlib.Path) -> list[Record]:
     """The records of a metrics file; a last line that a killed process left torn is passed over.
 
     Raises:
-      ValueError: another line is no JSON object.
+      ValueError: another line is no JSON object; or the file is no regular one.
     """
-    lines = pathlib.Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
+    with open_regular(path) as (file, _):
+        lines = file.read().decode("utf-8", errors="replace").split("\n")
     records = []
     for number, line in enumerate(lines, 1):
         if not line:
             continue
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            records.append(_record(line))
+        except (ValueError, RecursionError) as error:
             if number < len(lines):
                 raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
     return records
+
+
+def _record(line: str) -> Record:
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise ValueError("no object")
+    return record
 
 
 class MetricsFile:
@@ -66,6 +77,9 @@ class MetricsFile:
     def __init__(self, path: pathlib.Path, *, resumed_at: int):
         self.path = path
         kept = read_metrics(path) if path.exists() else []
+        steps = [record.get("step") for record in kept]
+        if not all(isinstance(step, int) for step in steps):
+            raise ValueError(f"needed a step in each record; {path} has records without one")
         self.records = [record for record in kept if record["step"] <= resumed_at]
         fresh = path.with_name(path.name + ".new")
         fresh.write_text(
@@ -117,13 +131,15 @@ def plot_loss(metrics_path: str | pathlib.Path, out_png: str | pathlib.Path) -> 
 
     Raises:
       ValueError: the file holds no record.
+      ImportError: matplotlib is missing, which is an extra.
     """
     records = read_metrics(metrics_path)
     if not records:
         raise ValueError(f"{metrics_path} holds no record yet; train for more than log_every steps")
-    from matplotlib.figure import Figure  # not pyplot: no backend, no window, no global state
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    for number, record in enumerate(records, 1):
+        if not all(isinstance(record.get(key), int | float) for key in ("tokens", "loss")):
+            raise ValueError(f"needed tokens and loss as numbers; {metrics_path}, record {number}")
+    figure = new_figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     axes.plot(
         [r["tokens"] for r in records],

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """AdamW, or Muon for the matrices inside layers and AdamW for the rest.
 
-Parameters are a flat dict from names (`layers.0.attention.q`) to arrays; the name says what a
-weight is, because the shape does not (`q` and an expert's `gate` both have three axes).
+Parameters are a flat dict from names (`layers.0.attention.q`) to arrays. What a weight is, its
+logical axes say: neither its shape does (`q` and an expert's `gate` both have three axes), nor its
+name (the `k` of an indexer has two, that of an attention three).
 """
 
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -15,32 +17,52 @@ from jax.sharding import PartitionSpec as P
 from jaxcp.training.config import OptimizerConfig
 
 Params = dict[str, jax.Array]
+Axes = tuple[str | None, ...]
 
-MATRICES = {
-    "q": (1, 2),  # [D, N, H] is the matrix [D, N*H]
-    "k": (1, 2),
-    "v": (1, 2),
-    "o": (2, 1),  # [N, H, D] is the matrix [N*H, D]
-    "gate": (1, 1),  # [D, F], or one matrix an expert of [E, D, F]
-    "up": (1, 1),
-    "down": (1, 1),
-    "router": (1, 1),
-    "proj": (2, 1),  # [W, C, D] of an n-gram embedding is the matrix [W*C, D]
-}
-"""Weights that Muon takes, by the last part of their name: how many of the last axes
-are summed over, how many of those are written. AdamW takes a weight that is not here."""
+SIDES = (
+    ("heads", "head_dim"),  # q [D, N, H] is the matrix [D, N*H], o [N, H, D] is [N*H, D]
+    ("kv_heads", "head_dim"),
+    ("group_heads", "head_dim"),
+    ("index_heads", "head_dim"),
+    ("head_groups", "latent"),
+    ("window", "ngram"),  # the projection of an n-gram embedding, [W, C, D], is [W*C, D]
+    ("parts", "embed"),
+)
+"""Axes that are one side of a matrix together; every other axis is a side by itself."""
+
+NUMBERED = ("experts", "choices", "head_groups", "vocab", "positions", "places", "mixes")
+"""First axes that number matrices or vectors: `gate [E, D, F]` is a matrix for each expert."""
+
+TABLES = ("vocab", "positions", "mixes")
+"""Those of them that number vectors which decay; the others number biases."""
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
-def is_matrix(name: str) -> bool:
-    """Whether Muon takes the weight of this name."""
-    return name.startswith(("layers.", "ngram.")) and name.rpartition(".")[2] in MATRICES
+def sides(axes: Axes) -> tuple[int, list[int]]:
+    """How many axes number what a weight holds, and how many each side of that has: one side of a
+    vector, two of a matrix, what is summed over and what is written."""
+    numbered, lengths, at = 0, [], 0
+    while at < len(axes):
+        together = axes[at : at + 2] in SIDES
+        if at == 0 and axes[0] in NUMBERED and not together:
+            numbered = 1
+        else:
+            lengths.append(2 if together else 1)
+        at += 2 if together else 1
+    return numbered, lengths
 
 
-def decays(name: str, ndim: int) -> bool:
-    """Whether weight decay applies: to matrices, not to norms and biases (`q_bias` is `[N, H]`)."""
-    return ndim > 1 and not name.endswith(("bias", "scale"))
+def is_matrix(axes: Axes) -> bool:
+    """Whether Muon takes a weight of these axes: a matrix that is neither embedding nor head."""
+    return "vocab" not in axes and len(sides(axes)[1]) == 2
+
+
+def decays(axes: Axes) -> bool:
+    """Whether weight decay applies: to matrices and tables, not to norms and biases (`q_bias` is
+    `[N, H]`, an expert's `[E, F]`)."""
+    numbered, lengths = sides(axes)
+    return len(lengths) > 1 or bool(numbered and lengths and axes[0] in TABLES)
 
 
 def schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.Schedule:
@@ -57,15 +79,24 @@ def schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.Schedule
     return optax.join_schedules([ramp, level, down], [warmup, steps - decay])
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Gradient clipping, then AdamW or Muon; `steps` is the length of the schedule."""
+def make_optimizer(
+    config: OptimizerConfig, steps: int, axes: Mapping[str, Axes]
+) -> optax.GradientTransformation:
+    """Gradient clipping, then AdamW or Muon.
+
+    Args:
+      steps: length of the schedule.
+      axes: logical axes of every parameter, by its name (`training.step.skeleton`).
+    Raises:
+      NotImplementedError: Muon, and a weight whose axes do not say which matrix it is.
+    """
     adamw = optax.adamw(
         schedule(config, config.learning_rate, steps),
         b1=config.beta1,
         b2=config.beta2,
         eps=config.eps,
         weight_decay=config.weight_decay,
-        mask=_decay_mask,
+        mask=lambda params: params | {name: decays(axes[name]) for name in _own(params)},
     )
     clip = (
         optax.identity()
@@ -75,20 +106,31 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     if config.muon_learning_rate is None:
         return optax.chain(clip, adamw)
 
+    for name, own in axes.items():
+        _check_view(name, own)
     muon = optax.chain(
         optax.trace(decay=config.momentum, nesterov=True),
-        optax.stateless(lambda updates, _: orthogonalize(updates)),
+        optax.stateless(lambda updates, _: orthogonalize(updates, axes)),
         optax.add_decayed_weights(config.weight_decay),
         optax.scale_by_learning_rate(schedule(config, config.muon_learning_rate, steps)),
     )
 
     def labels(params: Params) -> dict[str, str]:
-        return {name: "muon" if is_matrix(name) else "adamw" for name in params}
+        return {name: "muon" if is_matrix(axes[name]) else "adamw" for name in params}
 
     return optax.chain(clip, optax.partition({"muon": muon, "adamw": adamw}, labels))
 
 
-def orthogonalize(updates: Params) -> Params:
+def _check_view(name: str, axes: Axes) -> None:
+    if len(axes) > 1 and (None in axes or len(sides(axes)[1]) > 2):
+        raise NotImplementedError(
+            f"Muon cannot tell which matrix {name} is, with the axes {axes}: name every axis, and "
+            "those that are one side together in jaxcp.training.optimizer.SIDES, or train with "
+            "AdamW (muon_learning_rate=None)"
+        )
+
+
+def orthogonalize(updates: Params, axes: Mapping[str, Axes]) -> Params:
     """Each matrix with its singular values near 1, times sqrt(max(1, out / in)).
 
     Matrices of one shape go through Newton-Schulz in one batch, which is spread over all devices
@@ -98,15 +140,17 @@ def orthogonalize(updates: Params) -> Params:
     mesh = jax.sharding.get_abstract_mesh()
     groups: dict[tuple[int, ...], list[tuple[str, jax.Array]]] = {}
     for name, x in _own(updates).items():
-        stack = _as_matrices(name, x if mesh.empty else jax.sharding.reshard(x, P()))
+        whole = x if mesh.empty else jax.sharding.reshard(x, P())
+        stack = _as_matrices(axes[name], whole)
         groups.setdefault(stack.shape[1:], []).append((name, stack))
     done = {}
     for members in groups.values():
         stacks = _newton_schulz_spread(jnp.concatenate([stack for _, stack in members]), mesh)
         start = 0
         for name, stack in members:
-            done[name] = _from_matrices(name, stacks[start : start + stack.shape[0]], updates[name])
-            start += stack.shape[0]
+            end = start + stack.shape[0]
+            done[name] = _from_matrices(axes[name], stacks[start:end], updates[name])
+            start = end
     return {name: done.get(name, x) for name, x in updates.items()}
 
 
@@ -131,33 +175,25 @@ def _newton_schulz(x: jax.Array) -> jax.Array:
     return x
 
 
-def _sizes(name: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """(how many matrices, rows, columns)."""
-    summed, written = MATRICES[name.rpartition(".")[2]]
-    cut = len(shape) - summed - written
-    return (
-        math.prod(shape[:cut]),
-        math.prod(shape[cut : cut + summed]),
-        math.prod(shape[cut + summed :]),
-    )
+def matrix_sizes(axes: Axes, shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """How many matrices a weight is, their rows (summed over) and columns (written)."""
+    numbered, (summed, _) = sides(axes)
+    cut = numbered + summed
+    return math.prod(shape[:numbered]), math.prod(shape[numbered:cut]), math.prod(shape[cut:])
 
 
-def _as_matrices(name: str, x: jax.Array) -> jax.Array:
-    _, rows, columns = sizes = _sizes(name, x.shape)
+def _as_matrices(axes: Axes, x: jax.Array) -> jax.Array:
+    _, rows, columns = sizes = matrix_sizes(axes, x.shape)
     x = x.reshape(sizes)
     return x.swapaxes(1, 2) if rows > columns else x
 
 
-def _from_matrices(name: str, stack: jax.Array, like: jax.Array) -> jax.Array:
-    _, rows, columns = _sizes(name, like.shape)
+def _from_matrices(axes: Axes, stack: jax.Array, like: jax.Array) -> jax.Array:
+    _, rows, columns = matrix_sizes(axes, like.shape)
     stack = stack.swapaxes(1, 2) if rows > columns else stack
     x = (max(1.0, columns / rows) ** 0.5 * stack).reshape(like.shape).astype(like.dtype)
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else jax.sharding.reshard(x, jax.typeof(like).sharding.spec)
-
-
-def _decay_mask(params: Params) -> dict:
-    return params | {name: decays(name, x.ndim) for name, x in _own(params).items()}
 
 
 def _own(params: Params) -> Params:

@@ -31,6 +31,9 @@ DRAFT_DTYPES = {
 
 NEXT_TOKENS = LossConfig()
 
+ROUNDING = 1e-6
+"""Of the mean: how far from it fractions that were summed in float32 may lie and be even."""
+
 State = dict[str, Any]
 """`params` and `others` (variables without a gradient), flat dicts by name; `opt_state`; `step`,
 which is the position in the data too; `rng`, the key of the run (no layer draws from it yet)."""
@@ -41,6 +44,8 @@ class Skeleton(NamedTuple):
 
     names: tuple[str, ...]
     learnt: frozenset[str]
+    axes: dict[str, tuple[str | None, ...]]
+    """Logical axes of what is learnt."""
     structure: jax.tree_util.PyTreeDef
 
 
@@ -51,7 +56,8 @@ def skeleton(model_config: Any) -> Skeleton:
     learnt = frozenset(
         name for name, variable in variables.items() if isinstance(variable, nnx.Param)
     )
-    return Skeleton(tuple(variables), learnt, jax.tree.structure(model))
+    axes = {name: _axes(variables[name]) for name in variables if name in learnt}
+    return Skeleton(tuple(variables), learnt, axes, jax.tree.structure(model))
 
 
 def join(model_config: Any, state: State) -> Any:
@@ -63,7 +69,7 @@ def join(model_config: Any, state: State) -> Any:
 
 def init_state(config: TrainConfig) -> State:
     """A fresh state on the mesh in scope."""
-    learnt = skeleton(config.model).learnt
+    learnt, axes = skeleton(config.model).learnt, skeleton(config.model).axes
     arrays = {
         name: v.get_value()
         for name, v in _variables(
@@ -74,7 +80,7 @@ def init_state(config: TrainConfig) -> State:
     state = {
         "params": params,
         "others": {name: x for name, x in arrays.items() if name not in learnt},
-        "opt_state": jax.jit(make_optimizer(config.optimizer, config.steps).init)(params),
+        "opt_state": jax.jit(make_optimizer(config.optimizer, config.steps, axes).init)(params),
         "step": jnp.int32(0),
         "rng": jax.random.key_data(jax.random.key(config.seed)),
     }
@@ -91,7 +97,8 @@ def abstract_inputs(config: TrainConfig, mesh: Mesh) -> tuple[State, dict[str, A
 
     def fresh(params):
         key = jax.random.key_data(jax.random.key(config.seed))
-        optimizer = make_optimizer(config.optimizer, config.steps)
+        axes = skeleton(config.model).axes
+        optimizer = make_optimizer(config.optimizer, config.steps, axes)
         return {"opt_state": optimizer.init(params), "step": jnp.int32(0), "rng": key}
 
     learnt = skeleton(config.model).learnt
@@ -134,6 +141,10 @@ def _variables(model: Any) -> dict[str, nnx.Variable]:
     }
 
 
+def _axes(variable: nnx.Variable) -> tuple[str | None, ...]:
+    return tuple(variable.get_metadata().get("axes") or (None,) * len(variable.shape))
+
+
 def _on_mesh(x: jax.Array) -> jax.Array:
     """What was made on one device becomes replicated; what has a sharding keeps it."""
     mesh = jax.sharding.get_mesh()
@@ -160,7 +171,7 @@ def make_step(
     `data.consecutive` says of them. Kept by its arguments, so that
     a run which goes on in the same process does not compile again.
     """
-    optimizer = make_optimizer(optimizer_config, steps)
+    optimizer = make_optimizer(optimizer_config, steps, skeleton(model_config).axes)
     rate = schedule(optimizer_config, optimizer_config.learning_rate, steps)
 
     options = {"attention": attention, "consecutive": consecutive, "chunk": loss_chunk}
@@ -196,7 +207,7 @@ def make_step(
         others, health = state["others"], {}
         if totals.stats is not None:
             health = routing_health(totals.stats)
-            others = balance(others, totals.stats.load, optimizer_config.router_bias_rate)
+            others = balance(others, totals.stats.counts, optimizer_config.router_bias_rate)
         new = {"params": params, "others": others, "opt_state": opt_state}
         new["step"] = state["step"] + 1
         record = {name: total / weight for name, total in totals.parts.items()}
@@ -217,30 +228,45 @@ def routing_health(stats: RouterStats) -> dict[str, jax.Array]:
     all layers, that no token chose. `router_flips`: the fraction of choices that the selection bias
     made, over all layers (`RouterStats.flips`).
     """
-    load = stats.load
-    pieces = jnp.maximum(load.sum() / load.shape[0], 1.0)  # each layer's load sums to one a piece
-    share = load / jnp.maximum(load.sum(-1, keepdims=True), 1e-9)  # a batch may be all pads
-    experts = load.shape[-1]
+    share, experts = stats.load, stats.counts.shape[-1]
+    flips, choices = (jnp.asarray(x, jnp.float32).sum() for x in (stats.flips, stats.counts))
     entropy = jax.scipy.special.entr(share).sum(-1) / max(math.log(experts), 1e-9)
     return {
         "router_load": share * experts,
-        "router_flips": stats.flips.mean() / pieces,
+        "router_flips": flips / jnp.maximum(choices, 1),  # a batch may be all pads
         "router_load_max": share.max() * experts,
         "router_entropy": entropy.min(),
-        "router_idle": jnp.mean((load == 0).astype(jnp.float32)),
+        "router_idle": jnp.mean((stats.counts == 0).astype(jnp.float32)),
     }
 
 
-def balance(others: dict[str, jax.Array], load: jax.Array, rate: float) -> dict[str, jax.Array]:
+def balance(others: dict[str, jax.Array], counts: jax.Array, rate: float) -> dict[str, jax.Array]:
     """Move the selection bias of every expert by `rate` towards even load (auxiliary-loss-free
-    balancing, DeepSeek-V3, arXiv 2412.19437). `load` is `[moe layers, experts]`; layers whose
-    router has no such bias (DeepSeek-V4's, which choose by token id) come first."""
+    balancing, DeepSeek-V3, arXiv 2412.19437), and that of one with the mean load not at all.
+
+    `counts` is `[moe layers, experts]`, choices or their fractions; layers whose router has no such
+    bias (DeepSeek-V4's, which choose by token id) come first.
+    """
     names = sorted((x for x in others if x.endswith("router_bias")), key=_layers_by_number)
-    assert len(names) <= load.shape[0], (names, load.shape)
+    assert len(names) <= counts.shape[0], (names, counts.shape)
     moved = {}
-    for name, row in zip(names, load[load.shape[0] - len(names) :], strict=True):
-        moved[name] = others[name] + rate * jnp.sign(row.mean() - row)
+    for name, row in zip(names, counts[counts.shape[0] - len(names) :], strict=True):
+        moved[name] = others[name] + rate * _below_mean(row)
     return others | moved
+
+
+def _below_mean(counts: jax.Array) -> jax.Array:
+    """1, 0 or -1 for each of `counts [E]`: below, at or above their mean. Exact for integers."""
+    if not jnp.issubdtype(counts.dtype, jnp.integer):
+        mean = counts.mean()
+        even = jnp.abs(mean - counts) <= ROUNDING * mean
+        return jnp.where(even, 0.0, jnp.sign(mean - counts))
+    # The sum of all counts, or a count times E, may pass int32: mean and rest are put together
+    # from quotients and remainders.
+    experts = counts.shape[0]
+    rests = (counts % experts).sum()
+    mean, rest = (counts // experts).sum() + rests // experts, rests % experts
+    return jnp.sign(jnp.where(counts == mean, rest, mean - counts)).astype(jnp.float32)
 
 
 def _layers_by_number(name: str) -> list[str]:

@@ -61,7 +61,8 @@ def decode_attention(
       k_scale, v_scale: what the stored values of a token's head are multiplied by; both or neither.
         Slots come last: a TPU pads the last axis to 128.
       window: number of positions a query sees, its own included.
-      sinks: a logit per head that takes part in the softmax and brings no value.
+      sinks: a logit per head that takes part in the softmax and brings no value; `-inf` where a
+        head has none.
       soft_cap: scores become `soft_cap * tanh(score / soft_cap)`.
       scale: multiplies `q @ k`; default `H ** -0.5`.
       out_dtype: default q's; float32 for partial results that are yet to be merged.

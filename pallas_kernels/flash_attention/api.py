@@ -45,15 +45,17 @@ def flash_attention(
 
     Args:
       q_positions, kv_positions: global position of each token; default `0..T-1`, `0..S-1`.
-        `PAD_POSITION` marks a pad or an empty slot.
+        `PAD_POSITION` marks a pad or an empty slot. Numbers alone mask: where they start anew for
+        each packed document, segment ids must keep documents apart.
       q_segment_ids, kv_segment_ids: tokens see only their own segment; both or neither.
       causal: a key is visible when its position is not after the query's.
       window: number of positions a query sees, its own included.
-      sinks: a logit per head that takes part in the softmax and brings no value.
+      sinks: a logit per head that takes part in the softmax and brings no value; `-inf` where a
+        head has none. The gradient of an infinite sink is 0.
       soft_cap: scores become `soft_cap * tanh(score / soft_cap)`.
       scale: multiplies `q @ k`; default `H ** -0.5`.
       carry: `(out, lse)` over other keys, which the result includes: the kernel starts from it.
-        It must not include the sinks.
+        `(0, -inf)` where there were none. It must not include the sinks.
       out_dtype: of `out`; default q's. float32 keeps a partial result unrounded.
       implementation: "reference", "xla", "triton", "mosaic_tpu"; None takes the platform's best.
     Raises:
@@ -62,6 +64,10 @@ def flash_attention(
 
     Differentiable in `q`, `k`, `v`, `sinks` and `carry`, through both results. `V`, the width of
     a value, may differ from `H`.
+
+    Infinities: `-inf` is allowed in sinks and in the `lse` of a carry. A row that sees nothing has
+    no gradient but that of its `lse`, to a finite sink. A sink of `+inf` takes all, `out = 0` and
+    `lse = inf`; one of NaN makes its head NaN. q, k, v and `q @ k` are to be finite.
     Source: Dao et al., FlashAttention (arXiv 2205.14135, 2307.08691).
 
     >>> x = jax.random.normal(jax.random.key(0), (1, 128, 4, 64))
@@ -166,10 +172,17 @@ def attention_backward(
 
 
 def apply_sinks(out, lse, sinks):
-    """Let each head's sink into the denominator of finished rows. Once, after the last merge."""
+    """Let each head's sink into the denominator of finished rows. Once, after the last merge.
+
+    `-inf` is no sink, and `+inf` leaves `out = 0, lse = inf`; their gradient is 0.
+    """
     sinks = sinks.astype(lse.dtype)
+    # beside such a sink a row's own sum is nothing; inf - inf would be NaN, in gradients too
+    alone = jnp.isinf(sinks) & (lse <= sinks)
+    lse = jnp.where(alone, 0.0, lse)
     kept = jax.nn.sigmoid(lse - sinks)[..., None]
-    return (out.astype(lse.dtype) * kept).astype(out.dtype), jnp.logaddexp(lse, sinks)
+    total = jnp.where(alone, jax.lax.stop_gradient(sinks), jnp.logaddexp(lse, sinks))
+    return (out.astype(lse.dtype) * kept).astype(out.dtype), total
 
 
 def row_delta(out, dout, dlse):

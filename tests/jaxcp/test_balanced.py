@@ -3,6 +3,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -137,8 +138,7 @@ def test_inverse_is_exact(length, shards, block, ends):
     assert (np.diff(order.reshape(2, shards, -1), axis=2) > 0).all()
     assert ((there["segment_ids"] == -1) == (order >= length)).all()
     back = layout.inverse(there, shards, length, segments)
-    for ours, theirs in zip(*map(jax.tree.leaves, (back, tree)), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    chex.assert_trees_all_equal(back, tree)
 
 
 def test_what_it_needs():

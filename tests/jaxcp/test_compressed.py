@@ -38,11 +38,7 @@ def expected(values, gates, ratio, overlap):
     return np.stack(out, 1)
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("ratio", "overlap", "layout"),
-    compiler_options={"xla_backend_optimization_level": 0},  # each runs once
-)
+@functools.partial(jax.jit, static_argnames=("ratio", "overlap", "layout"))
 def jitted(values, gates, positions, ratio, overlap, layout):
     return compress(values, gates, positions, ratio=ratio, overlap=overlap, layout=layout)
 

@@ -11,6 +11,8 @@ import pytest
 from dense_attention import dense
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from pairwise import pairwise
+from slow import slow_but
 
 import jaxcp
 from jaxcp.context_parallel import STRATEGIES, USP, AllGather, Halo, Ring, RingPassQ, Ulysses
@@ -19,7 +21,6 @@ from pallas_kernels import PAD_POSITION
 
 B, T, N, K, H = 2, 45, 8, 2, 8  # T: no number of shards but 1 and 3 divides it
 EVERYTHING = {"window": 17, "soft_cap": 2.0, "scale": 0.4}
-QUICK = {"xla_backend_optimization_level": 0}  # what is compiled runs once
 LAYOUTS = (Zigzag(), Contiguous(), Striped())
 TOLERANCE = 2e-6  # float32, relative to the greatest entry (at least 1)
 VARIANTS = (
@@ -52,11 +53,13 @@ def problem():
     positions = (np.arange(T) - np.take_along_axis(starts, segment_ids, axis=1)).astype(np.int32)
     return {
         "q": draw(N), "k": draw(K), "v": draw(K), "positions": positions,
-        "segment_ids": segment_ids, "dout": draw(N), "sinks": rng.normal(size=N).astype(np.float32),
+        "segment_ids": segment_ids, "dout": draw(N),
+        # two heads have none
+        "sinks": np.where(np.arange(N) % 4, rng.normal(size=N), -np.inf).astype(np.float32),
     }  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def with_gradients(strategy, options, x):
     """`(out, dq, dk, dv, dsinks)` for the cotangent `x["dout"]`."""
 
@@ -103,62 +106,65 @@ def refused(strategy, shards):
     return N % among != 0 or shards % among != 0
 
 
-@pytest.mark.parametrize(
-    "strategy, shards",
-    [
-        pytest.param(kind, n, marks=() if n in (3, 8) else pytest.mark.slow)
-        for kind in VARIANTS
-        for n in ((3, 8) if kind in OPTIONS else (1, 2, 3, 4, 5, 8))
-    ],
-    ids=str,
-)
-def test_everything_at_once(strategy, shards, mesh_of):
-    """Packing, window, sinks, soft cap, GQA, pads, in every layout."""
-    mesh_of(seq=shards)
-    for layout in LAYOUTS:
-        # only Halo has to know the layout; the others compile once for three
-        in_layout = strategy
-        if isinstance(strategy, Halo):
-            in_layout = dataclasses.replace(strategy, layout=layout)
-        if refused(strategy, shards):
-            with pytest.raises(ValueError, match=r"a multiple of|does not divide"):
-                check(in_layout, layout, shards, problem(), EVERYTHING)
-        else:
-            check(in_layout, layout, shards, problem(), EVERYTHING)
-
-
-@pytest.mark.parametrize("strategy", VARIANTS, ids=str)
-def test_plain_causal(strategy, mesh_of):
-    mesh_of(seq=4)
-    plain = {k: v for k, v in problem().items() if k not in ("segment_ids", "sinks")}
-    plain["positions"] = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
-    if isinstance(strategy, Halo):
-        with pytest.raises(NotImplementedError, match="needs a window"):
-            check(strategy, Zigzag(), 4, plain, {})
-    else:
-        check(strategy, Zigzag(), 4, plain, {})
-
-
-@pytest.mark.parametrize("strategy", VARIANTS, ids=str)
-def test_beside_data_and_model_axes(strategy, mesh_of):
-    mesh_of(data=2, seq=2, model=2)
-    check(strategy, Zigzag(), 2, problem(), EVERYTHING)
-
-
-@pytest.mark.parametrize("strategy", VARIANTS, ids=str)
-def test_rows_with_nothing_to_see(strategy, mesh_of):
-    """A batch row of pads alone, and keys that lie after most queries: zero, and no NaN."""
-    mesh_of(seq=4)
-    x = {k: v for k, v in problem().items() if k != "segment_ids"}
+def masked(mask):
+    """A problem and its options: every option at once, or one kind of mask alone."""
+    x = problem()
+    if mask == "everything":  # packing, window, sinks, soft cap, GQA, pads
+        return x, EVERYTHING
+    if mask == "not causal":
+        return x, {"causal": False, "window": 6}
+    if mask == "plain":
+        plain = {k: v for k, v in x.items() if k not in ("segment_ids", "sinks")}
+        return plain | {"positions": np.tile(np.arange(T, dtype=np.int32), (B, 1))}, {}
+    # a row of pads alone, and keys that lie after most queries: zero, and no NaN
     positions = np.stack([np.full(T, PAD_POSITION), np.arange(T)]).astype(np.int32)
     positions[1, :30] = PAD_POSITION
-    check(strategy, Zigzag(), 4, x | {"positions": positions}, {"window": 17})
+    return {k: v for k, v in x.items() if k != "segment_ids"} | {"positions": positions}, {
+        "window": 17
+    }
 
 
-@pytest.mark.parametrize("strategy", VARIANTS, ids=str)
-def test_not_causal(strategy, mesh_of):
+MASKS = ("everything", "plain", "not causal", "nothing to see")
+BESIDE = {"data": 2, "seq": 2, "model": 2}
+PAIRS = pairwise({"strategy": VARIANTS, "mask": MASKS, "axes": ({"seq": 3}, {"seq": 8}, BESIDE)})
+REST = [
+    {"strategy": strategy, "mask": "everything", "axes": {"seq": shards}}
+    for strategy in VARIANTS
+    for shards in (1, 2, 5)
+    if strategy not in OPTIONS
+]
+
+
+@pytest.mark.parametrize(
+    "strategy, mask, axes",
+    [pytest.param(*case.values(), id=" ".join(map(str, case.values()))) for case in PAIRS]
+    + [
+        pytest.param(*case.values(), id=" ".join(map(str, case.values())), marks=pytest.mark.slow)
+        for case in REST
+    ],
+)
+def test_dense_attention(strategy, mask, axes, mesh_of):
+    """Every strategy with every mask, and with every number of shards, each in its layout."""
+    mesh_of(**axes)
+    x, options = masked(mask)
+    attempt = functools.partial(check, strategy, Zigzag(), axes["seq"], x, options)
+    if isinstance(strategy, Halo) and "window" not in options:
+        with pytest.raises(NotImplementedError, match="needs a window"):
+            attempt()
+    elif refused(strategy, axes["seq"]):
+        with pytest.raises(ValueError, match=r"a multiple of|does not divide"):
+            attempt()
+    else:
+        attempt()
+
+
+@pytest.mark.parametrize("strategy", slow_but(VARIANTS, lambda x: x in (Ring(), Halo())), ids=str)
+def test_in_every_layout(strategy, mesh_of):
+    """Only Halo has to know the layout; the others compile once for three."""
     mesh_of(seq=4)
-    check(strategy, Zigzag(), 4, problem(), {"causal": False, "window": 6})
+    for layout in LAYOUTS:
+        known = {"layout": layout} if isinstance(strategy, Halo) else {}
+        check(dataclasses.replace(strategy, **known), layout, 4, problem(), EVERYTHING)
 
 
 @pytest.mark.parametrize("layout", [Contiguous(), Striped()], ids=str)
@@ -266,9 +272,7 @@ def test_inside_a_scan_over_layers_that_are_computed_again(mesh_of):
         return (jax.lax.scan(jax.checkpoint(layer), x, weights)[0] ** 2).sum()
 
     found = [
-        jax.jit(jax.value_and_grad(f, (0, 1)))
-        .lower(x, weights)
-        .compile(compiler_options={"xla_backend_optimization_level": 0})(x, weights)
+        jax.jit(jax.value_and_grad(f, (0, 1))).lower(x, weights).compile()(x, weights)
         for f in (loop, scan)
     ]
     for one, other in zip(*map(jax.tree.leaves, found), strict=True):

@@ -109,7 +109,8 @@ def test_bad_text(tmp_path):
     ],
 )
 def test_a_source_of_ones_own_is_checked(change, match):
-    batch = {"tokens": np.ones((2, 4)), "targets": np.ones((2, 4))} | change
+    ones = np.ones((2, 4), int)
+    batch = {"tokens": ones, "targets": ones} | change
     batch = {key: x for key, x in batch.items() if x is not None}
     with pytest.raises(ValueError, match=match):
         checked(batch, 256)

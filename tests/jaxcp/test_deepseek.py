@@ -18,7 +18,6 @@ from jaxcp.context_parallel.whole_sequence import WholeSequence
 V3, V32, V4 = "deepseek-v3-tiny", "deepseek-v32-tiny", "deepseek-v4-tiny"
 LAYERS = {V3: 3, V32: 3, V4: 5}
 # These programs are compiled to run once: two thirds of the time without LLVM's optimisations.
-QUICK = {"xla_backend_optimization_level": 0}
 
 
 @functools.cache
@@ -36,7 +35,7 @@ def on_mesh(tokens, layout, shards):
     return there
 
 
-@functools.partial(jax.jit, static_argnames=("strategy", "count"), compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnames=("strategy", "count"))
 def states(model, batch, strategy=None, count=None):
     """The residual stream before the first `count` layers and after them; logits after the last."""
     tokens, positions = batch["tokens"], batch["positions"]
@@ -93,7 +92,7 @@ def test_layers_over_a_mesh(name, axes, strategy, length, mesh_of):
     same(found, [x[:, :length] for x in expected_states(name, count)])
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def loss_and_gradients(model, batch):
     graph, parameters, rest = nnx.split(model, nnx.Param, ...)
 

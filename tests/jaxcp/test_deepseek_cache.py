@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prefilled in chunks of any size and decoded, DeepSeek's models say what they say of it all."""
 
-import functools
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -39,25 +36,6 @@ def told(model, cache, tokens, starts, turns):
     return np.stack(found, 1), cache
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """Compiled to run once: without LLVM's optimisations."""
-
-    options = {"xla_backend_optimization_level": 0}
-
-    @functools.cache
-    def jitted(donate):
-        return jax.jit(compressed_steps._step, static_argnums=(5, 6), compiler_options=options)
-
-    @functools.cache
-    def jitted_step(fn, donate):
-        static = {steps._prefill: (9, 10), steps._whole: (3,)}.get(fn, ())
-        return jax.jit(fn, static_argnums=static, compiler_options=options)
-
-    monkeypatch.setattr(compressed_steps, "_jitted", jitted)
-    monkeypatch.setattr(steps, "_jitted", jitted_step)
-
-
 def after_three_layers(model, rows, positions):
     """Logits of transformers' states after a window, long blocks and selected blocks."""
     x = jnp.asarray(reference(V4)["hidden_03"][rows, positions])
@@ -71,7 +49,7 @@ def first_three(name):
 
 
 @pytest.mark.slow
-def test_v4_over_a_mesh(quick, monkeypatch, mesh_of):
+def test_v4_over_a_mesh(monkeypatch, mesh_of):
     """Blocks of 8 and of 4 end inside turns, at their ends and between them, row by row."""
     monkeypatch.setattr(compressed_steps, "EXTEND_SIZES", (2,))  # longer turns are sharded
     turns = (np.asarray([13, 9]), 13, 2, 1, 1, 2)
@@ -86,7 +64,7 @@ def test_v4_over_a_mesh(quick, monkeypatch, mesh_of):
 
 
 @pytest.mark.slow
-def test_v3_over_a_mesh(quick, monkeypatch, mesh_of):
+def test_v3_over_a_mesh(monkeypatch, mesh_of):
     monkeypatch.setattr(steps, "EXTEND_SIZES", (1,))  # the others are sharded, over a filled cache
     turns, tokens = (9, 22, 1), reference(V3)["input_ids"]
     mesh_of(seq=2, model=2)
@@ -97,9 +75,8 @@ def test_v3_over_a_mesh(quick, monkeypatch, mesh_of):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seq", [1, 2, 4])
-@pytest.mark.parametrize("ties", [False, True])
-def test_v32_in_chunks_and_decoded(seq, ties, quick, monkeypatch, mesh_of):
+@pytest.mark.parametrize("seq, ties", [(1, False), (2, True), (4, False), (4, True)])
+def test_v32_in_chunks_and_decoded(seq, ties, monkeypatch, mesh_of):
     """A sharded turn, a longer one on it, a short one of two lengths, two tokens one by one.
 
     With `ties` all scores are 0: the first tokens are taken, wherever their slots are.

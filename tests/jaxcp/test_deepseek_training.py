@@ -19,7 +19,6 @@ from jaxcp.training.objective import draft_scale, objective
 from jaxcp.training.step import balance, skeleton
 
 V3, V32, V4 = "deepseek-v3-tiny", "deepseek-v32-tiny", "deepseek-v4-tiny"
-QUICK = {"xla_backend_optimization_level": 0}  # what is compiled runs once
 ALL = LossConfig(balance_loss_weight=0.02, z_loss_weight=0.01, mtp_loss_weight=0.3)
 LENGTH = 16
 
@@ -71,7 +70,7 @@ def batch_of(name):
     return batch | draft_batch(batch, 1)
 
 
-@functools.partial(jax.jit, static_argnums=2, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=2)
 def gradient(model, batch, attention):
     """`(gradients, Totals)` of a batch over its weight."""
 
@@ -106,7 +105,7 @@ def test_the_loss_of_drafts_is_the_definition(name):
     if "segment_ids" in batch:
         ids["segment_ids"] = jnp.asarray(batch["segment_ids"])
     arrays = (jnp.asarray(batch[k]) for k in ("tokens", "following", "positions"))
-    logits = jax.jit(lambda m, *x: m.mtp_logits(*x, **ids)[0], compiler_options=QUICK)
+    logits = jax.jit(lambda m, *x: m.mtp_logits(*x, **ids)[0])
     logits = np.asarray(logits(model_of(name), *arrays), np.float64)
     segments = batch.get("segment_ids", np.zeros_like(batch["tokens"]))
     losses, weights = [], []

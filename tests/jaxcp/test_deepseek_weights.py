@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file
-from tiny_checkpoints import FIXTURES, flat, same, tensors, write
+from tiny_checkpoints import FIXTURES, assert_same, flat, tensors, write
 
 from jaxcp import models, weights
 from jaxcp.models.weight_table import sources
@@ -42,7 +42,8 @@ def test_round_trip_is_exact(name, dtype, tmp_path):
     for k in before:
         assert after[k].dtype == before[k].dtype and after[k].tobytes() == before[k].tobytes(), k
     again, _ = weights.load(tmp_path / "out")
-    assert again.config == model.config and same(again, model)
+    assert again.config == model.config
+    assert_same(again, model)
 
 
 def inside(contents):
@@ -83,21 +84,21 @@ def inside(contents):
 
 def test_every_spelling_of_v4(tmp_path):
     as_written, _ = weights.load(FIXTURES / V4)
-    assert same(as_written, weights.load(write(tmp_path, V4, hub_names()))[0])
+    assert_same(as_written, weights.load(write(tmp_path, V4, hub_names()))[0])
     contents = inside(hub_names())
     grads = {k.removeprefix("grad/") for k in np.load(FIXTURES / V4 / "grads.npz")}
     assert grads <= contents.keys()  # these names are transformers' own
-    assert same(as_written, weights.load(write(tmp_path, V4, contents))[0])
+    assert_same(as_written, weights.load(write(tmp_path, V4, contents))[0])
 
 
 def test_draft_layers_of_which_config_says_nothing_are_left_out(tmp_path):
     draft = {k.replace("layers.2.", "mtp.0."): v for k, v in hub_names().items() if ".2." in k}
     model, _ = weights.load(write(tmp_path, V4, hub_names() | draft, num_nextn_predict_layers=0))
-    assert same(model, weights.load(FIXTURES / V4)[0])
+    assert_same(model, weights.load(FIXTURES / V4)[0])
     extra = {k.replace(".2.", ".3."): v for k, v in tensors(V3).items() if ".layers.2." in k}
     extra["model.layers.3.eh_proj.weight"] = np.ones((64, 128), np.float32)
     model, _ = weights.load(write(tmp_path, V3, tensors(V3) | extra, num_nextn_predict_layers=0))
-    assert same(model, weights.load(FIXTURES / V3)[0])
+    assert_same(model, weights.load(FIXTURES / V3)[0])
 
 
 def test_what_is_float32_whatever_the_dtype():

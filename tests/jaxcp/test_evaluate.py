@@ -39,6 +39,7 @@ def test_shipped_checkpoint_finds_the_needles(result):
     assert {a.length for a in result.answers} == {2_048}
 
 
+@pytest.mark.slow
 def test_a_later_question_prefills_only_itself(result):
     read = result.reads[0]
     assert read.later_prefilled == len("]\n\n[key 0000 is ") + 1  # and the last digit of the answer
@@ -56,6 +57,7 @@ def test_a_needle_that_is_not_there_is_not_found():
     assert len(hits) == 5 and not any(hits)
 
 
+@pytest.mark.slow
 def test_heat_map_is_a_picture(result, tmp_path):
     plot_heat_map(result, tmp_path / "needle.png")
     assert (tmp_path / "needle.png").read_bytes().startswith(b"\x89PNG")

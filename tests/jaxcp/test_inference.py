@@ -233,18 +233,20 @@ def test_what_decode_step_refuses(ready):
             jaxcp.decode_step(model, cache, token)
 
 
-def test_uneven_rows_can_use_up_the_slots():
-    """A slot is taken in every row: rows that grow in turns need more slots than tokens."""
+def test_uneven_rows_take_no_slots_of_each_other():
+    """Rows that grow in turns: each has room for `max_len`, and is full at the end."""
     model = Nothing()
     cache = model.init_cache(batch_size=2, max_len=100)
     _, cache = jaxcp.prefill(model, cache, ids(2, 90), lengths=[90, 1])
     _, cache = jaxcp.prefill(model, cache, ids(2, 70), lengths=[1, 70])
-    while int(cache.fill[0]) < cache.slots:
+    while int(cache.lengths.max()) < 100:
         _, cache = jaxcp.decode_step(model, cache, [1, 2])
-    assert int(cache.lengths.max()) < 100
-    for grow in (lambda: jaxcp.decode_step(model, cache, [1, 2]),
-                 lambda: jaxcp.prefill(model, cache, ids(2, 2))):  # fmt: skip
-        with pytest.raises(ValueError, match=r"a shard needs .* and has 164; make the cache with"):
+    assert cache.lengths.tolist() == [100, 80] and int(cache.fill[0]) == 100
+    for grow, message in (
+        (lambda: jaxcp.decode_step(model, cache, [1, 2]), "the cache is full: 100 of max_len=100"),
+        (lambda: jaxcp.prefill(model, cache, ids(2, 2)), "102 tokens do not fit max_len=100"),
+    ):
+        with pytest.raises(ValueError, match=message):
             grow()
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention over the cache, from the definition: over any number of turns and shards."""
 
-import types
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +13,16 @@ from flax import nnx
 import jaxcp
 from jaxcp import Contiguous, GPTConfig, Ring, Striped, Zigzag
 from jaxcp.context_parallel.kv_cache import Extend, empty_cache
-from jaxcp.inference import steps
+from jaxcp.inference import turns
 from jaxcp.models.base import LanguageModel, embed
 from jaxcp.plan import compile_for, decode_program, prefill_program
 from jaxcp.sharding import place, tokens_spec
 from pallas_kernels import PAD_POSITION
 
 VOCAB, HEADS, KV_HEADS, HEAD_DIM = 128, 4, 2, 8
-SINKS = (-1.0, 0.0, 1.0, 2.0)
+SINKS = (-np.inf, 0.0, 1.0, 2.0)  # the first head has none
 CLOSE = {"atol": 2e-5, "rtol": 0}
+LENGTHS = (1, 5, 70, 129, 500)
 
 
 class Attending(LanguageModel):
@@ -165,30 +166,36 @@ def test_a_layer_must_do_what_its_cache_was_made_for():
 @pytest.mark.parametrize("shards", [1, 2, 3, 8])
 def test_tokens_are_spread_evenly_and_windows_arrive(shards, layout):
     rng = np.random.default_rng(shards)
-    for length in (1, 5, 70, 129, 500):
-        fill = 40 + rng.integers(0, 2, shards)
-        cache = types.SimpleNamespace(shards=shards, slots=1000, windows=(None, 1, 4, 33, 33))
-        tokens, positions = rng.integers(0, 99, (1, length)), np.arange(length)[None] + 1000
-        spread = steps._spread(Ring(layout=layout), cache, tokens, positions, fill)
-        spread_tokens, spread_positions, counts, halos = spread
-        lies = spread_positions.reshape(shards, -1)
-        real = lies != PAD_POSITION
-        assert (real.sum(1) == counts).all() and np.ptp(fill + counts) <= 1
-        assert (np.diff(lies, axis=1) >= 0).all()  # in order, pads last
-        order = np.argsort(spread_positions[0])[:length]
-        assert (spread_positions[0, order] == positions[0]).all()
-        assert (spread_tokens[0, order] == tokens[0]).all()
-        assert halos.keys() == {1, 4, 33}
-        for window, halo in halos.items():
-            if halo is not None:
-                _arrives(lies, real, window, halo)
-        if isinstance(layout, Zigzag) and length == 500:
-            assert sum(rows.shape[1] for rows in halos[4].values()) <= 2 * 3
-            work = np.where(real, lies - 999, 0).sum(1)
+    for start, length in itertools.product((0, 1000 + int(rng.integers(shards))), LENGTHS):
+        frame = turns.Frame(shards=shards, slots=1000, windows=(None, 1, 4, 33, 33))
+        tokens, done = rng.integers(0, 99, (1, length)), np.zeros(1, int)
+        for piece in turns.pieces(frame, [start], [length], layout, sizes=(0,)):
+            spread_tokens, spread_positions = piece.laid_out(tokens, done, np.full(1, start))
+            first, count = start + done[0], piece.taken[0]
+            fill, counts = (
+                turns.slots_in_use(first, np.arange(shards), shards),
+                (spread_positions != PAD_POSITION).reshape(shards, -1).sum(1),
+            )
+            lies = spread_positions.reshape(shards, -1)
+            real = lies != PAD_POSITION
+            assert counts.sum() == count and np.ptp(fill + counts) <= 1
+            assert (np.diff(lies, axis=1) >= 0).all()  # in order, pads last
+            order = np.argsort(spread_positions[0])[:count]
+            assert (spread_positions[0, order] == first + np.arange(count)).all()
+            assert (spread_tokens[0, order] == tokens[0, done[0] : done[0] + count]).all()
+            assert piece.halos.keys() == {1, 4, 33}
+            for window, halo in piece.halos.items():
+                if halo is not None:
+                    _arrives(lies, real, window, halo, first)
+            done = done + count
+        assert done == length
+        if isinstance(layout, Zigzag) and length == 500 and start == 0:
+            assert sum(rows.shape[1] for rows in piece.halos[4].values()) <= 2 * 3
+            work = np.where(real, lies + 1, 0).sum(1)
             assert work.max() < 1.02 * work.mean()
 
 
-def _arrives(lies, real, window, halo):
+def _arrives(lies, real, window, halo, first):
     """Each shard has, or is sent, all that the windows of its tokens reach among the new ones."""
     shards = len(lies)
     for shard in range(shards):
@@ -197,7 +204,7 @@ def _arrives(lies, real, window, halo):
             owner = (shard - distance) % shards
             there |= set(lies[owner][rows[owner][rows[owner] >= 0]])
         for position in lies[shard][real[shard]]:
-            assert there.issuperset(range(max(1000, position - window + 1), position))
+            assert there.issuperset(range(max(first, position - window + 1), position))
 
 
 # What travels, on the compiled program

@@ -4,7 +4,7 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from tiny_checkpoints import same, tensors, write
+from tiny_checkpoints import assert_same, tensors, write
 
 from jaxcp import load, logits, mxfp4, save
 from jaxcp.quantised import widened
@@ -46,9 +46,10 @@ def test_a_packed_checkpoint_is_the_unpacked_one(tmp_path):
     folder = write(tmp_path / "packed", "gpt-oss-tiny", parts, **packed)
     model, _ = load(folder, widen=True)
     expected, _ = load(write(tmp_path / "whole", "gpt-oss-tiny", whole, dtype="bfloat16"))
-    assert model.config == expected.config and same(model, expected)
+    assert model.config == expected.config
+    assert_same(model, expected)
     save(model, tmp_path / "out")  # in bfloat16, and says so
-    assert same(load(tmp_path / "out")[0], expected)
+    assert_same(load(tmp_path / "out")[0], expected)
     tokens = rng.integers(0, 256, (1, 24)).astype(np.int32)
     four = load(folder, dtype="float32")[0]
     up = four.layers[0].mlp.up.get_value()

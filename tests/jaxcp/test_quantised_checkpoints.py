@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from test_mxfp4 import e2m1
-from tiny_checkpoints import FIXTURES, flat, random_model, same, tensors, write
+from tiny_checkpoints import FIXTURES, assert_same, flat, random_model, tensors, write
 
 import jaxcp
 from jaxcp.quantised import is_quantised, quantised_names, widened
@@ -165,7 +165,7 @@ def test_leaves_stay_quantised(kind, folder, caplog):
 def test_widened_on_demand(folder):
     packed, exact = pair("v3", folder / "v3")
     found = jaxcp.load(packed, widen=True)[0]
-    assert same(found, jaxcp.load(exact)[0])
+    assert_same(found, jaxcp.load(exact)[0])
     assert quantised_names(jaxcp.load(packed)[0]) and not quantised_names(found)
 
 

@@ -25,7 +25,6 @@ from jaxcp.training.config import LossConfig
 from jaxcp.training.objective import objective
 from pallas_kernels.grouped_matmul.quantised import quantise
 
-QUICK = {"xla_backend_optimization_level": 0}
 MESHES = {
     "model=2": {"model": 2},
     "expert=2": {"expert": 2},

@@ -89,3 +89,47 @@ def test_rope_of_a_config():
 def test_ropes_that_are_not_there(fields, message):
     with pytest.raises((NotImplementedError, ValueError), match=message):
         Rope.from_hf(fields)
+
+
+YARN_4 = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+LONGER = Rope(theta=1e6, yarn=YaRN(factor=4.0, original_max_positions=32768))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_scaling": YARN_4},
+        {"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": YARN_4},
+        {"rope_parameters": {"rope_theta": 1e6} | YARN_4, "rope_scaling": {"type": "default"}},
+        {"rope_parameters": {}, "rope_scaling": YARN_4, "rope_theta": 1e6},
+        {"rope_parameters": YARN_4, "rope_scaling": YARN_4 | {"rope_theta": 1e6}},
+        {"rope_parameters": {"type": "yarn"} | YARN_4 | {"rope_theta": 1e6}, "rope_theta": 1e6},
+    ],
+)
+def test_rope_scaling_beside_rope_parameters(fields):
+    """One set: YaRN that was added to a file is not dropped, and its theta stays."""
+    assert Rope.from_hf(fields) == LONGER
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"rope_parameters": {"factor": 2.0}, "rope_scaling": YARN_4}, "agree.*factor=2.0 and 4.0"),
+        (
+            {"rope_parameters": YARN_4, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+            "agree.*rope_type='yarn' and 'linear'",
+        ),
+        ({"rope_parameters": {"rope_theta": 1e6}, "rope_theta": 1e4}, "one number; got 1000000.0"),
+        ({"rope_scaling": {"type": "yarn", "rope_type": "default"}}, "type and rope_type are one"),
+        ({"rope_scaling": {"factor": 4.0}}, "factor=4.0 does nothing with a rope_type of default"),
+        ({"rope_scaling": "yarn"}, "needed an object or null"),
+        ({"rope_theta": "1e6"}, "rope_theta must be a finite number"),
+        ({"rope_theta": float("nan")}, "rope_theta must be a finite number"),
+        ({"rope_scaling": YARN_4 | {"factor": "4"}}, "yarn needs finite numbers; got .*factor"),
+        ({"rope_scaling": YARN_4 | {"factor": -4}}, "yarn needs positive numbers"),
+        ({"rope_scaling": YARN_4 | {"truncate": None}}, "truncate must be true or false"),
+    ],
+)
+def test_ropes_that_contradict_themselves(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Rope.from_hf(fields)

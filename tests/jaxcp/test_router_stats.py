@@ -15,7 +15,6 @@ from jaxcp.sharding import place
 from pallas_kernels import PAD_POSITION
 
 B, T, D, E, K = 2, 16, 12, 4, 2
-QUICK = {"xla_backend_optimization_level": 0}
 ROUTINGS = {
     "softmax": Routing(scores="softmax", selection_bias=False),
     "sigmoid": Routing(),
@@ -63,24 +62,25 @@ def by_definition(name, x, positions):
         logits = x @ router
         score = SCORES[name](logits)
         chosen, plain = top(score + bias), top(score)
-        load = np.bincount(chosen.reshape(-1), minlength=E) / chosen.size
+        counts = np.bincount(chosen.reshape(-1), minlength=E)
         mean = (score / score.sum(-1, keepdims=True)).mean(0)
         z = (np.log(np.exp(logits).sum(-1)) ** 2).mean()
         same = sum(len(set(a) & set(b)) for a, b in zip(chosen, plain, strict=True))
-        return RouterStats(load, mean, z, 1 - same / chosen.size)
+        return RouterStats(counts, mean, z, chosen.size - same)
 
-    load = of(router).load
+    counts = of(router).counts
     grad = np.zeros_like(router)
     for at in np.ndindex(router.shape):
         step = np.zeros_like(router)
         step[at] = 1e-6
-        up, down = (of(router + sign * step)._replace(load=load) for sign in (1, -1))
+        up, down = (of(router + sign * step)._replace(counts=counts) for sign in (1, -1))
         grad[at] = (weighed(up) - weighed(down)) / 2e-6
     return of(router), grad
 
 
 def weighed(stats):
-    return E * (stats.load * stats.probabilities).sum(-1) + 0.1 * stats.z
+    load = stats.counts / stats.counts.sum()
+    return E * (load * stats.probabilities).sum(-1) + 0.1 * stats.z
 
 
 @jax.jit
@@ -109,6 +109,8 @@ def test_value_and_gradient_are_the_definition_on_any_mesh(name, axes, mesh_of):
     stats, found = ours(moe, x, positions)
     for a, b, field in zip(stats, expected, RouterStats._fields, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7, err_msg=field)
+    assert stats.counts.dtype == stats.flips.dtype == jnp.int32
+    np.testing.assert_allclose(stats.load, expected.counts / (B * 11 * K), rtol=1e-6)
     np.testing.assert_allclose(found, grad, atol=2e-6)
 
 

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import save_file
-from tiny_checkpoints import same, tensors, write
+from tiny_checkpoints import assert_same, tensors, write
 
 from jaxcp import streaming, weights
 from jaxcp.checkpoint_files import FORMATS, open_checkpoint
@@ -99,7 +99,7 @@ def test_a_model_on_a_mesh_is_the_one_without(tmp_path, mesh_of):
     alone, _ = weights.load(folder)
     mesh_of(seq=2, model=2, expert=2)
     spread, _ = weights.load(folder)
-    assert same(alone, spread)
+    assert_same(alone, spread)
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -4,6 +4,7 @@
 import logging
 import shutil
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,11 +26,6 @@ def state(seed=0, mesh=None):
     return jax.device_put(tree, sharding)
 
 
-def same(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
 def biggest_file(folder):
     return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
 
@@ -41,7 +37,7 @@ def test_round_trip_keeps_the_newest(tmp_path):
     assert checkpoint.steps(tmp_path) == [2, 10]
     step, back = checkpoint.restore(tmp_path, state())
     assert step == 10
-    same(back, state(10))
+    chex.assert_trees_all_equal(back, state(10))
 
 
 def test_restores_onto_another_mesh(tmp_path):
@@ -51,7 +47,7 @@ def test_restores_onto_another_mesh(tmp_path):
     spread = NamedSharding(mesh, PartitionSpec("data", "seq"))
     like["params"] = jax.device_put(like["params"], spread)
     _, back = checkpoint.restore(tmp_path, like)
-    same(back, state(1))
+    chex.assert_trees_all_equal(back, state(1))
     assert back["params"]["layers.0.q"].sharding == spread
 
 
@@ -65,7 +61,7 @@ def test_a_damaged_checkpoint_gives_way_and_is_set_aside(tmp_path, damage, caplo
     with caplog.at_level(logging.WARNING, logger="jaxcp"):
         step, back = checkpoint.restore(tmp_path, state())
     assert step == 1 and "cannot be read" in caplog.text
-    same(back, state(1))
+    chex.assert_trees_all_equal(back, state(1))
     assert (tmp_path / "2.unreadable").is_dir()
     checkpoint.save(tmp_path, 2, state(2), keep=3)  # its place is free again
     assert checkpoint.restore(tmp_path, state()).step == 2

@@ -24,7 +24,6 @@ from jaxcp.training.objective import draft_scale, objective
 from jaxcp.training.step import abstract_inputs
 
 FIXTURE = pathlib.Path(__file__).parents[1] / "fixtures" / "hy3-tiny"
-QUICK = {"xla_backend_optimization_level": 0}
 ALL = LossConfig(balance_loss_weight=0.02, z_loss_weight=0.01, mtp_loss_weight=0.3)
 TINY = HybridMoEConfig(
     vocab_size=256, num_layers=2, embed_dim=16, num_heads=2, num_kv_heads=2, head_dim=8,
@@ -81,7 +80,7 @@ def gradient(model, batch, attention):
     return names, jax.tree.map(over, totals.parts), totals.stats
 
 
-run = jax.jit(gradient, static_argnums=2, compiler_options=QUICK)
+run = jax.jit(gradient, static_argnums=2)
 
 
 @pytest.fixture(scope="module")

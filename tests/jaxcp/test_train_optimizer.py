@@ -2,6 +2,7 @@
 """Schedules, what decays, and Muon's matrices."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,17 @@ import pytest
 
 from jaxcp.training import OptimizerConfig
 from jaxcp.training.optimizer import decays, is_matrix, make_optimizer, orthogonalize, schedule
+
+AXES = {
+    "embed": ("vocab", "embed"),
+    "layers.0.attention.q": ("embed", "heads", "head_dim"),
+    "layers.0.attention.o": ("heads", "head_dim", "embed"),
+    "layers.0.attention.q_bias": ("heads", "head_dim"),
+    "layers.0.mlp.gate": ("experts", "embed", "mlp"),
+    "layers.0.mlp.down": ("experts", "mlp", "embed"),
+    "layers.0.mlp.shared.up": ("embed", "mlp"),
+    "layers.0.mlp_norm.scale": ("embed",),
+}
 
 
 def weights(seed=0):
@@ -50,13 +62,13 @@ def test_a_short_run_has_a_schedule_too(warmup, steps):
     assert all(0 < r <= 1 for r in rate)
 
 
-def test_names_say_what_decays_and_what_is_a_matrix():
+def test_axes_say_what_decays_and_what_is_a_matrix():
     w = weights()
-    assert {n for n, x in w.items() if not decays(n, x.ndim)} == {
+    assert {n for n in w if not decays(AXES[n])} == {
         "layers.0.attention.q_bias",
         "layers.0.mlp_norm.scale",
     }
-    assert {n for n in w if not is_matrix(n)} == {
+    assert {n for n in w if not is_matrix(AXES[n])} == {
         "embed",
         "layers.0.attention.q_bias",
         "layers.0.mlp_norm.scale",
@@ -64,8 +76,8 @@ def test_names_say_what_decays_and_what_is_a_matrix():
 
 
 def test_orthogonalize_sets_singular_values_near_one():
-    updates = {name: x for name, x in weights().items() if is_matrix(name)}
-    out = orthogonalize(updates)
+    updates = {name: x for name, x in weights().items() if is_matrix(AXES[name])}
+    out = orthogonalize(updates, AXES)
     matrices = {
         "layers.0.attention.q": (1, 16, 16),
         "layers.0.attention.o": (1, 16, 16),
@@ -87,10 +99,10 @@ def test_orthogonalize_sets_singular_values_near_one():
 
 
 def test_orthogonalize_is_the_same_spread_over_a_mesh(mesh_of):
-    updates = {name: x for name, x in weights().items() if is_matrix(name)}
-    alone = orthogonalize(updates)
+    updates = {name: x for name, x in weights().items() if is_matrix(AXES[name])}
+    alone = orthogonalize(updates, AXES)
     mesh_of(seq=4, data=2)
-    spread = jax.jit(orthogonalize)(
+    spread = jax.jit(functools.partial(orthogonalize, axes=AXES))(
         {k: jax.device_put(np.asarray(x), jax.P()) for k, x in updates.items()}
     )
     for name in updates:
@@ -105,7 +117,7 @@ def test_both_go_downhill_and_only_matrices_decay(muon):
     target, params = weights(1), weights(0)
 
     def run(config, params, grad, steps):
-        optimizer = make_optimizer(config, 60)
+        optimizer = make_optimizer(config, 60, AXES)
         state = optimizer.init(params)
 
         @jax.jit
@@ -127,4 +139,4 @@ def test_both_go_downhill_and_only_matrices_decay(muon):
     assert distance(near) < 0.5 * distance(params)
     for name, x in params.items():
         shrunk = float(jnp.sum(still[name] ** 2) / jnp.sum(x**2))
-        assert shrunk < 0.99 if decays(name, x.ndim) else shrunk == 1, name
+        assert shrunk < 0.99 if decays(AXES[name]) else shrunk == 1, name

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
-from tiny_checkpoints import FIXTURES, flat, random_model, same, tensors, write
+from tiny_checkpoints import FIXTURES, assert_same, flat, random_model, tensors, write
 
 from jaxcp import models, weights
 from jaxcp.layers.parameter import RouterBias
@@ -66,7 +66,8 @@ def test_round_trip_is_exact(name, dtype, tmp_path):
     weights.save(model, tmp_path / "out", byte_level())
     same_tensors(tmp_path / "out", before)
     again, tokenizer = weights.load(tmp_path / "out")
-    assert again.config == model.config and same(again, model)
+    assert again.config == model.config
+    assert_same(again, model)
     assert tokenizer.decode(tokenizer.encode("ü")) == "ü"
 
 
@@ -89,7 +90,7 @@ def test_shards_are_one_checkpoint(name, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     shutil.copy(FIXTURES / name / "config.json", tmp_path)
     model, _ = weights.load(tmp_path)
-    assert same(model, weights.load(FIXTURES / name)[0])
+    assert_same(model, weights.load(FIXTURES / name)[0])
     weights.save(model, tmp_path / "again", shard_bytes=300_000)
     same_tensors(tmp_path / "again", everything)
     shards = sorted(p.name for p in (tmp_path / "again").glob("*.safetensors"))
@@ -113,10 +114,10 @@ def test_leaves_lie_on_the_mesh_as_the_model_says(name, mesh_of, tmp_path):
         assert len(value.sharding.device_set) == 8
         spread += not value.is_fully_replicated
     assert spread >= 4 * model.config.num_layers
-    assert same(model, whole)
+    assert_same(model, whole)
     weights.save(model, tmp_path / "out")
     assert load_file(tmp_path / "out/model.safetensors").keys() == tensors(name).keys()
-    assert same(weights.load(tmp_path / "out")[0], whole)
+    assert_same(weights.load(tmp_path / "out")[0], whole)
 
 
 def test_a_mesh_that_does_not_divide_the_heads(mesh_of):
@@ -167,7 +168,7 @@ def test_aliases_of_hy3(alias, tmp_path):
     renamed = alias(tensors("hy3-tiny"))
     assert renamed.keys() != tensors("hy3-tiny").keys()
     model, _ = weights.load(write(tmp_path / "in", "hy3-tiny", renamed))
-    assert same(model, weights.load(FIXTURES / "hy3-tiny")[0])
+    assert_same(model, weights.load(FIXTURES / "hy3-tiny")[0])
     weights.save(model, tmp_path / "out")
     same_tensors(tmp_path / "out", renamed)
 
@@ -175,7 +176,7 @@ def test_aliases_of_hy3(alias, tmp_path):
 def test_qwen3_as_transformers_holds_it(tmp_path):
     renamed = fused(tensors("qwen3-moe-tiny"), (0, 1, 2))
     model, _ = weights.load(write(tmp_path / "in", "qwen3-moe-tiny", renamed))
-    assert same(model, weights.load(FIXTURES / "qwen3-moe-tiny")[0])
+    assert_same(model, weights.load(FIXTURES / "qwen3-moe-tiny")[0])
     weights.save(model, tmp_path / "out")
     same_tensors(tmp_path / "out", renamed)
 
@@ -191,7 +192,7 @@ def test_gpt2_as_openai_named_it(tmp_path):
         "lm_head.weight": contents["wte.weight"],
     }
     model, _ = weights.load(write(tmp_path, "gpt2-tiny", contents))
-    assert same(model, weights.load(FIXTURES / "gpt2-tiny")[0])
+    assert_same(model, weights.load(FIXTURES / "gpt2-tiny")[0])
     weights.save(model, tmp_path / "out")
     same_tensors(tmp_path / "out", bare)
     contents["lm_head.weight"] = contents["wte.weight"] + 1
@@ -207,7 +208,7 @@ def test_draft_layer_is_left_out_knowingly(tmp_path, caplog):
         model, _ = weights.load(
             write(tmp_path, "hy3-tiny", contents | draft, num_nextn_predict_layers=0)
         )
-    assert same(model, weights.load(FIXTURES / "hy3-tiny")[0])
+    assert_same(model, weights.load(FIXTURES / "hy3-tiny")[0])
     assert f"left out {len(draft)} tensors" in caplog.text and "model.layers.4" in caplog.text
 
 
@@ -244,7 +245,8 @@ def test_a_hybrid_of_ours_round_trips(tmp_path):
     model = random_model(HYBRID)
     weights.save(model, tmp_path / "out")
     again, _ = weights.load(tmp_path / "out")
-    assert again.config == HYBRID and same(again, model)
+    assert again.config == HYBRID
+    assert_same(again, model)
     assert weights.load_config(tmp_path / "out") == HYBRID
 
 

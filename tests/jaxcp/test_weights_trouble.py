@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from tiny_checkpoints import FIXTURES, flat, same, tensors, write
+from tiny_checkpoints import FIXTURES, assert_same, flat, tensors, write
 
 from jaxcp import weights
 
@@ -146,14 +146,14 @@ def test_shards_that_are_not_there(tmp_path):
 
 
 def test_saving_again_replaces_the_weights_only(tmp_path):
-    out = write(tmp_path / "out", "hy3-tiny", tensors("hy3-tiny"), extra="kept")
+    out = write(tmp_path / "out", "hy3-tiny", tensors("hy3-tiny"), _name_or_path="kept")
     (out / "notes.txt").write_text("kept")
     model, _ = weights.load(out)
     model.embed.set_value(model.embed.get_value() + 1)
     weights.save(model, out)
     again, _ = weights.load(out)
-    assert same(again, model)
-    assert '"extra": "kept"' in (out / "config.json").read_text()
+    assert_same(again, model)
+    assert '"_name_or_path": "kept"' in (out / "config.json").read_text()
     assert sorted(p.name for p in out.iterdir()) == [
         "config.json",
         "model.safetensors",
@@ -166,7 +166,7 @@ def test_saving_several_files_over_one(tmp_path):
     model, _ = weights.load(out)
     with pytest.raises(ValueError, match=r"without model\.safetensors for weights in \d+ files"):
         weights.save(model, out, shard_bytes=300_000)
-    assert same(weights.load(out)[0], model)
+    assert_same(weights.load(out)[0], model)
 
 
 def test_saving_over_another_model(tmp_path):
@@ -178,7 +178,7 @@ def test_saving_over_another_model(tmp_path):
         weights.save(gpt, out)
     with pytest.raises(ValueError, match=r"config\.json is a file"):
         weights.save(gpt, out / "config.json")
-    assert same(weights.load(out)[0], weights.load(FIXTURES / "hy3-tiny")[0])
+    assert_same(weights.load(out)[0], weights.load(FIXTURES / "hy3-tiny")[0])
 
 
 def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
@@ -194,7 +194,7 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="no space left"):
             weights.save(model, target)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    assert same(weights.load(out)[0], model)
+    assert_same(weights.load(out)[0], model)
 
 
 KILLED = """
@@ -219,4 +219,4 @@ def test_a_save_that_is_killed_leaves_what_was_there(tmp_path):
     model, _ = weights.load(out)
     weights.save(model, out)
     assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.safetensors"]
-    assert same(weights.load(out)[0], model)
+    assert_same(weights.load(out)[0], model)

@@ -4,6 +4,7 @@
 import json
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,10 +21,9 @@ def flat(model):
     return {".".join(map(str, keys)): leaf.get_value() for keys, leaf in state}
 
 
-def same(a, b):
-    a, b = flat(a), flat(b)
-    assert a.keys() == b.keys()
-    return all(a[k].dtype == b[k].dtype and np.array_equal(a[k], b[k]) for k in a)
+def assert_same(a, b):
+    """Two models have the same leaves: names, dtypes and bits."""
+    chex.assert_trees_all_equal(flat(a), flat(b), strict=True)
 
 
 def tensors(name):

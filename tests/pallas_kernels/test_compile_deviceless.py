@@ -5,11 +5,14 @@ Compiling proves what the interpreter cannot: tiling, shared memory and VMEM, an
 matrix is left. That the machine code computes the right thing takes the chip.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from slow import slow_but
 
 from jaxcp.plan import compile_for, parse_target
 from pallas_kernels import flash_attention
@@ -66,21 +69,30 @@ def assert_holds(target, report, heads=4):
     assert report.temp_bytes < heads * TOKENS * TOKENS * 4 / 4, "a quarter of the score matrix"
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "target, head_dim",
+    slow_but(
+        itertools.product(TARGETS, (64, 128, 256)),
+        lambda case: case in [("rtx-pro-6000:1", 128), ("v6e:2x2", 128)],
+    ),
+)
 def test_forward_and_backward_compile(target, head_dim):
     assert_holds(target, compiled(target, head_dim))
 
 
-@pytest.mark.parametrize("target", ["rtx-pro-6000:1", "v6e:2x2"])
+@pytest.mark.parametrize(
+    "target", ["rtx-pro-6000:1", pytest.param("v6e:2x2", marks=pytest.mark.slow)]
+)
 def test_float32_soft_cap_and_an_odd_group_compile(target):
     assert_holds(target, compiled(target, 48, "float32", heads=6, soft_cap=20.0), heads=6)
 
 
+@pytest.mark.slow
 def test_float16_and_head_dim_512_compile_on_a_gpu():
     assert_holds("rtx-pro-6000:1", compiled("rtx-pro-6000:1", 512, "float16"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["v5p:2x2x1", "v6e:2x2"])
 @pytest.mark.parametrize(("head_dim", "dtype"), [(512, "bfloat16"), (320, "float16")])
 def test_float16_and_head_dims_to_512_compile_on_a_tpu(target, head_dim, dtype):
@@ -106,7 +118,10 @@ def test_a_million_keys_compile():
     assert report.temp_bytes < 64 << 20
 
 
-@pytest.mark.parametrize(("target", "temp_gib"), [("rtx-pro-6000:1", 0.5), ("v6e:2x2", 5)])
+@pytest.mark.parametrize(
+    ("target", "temp_gib"),
+    [("rtx-pro-6000:1", 0.5), pytest.param("v6e:2x2", 5, marks=pytest.mark.slow)],
+)
 def test_a_million_queries_and_a_million_keys_compile(target, temp_gib):
     """The lists of blocks, 8192 x 16384, are made some rows at a time."""
     tokens = 1 << 20

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
+from slow import slow_but
 
 from jaxcp.plan import compile_for, parse_target
 from pallas_kernels import decode_attention
@@ -44,12 +45,15 @@ def compiled(target, cache, *, queries=1, heads=64, kv_heads=8):
 
 @pytest.mark.parametrize(
     ("target", "cache"),
-    [
-        *((target, "bfloat16") for target in TARGETS),
-        ("rtx-pro-6000:1", "int8"),
-        *((target, "int8") for target in TARGETS[2:]),
-        ("tpu7x:2x2x1", "float8_e4m3fn"),
-    ],
+    slow_but(
+        [
+            *((target, "bfloat16") for target in TARGETS),
+            ("rtx-pro-6000:1", "int8"),
+            *((target, "int8") for target in TARGETS[2:]),
+            ("tpu7x:2x2x1", "float8_e4m3fn"),
+        ],
+        lambda case: case in [("rtx-pro-6000:1", "bfloat16"), ("v6e:2x2", "int8")],
+    ),
 )
 def test_a_million_slots_compile_and_are_not_copied(target, cache):
     report = compiled(target, cache)
@@ -57,6 +61,7 @@ def test_a_million_slots_compile_and_are_not_copied(target, cache):
     assert report.temp_bytes < 16 * SLOTS, "neither keys, values nor scales are copied"
 
 
+@pytest.mark.slow
 def test_sixteen_queries_compile():
     assert compiled("v5p:2x2x1", "int8", queries=16).kernels == 1
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from slow import slow_but
 
 from jaxcp.plan import compile_for, parse_target
 from pallas_kernels import grouped_matmul, grouped_swiglu
@@ -35,7 +36,10 @@ def mesh_of(target):
 
 @pytest.mark.parametrize(
     ("target", "dtype"),
-    [*((t, "bfloat16") for t in (*GPUS, *TPUS)), (GPUS[0], "float32"), (TPUS[2], "float32")],
+    slow_but(
+        [*((t, "bfloat16") for t in (*GPUS, *TPUS)), (GPUS[0], "float32"), (TPUS[2], "float32")],
+        lambda case: case in [(GPUS[0], "bfloat16"), (TPUS[2], "bfloat16")],
+    ),
 )
 def test_an_expert_layer_and_its_gradient_compile(target, dtype):
     """Rows spread over devices, weights whole on each: their gradient is summed over devices."""
@@ -62,7 +66,7 @@ def test_an_expert_layer_and_its_gradient_compile(target, dtype):
 
 
 @pytest.mark.parametrize(("values", "block"), [("int8", False), ("float8_e4m3fn", True)])
-@pytest.mark.parametrize("target", [GPUS[0], TPUS[0], TPUS[3]])
+@pytest.mark.parametrize("target", slow_but([GPUS[0], TPUS[0], TPUS[3]], lambda x: x == GPUS[0]))
 def test_weights_of_8_bits_compile(target, values, block):
     mesh = mesh_of(target)
     rows = described(mesh, (256, EMBED), jnp.bfloat16)
@@ -82,7 +86,7 @@ def test_weights_of_8_bits_compile(target, values, block):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("target", [*GPUS, *TPUS])
+@pytest.mark.parametrize("target", slow_but([*GPUS, *TPUS], lambda x: x == TPUS[2]))
 def test_weights_of_4_bits_compile(target, format):
     """Made whole on the way into the product: no weights in 16 bits in the device's memory."""
     mesh = mesh_of(target)

@@ -6,6 +6,7 @@ that they are compiled with, which have other paths: products in parts, one bloc
 """
 
 import pytest
+from slow import slow_but
 
 from benchmarks import numerics
 from pallas_kernels import testing, testing_decode, testing_grouped
@@ -71,7 +72,7 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("suite", "case"), CASES)
+@pytest.mark.parametrize(("suite", "case"), slow_but(CASES, lambda case: case in CASES[::4]))
 def test_the_blocks_of_sm_120(suite, case, monkeypatch):
     for module in (flash, decode, grouped):
         kept = tuple(row for row in module.TABLE if row[1] != INTERPRETED)

@@ -69,3 +69,19 @@ def test_it_is_the_softmax_over_both_sets():
     whole = attend(slice(0, 10))
     np.testing.assert_allclose(out, whole[0], rtol=1e-5)
     np.testing.assert_allclose(lse, whole[1], rtol=1e-5)
+
+
+def test_gradients_of_lse_are_finite_where_one_side_saw_nothing():
+    """The weight of what saw nothing stays 0: no gradient, whatever comes back through `lse`."""
+    lse = jnp.array([[-jnp.inf, -jnp.inf, 1.0], [-jnp.inf, 2.0, 1.0]])
+    out = jnp.where(jnp.isneginf(lse), 0.0, jnp.array([[1.0], [3.0]]))[..., None]
+
+    def one_by_one(out, lse):
+        return merge((out[0], lse[0]), (out[1], lse[1]))
+
+    for together in (one_by_one, merge_stacked):
+        found, pull = jax.vjp(together, out, lse)
+        dout, dlse = pull(jax.tree.map(jnp.ones_like, found))
+        np.testing.assert_allclose(dout[..., 0], [[0, 0, 0.5], [0, 1, 0.5]], atol=1e-6)
+        # of two equal weights: d out / d lse is half of the difference of out, d lse / d lse a half
+        np.testing.assert_allclose(dlse, [[0, 0, 0.0], [0, 1, 1.0]], atol=1e-6)

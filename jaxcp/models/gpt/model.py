@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GPT-2: learned positions, LayerNorm before each sublayer, tied head."""
+"""GPT-2: learned positions, LayerNorm before each sublayer, a head that is tied or not."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -13,8 +13,21 @@ from jaxcp.layers.mlp import ACTIVATIONS, MLP
 from jaxcp.layers.norm import LayerNorm
 from jaxcp.layers.parameter import normal
 from jaxcp.models.base import LanguageModel, embed
+from jaxcp.models.hf_config import HFConfig
 
 HF_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+HF_ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+HF_HARMLESS = (
+    *("attn_pdrop", "embd_pdrop", "resid_pdrop", "classifier_dropout"),  # of training
+    *("summary_type", "summary_use_proj", "summary_activation"),  # of GPT2DoubleHeadsModel
+    *("summary_proj_to_labels", "summary_first_dropout", "summary_last_dropout"),
+    "reorder_and_upcast_attn",  # the same in float32, in which attention is computed here
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +43,8 @@ class GPTConfig:
     norm_eps: float = 1e-5
     activation: str = "gelu_tanh"
     use_bias: bool = True
+    tie_embeddings: bool = True
+    """The head is the embedding."""
     dtype: str = "float32"
     remat: bool = False
 
@@ -46,28 +61,38 @@ class GPTConfig:
             object.__setattr__(self, "mlp_dim", 4 * self.embed_dim)
 
     @classmethod
-    def from_hf(cls, d: dict[str, Any]) -> "GPTConfig":
-        """From a `config.json` of model_type gpt2."""
-        activation = d.get("activation_function", "gelu_new")
+    def from_hf(cls, fields: Mapping[str, Any]) -> "GPTConfig":
+        """From a `config.json` of model_type gpt2.
+
+        Raises:
+          KeyError: a field that decides what is computed is not there.
+          NotImplementedError: a field with a value, or of a name, that is not known here.
+          ValueError: a value that makes no sense, or contradicts another one.
+        """
+        d = HFConfig(fields, aliases=HF_ALIASES, harmless=HF_HARMLESS)
+        activation = d.word("activation_function", "gelu_new")
         if activation not in HF_ACTIVATIONS:
             raise ValueError(
                 f"gpt2: activation_function must be one of {sorted(HF_ACTIVATIONS)}; "
                 f"got {activation!r}"
             )
-        for key in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
-            if d.get(key):
-                raise NotImplementedError(f"gpt2: {key}=true is not supported")
-        return cls(
-            vocab_size=d["vocab_size"],
-            max_positions=d["n_positions"],
-            num_layers=d["n_layer"],
-            num_heads=d["n_head"],
-            embed_dim=d["n_embd"],
-            mlp_dim=d.get("n_inner") or 4 * d["n_embd"],
-            norm_eps=d["layer_norm_epsilon"],
+        d.only(scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,))
+        vocab, positions, width = d.size("vocab_size"), d.size("n_positions"), d.size("n_embd")
+        d.agree(n_ctx=positions)
+        config = cls(
+            vocab_size=vocab,
+            max_positions=positions,
+            num_layers=d.count("n_layer"),
+            num_heads=d.size("n_head"),
+            embed_dim=width,
+            mlp_dim=d.size("n_inner", None) or 4 * width,
+            norm_eps=d.number("layer_norm_epsilon"),
             activation=HF_ACTIVATIONS[activation],
-            dtype=d.get("dtype") or d.get("torch_dtype") or "float32",
+            tie_embeddings=d.flag("tie_word_embeddings", True),
+            dtype=d.dtype(published="float32"),
         )
+        d.finish()
+        return config
 
     def to_hf(self) -> dict[str, Any]:
         """What `from_hf` reads."""
@@ -89,7 +114,7 @@ class GPTConfig:
             "n_inner": self.mlp_dim,
             "layer_norm_epsilon": self.norm_eps,
             "activation_function": activation,
-            "tie_word_embeddings": True,
+            "tie_word_embeddings": self.tie_embeddings,
             "dtype": self.dtype,
         }
 
@@ -138,12 +163,15 @@ class GPT(LanguageModel):
         )
         self.layers = nnx.List([Block(config, i, rngs) for i in range(config.num_layers)])
         self.final_norm = LayerNorm(config.embed_dim, eps=config.norm_eps)
+        if not config.tie_embeddings:
+            head = config.embed_dim, config.vocab_size
+            self.lm_head = normal(rngs, head, ("embed", "vocab"), 0.02)
 
     def forward(self, tokens, positions, attend):
         dtype = jnp.dtype(self.config.dtype)
         x = embed(self.embed, tokens, dtype) + embed(self.position_embed, positions, dtype)
         for layer in self.layers:
-            block = jax.checkpoint(_block, static_argnums=3) if self.config.remat else _block
+            block = self.recomputed(_block, attend, static_argnums=3)
             x = block(layer, x, positions, attend)
         return self.final_norm(x), None
 
@@ -156,7 +184,8 @@ class GPT(LanguageModel):
         }
 
     def head_kernel(self):
-        return self.embed.get_value().T
+        tied = self.config.tie_embeddings
+        return self.embed.get_value().T if tied else self.lm_head.get_value()
 
 
 def _block(layer, x, positions, attend):

@@ -5,7 +5,7 @@ Axes: `v` vocabulary, `p` positions, `d` embed, `n` heads, `h` head, `f` mlp.
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from jaxcp.models.weight_table import Row
@@ -36,10 +36,16 @@ TABLE = (
     _row("h.{i}.mlp.c_proj.bias", "d", "layers.{i}.mlp.down_bias", "d"),
     _row("ln_f.weight", "d", "final_norm.scale", "d"),
     _row("ln_f.bias", "d", "final_norm.bias", "d"),
+    Row("lm_head.weight", "v d", "lm_head", "d v"),  # where it is not tied
 )
 
 # Tensors that repeat a leaf: they may be there, and then must be equal to it.
 COPIES = {"lm_head.weight": "embed"}
+
+
+def copies(config: Any) -> Mapping[str, str]:
+    """`COPIES`, where the head is tied."""
+    return COPIES if config.tie_embeddings else {}
 
 
 def left_out(names: Collection[str], config: Any) -> frozenset[str]:

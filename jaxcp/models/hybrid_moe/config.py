@@ -81,6 +81,8 @@ class HybridMoEConfig:
     norm: NormConfig = NormConfig()
     ngram: NGramConfig = NGramConfig()
     num_mtp_layers: int = 0
+    tie_embeddings: bool = False
+    """The head is the embedding."""
     dtype: str = "float32"
     remat: bool = False
     reproducible_experts: bool = False
@@ -108,6 +110,7 @@ class HybridMoEConfig:
                 "needs 1 <= num_experts_per_tok <= num_experts; "
                 f"got {self.num_experts_per_tok} of {self.num_experts}"
             )
+        self.experts.routing.check(self.num_experts, self.num_experts_per_tok)
         if not 0 <= self.first_dense_layers <= self.num_layers:
             raise ValueError(
                 "needs 0 <= first_dense_layers <= num_layers; "

@@ -7,11 +7,13 @@ chance: every field that matters is read, and written.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from jaxcp.layers.mlp import SwiGLU
 from jaxcp.layers.rope import Rope, YaRN
 from jaxcp.layers.routing import Routing
+from jaxcp.models.hf_config import HARMLESS_NAMES, SILU, HFConfig
 from jaxcp.models.hybrid_moe.config import (
     AttentionConfig,
     ExpertsConfig,
@@ -22,74 +24,37 @@ from jaxcp.models.hybrid_moe.config import (
 
 OURS = "jaxcp_hybrid_moe"
 KINDS = {"sliding_attention": "L", "full_attention": "G"}
-NEUTRAL: dict[str, tuple] = {
-    "hidden_act": ("silu",),
-    "tie_word_embeddings": (False,),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "layer_types": (None,),
-    "sliding_window": (None,),
-    "use_sliding_window": (False,),
-    "attention_chunk_size": (None,),
-    "no_rope_layers": (None,),
-    "attn_logit_softcapping": (None,),
-    "final_logit_softcapping": (None,),
-    "query_pre_attn_scalar": (None,),
-    "attention_multiplier": (None, 1.0),
-    "embedding_multiplier": (None, 1.0),
-    "residual_multiplier": (None, 1.0),
-    "logits_scaling": (None, 1.0),
-    "swiglu_limit": (None,),
-    "swiglu_alpha": (None,),
-    "n_group": (None, 1),
-    "scoring_func": (None,),
-    "num_shared_experts": (None, 0),
-    "shared_expert_intermediate_size": (None, 0),
-    "kv_lora_rank": (None,),
-    "index_topk": (None,),
-    "hc_mult": (None,),
-    "qk_norm": (True,),
-    "moe_router_use_sigmoid": (True,),
-    # jaxcp's own, of files before jaxcp_hybrid_moe
-    "layer_pattern": (None, "G"),
-    "ngram_width": (None, 1),
-}
-"""Fields that change what a model computes, and the values that do not. A family reads some."""
+OLD_OURS = {"layer_pattern": (None, "G"), "ngram_width": (None, 1)}
+"""jaxcp's own, of files before jaxcp_hybrid_moe."""
 
 
-QUANTISED = None, "jaxcp", "fp8", "mxfp4", "modelopt", "compressed-tensors"
-"""Whose tensors say by themselves how they are quantised, see `jaxcp.quantised_files`."""
-
-
-def _refuse_others(d: dict[str, Any], *reads: str) -> None:
-    wrong = {k: d[k] for k, same in NEUTRAL.items() if k in d and k not in reads}
-    wrong = {k: v for k, v in wrong.items() if v not in NEUTRAL[k]}
-    _refuse_other_formats(d)
-    if wrong:
-        wanted = {k: NEUTRAL[k][0] for k in wrong}
-        raise NotImplementedError(f"{d['model_type']}: supported are {wanted}; got {wrong}")
-
-
-def _refuse_other_formats(d: dict[str, Any]) -> None:
-    method = (d.get("quantization_config") or {}).get("quant_method")
-    if method not in QUANTISED:
-        raise NotImplementedError(
-            f"{d['model_type']}: quantization_config has a quant_method of "
-            f"{', '.join(map(str, QUANTISED[1:]))}; got {method}"
-        )
-
-
-def _sizes(d: dict[str, Any]) -> dict[str, Any]:
+def _sizes(d: HFConfig) -> dict[str, Any]:
     """What the three have in common."""
+    d.only(hidden_act=SILU, **OLD_OURS)
     return {
-        "vocab_size": d["vocab_size"],
-        "num_layers": d["num_hidden_layers"],
-        "embed_dim": d["hidden_size"],
-        "num_heads": d["num_attention_heads"],
-        "num_kv_heads": d["num_key_value_heads"],
-        "num_experts_per_tok": d["num_experts_per_tok"],
-        "dtype": d.get("dtype") or d.get("torch_dtype") or "float32",
+        "vocab_size": d.size("vocab_size"),
+        "num_layers": d.size("num_hidden_layers"),
+        "embed_dim": d.size("hidden_size"),
+        "num_heads": d.size("num_attention_heads"),
+        "num_kv_heads": d.size("num_key_value_heads"),
+        "num_experts_per_tok": d.size("num_experts_per_tok"),
+        "dtype": d.dtype(published="bfloat16"),
     }
+
+
+def _head_dim(d: HFConfig, *default: int) -> int:
+    if default and "head_dim" not in d:
+        return default[0]
+    return d.size("head_dim", None) or d.size("hidden_size") // d.size("num_attention_heads")
+
+
+def _all_layers_are(d: HFConfig, kind: str) -> None:
+    """Raises where `layer_types` does not say again what other fields say of all layers."""
+    types = d.kinds("layer_types", d.size("num_hidden_layers"))
+    if types is not None and set(types) != {kind}:
+        raise NotImplementedError(
+            f"{d.model_type}: all layers are {kind} by the other fields; got layer_types={types}"
+        )
 
 
 def _sizes_of(c: HybridMoEConfig) -> dict[str, Any]:
@@ -105,7 +70,7 @@ def _sizes_of(c: HybridMoEConfig) -> dict[str, Any]:
         "rms_norm_eps": c.norm.eps,
         "rope_parameters": c.attention.rope.to_hf(),
         "hidden_act": "silu",
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": c.tie_embeddings,
         "dtype": c.dtype,
     } | ({} if limit is None else {"max_position_embeddings": limit})
 
@@ -113,49 +78,53 @@ def _sizes_of(c: HybridMoEConfig) -> dict[str, Any]:
 # Hy3
 
 
-def _read_hy_v3(d: dict[str, Any]) -> HybridMoEConfig:
-    _refuse_others(d, "num_shared_experts")
-    width = d.get("moe_intermediate_size") or d["expert_hidden_dim"]
-    if d.get("expert_hidden_dim", width) != width:
-        raise ValueError(
-            "hy_v3: moe_intermediate_size and expert_hidden_dim are one thing; "
-            f"got {width} and {d['expert_hidden_dim']}"
-        )
-    return HybridMoEConfig(
+HY_V3_ALIASES = {
+    "num_local_experts": "num_experts",
+    "expert_hidden_dim": "moe_intermediate_size",
+}
+# How precisely a program computes; logits and attention are float32 here.
+HY_V3_HARMLESS = "enable_attention_fp32_softmax", "enable_lm_head_fp32", "use_grouped_mm"
+
+
+def _read_hy_v3(fields: Mapping[str, Any]) -> HybridMoEConfig:
+    d = HFConfig(fields, aliases=HY_V3_ALIASES, harmless=HY_V3_HARMLESS)
+    d.only(
+        attention_bias=(False,), tie_word_embeddings=(False,), qk_norm=(True,),
+        moe_router_use_sigmoid=(True,),
+    )  # fmt: skip
+    _all_layers_are(d, "full_attention")
+    config = HybridMoEConfig(
         **_sizes(d),
-        head_dim=d.get("head_dim", 128),
-        mlp_dim=d["intermediate_size"],
-        moe_dim=width,
-        num_experts=d["num_experts"],
+        head_dim=_head_dim(d, 128),
+        mlp_dim=d.size("intermediate_size"),
+        moe_dim=d.size("moe_intermediate_size"),
+        num_experts=d.size("num_experts"),
         first_dense_layers=_dense_layers(d),
         attention=AttentionConfig(
-            rope=_rope(d, 11_158_840.0),
-            max_positions=d.get("max_position_embeddings"),
+            rope=Rope.from_hf(d, theta=11_158_840.0),
+            max_positions=d.size("max_position_embeddings", None),
         ),
         experts=ExpertsConfig(
-            num_shared=d.get("num_shared_experts", 1),
+            num_shared=d.count("num_shared_experts", 1),
             routing=Routing(
-                selection_bias=d.get("moe_router_enable_expert_bias", True),
-                normalise=d.get("route_norm", True),
-                scale=d.get("router_scaling_factor", 2.826),
+                selection_bias=d.flag("moe_router_enable_expert_bias", True),
+                normalise=d.flag("route_norm", True),
+                scale=d.number("router_scaling_factor", 2.826),
             ),
-            float32_sum=d.get("enable_moe_fp32_combine", True),
+            float32_sum=d.flag("enable_moe_fp32_combine", True),
         ),
-        norm=NormConfig(eps=d.get("rms_norm_eps", 1e-5)),
-        num_mtp_layers=d.get("num_nextn_predict_layers") or 0,
+        norm=NormConfig(eps=d.number("rms_norm_eps", 1e-5)),
+        num_mtp_layers=d.count("num_nextn_predict_layers", None) or 0,
     )
+    d.finish()
+    return config
 
 
-def _dense_layers(d: dict[str, Any]) -> int:
+def _dense_layers(d: HFConfig) -> int:
     """transformers reads `mlp_layer_types` alone, vLLM `first_k_dense_replace` alone."""
-    types, layers = d.get("mlp_layer_types"), d["num_hidden_layers"]
-    if types is None:
-        return d.get("first_k_dense_replace", min(1, layers))
-    dense = types.count("dense")
-    if types != ["dense"] * dense + ["sparse"] * (layers - dense):
-        raise NotImplementedError(
-            f"hy_v3: {layers} mlp_layer_types, the dense ones first; got mlp_layer_types={types}"
-        )
+    dense = d.leading("mlp_layer_types", d.size("num_hidden_layers"), "dense", "sparse")
+    if dense is None:
+        return d.count("first_k_dense_replace", 1)
     if d.get("first_k_dense_replace", dense) != dense:
         raise ValueError(
             f"hy_v3: mlp_layer_types has {dense} dense layers, "
@@ -190,37 +159,47 @@ def _write_hy_v3(c: HybridMoEConfig) -> dict[str, Any]:
 # Qwen3-MoE
 
 
-def _read_qwen3_moe(d: dict[str, Any]) -> HybridMoEConfig:
-    _refuse_others(d, "attention_bias", "sliding_window", "use_sliding_window")
-    windowed = d.get("use_sliding_window", False)
-    dense, step = d.get("mlp_only_layers") or [], d.get("decoder_sparse_step", 1)
+QWEN3_MOE_ALIASES = {"num_local_experts": "num_experts"}
+QWEN3_MOE_HARMLESS = ("max_window_layers",)  # of Qwen2: here all layers have a window, or none
+
+
+def _read_qwen3_moe(fields: Mapping[str, Any]) -> HybridMoEConfig:
+    d = HFConfig(fields, aliases=QWEN3_MOE_ALIASES, harmless=QWEN3_MOE_HARMLESS)
+    d.only(qk_norm=(True,), use_qk_norm=(True,))
+    window = d.size("sliding_window", None) if "sliding_window" in d else 4096
+    windowed = d.flag("use_sliding_window", False) and window is not None
+    _all_layers_are(d, "sliding_attention" if windowed else "full_attention")
+    dense, step = d.places("mlp_only_layers") or [], d.size("decoder_sparse_step", 1)
     if sorted(dense) != list(range(len(dense))) or step != 1:
         raise NotImplementedError(
             "qwen3_moe: dense layers must come first; "
             f"got mlp_only_layers={dense}, decoder_sparse_step={step}"
         )
-    return HybridMoEConfig(
+    config = HybridMoEConfig(
         **_sizes(d),
-        head_dim=d.get("head_dim") or d["hidden_size"] // d["num_attention_heads"],
-        mlp_dim=d["intermediate_size"],
-        moe_dim=d["moe_intermediate_size"],
-        num_experts=_num_experts(d),
+        head_dim=_head_dim(d),
+        mlp_dim=d.size("intermediate_size"),
+        moe_dim=d.size("moe_intermediate_size"),
+        num_experts=d.size("num_experts"),
         first_dense_layers=len(dense),
         layer_pattern="L" if windowed else "G",
-        window=d.get("sliding_window", 4096) if windowed else None,
+        window=window if windowed else None,
+        tie_embeddings=d.flag("tie_word_embeddings", False),
         attention=AttentionConfig(
-            rope=_rope(d, 10_000.0),
-            use_bias=d.get("attention_bias", False),
-            max_positions=d.get("max_position_embeddings"),
+            rope=Rope.from_hf(d),
+            use_bias=d.flag("attention_bias", False),
+            max_positions=d.size("max_position_embeddings", None),
         ),
         experts=ExpertsConfig(
             num_shared=0,
             routing=Routing(
-                scores="softmax", selection_bias=False, normalise=d.get("norm_topk_prob", False)
+                scores="softmax", selection_bias=False, normalise=d.flag("norm_topk_prob", False)
             ),
         ),
-        norm=NormConfig(eps=d.get("rms_norm_eps", 1e-6)),
+        norm=NormConfig(eps=d.number("rms_norm_eps", 1e-6)),
     )
+    d.finish()
+    return config
 
 
 def _write_qwen3_moe(c: HybridMoEConfig) -> dict[str, Any]:
@@ -243,45 +222,71 @@ def _write_qwen3_moe(c: HybridMoEConfig) -> dict[str, Any]:
 # gpt-oss
 
 
-def _read_gpt_oss(d: dict[str, Any]) -> HybridMoEConfig:
-    reads = ["attention_bias", "sliding_window", "layer_types", "swiglu_limit", "swiglu_alpha"]
-    reads += ["use_sliding_window"]  # which transformers does not read here
-    _refuse_others(d, *reads)
-    layers = d["num_hidden_layers"]
-    types = d.get("layer_types") or [list(KINDS)[i % 2] for i in range(layers)]
-    if len(types) != layers or set(types) - KINDS.keys():
-        raise NotImplementedError(
-            f"gpt_oss: {layers} layer_types out of {list(KINDS)}; got layer_types={types}"
-        )
-    pattern = "".join(KINDS[kind] for kind in types)
-    period = next(n for n in range(1, layers + 1) if pattern == (pattern[:n] * layers)[:layers])
-    return HybridMoEConfig(
+GPT_OSS_YARN = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+GPT_OSS_ALIASES = {
+    "num_experts": "num_local_experts",
+    "experts_per_token": "num_experts_per_tok",
+}
+GPT_OSS_HARMLESS = ("use_sliding_window",)  # `layer_types` says it
+
+
+def _read_gpt_oss(fields: Mapping[str, Any]) -> HybridMoEConfig:
+    d = HFConfig(fields, aliases=GPT_OSS_ALIASES, harmless=GPT_OSS_HARMLESS)
+    rope = Rope.from_hf(d, theta=150_000.0, default=GPT_OSS_YARN)
+    if rope.yarn is not None:
+        d.agree(initial_context_length=rope.yarn.original_max_positions)
+    config = HybridMoEConfig(
         **_sizes(d),
-        head_dim=d.get("head_dim") or d["hidden_size"] // d["num_attention_heads"],
-        mlp_dim=d["intermediate_size"],
-        moe_dim=d["intermediate_size"],
-        num_experts=_num_experts(d),
+        head_dim=_head_dim(d, 64),
+        mlp_dim=d.size("intermediate_size"),
+        moe_dim=d.size("intermediate_size"),
+        num_experts=d.size("num_local_experts"),
         first_dense_layers=0,
-        layer_pattern=pattern[:period],
-        window=d.get("sliding_window", 128),
+        layer_pattern=_pattern(d),
+        window=d.size("sliding_window", None) if "sliding_window" in d else 128,
+        tie_embeddings=d.flag("tie_word_embeddings", False),
         attention=AttentionConfig(
-            rope=_rope(d, 150_000.0, yarn=GPT_OSS_YARN),
+            rope=rope,
             qk_norm=False,
-            use_bias=d.get("attention_bias", True),
+            use_bias=d.flag("attention_bias", True),
             sinks=True,
-            max_positions=d.get("max_position_embeddings"),
+            max_positions=d.size("max_position_embeddings", None),
         ),
         experts=ExpertsConfig(
             num_shared=0,
             # softmax over the chosen is softmax over all, normalised
             routing=Routing(scores="softmax", selection_bias=False, linear_bias=True),
             activation=SwiGLU(
-                limit=d.get("swiglu_limit", 7.0), alpha=d.get("swiglu_alpha", 1.702), shift=1.0
+                limit=d.number("swiglu_limit", 7.0),
+                alpha=d.number("swiglu_alpha", 1.702),
+                shift=1.0,
             ),
             use_bias=True,
         ),
-        norm=NormConfig(eps=d.get("rms_norm_eps", 1e-5), float32_scale=True),
+        norm=NormConfig(eps=d.number("rms_norm_eps", 1e-5), float32_scale=True),
     )
+    d.finish()
+    return config
+
+
+def _pattern(d: HFConfig) -> str:
+    layers = d.size("num_hidden_layers")
+    types = d.kinds("layer_types", layers)
+    if types is None:
+        return "LG"[:layers]
+    if set(types) - KINDS.keys():
+        raise NotImplementedError(
+            f"gpt_oss: layer_types are of {list(KINDS)}; got layer_types={types}"
+        )
+    pattern = "".join(KINDS[kind] for kind in types)
+    return pattern[: next(n for n in range(1, layers + 1) if pattern.startswith(pattern[n:]))]
 
 
 def _write_gpt_oss(c: HybridMoEConfig) -> dict[str, Any]:
@@ -299,49 +304,42 @@ def _write_gpt_oss(c: HybridMoEConfig) -> dict[str, Any]:
     }
 
 
-GPT_OSS_YARN = {
-    "rope_type": "yarn",
-    "factor": 32.0,
-    "beta_fast": 32.0,
-    "beta_slow": 1.0,
-    "truncate": False,
-    "original_max_position_embeddings": 4096,
-}
-
-
-def _rope(d: dict[str, Any], theta: float, yarn: dict[str, Any] | None = None) -> Rope:
-    """`theta`, `yarn`: where the file says nothing."""
-    given = d.get("rope_parameters") or d.get("rope_scaling")
-    return Rope.from_hf({"rope_theta": theta, **d, "rope_parameters": given or yarn})
-
-
-def _num_experts(d: dict[str, Any]) -> int:
-    return d["num_experts"] if "num_experts" in d else d["num_local_experts"]
-
-
 # Mixtures: our own fields, as they are
 
 
-def _read_ours(d: dict[str, Any]) -> HybridMoEConfig:
-    _refuse_other_formats(d)
-    others = "model_type", "architectures", "quantization_config"
-    fields = {k: v for k, v in d.items() if k not in others}
-    attention, experts = dict(fields["attention"]), dict(fields["experts"])
+def _read_ours(fields: Mapping[str, Any]) -> HybridMoEConfig:
+    d = HFConfig(fields)
+    given = {k: d[k] for k in d if k not in HARMLESS_NAMES}
+    d.finish()
+    attention, experts = dict(given["attention"]), dict(given["experts"])
     rope = dict(attention["rope"])
     try:
-        rope["yarn"] = None if rope["yarn"] is None else YaRN(**rope["yarn"])
-        attention["rope"] = Rope(**rope)
-        experts["routing"] = Routing(**experts["routing"])
-        experts["activation"] = SwiGLU(**experts["activation"])
-        fields |= {
-            "attention": AttentionConfig(**attention),
-            "experts": ExpertsConfig(**experts),
-            "norm": NormConfig(**fields["norm"]),
-            "ngram": NGramConfig(**fields["ngram"]),
+        rope["yarn"] = None if rope["yarn"] is None else _made(YaRN, rope["yarn"])
+        attention["rope"] = _made(Rope, rope)
+        experts["routing"] = _made(Routing, experts["routing"])
+        experts["activation"] = _made(SwiGLU, experts["activation"])
+        given |= {
+            "attention": _made(AttentionConfig, attention),
+            "experts": _made(ExpertsConfig, experts),
+            "norm": _made(NormConfig, given["norm"]),
+            "ngram": _made(NGramConfig, given["ngram"]),
         }
-        return HybridMoEConfig(**fields)
+        return _made(HybridMoEConfig, given)
     except TypeError as error:
-        raise ValueError(f"{OURS}: a field that is not known, or not there: {error}") from error
+        raise ValueError(
+            f"{OURS}: a field that is not known, not there, or of another type: {error}"
+        ) from error
+
+
+def _made(cls: Any, values: Mapping[str, Any]) -> Any:
+    """`cls(**values)`; TypeError where a value is not of its field's type."""
+    for field in dataclasses.fields(cls):
+        kind: Any = field.type
+        value = values.get(field.name, field.default)
+        is_good = isinstance(value, int | float if kind is float else kind)
+        if field.name in values and (not is_good or isinstance(value, bool) != (kind is bool)):
+            raise TypeError(f"{field.name} must be {kind}; got {value!r}")
+    return cls(**values)
 
 
 def _write_ours(c: HybridMoEConfig) -> dict[str, Any]:

@@ -5,7 +5,6 @@ Dense layers first, then mixture of experts. The layer pattern adds layers with 
 and layers without rotary positions.
 """
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -78,14 +77,17 @@ class HybridMoE(DraftingModel):
 
     def __init__(self, config: HybridMoEConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.embed = normal(rngs, (config.vocab_size, config.embed_dim), ("vocab", "embed"), 1.0)
+        table = config.vocab_size, config.embed_dim
+        std = 0.02 if config.tie_embeddings else 1.0
+        self.embed = normal(rngs, table, ("vocab", "embed"), std)
         if config.ngram.width > 1:
             self.ngram = NGram(
                 config.vocab_size, config.ngram.dim, config.ngram.width, config.embed_dim, rngs=rngs
             )
         self.layers = nnx.List([Block(config, i, rngs) for i in range(config.num_layers)])
         self.final_norm = norm(config)
-        self.lm_head = normal(rngs, (config.embed_dim, config.vocab_size), ("embed", "vocab"), 0.01)
+        if not config.tie_embeddings:
+            self.lm_head = normal(rngs, table[::-1], ("embed", "vocab"), 0.01)
         if config.num_mtp_layers:
             self.mtp = JoinedMTP(
                 config.embed_dim,
@@ -98,7 +100,7 @@ class HybridMoE(DraftingModel):
         x = self._embedded(tokens, jnp.dtype(self.config.dtype))
         stats = []
         for layer in self.layers:
-            block = jax.checkpoint(_block, static_argnums=3) if self.config.remat else _block
+            block = self.recomputed(_block, attend, static_argnums=3)
             x, of_layer = block(layer, x, positions, attend)
             stats.append(of_layer)
         return self.final_norm(x), stacked(stats)
@@ -124,7 +126,8 @@ class HybridMoE(DraftingModel):
         return shape | {"layers": shape["layers"] + self.config.num_mtp_layers}
 
     def head_kernel(self):
-        return self.lm_head.get_value()
+        tied = self.config.tie_embeddings
+        return self.embed.get_value().T if tied else self.lm_head.get_value()
 
 
 def norm(config: HybridMoEConfig) -> RMSNorm:

@@ -123,7 +123,12 @@ MTP = (
     Row(f"{LAYER}.final_layernorm.weight", "d", "mtp.final_norm.scale", "d"),
 )
 
-COPIES: Mapping[str, str] = {}
+COPIES = {"lm_head.weight": "embed"}
+
+
+def copies(config: HybridMoEConfig) -> Mapping[str, str]:
+    """`COPIES`, where the head is tied."""
+    return COPIES if config.tie_embeddings else {}
 
 
 @functools.lru_cache(maxsize=8)

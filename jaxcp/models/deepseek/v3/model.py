@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -20,12 +19,12 @@ from jaxcp.layers.mlp import GatedMLP
 from jaxcp.layers.moe import MoE
 from jaxcp.layers.norm import RMSNorm
 from jaxcp.layers.parameter import normal
-from jaxcp.layers.rope import Rope
+from jaxcp.layers.rope import Rope, merged
 from jaxcp.layers.router_stats import stacked
 from jaxcp.layers.routing import Routing
 from jaxcp.models.base import embed
-from jaxcp.models.deepseek.fields import Fields
 from jaxcp.models.drafting import DraftingModel, JoinedMTP
+from jaxcp.models.hf_config import SILU, HFConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +67,7 @@ class DeepSeekV3Config:
                 "needs 1 <= num_experts_per_tok <= num_experts; "
                 f"got {self.num_experts_per_tok} of {self.num_experts}"
             )
-
+        self.routing.check(self.num_experts, self.num_experts_per_tok)
         if self.num_mtp_layers not in (0, 1):
             raise NotImplementedError(
                 "num_mtp_layers must be 0 or 1 (deeper drafts use the one layer again); "
@@ -84,62 +83,53 @@ class DeepSeekV3Config:
 
     @classmethod
     def from_hf(cls, fields: Mapping[str, Any]) -> "DeepSeekV3Config":
-        """From a `config.json` of model_type deepseek_v3 or deepseek_v32.
+        """From a `config.json` of model_type deepseek_v3, deepseek_v32 or kimi_k2, which is V3.
 
         Raises:
           KeyError: a field that decides what is computed is not there.
           NotImplementedError: a field with a value, or of a name, that is not known here.
         """
-        d = Fields(fields)
-        sparse = d["model_type"] == "deepseek_v32"
-        layers, heads, dense = (
-            d["num_hidden_layers"], d["num_attention_heads"], d["first_k_dense_replace"],
-        )  # fmt: skip
+        d = HFConfig(fields, aliases=HF_ALIASES)
+        layers, heads = d.size("num_hidden_layers"), d.size("num_attention_heads")
+        d["q_lora_rank"] or _no_direct_queries()
         latent = LatentDims(
-            q_rank=d["q_lora_rank"] or _no_direct_queries(),
-            kv_rank=d["kv_lora_rank"],
-            nope_dim=d["qk_nope_head_dim"],
-            rope_dim=d["qk_rope_head_dim"],
-            value_dim=d["v_head_dim"],
+            q_rank=d.size("q_lora_rank"),
+            kv_rank=d.size("kv_lora_rank"),
+            nope_dim=d.size("qk_nope_head_dim"),
+            rope_dim=d.size("qk_rope_head_dim"),
+            value_dim=d.size("v_head_dim"),
         )
-        d.must_be(
-            hidden_act="silu", attention_bias=False, mlp_bias=False, tie_word_embeddings=False,
-            rope_interleave=True, scoring_func="sigmoid", topk_method="noaux_tc", moe_layer_freq=1,
-            num_key_value_heads=heads, qk_head_dim=latent.nope_dim + latent.rope_dim,
-            head_dim=latent.rope_dim, layer_types=["indexed_attention"] * layers,
-            mlp_layer_types=["dense"] * dense + ["sparse"] * (layers - dense),
+        d.only(
+            hidden_act=SILU, attention_bias=(False,), mlp_bias=(False,),
+            tie_word_embeddings=(False,), rope_interleave=(True,), scoring_func=("sigmoid",),
+            topk_method=("noaux_tc",), moe_layer_freq=(1,), num_key_value_heads=(heads, None),
+            qk_head_dim=(latent.nope_dim + latent.rope_dim,), head_dim=(latent.rope_dim,),
         )  # fmt: skip
-        index = None
-        if sparse:
-            index = IndexDims(
-                num_heads=d["index_n_heads"], head_dim=d["index_head_dim"], top_k=d["index_topk"]
-            )
-        scaling = {**(d.get("rope_scaling") or {}), **(d.get("rope_parameters") or {})}
         config = cls(
-            vocab_size=d["vocab_size"],
+            vocab_size=d.size("vocab_size"),
             num_layers=layers,
-            embed_dim=d["hidden_size"],
+            embed_dim=d.size("hidden_size"),
             num_heads=heads,
             latent=latent,
-            index=index,
-            mlp_dim=d["intermediate_size"],
-            moe_dim=d["moe_intermediate_size"],
-            num_experts=d["n_routed_experts"],
-            num_experts_per_tok=d["num_experts_per_tok"],
-            num_shared_experts=d["n_shared_experts"] or 0,
-            first_dense_layers=dense,
+            index=_index(d, layers),
+            mlp_dim=d.size("intermediate_size"),
+            moe_dim=d.size("moe_intermediate_size"),
+            num_experts=d.size("n_routed_experts"),
+            num_experts_per_tok=d.size("num_experts_per_tok"),
+            num_shared_experts=0 if d["n_shared_experts"] is None else d.count("n_shared_experts"),
+            first_dense_layers=_dense_layers(d, layers),
             routing=Routing(
-                normalise=d["norm_topk_prob"],
-                scale=d["routed_scaling_factor"],
-                num_groups=d["n_group"],
-                top_groups=d["topk_group"],
+                normalise=d.flag("norm_topk_prob"),
+                scale=d.number("routed_scaling_factor"),
+                num_groups=d.size("n_group"),
+                top_groups=d.size("topk_group"),
             ),
             rope=Rope.from_hf(d, interleaved=True),
-            mscale_all_dim=float(scaling.get("mscale_all_dim") or 0.0),
-            max_positions=d["max_position_embeddings"],
-            norm_eps=d["rms_norm_eps"],
-            num_mtp_layers=d.get("num_nextn_predict_layers", 0),
-            dtype=d.dtype(),
+            mscale_all_dim=float((merged(d) or {}).get("mscale_all_dim") or 0.0),
+            max_positions=d.size("max_position_embeddings"),
+            norm_eps=d.number("rms_norm_eps"),
+            num_mtp_layers=d.count("num_nextn_predict_layers", None) or 0,
+            dtype=d.dtype(published="bfloat16"),
         )
         d.finish()
         return config
@@ -196,6 +186,36 @@ class DeepSeekV3Config:
             "index_head_dim": self.index.head_dim,
             "index_topk": self.index.top_k,
         }
+
+
+HF_ALIASES = {
+    "num_local_experts": "n_routed_experts",
+    "num_experts": "n_routed_experts",
+    "num_mtp_layers": "num_nextn_predict_layers",
+}
+
+
+def _index(d: HFConfig, layers: int) -> IndexDims | None:
+    is_sparse = d.model_type == "deepseek_v32"
+    kind = "indexed_attention" if is_sparse else "full_attention"
+    d.leading("layer_types", layers, kind, kind)
+    if not is_sparse:
+        return None
+    return IndexDims(
+        num_heads=d.size("index_n_heads"),
+        head_dim=d.size("index_head_dim"),
+        top_k=d.size("index_topk"),
+    )
+
+
+def _dense_layers(d: HFConfig, layers: int) -> int:
+    dense = d.count("first_k_dense_replace")
+    if d.leading("mlp_layer_types", layers, "dense", "sparse") not in (None, dense):
+        raise ValueError(
+            f"{d.model_type}: mlp_layer_types and first_k_dense_replace must agree; "
+            f"got first_k_dense_replace={dense} and mlp_layer_types={d['mlp_layer_types']}"
+        )
+    return dense
 
 
 def _no_direct_queries():
@@ -272,7 +292,7 @@ class DeepSeekV3(DraftingModel):
         x = self.embedded(tokens)
         stats = []
         for layer in self.layers:
-            block = jax.checkpoint(_block, static_argnums=3) if self.config.remat else _block
+            block = self.recomputed(_block, attend, static_argnums=3)
             x, of_layer = block(layer, x, positions, attend)
             stats.append(of_layer)
         return self.final_norm(x), stacked(stats)

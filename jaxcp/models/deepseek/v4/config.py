@@ -7,8 +7,8 @@ from typing import Any
 
 from jaxcp.layers.compressed import SharedHeadDims
 from jaxcp.layers.mla import IndexDims
-from jaxcp.layers.rope import Rope
-from jaxcp.models.deepseek.fields import Fields
+from jaxcp.layers.rope import Rope, merged
+from jaxcp.models.hf_config import SILU, HFConfig
 
 KINDS = {
     "W": "sliding_attention",
@@ -117,54 +117,58 @@ class DeepSeekV4Config:
             defaults of transformers, whose layer types are not those of any published model.
           NotImplementedError: a field with a value, or of a name, that is not known here.
         """
-        d = Fields(fields)
-        d.must_be(
-            hidden_act="silu", attention_bias=False, mlp_bias=False, tie_word_embeddings=False,
-            topk_method="noaux_tc", norm_topk_prob=True, num_key_value_heads=1, n_group=1,
-            topk_group=1, router_jitter_noise=0.0, intermediate_size=d["moe_intermediate_size"],
+        d = HFConfig(fields, aliases=HF_ALIASES)
+        d["scoring_func"]  # must be there
+        d.only(
+            hidden_act=SILU, attention_bias=(False,), mlp_bias=(False,),
+            tie_word_embeddings=(False,), scoring_func=("sqrtsoftplus",),
+            topk_method=("noaux_tc",), norm_topk_prob=(True,), num_key_value_heads=(1,),
+            router_jitter_noise=(0.0,),
         )  # fmt: skip
-        if d["scoring_func"] != "sqrtsoftplus":
-            d.must_be(scoring_func="sqrtsoftplus")
         heads = SharedHeadDims(
-            num_heads=d["num_attention_heads"],
-            head_dim=d["head_dim"],
+            num_heads=d.size("num_attention_heads"),
+            head_dim=d.size("head_dim"),
             rope_dim=_rope_dim(d),
-            q_rank=d["q_lora_rank"],
-            out_rank=d["o_lora_rank"],
-            out_groups=d["o_groups"],
+            q_rank=d.size("q_lora_rank"),
+            out_rank=d.size("o_lora_rank"),
+            out_groups=d.size("o_groups"),
         )
         kinds, sparse_ratio, heavy_ratio = _layers(d)
         rope, compressed_rope = _ropes(d)
         config = cls(
-            vocab_size=d["vocab_size"],
-            num_layers=d["num_hidden_layers"],
-            embed_dim=d["hidden_size"],
+            vocab_size=d.size("vocab_size"),
+            num_layers=d.size("num_hidden_layers"),
+            embed_dim=d.size("hidden_size"),
             heads=heads,
             layer_kinds=kinds,
             sparse_ratio=sparse_ratio,
             heavy_ratio=heavy_ratio,
-            window=d["sliding_window"],
+            window=d.size("sliding_window"),
             index=IndexDims(
-                num_heads=d["index_n_heads"], head_dim=d["index_head_dim"], top_k=d["index_topk"]
+                num_heads=d.size("index_n_heads"),
+                head_dim=d.size("index_head_dim"),
+                top_k=d.size("index_topk"),
             ),
             experts=ExpertDims(
-                dim=d["moe_intermediate_size"],
-                count=d["n_routed_experts"],
-                per_tok=d["num_experts_per_tok"],
-                shared=d["n_shared_experts"],
+                dim=d.size("moe_intermediate_size"),
+                count=d.size("n_routed_experts"),
+                per_tok=d.size("num_experts_per_tok"),
+                shared=d.count("n_shared_experts"),
                 hash_layers=_hash_layers(d),
-                route_scale=d["routed_scaling_factor"],
-                limit=d["swiglu_limit"],
+                route_scale=d.number("routed_scaling_factor"),
+                limit=d.number("swiglu_limit"),
             ),
             streams=StreamDims(
-                count=d["hc_mult"], iterations=d["hc_sinkhorn_iters"], eps=d["hc_eps"]
+                count=d.size("hc_mult"),
+                iterations=d.size("hc_sinkhorn_iters"),
+                eps=d.number("hc_eps"),
             ),
             rope=rope,
             compressed_rope=compressed_rope,
-            max_positions=d["max_position_embeddings"],
-            norm_eps=d["rms_norm_eps"],
-            num_mtp_layers=d.get("num_nextn_predict_layers", 0),
-            dtype=d.dtype(),
+            max_positions=d.size("max_position_embeddings"),
+            norm_eps=d.number("rms_norm_eps"),
+            num_mtp_layers=d.count("num_nextn_predict_layers", None) or 0,
+            dtype=d.dtype(published="bfloat16"),
         )
         d.finish()
         return config
@@ -222,11 +226,17 @@ class DeepSeekV4Config:
         }
 
 
-def _rope_dim(d: Fields) -> int:
-    size, part = d.get("qk_rope_head_dim"), d.get("partial_rotary_factor")
+HF_ALIASES = {
+    "num_local_experts": "n_routed_experts",
+    "intermediate_size": "moe_intermediate_size",
+}
+
+
+def _rope_dim(d: HFConfig) -> int:
+    size, part = d.size("qk_rope_head_dim", None), d.number("partial_rotary_factor", None)
     if size is None and part is None:
         raise KeyError("qk_rope_head_dim")
-    given = {int(x) for x in (size, part and d["head_dim"] * part) if x is not None}
+    given = {int(x) for x in (size, part and d.size("head_dim") * part) if x is not None}
     if len(given) > 1:
         raise ValueError(
             "qk_rope_head_dim and partial_rotary_factor * head_dim must be the same; "
@@ -235,9 +245,10 @@ def _rope_dim(d: Fields) -> int:
     return given.pop()
 
 
-def _layers(d: Fields) -> tuple[str, int, int]:
+def _layers(d: HFConfig) -> tuple[str, int, int]:
     """`(layer_kinds, sparse_ratio, heavy_ratio)`; extra ratios at the end are of draft layers."""
-    count, types, ratios = d["num_hidden_layers"], d.get("layer_types"), d.get("compress_ratios")
+    count = d.size("num_hidden_layers")
+    types, ratios = d.kinds("layer_types", count), d.places("compress_ratios")
     rates = dict(d.get("compress_rates") or {})
     found = []
     if types is not None:
@@ -246,6 +257,8 @@ def _layers(d: Fields) -> tuple[str, int, int]:
         sparse, heavy = (d["compress_rates"][KINDS[kind]] for kind in "CH")
     else:
         sparse, heavy = rates.get(KINDS["C"], 4), rates.get(KINDS["H"], 128)
+    if unknown := rates.keys() - {KINDS["C"], KINDS["H"]}:
+        raise NotImplementedError(f"deepseek_v4: compress_rates, not known are {sorted(unknown)}")
     if ratios is not None:
         found.append("".join(_each(ratios[:count], HUB_RATIOS, "compress_ratios")))
         if (sparse, heavy) != (4, 128):
@@ -265,32 +278,37 @@ def _each(values: Sequence, known: Mapping, field: str) -> list[str]:
     return [known[value] for value in values]
 
 
-def _hash_layers(d: Fields) -> int:
-    count, types, layers = (
-        d.get("num_hash_layers"),
-        d.get("mlp_layer_types"),
-        d["num_hidden_layers"],
-    )
-    if count is None and types is None:
+def _hash_layers(d: HFConfig) -> int:
+    layers, given = d.size("num_hidden_layers"), d.count("num_hash_layers", None)
+    listed = d.leading("mlp_layer_types", layers, "hash_moe", "moe")
+    counts = {min(x, layers) for x in (given, listed) if x is not None}
+    if not counts:
         raise KeyError("num_hash_layers")
-    if types is not None:
-        count = types.count("hash_moe") if count is None else count
-        d.must_be(mlp_layer_types=["hash_moe"] * count + ["moe"] * (layers - count))
-    return min(count, layers)
+    if len(counts) > 1:
+        raise ValueError(
+            f"deepseek_v4: mlp_layer_types has {listed} hash_moe, num_hash_layers={given}; "
+            "make them agree"
+        )
+    return counts.pop()
 
 
-def _ropes(d: Fields) -> tuple[Rope, Rope]:
+def _ropes(d: HFConfig) -> tuple[Rope, Rope]:
     """Of window layers, and of layers with compressed entries."""
-    rope = {**(d.get("rope_scaling") or {}), **(d.get("rope_parameters") or {})}
+    rope = merged(d) or {}
     if "main" in rope and "compress" in rope:
         d.get("rope_theta"), d.get("compress_rope_theta")  # theirs are inside
         main, compressed = dict(rope.pop("main")), dict(rope.pop("compress"))
         if rope:
             raise NotImplementedError(f"deepseek_v4: rope_parameters, not known are {sorted(rope)}")
     else:
-        main = {"rope_theta": d["rope_theta"]}
-        compressed = rope | {"rope_theta": d["compress_rope_theta"]}
-        if "yarn" in (rope.get("type"), rope.get("rope_type")):
+        bases = d["rope_theta"], d["compress_rope_theta"]
+        if rope.get("rope_theta", bases[0]) not in bases:
+            raise ValueError(
+                f"deepseek_v4: rope_theta must be one number; got {rope['rope_theta']} among the "
+                f"rope_parameters and {bases[0]} beside them"
+            )
+        main, compressed = {"rope_theta": bases[0]}, rope | {"rope_theta": bases[1]}
+        if rope.get("rope_type") == "yarn":
             compressed.setdefault("attention_factor", 1.0)  # V4 does not scale cos and sin
     part = _rope_dim(d) / d["head_dim"]
     for one in (main, compressed):

@@ -6,7 +6,6 @@ Source: the report of DeepSeek-V4.
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -140,7 +139,7 @@ class DeepSeekV4(DraftingModel):
         x = self.streams(tokens)
         stats = []
         for layer in self.layers:
-            block = jax.checkpoint(_block, static_argnums=4) if self.config.remat else _block
+            block = self.recomputed(_block, attend, static_argnums=4)
             x, of_layer = block(layer, x, tokens, positions, attend)
             stats.append(of_layer)
         return x, stacked(stats)

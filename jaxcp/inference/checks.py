@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arguments, looked at before anything is cast, computed or changed."""
+
+import numbers
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def token_ids(model: Any, tokens: Any) -> np.ndarray:
+    """`tokens` as int32 on the host, in the shape that they have.
+
+    Raises:
+      ValueError: they are no integers, or the model has no embedding of them.
+    """
+    tokens, vocab = integers("token ids", tokens), model.config.vocab_size
+    if tokens.size and (tokens.min() < 0 or tokens.max() >= vocab):
+        raise ValueError(
+            f"token ids must lie in 0..{vocab - 1}; got {tokens.min()}..{tokens.max()}. "
+            "Is it another tokenizer's?"
+        )
+    return tokens.astype(np.int32)
+
+
+def integers(name: str, values: Any) -> np.ndarray:
+    """`values` as an array of integers, of the width in which they came.
+
+    Raises:
+      ValueError: they are floats, bools, text or bytes, or rows of several lengths.
+    """
+    if isinstance(values, str | bytes | bytearray | memoryview):
+        raise ValueError(f"{name} must be integers; got {type(values).__name__}")
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be an array of integers: {error}") from error
+    if not array.size and not hasattr(values, "dtype"):
+        return array.astype(np.int32)  # an empty list says nothing of its type
+    if not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"{name} must be integers; got {array.dtype}")
+    if array is not values and (wrong := [x for x in jax.tree.leaves(values) if _is_cast(x)]):
+        raise ValueError(f"{name} must be integers; got {wrong[0]!r} among them")
+    return array
+
+
+def integer(name: str, value: Any, least: int, most: float = np.inf, why: str = "") -> int:
+    """`value`, which must be an integer in `least..most`; `why` there are so many.
+
+    Raises:
+      ValueError: it is not.
+    """
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise ValueError(f"{name} must be an integer; got {value!r}")
+    number = int(value)
+    if not least <= number <= most:
+        limits = f"at least {least}" if most == np.inf else f"in {least}..{most}"
+        raise ValueError(f"{name} must be {limits}{f' ({why})' if why else ''}; got {number}")
+    return number
+
+
+def _is_cast(value: Any) -> bool:
+    """Whether numpy makes integers of this, among others, though it is none."""
+    of_bytes_or_bools = isinstance(value, bool | bytearray | memoryview)
+    return of_bytes_or_bools or getattr(value, "dtype", None) == np.bool_
