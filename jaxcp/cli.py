@@ -47,6 +47,12 @@ class Sampling:
     top_k: int | None = None
     top_p: float = 1.0
     seed: int = 0
+    ignore_eos: bool = False
+    """Go on where the checkpoint's eos_token_id would end an answer."""
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...] | None:
+        return () if self.ignore_eos else None
 
 
 def _check(max_len: int | None, sampling: Sampling) -> None:
@@ -104,7 +110,8 @@ def generate(
             if tokens > limit:
                 raise ValueError(f"the prompt has {tokens:,} tokens; the model takes {limit:,}")
             max_len = limit
-        session = Engine(model, tokenizer, max_len=max_len).session(seed=sampling.seed)
+        engine = Engine(model, tokenizer, max_len=max_len, stop_tokens=sampling.stop_tokens)
+        session = engine.session(seed=sampling.seed)
         _answer(session, text, sampling)
 
 
@@ -130,7 +137,8 @@ def chat(
 
         if max_len is None:
             max_len = _positions(model, CHAT_TOKENS)
-        session = Engine(model, tokenizer, max_len=max_len).session(seed=sampling.seed)
+        engine = Engine(model, tokenizer, max_len=max_len, stop_tokens=sampling.stop_tokens)
+        session = engine.session(seed=sampling.seed)
         for text in read_lines():
             try:
                 _answer(session, text, sampling, CHAT_NEW_TOKENS)

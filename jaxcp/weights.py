@@ -35,6 +35,7 @@ from jaxcp.quantised import quantised_names
 from jaxcp.quantised_files import FORMATS
 from jaxcp.quantised_load import QuantisedSource, quantised_source, stream_quantised
 from jaxcp.sharding import indivisible, sharding_of
+from jaxcp.stop_tokens import GENERATION, generation_config, read_stop_tokens
 from jaxcp.streaming import counted, progress_bar, stream
 from jaxcp.tokenizer import Tokenizer
 
@@ -70,6 +71,8 @@ def load(
     selection bias stays float32, and so does what a model computes in float32 whatever its dtype.
     `experts`: the mesh axis over which experts lie, see `jaxcp.sharding.place`.
 
+    `model.stop_tokens` are the ids that end an answer (`eos_token_id`), see `jaxcp.stop_tokens`.
+
     Raises:
       FileNotFoundError: config.json, the safetensors or a shard that the index names is not there.
       ValueError: a file cannot be read, the model_type is unknown, or tensors are missing, left
@@ -81,6 +84,7 @@ def load(
     if dtype is not None:
         config = dataclasses.replace(config, dtype=jnp.dtype(dtype).name)
     family = models.family_of(config)
+    stop_tokens = read_stop_tokens(path, config.vocab_size)
     checkpoint = open_checkpoint(path)
     config = fitted(path, config, checkpoint.shapes.keys())
     with naming(Path(path, CONFIG)):
@@ -118,6 +122,7 @@ def load(
     model = nnx.merge(graph, nnx.from_flat_state(list(read.items())))
     again = copies.keys() & checkpoint.shapes.keys() - family.weights.COPIES.keys()
     model.spelling = tuple(sorted({*spelling_of(found), *again}))
+    model.stop_tokens = stop_tokens
     tokenizer = Path(path, TOKENIZER)
     return model, Tokenizer.from_file(tokenizer) if tokenizer.exists() else None
 
@@ -196,6 +201,8 @@ def save(
 ) -> None:
     """Writes config.json, safetensors and tokenizer.json, under the names they were loaded from.
 
+    And generation_config.json, where config.json does not say which tokens end an answer.
+
     Weights of more than `shard_bytes` become several files of about as many bytes, and an index;
     the host holds one at a time.
 
@@ -210,6 +217,7 @@ def save(
     """
     out = Path(os.path.abspath(out))
     keep_config = _check_target(out, model.config)
+    stops = generation_config(out, getattr(model, "stop_tokens", ()), model.config.vocab_size)
     leaves = _leaves(model)
     shards = _shards(model, leaves, shard_bytes)
     if len(shards) > 1 and Path(out, WEIGHTS).exists():
@@ -224,6 +232,8 @@ def save(
     try:
         if not keep_config:
             _write_json(staging / CONFIG, model.config.to_hf())
+        if stops is not None:
+            _write_json(staging / GENERATION, stops)
         if tokenizer is not None:
             tokenizer.save(staging / TOKENIZER)
         _write_weights(staging, shards, leaves)

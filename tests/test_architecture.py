@@ -26,7 +26,7 @@ RANKS = (
     ("jaxcp.quantised_files",),
     ("jaxcp.checkpoint_files", "jaxcp.streaming"),
     ("jaxcp.quantised_load", "jaxcp.stored_dtype"),
-    ("jaxcp.config_file",),
+    ("jaxcp.config_file", "jaxcp.stop_tokens"),
     ("jaxcp.weights", "jaxcp.tokenizer", "jaxcp.sampling", "jaxcp.checkpoints"),
     ("jaxcp.quantize", "jaxcp.inference", "jaxcp.training", "jaxcp.plan", "jaxcp.evaluate"),
     ("jaxcp.tune",),

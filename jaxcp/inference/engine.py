@@ -25,7 +25,8 @@ class Engine:
       tokenizer: None to talk in token ids.
       max_len: tokens that a session holds at most, prompts and answers.
       attention: the strategy for prefill; None lets each turn choose (see `jaxcp.prefill`).
-      stop_tokens: ids that end an answer (and are not part of it).
+      stop_tokens: ids that end an answer (and are not part of it); None takes those of the
+        checkpoint that was loaded, () none.
     Raises:
       ValueError: the model has fewer positions than `max_len`, no embedding of a stop token, or
         what `attention` needs is not on this mesh.
@@ -42,11 +43,13 @@ class Engine:
         *,
         max_len: int,
         attention: Strategy | None = None,
-        stop_tokens: Collection[int] = (),
+        stop_tokens: Collection[int] | None = None,
     ):
         limit = getattr(model.config, "max_positions", float("inf"))
         self.max_len = integer("max_len", max_len, 1, limit, "the model's positions")
         self.model, self.tokenizer, self.attention = model, tokenizer, attention
+        if stop_tokens is None:
+            stop_tokens = getattr(model, "stop_tokens", ())
         self.stop_tokens = _stop_tokens(model, stop_tokens)
         if attention is not None:
             _try(model, attention, min(self.max_len, TRIED))

@@ -27,6 +27,8 @@ class LanguageModel(nnx.Module):
     config: Any
     spelling: tuple[str, ...] = ()
     """How the checkpoint that was loaded names its tensors, for `save` (`models/weight_table`)."""
+    stop_tokens: tuple[int, ...] = ()
+    """Ids that end an answer, by the checkpoint that was loaded: what `Engine` goes by."""
 
     def forward(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], attend: Attend
