@@ -136,7 +136,11 @@ def _taken(x: np.ndarray, order: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Contiguous(Layout):
-    """Shard r holds the r-th of n equal pieces. Causal work is uneven: the last shard does most."""
+    """Shard r holds the r-th of n equal pieces, in natural order.
+
+    Causal work is uneven: of n shards the last does `2 - 1/n` times the mean. For windows, scoring
+    without causality, and where somebody else's code expects the natural order.
+    """
 
     def places(self, padded, shards):
         return np.arange(padded).reshape(shards, -1)
@@ -161,7 +165,11 @@ class Zigzag(Layout):
 
 @dataclasses.dataclass(frozen=True)
 class Striped(Layout):
-    """Shard r holds tokens r, r+n, r+2n, ... Source: Striped Attention (arXiv 2311.09431)."""
+    """Shard r holds tokens r, r+n, r+2n, ...: every shard has equal causal work to a token.
+
+    Source: Striped Attention (arXiv 2311.09431). Windows reach over all shards, where `Zigzag`
+    keeps most of a window on one.
+    """
 
     def places(self, padded, shards):
         return np.arange(padded).reshape(-1, shards).T

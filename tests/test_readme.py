@@ -27,13 +27,14 @@ def test_python_blocks_run(tmp_path):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "MPLBACKEND": "agg"}
     done = subprocess.run(
         [sys.executable, str(script)],
-        cwd=ROOT,
-        env=environment,
+        cwd=tmp_path,
+        env=environment | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=600,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.stdout.splitlines()[0] == "902714"
 
 
 def shell_commands():

@@ -221,7 +221,12 @@ def _over_shards(attend, specs, q, k, v, weights, positions, segment_ids):
 
 
 def ring_attention(q, k, v, positions, *, axis_name="seq", **options):
-    """`context_parallel_attention` with `strategy=Ring()`."""
+    """Attend by a ring: `context_parallel_attention` with `strategy=Ring()`.
+
+    Takes `q [B, T, N, H]`, `k` and `v [B, T, K, H]` and `positions` int32 `[B, T]`, sharded over
+    `axis_name` of the mesh in scope in any layout, and that function's other options; returns
+    `[B, T, N, H]` in the same order, and raises what it raises. Source: arXiv 2310.01889.
+    """
     return context_parallel_attention(
         q, k, v, positions, strategy=Ring(), axis_name=axis_name, **options
     )

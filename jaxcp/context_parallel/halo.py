@@ -31,7 +31,15 @@ from pallas_kernels import PAD_POSITION, flash_attention
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Halo(Strategy):
-    """For masks with a window only; picked for window layers by the other strategies."""
+    """Sends the keys that a window reaches, from the shards that hold them; for windows only.
+
+    The other strategies pick it for window layers where they know the order of tokens. Elsewhere it
+    looks at the positions itself, and answers NaN where tokens lie otherwise than its layout says;
+    `checked=False` leaves that look out.
+
+    Raises:
+      NotImplementedError: there is no window.
+    """
 
     checked: bool = True
 

@@ -32,7 +32,11 @@ from pallas_kernels.online_softmax import merge_stacked
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RingPassQ(Strategy):
-    """Every device attends to its own keys for all queries; every mask is honoured."""
+    """Rotates queries and gathers their results; every device attends to the keys it holds.
+
+    For few queries beside many keys: a short turn on a long cache. Every mask is honoured. Sends
+    `n - 1` times the queries and, in float32, their results; holds no keys but its own.
+    """
 
     def attend(
         self, q, k, v, q_pos, kv_pos, q_seg, kv_seg, *,

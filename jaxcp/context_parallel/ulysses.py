@@ -28,7 +28,14 @@ from pallas_kernels.flash_attention import attention_backward, attention_forward
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ulysses(Strategy):
-    """One exchange of heads for tokens; every mask is honoured. N must be a multiple of n."""
+    """Exchanges heads for tokens once: each of n devices attends with 1/n of the heads, everywhere.
+
+    Every mask is honoured. KV heads that n does not divide are repeated. Source: DeepSpeed Ulysses
+    (arXiv 2309.14509).
+
+    Raises:
+      ValueError: the number of heads is no multiple of n.
+    """
 
     def attend(
         self, q, k, v, q_pos, kv_pos, q_seg, kv_seg, *,

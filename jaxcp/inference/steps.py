@@ -101,7 +101,15 @@ def decode_step(
 
 
 def logits(model: Any, tokens: Any, *, attention: Strategy | None = None) -> jax.Array:
-    """Float32 logits `[B, T, V]` of every token, in natural order, on the host."""
+    """Float32 logits `[B, T, V]` of every token, in natural order, on the host; for scoring.
+
+    Args:
+      tokens: int `[B, T]`, natural order, on the host; any T, padded to what the shards need.
+      attention: the strategy; None is `Ring()`.
+    Raises:
+      ValueError: no tokens, ids out of range, more than the model has positions, or rows that the
+        mesh's `data` does not divide.
+    """
     tokens = token_ids(model, tokens)
     if tokens.ndim != 2 or not tokens.size:
         raise ValueError(f"tokens must be [B, T] with at least one token; got {tokens.shape}")

@@ -32,7 +32,11 @@ HF_HARMLESS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GPTConfig:
-    """`max_positions` is the longest sequence that the position table covers."""
+    """The shape of a GPT-2: `max_positions` is the longest sequence that its position table covers.
+
+    Raises:
+      ValueError: heads that do not divide the width, or an activation that it does not know.
+    """
 
     vocab_size: int
     max_positions: int
@@ -153,7 +157,13 @@ class Block(nnx.Module):
 
 
 class GPT(LanguageModel):
-    """GPT-2 (nanoGPT scale). `GPT(config, rngs=nnx.Rngs(0))`."""
+    """GPT-2, at nanoGPT's scale: learned positions, LayerNorm, dense layers.
+
+    `model(tokens, positions)` gives float32 logits `[B, T, V]`; `jaxcp.logits` and an `Engine` see
+    to layout and padding.
+
+    >>> model = jaxcp.GPT(config, rngs=nnx.Rngs(0))
+    """
 
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
         self.config = config

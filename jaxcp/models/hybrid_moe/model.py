@@ -73,7 +73,13 @@ class Block(nnx.Module):
 
 
 class HybridMoE(DraftingModel):
-    """`HybridMoE(config, rngs=nnx.Rngs(0))`."""
+    """A stack of full, window and position-free attention with dense and mixture-of-experts layers.
+
+    Hy3, Qwen3-MoE, gpt-oss and mixtures of their features, by `HybridMoEConfig`. `model(tokens,
+    positions)` gives float32 logits `[B, T, V]`.
+
+    >>> model = jaxcp.HybridMoE(config, rngs=nnx.Rngs(0))
+    """
 
     def __init__(self, config: HybridMoEConfig, *, rngs: nnx.Rngs):
         self.config = config

@@ -29,7 +29,12 @@ from jaxcp.models.hf_config import SILU, HFConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeepSeekV3Config:
-    """V3.2 is V3 with an `index`."""
+    """The shape of a DeepSeek-V3; with an `index` that of V3.2, whose layers attend to the
+    `index.top_k` keys of best score.
+
+    Raises:
+      ValueError: sizes that cannot work, such as expert groups that do not divide the experts.
+    """
 
     vocab_size: int
     num_layers: int

@@ -116,7 +116,13 @@ class MTP(nnx.Module):
 
 
 class DeepSeekV4(DraftingModel):
-    """`DeepSeekV4(config, rngs=nnx.Rngs(0))`."""
+    """DeepSeek-V4: windows beside compressed and selected entries, residual streams, experts.
+
+    `model(tokens, positions)` gives float32 logits `[B, T, V]`. Tokens keep a layout's order, which
+    compression must know.
+
+    >>> model = jaxcp.DeepSeekV4(config, rngs=nnx.Rngs(0))
+    """
 
     def __init__(self, config: DeepSeekV4Config, *, rngs: nnx.Rngs):
         c = self.config = config
