@@ -17,6 +17,7 @@ import tyro
 import jaxcp
 from jaxcp.evaluate.haystack import DIGITS, QUESTION, make_haystack
 from jaxcp.plan import compile_for, decode_program, parse_target, prefill_program
+from jaxcp.terminal import one_line_errors
 from jaxcp.tokenizer import read_text
 
 SHIPPED = pathlib.Path(jaxcp.__file__).parent / "checkpoints" / "needle"
@@ -88,4 +89,5 @@ if __name__ == "__main__":
         raise SystemExit("--text needs a --question")
     if args.hosts > 1:
         jax.distributed.initialize()
-    compile_only(args) if args.compile_only else run(args)
+    with one_line_errors():  # JAXCP_DEBUG=1 shows where they come from
+        compile_only(args) if args.compile_only else run(args)

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxcp
 from jaxcp.plan import compile_for, parse_target
+from jaxcp.terminal import one_line_errors
 
 # Largest error by the largest value. GPUs and TPUs multiply float32 in fewer bits than it has.
 TOLERANCE = {"float32": 5e-3, "bfloat16": 3e-2}
@@ -66,7 +67,8 @@ def run(args):
         start = time.perf_counter()
         found = jax.block_until_ready(both_passes(batch, places))
         seconds, kind = time.perf_counter() - start, jax.devices()[0].device_kind
-    print(f"{args.tokens:,} tokens over {shards} x {kind}: {seconds:.4f} s for both passes")
+    say = print if jax.process_index() == 0 else lambda *_: None
+    say(f"{args.tokens:,} tokens over {shards} x {kind}: {seconds:.4f} s for both passes")
     if not args.check:
         return
     found = multihost_utils.process_allgather(found, tiled=True)
@@ -76,7 +78,7 @@ def run(args):
         dense = jax.device_get(both_passes(qkv, positions, implementation="reference"))
     for name, x in dense.items():
         error = np.abs(found[name].astype(np.float32) - x).max() / np.abs(x).max()
-        print(f"  {name:<4} differs from dense attention by {error:.1e} of its largest value")
+        say(f"  {name:<4} differs from dense attention by {error:.1e} of its largest value")
         assert error < TOLERANCE[args.dtype], f"{name}: over {TOLERANCE[args.dtype]}"
 
 
@@ -97,4 +99,5 @@ if __name__ == "__main__":
         args = dataclasses.replace(args, tokens=250, heads=4, head_dim=32)
     if args.hosts > 1:
         jax.distributed.initialize()
-    compile_only(args) if args.compile_only else run(args)
+    with one_line_errors():  # JAXCP_DEBUG=1 shows where they come from
+        compile_only(args) if args.compile_only else run(args)

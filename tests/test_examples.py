@@ -147,3 +147,10 @@ def test_long_context_compiles_for_gpus(checkpoint):
     assert report(prefill)["collective-permute"] > 0
     assert report(decode)["Pallas kernel calls"] >= 2
     assert report(decode)["all-gather"] == 1  # of the layer that sees everything
+
+
+def test_a_target_that_is_none_is_an_error_of_one_line():
+    process = start("examples/ring_attention.py", "--compile-only", "v6e:nonsense")
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 1 and not out and errors.count("\n") == 1, errors
+    assert errors.startswith("jaxcp: a target is kind:shape")

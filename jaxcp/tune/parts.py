@@ -90,12 +90,22 @@ class Part:
         return self.tuning.blocks(self.name, shape[self.size], dtype, interpret=False)
 
     def candidates(self, shipped: Any, shape: Mapping[str, int]) -> Iterator[Any]:
-        """`shipped`, then every combination of `values` that the shape can have."""
+        """`shipped`, then every combination of `values` that the shape can have, the nearest first.
+
+        A search that a limit cuts short has then tried what is likely, not the corners.
+        """
+        products = itertools.product(*self.values.values())
+        fields = (dict(zip(self.values, chosen, strict=True)) for chosen in products)
+        every = (dataclasses.replace(shipped, **chosen) for chosen in fields)
         yield shipped
-        for chosen in itertools.product(*self.values.values()):
-            blocks = dataclasses.replace(shipped, **dict(zip(self.values, chosen, strict=True)))
+        for blocks in sorted(every, key=lambda blocks: self._doublings(shipped, blocks)):
             if blocks != shipped and fits(self, blocks, shape):
                 yield blocks
+
+    def _doublings(self, one: Any, other: Any) -> float:
+        """How often a field must be doubled or halved to come from one to the other."""
+        pairs = [(getattr(one, name) + 1, getattr(other, name) + 1) for name in self.values]
+        return sum(abs(math.log2(a / b)) for a, b in pairs)
 
     def problem(self, shape: Mapping[str, int], dtype) -> tuple[Callable, tuple]:
         return self.program(self.implementation, dtype, **shape)
