@@ -20,13 +20,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 demo: $(VENV)/.installed
 	$(BIN)/jaxcp demo
 
-# Every room, and every two options that meet: minutes on 2 cores.
+# Every room, and every two options that meet: minutes on 2 cores. A file's tests share a worker, and
+# so what they have compiled.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q -n 2 -m "not slow" --costs $(TESTS)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" --costs $(TESTS)
 
 # And what is left to a machine that waits: real sizes, more meshes, every compiler.
 test-all: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q -n 2 --costs $(TESTS)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --costs $(TESTS)
 
 # What transformers makes of saved models. The import first: without them the tests would be skipped.
 test-hf: $(VENV)/.installed-hf
