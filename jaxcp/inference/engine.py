@@ -84,4 +84,4 @@ def _try(model: Any, attention: Strategy, tokens: int) -> None:
         raise ValueError(f"attention must be a strategy such as jaxcp.Ring(); got {attention!r}")
     rows = jax.sharding.get_abstract_mesh().shape.get("data", 1)
     cache, text = model.init_cache(rows, tokens), np.zeros((rows, tokens), np.int32)
-    jax.eval_shape(lambda: prefill(model, cache, text, attention=attention, donate=False)[0])
+    jax.eval_shape(lambda: prefill(model, cache, text, attention=attention)[0])
