@@ -14,6 +14,7 @@ import tyro
 
 import jaxcp
 from jaxcp.plan import compile_for, parse_target
+from jaxcp.terminal import one_line_errors
 from jaxcp.training import TextSource, train
 from jaxcp.training.step import abstract_inputs, make_step
 
@@ -61,6 +62,8 @@ def configure(args, devices):
 def run(args):
     config = configure(args, jax.device_count())
     result = train(config, progress=jax.process_index() == 0)
+    if jax.process_index() > 0:
+        return
     since = "" if result.resumed_from is None else f", resumed from {result.resumed_from}"
     print(f"step {result.steps}{since}: loss {result.final_loss:.3f} after {result.seconds:.0f} s")
     print(f"metrics in {result.metrics_path}, checkpoint in {result.checkpoint_path}")
@@ -86,4 +89,5 @@ if __name__ == "__main__":
         args = dataclasses.replace(args, **small)
     if args.hosts > 1:
         jax.distributed.initialize()
-    compile_only(args) if args.compile_only else run(args)
+    with one_line_errors():
+        compile_only(args) if args.compile_only else run(args)

@@ -136,7 +136,11 @@ def _taken(x: np.ndarray, order: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Contiguous(Layout):
-    """Shard r holds the r-th of n equal pieces. Causal work is uneven: the last shard does most."""
+    """Shard r holds the r-th of n equal pieces. Causal work is uneven: the last shard does most.
+
+    The longest stretch of consecutive tokens a shard, so a sliding window reaches the fewest other
+    shards. `permute`, `inverse` and their errors are those of every layout.
+    """
 
     def places(self, padded, shards):
         return np.arange(padded).reshape(shards, -1)
@@ -161,7 +165,12 @@ class Zigzag(Layout):
 
 @dataclasses.dataclass(frozen=True)
 class Striped(Layout):
-    """Shard r holds tokens r, r+n, r+2n, ... Source: Striped Attention (arXiv 2311.09431)."""
+    """Shard r holds tokens r, r+n, r+2n, ...: causal work is even, to n-1 keys a query.
+
+    A sliding window reaches every other shard, so `Halo` then sends as much as a ring.
+
+    Source: Striped Attention (arXiv 2311.09431).
+    """
 
     def places(self, padded, shards):
         return np.arange(padded).reshape(-1, shards).T

@@ -80,8 +80,8 @@ def test_ring_attention_on_two_hosts():
     job |= {"SLURM_STEP_NUM_TASKS": "2", "JAX_COORDINATOR_ADDRESS": f"localhost:{port}"}
     args = ("examples/ring_attention.py", "--smoke", "--hosts", 2)
     hosts = [start(*args, SLURM_PROCID=i, SLURM_LOCALID=i, **job) for i in "01"]
-    for host in hosts:
-        assert "250 tokens over 16 x cpu" in finish(host)
+    first, second = map(finish, hosts)
+    assert "250 tokens over 16 x cpu" in first and not second
 
 
 @pytest.mark.slow
@@ -147,3 +147,19 @@ def test_long_context_compiles_for_gpus(checkpoint):
     assert report(prefill)["collective-permute"] > 0
     assert report(decode)["Pallas kernel calls"] >= 2
     assert report(decode)["all-gather"] == 1  # of the layer that sees everything
+
+
+@pytest.mark.parametrize(
+    ("program", "target", "message"),
+    [
+        ("ring_attention", "v6e", "a target is kind:shape, like v6e:2x4"),
+        ("train_gpt", "v6e:1x1", "mesh axis seq must be at least 1; got 0"),
+        ("long_context", "v9:2x4", "no chip named 'v9'"),
+    ],
+)
+def test_a_target_that_cannot_be_is_a_line(program, target, message):
+    process = start(f"examples/{program}.py", "--compile-only", target)
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 1 and not out
+    assert errors.splitlines()[-1].startswith("jaxcp: ") and message in errors
+    assert "Traceback" not in errors

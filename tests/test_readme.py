@@ -24,16 +24,20 @@ def test_python_blocks_run(tmp_path):
     assert code, "README shows no Python"
     script = tmp_path / "readme.py"
     script.write_text("\n".join(code))
+    elsewhere = tmp_path / "elsewhere"  # README's Python runs from any folder
+    elsewhere.mkdir()
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "MPLBACKEND": "agg"}
     done = subprocess.run(
         [sys.executable, str(script)],
-        cwd=ROOT,
-        env=environment,
+        cwd=elsewhere,
+        env=environment | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=600,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    answer, reused, *_ = done.stdout.splitlines()
+    assert answer == "902714" and re.fullmatch(r"22 prefilled, \d+ reused", reused)
 
 
 def shell_commands():

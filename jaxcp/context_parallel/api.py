@@ -221,7 +221,12 @@ def _over_shards(attend, specs, q, k, v, weights, positions, segment_ids):
 
 
 def ring_attention(q, k, v, positions, *, axis_name="seq", **options):
-    """`context_parallel_attention` with `strategy=Ring()`."""
+    """`context_parallel_attention` with `strategy=Ring()`: keys and values travel, n-1 times.
+
+    Takes and returns, inside `jax.jit` under `jax.set_mesh`, what that function does: `q [B, T, N,
+    H]`, `k, v [B, T, K, H]` and `positions [B, T]` (int32) in the layout's order, sharded over
+    `axis_name`; the other arguments by name. Raises what it raises.
+    """
     return context_parallel_attention(
         q, k, v, positions, strategy=Ring(), axis_name=axis_name, **options
     )

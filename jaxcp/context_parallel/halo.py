@@ -31,7 +31,16 @@ from pallas_kernels import PAD_POSITION, flash_attention
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Halo(Strategy):
-    """For masks with a window only; picked for window layers by the other strategies."""
+    """A shard receives the keys that its windows reach, and no others; for masks with a window.
+
+    `checked`: find out first whether positions and segment ids lie in the layout's order (they are
+    gathered for that), and answer with NaN where they do not. The other strategies pick `Halo`
+    for window layers by themselves where the order is known.
+
+    Raises (at the call):
+      NotImplementedError: a mask without a window; `layout=Balanced()`.
+      ValueError: shards of another length than the layout gives.
+    """
 
     checked: bool = True
 

@@ -32,7 +32,12 @@ from pallas_kernels.online_softmax import merge_stacked
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RingPassQ(Strategy):
-    """Every device attends to its own keys for all queries; every mask is honoured."""
+    """Queries are gathered, keys stay: every device attends to its own keys for all queries, and
+    partial results go back to where their rows are. Every mask is honoured.
+
+    For few new tokens against a long sharded cache; a prefill over a cache takes it by itself where
+    `fewer_bytes` says that a ring would send more.
+    """
 
     def attend(
         self, q, k, v, q_pos, kv_pos, q_seg, kv_seg, *,

@@ -28,7 +28,13 @@ from pallas_kernels.flash_attention import attention_backward, attention_forward
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ulysses(Strategy):
-    """One exchange of heads for tokens; every mask is honoured. N must be a multiple of n."""
+    """One exchange of heads for tokens: every device gets all tokens of 1/n of the heads, and
+    attends alone. Every mask is honoured.
+
+    Raises (at the call):
+      ValueError: query heads that the n shards do not divide. KV heads may be any number.
+      NotImplementedError: a latent, which has no heads to send.
+    """
 
     def attend(
         self, q, k, v, q_pos, kv_pos, q_seg, kv_seg, *,

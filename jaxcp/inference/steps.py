@@ -101,7 +101,16 @@ def decode_step(
 
 
 def logits(model: Any, tokens: Any, *, attention: Strategy | None = None) -> jax.Array:
-    """Float32 logits `[B, T, V]` of every token, in natural order, on the host."""
+    """Float32 logits `[B, T, V]` of every token, in natural order, on the host: for scoring.
+
+    Args:
+      tokens: ids `[B, T]`, rows of one length; the mesh in scope spreads rows over `data`, tokens
+        over `seq`, which need not divide T.
+      attention: the strategy; default `Ring()`.
+    Raises:
+      ValueError: tokens of another shape, ids out of range, more tokens than the model has
+        positions, or rows that `data` does not divide.
+    """
     tokens = token_ids(model, tokens)
     if tokens.ndim != 2 or not tokens.size:
         raise ValueError(f"tokens must be [B, T] with at least one token; got {tokens.shape}")

@@ -2,7 +2,7 @@
 """The parts of each operation that have block sizes, what may be tried for them, and their cost.
 
 A part is a name in the first column of an operation's `tuning.py`. `values` are what a field may
-take; the others stay as they ship. The order is the order of trial, after the shipped row.
+take; the others stay as they ship.
 """
 
 import dataclasses
@@ -90,12 +90,20 @@ class Part:
         return self.tuning.blocks(self.name, shape[self.size], dtype, interpret=False)
 
     def candidates(self, shipped: Any, shape: Mapping[str, int]) -> Iterator[Any]:
-        """`shipped`, then every combination of `values` that the shape can have."""
+        """`shipped`, then every combination of `values` that the shape can have, the nearest to
+        `shipped` first: a limit cuts off what is furthest from blocks that are known to be good."""
+        every = (
+            dataclasses.replace(shipped, **dict(zip(self.values, chosen, strict=True)))
+            for chosen in itertools.product(*self.values.values())
+        )
+        fitting = [blocks for blocks in every if blocks != shipped and fits(self, blocks, shape)]
         yield shipped
-        for chosen in itertools.product(*self.values.values()):
-            blocks = dataclasses.replace(shipped, **dict(zip(self.values, chosen, strict=True)))
-            if blocks != shipped and fits(self, blocks, shape):
-                yield blocks
+        yield from sorted(fitting, key=functools.partial(self._doublings, shipped))
+
+    def _doublings(self, shipped: Any, blocks: Any) -> float:
+        """How often fields of `shipped` are doubled or halved to reach `blocks`."""
+        ratios = (getattr(blocks, name) / getattr(shipped, name) for name in self.values)
+        return sum(abs(math.log2(ratio)) for ratio in ratios)
 
     def problem(self, shape: Mapping[str, int], dtype) -> tuple[Callable, tuple]:
         return self.program(self.implementation, dtype, **shape)

@@ -32,7 +32,15 @@ HF_HARMLESS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GPTConfig:
-    """`max_positions` is the longest sequence that the position table covers."""
+    """Sizes of a GPT-2; `from_hf` reads them from a config.json, `to_hf` writes one.
+
+    `max_positions` is the longest sequence that the position table covers, in tokens. `mlp_dim`:
+    default 4 x `embed_dim`. `dtype` is that of the computation; `remat` computes layers again in
+    the backward pass.
+
+    Raises:
+      ValueError: heads that do not divide `embed_dim`, an unknown activation.
+    """
 
     vocab_size: int
     max_positions: int
@@ -153,7 +161,11 @@ class Block(nnx.Module):
 
 
 class GPT(LanguageModel):
-    """GPT-2 (nanoGPT scale). `GPT(config, rngs=nnx.Rngs(0))`."""
+    """GPT-2, with random weights: `GPT(config, rngs=nnx.Rngs(0))`.
+
+    `model(tokens [B, T], positions [B, T])` gives float32 logits `[B, T, V]`; `init_cache` begins
+    a cache for `jaxcp.prefill` and `jaxcp.decode_step`. `jaxcp.load` makes one of a checkpoint.
+    """
 
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
         self.config = config

@@ -73,7 +73,12 @@ class Block(nnx.Module):
 
 
 class HybridMoE(DraftingModel):
-    """`HybridMoE(config, rngs=nnx.Rngs(0))`."""
+    """Window and full attention, dense and expert layers in any mixture (Hy3, Qwen3-MoE, gpt-oss),
+    with random weights: `HybridMoE(config, rngs=nnx.Rngs(0))`.
+
+    `model(tokens [B, T], positions [B, T])` gives float32 logits `[B, T, V]`; where the embedding
+    sees more than one token (`ngram`), `tokens` are `jaxcp.layers.ngram.windows` of them.
+    """
 
     def __init__(self, config: HybridMoEConfig, *, rngs: nnx.Rngs):
         self.config = config

@@ -29,7 +29,16 @@ from jaxcp.models.hf_config import SILU, HFConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeepSeekV3Config:
-    """V3.2 is V3 with an `index`."""
+    """Sizes of DeepSeek-V3 and of Kimi K2; V3.2 is V3 with an `index`.
+
+    `latent`: the dimensions of what the cache keeps of a token in place of heads. The first
+    `first_dense_layers` have an MLP of width `mlp_dim`, the others experts of `moe_dim`.
+    `max_positions` counts tokens. `from_hf` reads a config.json, `to_hf` writes one.
+
+    Raises:
+      ValueError: sizes or a routing that contradict each other.
+      NotImplementedError: more than one MTP layer.
+    """
 
     vocab_size: int
     num_layers: int
@@ -269,9 +278,10 @@ class Block(nnx.Module):
 
 
 class DeepSeekV3(DraftingModel):
-    """DeepSeek-V3 and V3.2. `DeepSeekV3(config, rngs=nnx.Rngs(0))`.
+    """DeepSeek-V3, V3.2 and Kimi K2, with random weights: `DeepSeekV3(config, rngs=nnx.Rngs(0))`.
 
-    A published MTP layer was never run here.
+    `model(tokens [B, T], positions [B, T])` gives float32 logits `[B, T, V]`. A published MTP
+    layer was never run here.
     """
 
     def __init__(self, config: DeepSeekV3Config, *, rngs: nnx.Rngs):
@@ -298,6 +308,7 @@ class DeepSeekV3(DraftingModel):
         return self.final_norm(x), stacked(stats)
 
     def embedded(self, tokens):
+        """`[..., D]` of token ids, in the dtype of the computation."""
         return embed(self.embed, tokens, jnp.dtype(self.config.dtype))
 
     def head_kernel(self):

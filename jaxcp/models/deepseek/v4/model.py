@@ -116,7 +116,11 @@ class MTP(nnx.Module):
 
 
 class DeepSeekV4(DraftingModel):
-    """`DeepSeekV4(config, rngs=nnx.Rngs(0))`."""
+    """DeepSeek-V4, with random weights: `DeepSeekV4(config, rngs=nnx.Rngs(0))`.
+
+    Residual streams, shared heads, and caches of compressed entries beside a window (see
+    docs/models.md). `model(tokens [B, T], positions [B, T])` gives float32 logits `[B, T, V]`.
+    """
 
     def __init__(self, config: DeepSeekV4Config, *, rngs: nnx.Rngs):
         c = self.config = config
