@@ -15,17 +15,16 @@ import jax
 import tyro
 
 import jaxcp
+from jaxcp.checkpoints import NEEDLE
 from jaxcp.evaluate.haystack import DIGITS, QUESTION, make_haystack
 from jaxcp.plan import compile_for, decode_program, parse_target, prefill_program
 from jaxcp.terminal import one_line_errors
 from jaxcp.tokenizer import read_text
 
-SHIPPED = pathlib.Path(jaxcp.__file__).parent / "checkpoints" / "needle"
-
 
 @dataclasses.dataclass
 class Args:
-    checkpoint: pathlib.Path = SHIPPED
+    checkpoint: pathlib.Path = NEEDLE
     text: pathlib.Path | None = None  # a UTF-8 file; default: needles among Python's own docs
     question: tuple[str, ...] = ()  # one or more, asked one after the other
     context: int = 32_768  # bytes of text where none is given

@@ -16,9 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.experimental.multihost_utils import process_allgather
 
 import jaxcp
 from jaxcp.plan import compile_for, parse_target
@@ -26,6 +24,7 @@ from jaxcp.terminal import one_line_errors
 
 # Largest error by the largest value. GPUs and TPUs multiply float32 in fewer bits than it has.
 TOLERANCE = {"float32": 5e-3, "bfloat16": 3e-2}
+ROWS = jax.P("data", "seq")
 
 
 @dataclasses.dataclass
@@ -60,8 +59,7 @@ def run(args):
     qkv = {name: rng.standard_normal(shape).astype(args.dtype) for name, shape in args.shapes()}
     positions = np.arange(args.tokens, dtype=np.int32)[None]
     with jax.set_mesh(jaxcp.make_mesh(seq=shards)):
-        batch = layout.permute(qkv | {"positions": positions}, shards)
-        batch = jax.device_put(batch, P("data", "seq"))
+        batch = jax.device_put(layout.permute(qkv | {"positions": positions}, shards), ROWS)
         places = batch.pop("positions")
         jax.block_until_ready(both_passes(batch, places))  # compiles
         start = time.perf_counter()
@@ -71,8 +69,7 @@ def run(args):
     say(f"{args.tokens:,} tokens over {shards} x {kind}: {seconds:.4f} s for both passes")
     if not args.check:
         return
-    found = multihost_utils.process_allgather(found, tiled=True)
-    found = layout.inverse(found, shards, args.tokens)
+    found = layout.inverse(process_allgather(found, tiled=True), shards, args.tokens)
     with jax.default_matmul_precision("highest"):  # and no mesh: all of it on one device
         qkv = {name: x.astype(np.float32) for name, x in qkv.items()}
         dense = jax.device_get(both_passes(qkv, positions, implementation="reference"))
@@ -85,7 +82,7 @@ def run(args):
 def compile_only(args):
     target = parse_target(args.compile_only)
     mesh = target.mesh(seq=target.size)
-    array = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, P("data", "seq")))
+    array = functools.partial(jax.ShapeDtypeStruct, sharding=jax.NamedSharding(mesh, ROWS))
     qkv = {name: array(shape, args.dtype) for name, shape in args.shapes()}
     print(compile_for(both_passes, (qkv, array((1, args.tokens), jnp.int32)), mesh))
 

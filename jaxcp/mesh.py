@@ -42,6 +42,7 @@ class MeshConfig:
 
     @property
     def size(self) -> int:
+        """Devices that the mesh needs."""
         return math.prod(getattr(self, axis) for axis in AXES)
 
     def make(self, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -17,6 +17,7 @@ class Strategy:
 
     `reproducible`: the same bits, forward and backward, from 1, 2, 4 and 8 shards and for every
     strategy, at the cost that `fixed_order` states: keys are then gathered, whatever the strategy.
+    With latents (`latent_attention`) only while the `data` and `model` axes stay as they are.
     """
 
     layout: Layout = dataclasses.field(default_factory=Zigzag)

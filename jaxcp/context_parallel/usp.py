@@ -26,6 +26,11 @@ class USP(Strategy):
 
     `ulysses` must divide the shards and the query heads. Over two mesh axes
     (`axis_name=("outer", "inner")`) the neighbours are those of the last one.
+
+    Raises:
+      ValueError: `ulysses` below 1; at the call: one that does not divide the shards, or the
+        query heads.
+      NotImplementedError (at the call): a latent, which has no heads to send.
     """
 
     ulysses: int

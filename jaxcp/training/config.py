@@ -29,7 +29,14 @@ def _positive(config: Any, *names: str) -> None:
 class OptimizerConfig:
     """AdamW for everything, or Muon for the matrices inside layers where `muon_learning_rate` is
     given. Both rates follow one schedule: linear warm-up, level, decay over the last
-    `decay_fraction` of the steps to `final_fraction` of the peak."""
+    `decay_fraction` of the steps to `final_fraction` of the peak.
+
+    `clip_norm` is the greatest norm of the whole gradient; None does not clip. Weight decay is
+    times the learning rate; biases and scales of norms have none.
+
+    Raises:
+      ValueError: a rate or eps that is not positive, a fraction outside of [0, 1].
+    """
 
     learning_rate: float = 6e-4
     muon_learning_rate: float | None = None
@@ -93,7 +100,18 @@ class LossConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run. Compute runs in `model.dtype`, recomputes layers where `model.remat` says
-    so; parameters and optimizer state are float32."""
+    so; parameters and optimizer state are float32.
+
+    Raises:
+      ValueError: a size below 1; rows that `accumulate` x `mesh.data` does not divide; rows longer
+        than the model has positions; data that is neither a glob nor a source.
+
+    >>> config = jaxcp.TrainConfig(
+    ...     model=jaxcp.GPTConfig(...), seq_len=1024, batch_size=8, steps=1000,
+    ...     data="corpus/*.bin", out_dir="runs/first", mesh=jaxcp.MeshConfig(seq=8),
+    ... )
+    >>> jaxcp.train(config).final_loss
+    """
 
     model: Any
     """A `GPTConfig` or `HybridMoEConfig`."""

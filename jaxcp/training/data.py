@@ -107,6 +107,7 @@ class TokenFiles:
         return pieces
 
     def batch(self, step: int, rows: int, length: int) -> Batch:
+        """Random windows `[rows, length]`, the same for the same seed and step."""
         return _window_batch(self.pieces, self.separator, self.seed, step, rows, length)
 
     def locate(self, step: int, rows: int, length: int, row: int, place: int) -> str:
@@ -157,6 +158,7 @@ class TextSource:
         return np.frombuffer(text[start:stop], np.uint8)
 
     def batch(self, step: int, rows: int, length: int) -> Batch:
+        """Random windows `[rows, length]`, the same for the same seed and step."""
         return _window_batch([self.tokens], None, self.seed, step, rows, length)
 
 

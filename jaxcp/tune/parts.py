@@ -2,7 +2,7 @@
 """The parts of each operation that have block sizes, what may be tried for them, and their cost.
 
 A part is a name in the first column of an operation's `tuning.py`. `values` are what a field may
-take; the others stay as they ship. The order is the order of trial, after the shipped row.
+take; the others stay as they ship.
 """
 
 import dataclasses

@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -279,3 +280,21 @@ def test_a_region_takes_at_least_its_peak_and_holds_its_work():
         flops = CHIPS[name].bf16_flops / tpu_cost.CORES[name]
         assert flops == pytest.approx(tpu_cost.PEAK[name] * clock * 1e9, rel=0.005)
     assert TARGETS.keys() >= tpu_cost.PEAK.keys()
+
+
+RECORDED = pathlib.Path(__file__).parents[2] / "benchmarks/results/gpu_2026-11-27_h200_tune.jsonl"
+
+
+def test_a_short_limit_leaves_the_worst_untried():
+    """What an H200 timed as best comes early; in the order of the lists it came near the end."""
+    for record in map(json.loads, RECORDED.read_text().splitlines()):
+        about = parts.part_of(record["op"], "h200", record["part"])
+        shipped = about.tuning.Blocks(**record["shipped"]["blocks"])
+        trial = list(about.candidates(shipped, record["shape"]))
+        assert trial[0] == shipped and len(set(trial)) == len(trial)
+        steps = [about._doublings(shipped, blocks) for blocks in trial]
+        assert steps == sorted(steps) and steps[0] == 0 < steps[1]
+        if record["op"] == "grouped_matmul":
+            costs = {about.tuning.Blocks(**x["blocks"]): x["cost"] for x in record["tried"]}
+            early = [costs[blocks] for blocks in trial[: len(trial) // 4] if costs.get(blocks)]
+            assert min(early) < 1.01 * min(cost for cost in costs.values() if cost)

@@ -61,6 +61,11 @@ class HybridMoEConfig:
     G: full attention with rotary positions (all of Hy3), L: sliding window with rotary positions,
     N: full attention without positions. The first `first_dense_layers` have an MLP of width
     `mlp_dim` and no experts. `num_mtp_layers`: 1 adds the layer that drafts the token after next.
+    `window` counts tokens, a token's own included. `dtype` is that of the computation.
+
+    Raises:
+      ValueError: sizes that contradict each other, naming both.
+      NotImplementedError: more than one MTP layer, or one beside an n-gram embedding.
     """
 
     vocab_size: int
@@ -133,12 +138,14 @@ class HybridMoEConfig:
         return self.layer_pattern[layer % len(self.layer_pattern)]
 
     def query_heads(self, layer: int) -> int:
+        """Of a layer; the layer after the last is the MTP layer."""
         if self.kind(layer) == "L" or layer >= self.num_layers:
             return self.num_heads
         return self.attention.full_num_heads or self.num_heads
 
     @property
     def ngram_width(self) -> int:
+        """Tokens that the embedding of one sees."""
         return self.ngram.width
 
     @classmethod

@@ -274,9 +274,10 @@ class Block(nnx.Module):
 
 
 class DeepSeekV3(DraftingModel):
-    """DeepSeek-V3 and V3.2. `DeepSeekV3(config, rngs=nnx.Rngs(0))`.
+    """DeepSeek-V3, V3.2 and Kimi K2, with random weights: `DeepSeekV3(config, rngs=nnx.Rngs(0))`.
 
-    A published MTP layer was never run here.
+    `model(tokens [B, T], positions [B, T])` gives float32 logits `[B, T, V]`. A published MTP
+    layer was never run here.
     """
 
     def __init__(self, config: DeepSeekV3Config, *, rngs: nnx.Rngs):
@@ -303,6 +304,7 @@ class DeepSeekV3(DraftingModel):
         return self.final_norm(x), stacked(stats)
 
     def embedded(self, tokens):
+        """`[..., D]` of token ids, in the dtype of the computation."""
         return embed(self.embed, tokens, jnp.dtype(self.config.dtype))
 
     def head_kernel(self):

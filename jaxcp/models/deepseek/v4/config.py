@@ -57,7 +57,12 @@ class StreamDims:
 class DeepSeekV4Config:
     """`layer_kinds`, a letter a layer: W a window alone, H and a compressed entry for every block
     of `heavy_ratio` tokens, C and those that an index selects among blocks of `sparse_ratio`.
-    `num_mtp_layers`: 1 adds the layer that drafts the token after next, of kind W.
+    `num_mtp_layers`: 1 adds the layer that drafts the token after next, of kind W. Ratios, `window`
+    and `max_positions` count tokens. `from_hf` reads a config.json, `to_hf` writes one.
+
+    Raises:
+      ValueError: not one letter a layer, or a window or ratio below 1.
+      NotImplementedError: more than one MTP layer.
     """
 
     vocab_size: int
