@@ -9,14 +9,14 @@ from pallas_kernels.flash_attention import PAD_POSITION, mosaic_tpu, mosaic_tpu_
 from pallas_kernels.testing import Case, check
 
 
-@pytest.mark.parametrize("documents", [1, 2])
+@pytest.mark.parametrize("documents", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_gradients_of_more_queries_than_vmem_holds(monkeypatch, documents):
     """128 queries at a time: the keys' gradients are sums over the parts."""
     monkeypatch.setattr(mosaic_tpu, "DQ_BYTES", 2 * 128 * mosaic_tpu.LANES * 4)
     check("mosaic_tpu", Case(queries=190, keys=140, heads=2, kv_heads=1, documents=documents))
 
 
-@pytest.mark.parametrize("carry", [False, True])
+@pytest.mark.parametrize("carry", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("scale", [0.2, 2.0])
 def test_with_and_without_a_bound_on_the_scores(monkeypatch, scale, carry):
     """A head whose scores could overflow an exponential takes the online softmax, no other does."""
@@ -52,7 +52,7 @@ def test_the_bound_counts_what_is_seen_and_refuses_nan():
     assert safe(k, positions, lse=np.full((1, 4, 2), -np.inf, np.float32)) == [1, 1]
 
 
-@pytest.mark.parametrize("window", [None, 128, 100])
+@pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.slow), 128, 100])
 def test_blocks_on_the_diagonal(monkeypatch, window):
     """Their code knows the mask; a window that cuts the block does not let it run."""
     monkeypatch.setattr(mosaic_tpu_tile, "EDGE", 64)
