@@ -82,8 +82,9 @@ def test_ring_attention_on_two_hosts():
     hosts = [start(*args, SLURM_PROCID=i, SLURM_LOCALID=i, **job) for i in "01"]
     first, second = map(finish, hosts)
     assert "250 tokens over 16 x cpu" in first
-    ours = [line for line in second.splitlines() if not line.startswith("[Gloo]")]
-    assert not ours, "the second host says nothing; what gloo says of its connections is not ours"
+    # gloo writes of its connections on either, and its lines may run into each other
+    assert "differs from dense attention" in first
+    assert "tokens over" not in second and "differs" not in second, second
 
 
 @pytest.mark.slow
