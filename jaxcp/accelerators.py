@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether this machine may have an accelerator, seen without starting jax.
+"""Tells whether this machine may have an accelerator, without starting jax.
 
 An installed libtpu or CUDA plugin looks for its device as jax starts, and fills a screen where
 there is none. Both are installed to compile for chips that are elsewhere.
@@ -31,7 +31,7 @@ def device_files() -> list[str]:
 
 
 def none_here() -> bool:
-    """Whether there is surely no accelerator that jax could use. Linux only: elsewhere False."""
+    """Tell whether jax surely finds no accelerator here. Linux only: elsewhere False."""
     if sys.platform != "linux" or device_files():
         return False
     return all(re.fullmatch(KNOWN, name) for name in _plugins())

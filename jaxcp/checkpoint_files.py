@@ -28,7 +28,7 @@ FORMATS = {
 }  # fmt: skip
 """What safetensors calls a format; its own numpy reader has none of 8 bits."""
 NAME_LENGTH = 500
-"""Of tensors and of files; names are printed where something is wrong."""
+"""Names of tensors and files are no longer; they are printed where something is wrong."""
 AXES = 8
 LISTED = 50
 
@@ -153,7 +153,7 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
 
 
 def _stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Where each tensor is; one that lies in two files is in the one that the index says."""
+    """Find each tensor; one that lies in two files is read from the one that the index names."""
     if Path(folder, WEIGHTS).exists():
         return _tensors(folder / WEIGHTS)
     weight_map = _weight_map(folder)
@@ -197,7 +197,7 @@ def _tensors(file: Path) -> dict[str, Stored]:
 
 
 def _stored(file: Path, begin: int, name: str, fields: Any) -> Stored:
-    """Where a tensor lies of which the header says `fields`; offsets count from `begin`."""
+    """Locate the tensor of which the header says `fields`; offsets count from `begin`."""
     if len(name) > NAME_LENGTH or not name.isprintable():
         raise ValueError(f"a tensor's name is not printable, or longer than {NAME_LENGTH}")
     fields = fields if isinstance(fields, dict) else {}
@@ -258,7 +258,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 
 def _is_inside(shard: Any) -> bool:
-    """Whether it is the name of a file in the folder, for this system's paths and for others'."""
+    """Tell whether it names a file in the folder, by this system's paths and by others'."""
     if not isinstance(shard, str) or len(shard) > NAME_LENGTH or not shard.isprintable():
         return False
     paths = PurePosixPath(shard), PureWindowsPath(shard)

@@ -31,7 +31,7 @@ RANGES = {
     **dict.fromkeys(("head_dim", "latent.rope_dim"), SIZES[1:]),
     "ngram.width": range(1, 1 << 10),
 }
-"""What else an integer of a configuration may be; others are `SIZES`."""
+"""Ranges of a configuration's integers; those without a row are `SIZES`."""
 MESSAGE = 2_000
 HUB_ID = r"\w[\w.-]*(/[\w.-]+)?"
 NO_PATH = ". A hub id is no path: fetch it (hf download ORG/NAME --local-dir DIR) and load DIR"
@@ -102,7 +102,7 @@ def naming(file: str | os.PathLike) -> Iterator[None]:
 
 
 def _said(error: Exception) -> str:
-    """What went wrong, of whatever length the file has made it."""
+    """Describe what went wrong, however long the file has made it, in bounded length."""
     named = isinstance(error, ValueError | NotImplementedError)
     text = str(error) if named else f"a value does not fit, {type(error).__name__}: {error}"
     return text if len(text) < MESSAGE else f"{text[:MESSAGE]}..."

@@ -82,7 +82,7 @@ def _decoder(steps: list[dict[str, Any]]) -> Any:
 
 
 def _is_known(first: list[dict[str, Any]], rest: list[dict[str, Any]]) -> bool:
-    """Whether these steps, up to a joining one and from it on, can be taken as tokens come."""
+    """Tell whether these steps, up to a joining one and from it on, can be taken as tokens come."""
     kinds = [step["type"] for step in first]
     others = [kind for kind in kinds if kind not in PER_TOKEN]
     if len(others) > 1 or not BY_NEIGHBOUR.issuperset(others):
@@ -127,7 +127,7 @@ def _runs(tokens: Iterable[str], is_byte: Callable[[str], bool]) -> Iterator[lis
 def _with_the_one_before(
     decode: Callable[[list[str]], str], groups: Iterable[list[str]]
 ) -> Iterator[str]:
-    """What each group adds to the text of the token before it."""
+    """Yield what each group adds to the text of the token before it."""
     before: list[str] = []
     for group in groups:
         yield decode([*before, *group])[len(decode(before)) :]

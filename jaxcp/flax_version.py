@@ -13,7 +13,7 @@ FIRST_JAX_TOO_NEW: dict[tuple[int, ...], tuple[int, ...]] = {
     (0, 12, 8): (0, 11, 1),
     (0, 12, 9): (0, 11, 2),
 }
-"""Of each flax, the first jax that lacks a name that it imports. Later ones import on 0.12."""
+"""Maps a flax to the first jax that lacks a name that it imports. Later ones import on 0.12."""
 
 
 def check(flax: str, jax: str) -> None:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 JSON_BYTES = 16 << 20
 """A config.json has a few thousand."""
 LARGE_JSON_BYTES = 100_000_000
-"""For lists of tensors and vocabularies; the limit of safetensors for its header."""
+"""Bytes of a list of tensors or a vocabulary; the limit of safetensors for its header."""
 JSON_VALUES = 4_000_000
 """Python takes up to 250 bytes for each; the tokenizer of Gemma 3, the largest known, has 1.9
 million, the header of a file with 100,000 tensors 0.8 million."""
@@ -55,7 +55,7 @@ def _check_regular(file: str | os.PathLike, found: os.stat_result) -> None:
 
 
 def read_bytes(file: str | os.PathLike, limit: int) -> bytes:
-    """What is in a regular file.
+    """Read a regular file.
 
     Raises:
       FileNotFoundError: there is no such file.

@@ -45,7 +45,7 @@ class Sampler:
         return sample(logits, key, self.options())
 
     def options(self) -> tuple[Any, ...] | None:
-        """What `sample` takes: None for greedy, else three scalars that may be traced."""
+        """The argument of `sample`: None for greedy, else three scalars that may be traced."""
         if self.temperature == 0:
             return None
         temperature = min(max(float(self.temperature), COLDEST), 1 / COLDEST)

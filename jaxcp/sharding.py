@@ -49,7 +49,7 @@ def parts_of(variable: nnx.Variable, experts: str = "expert") -> Any:
 
 
 def indivisible(leaves: Iterable[tuple[str, nnx.Variable]], experts: str = "expert") -> str | None:
-    """Which parameter the mesh in scope does not divide, and which sizes of the mesh axis divide
+    """Say which parameter the mesh in scope does not divide, and which sizes of the axis divide
     all of them; None where there is no mesh, or every parameter fits."""
     mesh = dict(jax.sharding.get_abstract_mesh().shape)
     first: dict[str, str] = {}

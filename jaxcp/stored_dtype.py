@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint's tensors are stored in, for a config.json that does not say it."""
+"""Reads the dtype of a checkpoint's tensors, for a config.json that does not say it."""
 
 import collections
 import math

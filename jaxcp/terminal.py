@@ -92,7 +92,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def describe(error: Exception) -> str:
-    """What a person is told of an error."""
+    """Say to a person what went wrong."""
     text = str(error).strip()
     if isinstance(error, SAID_WELL) and text:
         return text

@@ -60,6 +60,6 @@ def integer(name: str, value: Any, least: int, most: float = np.inf, why: str = 
 
 
 def _is_cast(value: Any) -> bool:
-    """Whether numpy makes integers of this, among others, though it is none."""
+    """Tell whether numpy makes integers of this, among others, though it is none."""
     of_bytes_or_bools = isinstance(value, bool | bytearray | memoryview)
     return of_bytes_or_bools or getattr(value, "dtype", None) == np.bool_

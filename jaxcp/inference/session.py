@@ -183,7 +183,7 @@ class Session:
             raise
 
     def _restore_cache(self) -> None:
-        """Where the cache was lost to a step that failed, all its tokens are pending again."""
+        """Make all tokens pending again if a step that failed has taken the cache with it."""
         if _length(self._cache) == len(self._cached):
             return
         with self.engine.on_mesh():

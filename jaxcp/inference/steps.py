@@ -190,7 +190,7 @@ def _jit(fn, donate: bool, platform: str):
 
 @jax.jit
 def _copied(cache):
-    """For forks: what is given away is a copy, so that one program does for both."""
+    """Copy a cache that a fork still needs, so that one donating program does for both."""
     return jax.tree.map(jnp.copy, cache)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a turn is cut into pieces, each of which one program runs, and where their tokens lie.
+"""Cuts a turn into pieces, each of which one program runs, and says where their tokens lie.
 
 A program is compiled for the shapes of its piece, so they come from few, whatever is said and in
 whatever portions: no conversation needs more than 12 programs to prefill.
@@ -35,13 +35,13 @@ PART = 8
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Frame:
-    """What of a cache decides which programs there are."""
+    """The facts of a cache that decide which programs there are."""
 
     shards: int
     slots: int | None = None
     """A shard's; None: the cache does not shard its slots."""
     windows: tuple[int | None, ...] = ()
-    """Those of layers that exchange the window alone."""
+    """Windows of the layers that exchange nothing else."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,7 +60,7 @@ class Piece:
 
     @property
     def program(self) -> tuple:
-        """What a program is compiled for: pieces that agree in it run the same one."""
+        """The key of a compiled program: pieces that agree in it run the same one."""
         shapes = [
             (window, rows if rows is None else [(d, x.shape) for d, x in rows.items()])
             for window, rows in sorted(self.halos.items())
@@ -168,7 +168,9 @@ def _used(frame, ends, width):
 
 
 def _orders(layout, shards, width, start, taken):
-    """Of each row, the natural index of the token at each place `[shards, width]`; `taken` is none.
+    """Give, for each row, the natural index of the token at each place `[shards, width]`.
+
+    An index of `taken` or more is a pad.
 
     The layout's places are more than there are tokens. Which of them stay empty is chosen so that
     every shard gains what keeps it level with the others (`slots_in_use`); they are spread evenly,
@@ -197,7 +199,7 @@ def _windows(frame):
 
 
 def _halos(frame, layout, width, orders, taken):
-    """What shards send each other for each window, in the shapes that full pieces need.
+    """Plan what shards send each other for each window, in the shapes that full pieces need.
 
     None where that does not do: a piece with few tokens has its windows on many shards.
     """

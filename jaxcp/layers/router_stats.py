@@ -24,13 +24,13 @@ class RouterStats(NamedTuple):
     """
 
     counts: Int[Array, "*L E"]
-    """How many choices fell on each expert."""
+    """Counts of the choices that fell on each expert."""
     probabilities: Float[Array, "*L E"]
     """The mean over tokens of `Routing.probabilities`."""
     z: Float[Array, "*L"]
     """The mean over tokens of `logsumexp(logits) ** 2`."""
     flips: Int[Array, "*L"]
-    """How many choices have an expert that is none of the k that the same token would have chosen
+    """The number of choices with an expert that is none of the k that the token would have chosen
     without the selection bias, its scores being what they are; 0 where there is no such bias."""
 
     @property

@@ -76,7 +76,7 @@ ARCHITECTURES = {
     "Qwen3MoeForCausalLM": "qwen3_moe",
     "GptOssForCausalLM": "gpt_oss",
 }
-"""What `architectures` says where a config.json is older than `model_type`."""
+"""Names that `architectures` has where a config.json is older than `model_type`."""
 
 
 def family_of(config: Any) -> Family:

@@ -148,7 +148,7 @@ class HFConfig(Mapping):
         return self._value(key, (None,), _are_whole, "a list of whole numbers")
 
     def kinds(self, key: str, layers: int) -> list[str] | None:
-        """What a list says of each layer, None where there is none."""
+        """Read what a list says of each layer, None where there is none."""
         kinds = self._value(key, (None,), _are_words, "a list of strings")
         if kinds is None:
             return None
@@ -160,7 +160,7 @@ class HFConfig(Mapping):
         return [LEGACY.get(kind, kind) for kind in kinds]
 
     def leading(self, key: str, layers: int, first: str, rest: str) -> int | None:
-        """How many layers are `first` in a list where all others are `rest`, after them."""
+        """Count the layers that are `first` in a list where all others are `rest`, after them."""
         kinds = self.kinds(key, layers)
         if kinds is None:
             return None
@@ -173,7 +173,7 @@ class HFConfig(Mapping):
         return count
 
     def dtype(self, published: str) -> str:
-        """What the model computes in; `published` is what the family is published in."""
+        """Read the dtype of computation; `published` is what the family is published in."""
         older = self.get("torch_dtype")
         name = self.get("dtype") or older or published
         dtype = name.removeprefix("torch.") if isinstance(name, str) else name

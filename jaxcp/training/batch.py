@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a batch is, and whether an object from outside is one: checked as it came, then cast."""
+"""Defines a batch, and checks that an object from outside is one: as it came, before a cast."""
 
 from collections.abc import Callable, Mapping
 
@@ -48,7 +48,7 @@ def checked(
 
 
 def consecutive(batch: Batch) -> bool:
-    """Whether the tokens of every segment lie one after the other, with positions that say so."""
+    """Tell whether tokens of a segment lie one after the other, with positions that say so."""
     positions = batch["positions"]
     segments = batch.get("segment_ids", np.zeros_like(positions))
     step, same = np.diff(positions), np.diff(segments)

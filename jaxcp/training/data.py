@@ -111,7 +111,7 @@ class TokenFiles:
         return _window_batch(self.pieces, self.separator, self.seed, step, rows, length)
 
     def locate(self, step: int, rows: int, length: int, row: int, place: int) -> str:
-        """Where a token of a batch was read: its file and offset."""
+        """Say where a token of a batch was read: its file and offset."""
         total = sum(piece.size for piece in self.pieces)
         token = int(_starts(total, self.seed, step, rows, length)[row] + place) % total
         for path, piece in zip(self.paths, self.pieces, strict=True):
@@ -168,7 +168,7 @@ def as_source(data: str | BatchSource, seed: int = 0) -> BatchSource:
 
 
 def _looks_wider(piece: np.ndarray) -> bool:
-    """Whether the odd places look like the upper halves of ids twice as wide, which are small."""
+    """Tell whether odd places look like the upper halves of ids twice as wide, which are small."""
     head = piece[:4096]
     return np.unique(head[::2]).size > 64 and bool(head[1::2].max() < 16)
 

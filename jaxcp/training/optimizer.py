@@ -34,13 +34,13 @@ NUMBERED = ("experts", "choices", "head_groups", "vocab", "positions", "places",
 """First axes that number matrices or vectors: `gate [E, D, F]` is a matrix for each expert."""
 
 TABLES = ("vocab", "positions", "mixes")
-"""Those of them that number vectors which decay; the others number biases."""
+"""Axes among them that number vectors which decay; the others number biases."""
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def sides(axes: Axes) -> tuple[int, list[int]]:
-    """How many axes number what a weight holds, and how many each side of that has: one side of a
+    """Count the axes that number what a weight holds, and those of each side of it: one side of a
     vector, two of a matrix, what is summed over and what is written."""
     numbered, lengths, at = 0, [], 0
     while at < len(axes):
@@ -54,13 +54,13 @@ def sides(axes: Axes) -> tuple[int, list[int]]:
 
 
 def is_matrix(axes: Axes) -> bool:
-    """Whether Muon takes a weight of these axes: a matrix that is neither embedding nor head."""
+    """Tell whether Muon takes a weight of these axes: a matrix, neither embedding nor head."""
     return "vocab" not in axes and len(sides(axes)[1]) == 2
 
 
 def decays(axes: Axes) -> bool:
-    """Whether weight decay applies: to matrices and tables, not to norms and biases (`q_bias` is
-    `[N, H]`, an expert's `[E, F]`)."""
+    """Tell whether weight decay applies: to matrices and tables, not to norms and biases (`q_bias`
+    is `[N, H]`, an expert's `[E, F]`)."""
     numbered, lengths = sides(axes)
     return len(lengths) > 1 or bool(numbered and lengths and axes[0] in TABLES)
 
@@ -176,7 +176,7 @@ def _newton_schulz(x: jax.Array) -> jax.Array:
 
 
 def matrix_sizes(axes: Axes, shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """How many matrices a weight is, their rows (summed over) and columns (written)."""
+    """The number of matrices in a weight, their rows (summed over) and columns (written)."""
     numbered, (summed, _) = sides(axes)
     cut = numbered + summed
     return math.prod(shape[:numbered]), math.prod(shape[numbered:cut]), math.prod(shape[cut:])

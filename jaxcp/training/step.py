@@ -32,7 +32,7 @@ DRAFT_DTYPES = {
 NEXT_TOKENS = LossConfig()
 
 ROUNDING = 1e-6
-"""Of the mean: how far from it fractions that were summed in float32 may lie and be even."""
+"""A part of the mean: how far from it fractions that were summed in float32 may lie and be even."""
 
 State = dict[str, Any]
 """`params` and `others` (variables without a gradient), flat dicts by name; `opt_state`; `step`,

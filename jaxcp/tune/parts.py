@@ -103,7 +103,7 @@ class Part:
                 yield blocks
 
     def _doublings(self, one: Any, other: Any) -> float:
-        """How often a field must be doubled or halved to come from one to the other."""
+        """Count how often a field must be doubled or halved to come from one to the other."""
         pairs = [(getattr(one, name) + 1, getattr(other, name) + 1) for name in self.values]
         return sum(abs(math.log2(a / b)) for a, b in pairs)
 

@@ -138,7 +138,7 @@ class HybridMoEConfig:
         return self.layer_pattern[layer % len(self.layer_pattern)]
 
     def query_heads(self, layer: int) -> int:
-        """Of a layer; the layer after the last is the MTP layer."""
+        """The number of query heads of a layer; the one after the last is the MTP layer."""
         if self.kind(layer) == "L" or layer >= self.num_layers:
             return self.num_heads
         return self.attention.full_num_heads or self.num_heads

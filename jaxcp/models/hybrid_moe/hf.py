@@ -29,7 +29,7 @@ OLD_OURS = {"layer_pattern": (None, "G"), "ngram_width": (None, 1)}
 
 
 def _sizes(d: HFConfig) -> dict[str, Any]:
-    """What the three have in common."""
+    """Read the fields that the three have in common."""
     d.only(hidden_act=SILU, **OLD_OURS)
     return {
         "vocab_size": d.size("vocab_size"),
