@@ -32,7 +32,7 @@ test-all: $(VENV)/.installed-test
 # What transformers makes of saved models. The import first: without them the tests would be skipped.
 test-hf: $(VENV)/.installed-hf
 	$(BIN)/python -c 'import torch, transformers; print("torch", torch.__version__, "transformers", transformers.__version__)'
-	$(BIN)/python -m pytest -q tests/jaxcp/test_hf.py
+	$(BIN)/python -m pytest -q tests/jaxcp/weights/test_hf.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

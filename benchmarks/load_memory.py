@@ -42,13 +42,14 @@ def config(layers: int):
 
 def write(folder: pathlib.Path, layers: int) -> None:
     """Random tensors under Hy3's names, in files of about FILE_BYTES, and an index."""
+    from flax import nnx
     from safetensors.numpy import save_file
 
     from jaxcp import models, weights
     from jaxcp.models.weight_table import sources
 
     made = config(layers)
-    state = weights.nnx.to_flat_state(weights.nnx.state(weights.abstract_model(made)))
+    state = nnx.to_flat_state(nnx.state(weights.abstract_model(made)))
     leaves = {".".join(map(str, keys)): leaf.shape for keys, leaf in state}
     found = sources(models.family_of(made).table(made), leaves)
     wanted = {name: source.shape for source in found.values() for name in source.names}
@@ -84,11 +85,14 @@ def measure(folder: pathlib.Path, axes: dict[str, int], way: str) -> dict:
     import jax
 
     import jaxcp
-    from jaxcp import streaming, weights
+    from jaxcp import weights
     from jaxcp.mesh import MeshConfig
+    from jaxcp.weights import loading
+    from jaxcp.weights import stream as streaming
+    from jaxcp.weights.files import open_checkpoint
 
     if way == "whole":
-        weights.stream = whole
+        loading.stream = whole
     made = jaxcp.load_config(folder)
     weights.abstract_model(made)
     with jax.set_mesh(MeshConfig(**axes).make()):
@@ -99,7 +103,7 @@ def measure(folder: pathlib.Path, axes: dict[str, int], way: str) -> dict:
         seconds, peak = time.monotonic() - start, status("VmHWM") - before
     shards = [s.data for x in arrays for s in x.addressable_shards]
     held = sum({x.unsafe_buffer_pointer(): x.nbytes for x in shards}.values())
-    checkpoint = weights.open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder)
     largest = max(checkpoint.read(name).nbytes for name in checkpoint.shapes)
     row = {"mesh": axes, "way": way, "seconds": seconds, "peak": peak, "shards": held}
     row |= {"largest": largest, "chunk": streaming.CHUNK, "tensors": len(checkpoint.shapes)}

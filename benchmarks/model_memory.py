@@ -26,9 +26,9 @@ from flax import nnx
 from rich.progress import track
 
 import jaxcp
+from jaxcp.compile import compile_for, decode_program, parse_target, prefill_program
 from jaxcp.layers.expert_exchange import capacity
 from jaxcp.models import config_from_dict
-from jaxcp.plan import compile_for, decode_program, parse_target, prefill_program
 
 # target -> the mesh over its devices; experts lie on the devices that hold the sequence
 MESHES = {

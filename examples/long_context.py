@@ -16,10 +16,10 @@ import tyro
 
 import jaxcp
 from jaxcp.checkpoints import NEEDLE
-from jaxcp.evaluate.haystack import DIGITS, QUESTION, make_haystack
-from jaxcp.plan import compile_for, decode_program, parse_target, prefill_program
-from jaxcp.terminal import one_line_errors
-from jaxcp.tokenizer import read_text
+from jaxcp.cli.terminal import one_line_errors
+from jaxcp.compile import compile_for, decode_program, parse_target, prefill_program
+from jaxcp.data.haystack import DIGITS, QUESTION, make_haystack
+from jaxcp.text.tokenizer import read_text
 
 
 @dataclasses.dataclass

@@ -19,8 +19,8 @@ import tyro
 from jax.experimental.multihost_utils import process_allgather
 
 import jaxcp
-from jaxcp.plan import compile_for, parse_target
-from jaxcp.terminal import one_line_errors
+from jaxcp.cli.terminal import one_line_errors
+from jaxcp.compile import compile_for, parse_target
 
 # Largest error by the largest value. GPUs and TPUs multiply float32 in fewer bits than it has.
 TOLERANCE = {"float32": 5e-3, "bfloat16": 3e-2}

@@ -13,8 +13,8 @@ import jax
 import tyro
 
 import jaxcp
-from jaxcp.plan import compile_for, parse_target
-from jaxcp.terminal import one_line_errors
+from jaxcp.cli.terminal import one_line_errors
+from jaxcp.compile import compile_for, parse_target
 from jaxcp.training import TextSource, train
 from jaxcp.training.step import abstract_inputs, make_step
 

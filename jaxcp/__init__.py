@@ -5,6 +5,7 @@ Names are imported on first use, so that `import jaxcp` and `jaxcp --help` need 
 """
 
 import importlib
+from importlib import metadata
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from jaxcp.training import TokenFiles as TokenFiles
     from jaxcp.training import TrainConfig as TrainConfig
     from jaxcp.training import train as train
-    from jaxcp.version import __version__ as __version__
     from jaxcp.weights import abstract_model as abstract_model
     from jaxcp.weights import load as load
     from jaxcp.weights import load_config as load_config
@@ -73,10 +73,18 @@ _HOME = {
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_MODULE_OF)
-_MODULE_OF["__version__"] = "jaxcp.version"
+
+
+def _version() -> str:
+    try:
+        return metadata.version("jaxcp")
+    except metadata.PackageNotFoundError:  # sources that were never installed
+        return "0+unknown"
 
 
 def __getattr__(name: str):
+    if name == "__version__":
+        return _version()
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'jaxcp' has no attribute {name!r}")
     return getattr(importlib.import_module(_MODULE_OF[name]), name)

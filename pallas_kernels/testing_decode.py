@@ -127,7 +127,7 @@ def rms(x) -> float:
 
 @functools.cache
 def arrays(case: Case) -> dict[str, np.ndarray]:
-    """What `decode_attention` is given: rounded and quantised here once, that error is nobody's."""
+    """What `decode_attention` is given: rounded and quantized here once, that error is nobody's."""
     rng = np.random.default_rng(case.seed)
     keys = (case.batch, case.slots, case.kv_heads)
     width = case.value_dim or case.head_dim

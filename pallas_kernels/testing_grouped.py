@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.grouped_matmul import dequantise, grouped_matmul, grouped_swiglu, quantise
-from pallas_kernels.grouped_matmul.quantised import FORMATS
+from pallas_kernels.grouped_matmul import dequantize, grouped_matmul, grouped_swiglu, quantize
+from pallas_kernels.grouped_matmul.quantized import FORMATS
 
 # What no implementation may exceed, as a part of the greatest entry; and where the reference is
 # all but exact, float32 sums in another order.
@@ -110,11 +110,11 @@ def arrays(case: Case) -> dict[str, np.ndarray]:
 
 
 def given_weights(case: Case):
-    """What stands for each matrix: arrays in the case's dtype, or `Quantised`."""
+    """What stands for each matrix: arrays in the case's dtype, or `Quantized`."""
     found = [jnp.asarray(arrays(case)[name]) for name in matrices(case)]
     if case.weights is None:
         return found
-    return [quantise(w, case.weights, block=case.block) for w in found]
+    return [quantize(w, case.weights, block=case.block) for w in found]
 
 
 @functools.lru_cache(maxsize=16)
@@ -123,7 +123,7 @@ def expected(case: Case) -> dict[str, np.ndarray]:
     given = {name: x.astype(np.float64) for name, x in arrays(case).items()}
     lhs, dout, sizes = given["lhs"], given["dout"], case.sizes
     weights = [
-        np.asarray(w if case.weights is None else dequantise(w), np.float64)
+        np.asarray(w if case.weights is None else dequantize(w), np.float64)
         for w in given_weights(case)
     ]
     products = [product(lhs, w, sizes) for w in weights]

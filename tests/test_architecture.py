@@ -14,27 +14,32 @@ PACKAGES = ("pallas_kernels", "jaxcp")
 OURS = (*PACKAGES, "configs", "examples", "benchmarks", "tests")
 LICENSE = "# SPDX-License-Identifier: Apache-2.0\n"
 
-# A room may import rooms above it and its own. A new module of jaxcp is put here first.
+# A room may import rooms above it and its own. A new room of jaxcp is put here first.
 RANKS = (
-    ("pallas_kernels", "jaxcp.version", "jaxcp.accelerators"),
-    ("jaxcp.flax_version", "jaxcp.pictures"),
-    ("jaxcp.mesh", "jaxcp.layout", "jaxcp.sharding", "jaxcp.quantised"),
+    ("pallas_kernels", "jaxcp.accelerators", "jaxcp.flax_version", "jaxcp.input_files"),
+    ("jaxcp.mesh", "jaxcp.layout", "jaxcp.sharding"),
     ("jaxcp.context_parallel",),
+    ("jaxcp.attention",),
     ("jaxcp.layers",),
     ("jaxcp.models",),
-    ("jaxcp.mxfp4", "jaxcp.input_files", "jaxcp.detokenize"),
-    ("jaxcp.quantised_files",),
-    ("jaxcp.checkpoint_files", "jaxcp.streaming"),
-    ("jaxcp.quantised_load", "jaxcp.stored_dtype"),
-    ("jaxcp.config_file", "jaxcp.stop_tokens"),
-    ("jaxcp.weights", "jaxcp.tokenizer", "jaxcp.sampling", "jaxcp.checkpoints"),
-    ("jaxcp.quantize", "jaxcp.inference", "jaxcp.training", "jaxcp.plan", "jaxcp.evaluate"),
+    ("jaxcp.text", "jaxcp.data", "jaxcp.checkpoints"),
+    ("jaxcp.weights",),
+    ("jaxcp.inference",),
+    ("jaxcp.evaluate",),
+    ("jaxcp.training",),
+    ("jaxcp.compile",),
     ("jaxcp.tune",),
-    ("jaxcp.demo", "jaxcp.terminal"),
     ("jaxcp.cli",),
     (CONFIGS, "jaxcp.__main__"),  # configs are written as a user writes them: from the root
 )
 RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
+# What a room never imports, though the order would allow it: a library, or a room.
+NEVER = {
+    "jaxcp.context_parallel": {"flax"},
+    "jaxcp.attention": {"flax"},
+    "jaxcp.text": {"jax", "flax", "jaxcp.models", "jaxcp.layers", "pallas_kernels"},
+    "jaxcp.data": {"flax", "jaxcp.models", "jaxcp.layers", "jaxcp.text"},
+}
 KERNEL_LIBRARIES = {"pallas_kernels", "jax", "numpy", "jaxtyping", *sys.stdlib_module_names}
 BACKENDS = ("reference", "xla", "triton", "mosaic_tpu")
 
@@ -81,10 +86,12 @@ def violations(module, imported, strategies=frozenset()):
         yield "no package imports configs, examples, benchmarks or tests"
     if module.startswith("pallas_kernels") and top not in KERNEL_LIBRARIES:
         yield "pallas_kernels stands on jax and numpy alone"
+    for never in {top, room_of(imported)} & NEVER.get(room_of(module), set()):
+        yield f"{room_of(module)} knows no {never}"
     if top not in PACKAGES or module == "jaxcp":
         return
-    if imported == "jaxcp" and room_of(module) != CONFIGS:
-        yield "inside the package, import the module that has it, not the root"
+    if imported == "jaxcp" and room_of(module) not in (CONFIGS, "jaxcp.cli"):
+        yield "below the command line, import the module that has it, not the root"
     elif imported != "jaxcp" and RANK[room_of(imported)] > RANK[room_of(module)]:
         yield f"{room_of(module)} stands under {room_of(imported)}"
     ours, theirs = module.split("."), imported.split(".")
@@ -122,13 +129,19 @@ def test_import_direction():
     [
         ("jaxcp.layers.attention", "jaxcp.models.gpt.model"),
         ("jaxcp.mesh", "jaxcp.context_parallel.api"),
-        ("jaxcp.training.loop", "jaxcp.cli"),
+        ("jaxcp.training.loop", "jaxcp.cli.main"),
         ("jaxcp.weights", "jaxcp"),
         ("jaxcp.models.gpt.model", "jaxcp.models.hybrid_moe.model"),
         ("jaxcp.context_parallel.ring", "jaxcp.context_parallel.all_gather"),
         ("jaxcp.training.loop", "configs.needle"),
         ("jaxcp.training.loop", "jaxcp.configs.needle"),
         ("jaxcp.configs.needle", "jaxcp.configs.gpt_cpu"),
+        ("jaxcp.context_parallel.ring", "jaxcp.attention.cache"),
+        ("jaxcp.context_parallel.ring", "flax.nnx"),
+        ("jaxcp.attention.cache", "jaxcp.layers.attention"),
+        ("jaxcp.layers.ngram", "jaxcp.data.windows"),
+        ("jaxcp.models.base", "jaxcp.weights.files"),
+        ("jaxcp.text.tokenizer", "jax.numpy"),
         ("pallas_kernels.dispatch", "flax"),
         ("pallas_kernels.dispatch", "jaxcp.mesh"),
         ("pallas_kernels.flash_attention.triton", "pallas_kernels.flash_attention.xla"),
@@ -143,6 +156,21 @@ def test_every_room_has_a_place():
     rooms = {room_of(module) for module in MODULES if module.split(".")[0] in PACKAGES}
     assert rooms - {"jaxcp"} <= RANK.keys(), "put the new module into RANKS"
     assert len(strategy_modules()) >= 2
+
+
+@pytest.mark.xfail(reason="hybrid_moe config and hf", strict=True)
+def test_no_circles():
+    """No module imports, by way of whatever others, itself."""
+    arrows = {module_of(path): {*imports_of(path)} & MODULES for path in PRODUCT}
+    done: set[str] = set()
+    while ready := [m for m in arrows if m not in done and arrows[m] <= done | {m}]:
+        done.update(ready)
+    assert not arrows.keys() - done, f"circles among {sorted(arrows.keys() - done)}"
+
+
+def test_few_loose_files():
+    loose = [path.stem for path in (ROOT / "jaxcp").glob("*.py")]
+    assert len([name for name in loose if not name.startswith("__")]) <= 6, loose
 
 
 def test_every_file_starts_with_its_license():

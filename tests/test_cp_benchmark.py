@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks.cp import cpu, glue, model, problem, race, skipping, tiles
 from benchmarks.cp.links import HOP, Torus
+from jaxcp.compile import tpu_code
 from jaxcp.layout import Contiguous, Zigzag
-from jaxcp.plan import tpu_code
 from pallas_kernels.devices import V5P
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -51,7 +51,7 @@ def write(folder, program=PROGRAM, table=TABLE):
 
 
 def test_bundles_of_a_kernel(tmp_path):
-    from jaxcp.plan import tpu_code
+    from jaxcp.compile import tpu_code
 
     write(tmp_path)
     kernel = tpu_code.kernels(tmp_path)["flash_attention_forward"]
@@ -72,7 +72,7 @@ def test_bundles_of_a_kernel(tmp_path):
     ],
 )
 def test_another_format_is_an_error(tmp_path, old, new):
-    from jaxcp.plan import tpu_code
+    from jaxcp.compile import tpu_code
 
     write(tmp_path, PROGRAM.replace(old, new), TABLE.replace(old, new))
     with pytest.raises(ValueError, match="format changed"):
@@ -80,7 +80,7 @@ def test_another_format_is_an_error(tmp_path, old, new):
 
 
 def test_innermost_loops_of_a_gpu_kernel():
-    from jaxcp.plan import gpu_code
+    from jaxcp.compile import gpu_code
 
     (loop,) = gpu_code._matrix_loops(SASS)
     assert loop.opcodes == {"LDSM": 1, "HMMA": 1, "FADD": 1, "BRA": 1}

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import jaxcp
-from jaxcp.tokenizer import byte_level
+from jaxcp.text.tokenizer import byte_level
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -162,7 +162,7 @@ def test_a_run_is_found_by_name_here_first_then_among_those_that_ship(tmp_path, 
 
 def test_a_picture_without_matplotlib_says_how_to_get_it(tmp_path, monkeypatch):
     from jaxcp.evaluate.needle import Result, plot_heat_map
-    from jaxcp.pictures import draw_if_possible, new_figure
+    from jaxcp.evaluate.pictures import draw_if_possible, new_figure
 
     assert draw_if_possible(lambda data, path: path.write_text(data), "x", tmp_path / "a") == str(
         tmp_path / "a"

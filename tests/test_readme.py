@@ -70,7 +70,7 @@ def check_flags(words):
     flags = [word.split("=")[0] for word in words if word.startswith("--")]
     # the longest run of leading words that is a subcommand: `eval needle`, `generate`
     for length in range(len(path), -1, -1):
-        called = [sys.executable, "-m", "jaxcp.cli", *path[:length], "--help"]
+        called = [sys.executable, "-m", "jaxcp.cli.main", *path[:length], "--help"]
         shown = subprocess.run(called, cwd=ROOT, capture_output=True, text=True, timeout=60)
         if shown.returncode == 0:
             break

@@ -18,11 +18,11 @@ from jax.sharding import Mesh
 
 import jaxcp
 from benchmarks.cp import glue, programs, skipping
-from jaxcp.plan import tpu_code
-from jaxcp.plan.compile import on_mesh
-from jaxcp.plan.hlo import collectives
-from jaxcp.plan.machine_code import SLICES, Compiler
-from jaxcp.plan.target import parse_target
+from jaxcp.compile import tpu_code
+from jaxcp.compile.hlo import collectives
+from jaxcp.compile.machine_code import SLICES, Compiler
+from jaxcp.compile.report import on_mesh
+from jaxcp.compile.target import parse_target
 
 # chip: (slice, tokens a device, strategies by name) of what is compiled. A turn of a ring is the
 # same for any number of devices; a gather is not.

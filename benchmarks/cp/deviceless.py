@@ -12,7 +12,7 @@ from collections.abc import Callable
 from benchmarks.cp import model
 from benchmarks.cp.links import Torus
 from benchmarks.cp.programs import HEAD_DIM, HEADS, KV_HEADS
-from jaxcp.plan.target import parse_target
+from jaxcp.compile.target import parse_target
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 K = 1024

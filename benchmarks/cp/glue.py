@@ -10,7 +10,7 @@ the least time, and XLA's number is many times that for some reductions.
 import dataclasses
 import re
 
-from jaxcp.plan.hlo import KERNEL_TARGETS
+from jaxcp.compile.hlo import KERNEL_TARGETS
 
 HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 LINE = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)")

@@ -15,7 +15,7 @@ tpu7x from a cube of 4x4x4 on, and 16 on v5e and v6e.
 import dataclasses
 from collections.abc import Iterable
 
-from jaxcp.plan.target import Target
+from jaxcp.compile.target import Target
 from pallas_kernels.devices import Chip
 
 HOP = 1e-6

@@ -16,8 +16,8 @@ from jax.sharding import PartitionSpec as P
 from rich.progress import track
 
 import jaxcp
-from jaxcp.plan import compile_for, parse_target
-from jaxcp.plan.compile import MIB
+from jaxcp.compile import compile_for, parse_target
+from jaxcp.compile.report import MIB
 
 HEADS, KV_HEADS, HEAD_DIM, WINDOW = 32, 8, 128, 4096
 CONTEXTS = 1 << 15, 1 << 17, 1 << 19, 1 << 20

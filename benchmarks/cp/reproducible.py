@@ -26,7 +26,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxcp
-from jaxcp.plan import collectives
+from jaxcp.compile import collectives
 
 SHARDS, HEADS, KV_HEADS, HEAD_DIM, TOKENS = 4, 8, 4, 64, 4096
 STRATEGIES = (jaxcp.Ring, jaxcp.AllGather, jaxcp.Ulysses)

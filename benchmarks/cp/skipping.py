@@ -3,13 +3,13 @@
 
 `pl.when` is a branch over what it guards. Every branch is taken here but those over all of the
 kernel's work, which the pipeline takes before its first step and after its last one: what is left
-is what each step pays. Format as in `jaxcp/plan/tpu_code.py`.
+is what each step pays. Format as in `jaxcp/compile/tpu_code.py`.
 """
 
 import pathlib
 import re
 
-from jaxcp.plan.tpu_code import BUNDLE, Kernel
+from jaxcp.compile.tpu_code import BUNDLE, Kernel
 
 BRANCH = re.compile(r"= sbr\.rel \([^)]*\) target = \$region(\d+)")
 EMPTY = re.compile(r"Start/End empty region (\d+)")

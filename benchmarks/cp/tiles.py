@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.cp.programs import HEAD_DIM
 from benchmarks.deviceless import flash
-from jaxcp.plan.tpu_code import Hot, Kernel
+from jaxcp.compile.tpu_code import Hot, Kernel
 from jaxcp.tune import tpu_cost
 from pallas_kernels.devices import CHIPS
 from pallas_kernels.flash_attention import Mask, blocks

@@ -4,7 +4,7 @@
     make bench-deviceless
 
 What is counted: the instruction mix, registers and spills of an NVIDIA kernel and the bundles of a
-TPU kernel (`jaxcp/plan/{gpu,tpu}_code.py`, `jaxcp/tune/tpu_cost.py`). A bundle issues in a cycle
+TPU kernel (`jaxcp/compile/{gpu,tpu}_code.py`, `jaxcp/tune/tpu_cost.py`). A bundle issues in a cycle
 of a TensorCore, so bundles of a tile are its run time where DMA is hidden and no unit stalls. They
 are no measurement: nothing here has run.
 """

@@ -18,7 +18,7 @@ import time
 from importlib import metadata
 
 from benchmarks.deviceless import bars
-from jaxcp.plan import gpu_code
+from jaxcp.compile import gpu_code
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CHIPS = ("v6e", "tpu7x", "v5p", "v5e", "rtx-pro-6000")

@@ -11,7 +11,7 @@ import sys
 import jax.numpy as jnp
 
 from benchmarks.deviceless import flash, moe_decode
-from jaxcp.plan.machine_code import SLICES, Compiler
+from jaxcp.compile.machine_code import SLICES, Compiler
 
 SLOWEST = 3
 

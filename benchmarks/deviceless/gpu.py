@@ -13,8 +13,8 @@ import sys
 import jax.numpy as jnp
 
 from benchmarks.deviceless import flash, moe_decode
-from jaxcp.plan.gpu_code import Kernel
-from jaxcp.plan.machine_code import Compiler
+from jaxcp.compile.gpu_code import Kernel
+from jaxcp.compile.machine_code import Compiler
 
 CHIP = "rtx-pro-6000"
 

@@ -10,7 +10,7 @@ import time
 
 from benchmarks.deviceless import flash
 from benchmarks.deviceless.tpu import attempt, per_tile
-from jaxcp.plan.machine_code import SLICES, Compiler
+from jaxcp.compile.machine_code import SLICES, Compiler
 
 SIZES = {
     "forward": dict(

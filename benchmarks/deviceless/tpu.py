@@ -14,7 +14,7 @@ import sys
 import jax.numpy as jnp
 
 from benchmarks.deviceless import flash, moe_decode
-from jaxcp.plan.machine_code import Compiler
+from jaxcp.compile.machine_code import Compiler
 from jaxcp.tune import tpu_cost
 
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import decode_attention, flash_attention, grouped_matmul, quantize_cache
 from pallas_kernels.devices import find
-from pallas_kernels.grouped_matmul import quantise
+from pallas_kernels.grouped_matmul import quantize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ def decode(slots, *, cache="bfloat16", batch=1, heads=64, kv_heads=8, head_dim=1
 
     def cudnn(q, k, v, k_scale, v_scale):
         if cache != "bfloat16":
-            raise NotImplementedError("no quantised cache")
+            raise NotImplementedError("no quantized cache")
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
 
     def xla(q, k, v, k_scale, v_scale):
@@ -129,14 +129,14 @@ def grouped(tokens, *, experts=192, embed=4096, width=1536, weights="bfloat16"):
         choice = jax.random.choice(keys[2], experts, (rows,), p=_uneven(experts))
         sizes = jnp.bincount(choice, length=experts).astype(jnp.int32)
         dout = jax.random.normal(keys[3], (rows, width), jnp.bfloat16)
-        return lhs, rhs if weights == "bfloat16" else quantise(rhs, weights), sizes, dout
+        return lhs, rhs if weights == "bfloat16" else quantize(rhs, weights), sizes, dout
 
     def ours(lhs, rhs, sizes, dout):
         return grouped_matmul(lhs, rhs, sizes, implementation="triton")
 
     def ragged(lhs, rhs, sizes, dout):
         if weights != "bfloat16":
-            raise NotImplementedError("no quantised weights")
+            raise NotImplementedError("no quantized weights")
         return jax.lax.ragged_dot(lhs, rhs, sizes)
 
     def both(product, lhs, rhs, sizes, dout):

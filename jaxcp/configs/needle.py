@@ -13,7 +13,7 @@ Many different keys a document matter later: with few, two digits of a value nam
 """
 
 import jaxcp
-from jaxcp.evaluate.haystack import NeedleSource, Stage
+from jaxcp.data.haystack import NeedleSource, Stage
 from jaxcp.layers.rope import Rope
 from jaxcp.layers.routing import Routing
 from jaxcp.models.hybrid_moe.config import AttentionConfig, ExpertsConfig, NGramConfig

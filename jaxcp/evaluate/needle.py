@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from jaxcp.evaluate.haystack import DIGITS, QUESTION, Haystack, make_haystack
+from jaxcp.data.haystack import DIGITS, QUESTION, Haystack, make_haystack
+from jaxcp.evaluate.pictures import new_figure
 from jaxcp.inference import Engine, Session
 from jaxcp.models.base import LanguageModel
-from jaxcp.pictures import new_figure
-from jaxcp.tokenizer import Tokenizer
+from jaxcp.text.tokenizer import Tokenizer
 
 DEPTH_BINS = 10
 

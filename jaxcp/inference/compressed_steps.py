@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from jaxcp.attention.compressed import CompressedStep
 from jaxcp.context_parallel import Ring
-from jaxcp.context_parallel.compressed_cache import CompressedStep
 from jaxcp.context_parallel.overlap import compiler_options
 from jaxcp.inference.turns import WIDTHS, Frame, latest, pieces
 from pallas_kernels.dispatch import target_platform

@@ -12,7 +12,7 @@ from jaxcp.context_parallel import Strategy
 from jaxcp.inference.checks import integer, token_ids
 from jaxcp.inference.session import Session
 from jaxcp.inference.steps import prefill
-from jaxcp.tokenizer import Tokenizer
+from jaxcp.text.tokenizer import Tokenizer
 
 TRIED = 64
 """Tokens of the prefill that is traced to see whether a strategy can do it."""

@@ -12,17 +12,14 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 
 from jaxcp.inference.checks import integer, token_ids
+from jaxcp.inference.sampling import Sampler, sample
 from jaxcp.inference.steps import decode_step, prefill
-from jaxcp.sampling import Sampler, sample
-
-if TYPE_CHECKING:
-    from jaxcp.inference.engine import Engine
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -52,9 +49,9 @@ class Stats:
 
 
 class Session:
-    """Made by `Engine.session()`."""
+    """A conversation on an `Engine`; `Engine.session()` makes it."""
 
-    def __init__(self, engine: "Engine", *, seed: int = 0):
+    def __init__(self, engine: Any, *, seed: int = 0):
         self.engine = engine
         seed = integer("seed", seed, 0, 2**32 - 1)  # jax.random.key drops what is above
         with engine.on_mesh():

@@ -13,15 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from jaxcp.attention.cache import MAX_EXTEND, Extend, KVCache, Prefill
+from jaxcp.attention.compressed import CompressedCache
+from jaxcp.attention.slots import check_rows
 from jaxcp.context_parallel import Ring, Strategy
-from jaxcp.context_parallel.cache_slots import check_rows
-from jaxcp.context_parallel.compressed_cache import CompressedCache
-from jaxcp.context_parallel.kv_cache import MAX_EXTEND, Extend, KVCache, Prefill
 from jaxcp.context_parallel.overlap import compiler_options
+from jaxcp.data.windows import windows
 from jaxcp.inference.checks import integers, token_ids
 from jaxcp.inference.compressed_steps import prefill_compressed
 from jaxcp.inference.turns import frame_of, latest, layout_of, pieces
-from jaxcp.layers.ngram import windows
 from pallas_kernels.dispatch import target_platform
 
 EXTEND_SIZES = (1, 8, 32, MAX_EXTEND)

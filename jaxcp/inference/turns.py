@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcp.attention.slots import slots_in_use
 from jaxcp.context_parallel import Ring, Strategy
-from jaxcp.context_parallel.cache_slots import slots_in_use
 from jaxcp.context_parallel.halo import rows_to_send
 from jaxcp.layout import Layout
 from pallas_kernels import PAD_POSITION

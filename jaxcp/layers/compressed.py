@@ -15,8 +15,8 @@ import functools
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxcp.context_parallel.compressed import block_starts
-from jaxcp.context_parallel.sparse import Selection
+from jaxcp.attention.blocks import block_starts
+from jaxcp.attention.selected import Selection
 from jaxcp.layers.linear import linear
 from jaxcp.layers.mla import IndexDims
 from jaxcp.layers.norm import RMSNorm
@@ -74,7 +74,7 @@ class CompressedAttention(nnx.Module):
         self.kv = normal(rngs, (embed_dim, d.head_dim), ("embed", "head_dim"), std, summed=1)
         self.kv_norm = norm(d.head_dim, axis="head_dim")
         self.sinks = constant((d.num_heads,), ("heads",), 0.0, keep_float32=True)
-        # A group of heads lies on one device, as its heads do. A product for each: not quantised.
+        # A group of heads lies on one device, as its heads do. A product for each: not quantized.
         o_down = d.out_groups, d.num_heads // d.out_groups, d.head_dim, d.out_rank
         o_std = (d.num_heads // d.out_groups * d.head_dim) ** -0.5
         o_down_axes = "head_groups", "group_heads", "head_dim", "latent"

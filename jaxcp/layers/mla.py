@@ -13,7 +13,7 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxcp.context_parallel.sparse import Selection
+from jaxcp.attention.selected import Selection
 from jaxcp.layers.linear import linear
 from jaxcp.layers.norm import LayerNorm, RMSNorm
 from jaxcp.layers.parameter import normal
@@ -75,7 +75,7 @@ class LatentAttention(nnx.Module):
         self.kv_down = normal(rngs, kv_down, ("embed", "latent"), std, summed=1)
         self.kv_norm = RMSNorm(d.kv_rank, eps=norm_eps, axis="latent")
         kv_up = d.kv_rank, n, d.nope_dim + d.value_dim
-        # queries are absorbed into it, so it is no plain product: never quantised
+        # queries are absorbed into it, so it is no plain product: never quantized
         self.kv_up = normal(rngs, kv_up, ("latent", "heads", "head_dim"), d.kv_rank**-0.5)
         o = n, d.value_dim, embed_dim
         self.o = normal(rngs, o, ("heads", "head_dim", "embed"), out_std, summed=2)

@@ -17,9 +17,9 @@ from jaxcp.layers.expert_exchange import exchanged, zeros_after
 from jaxcp.layers.fixed_tiles import experts_in_tiles, in_tiles
 from jaxcp.layers.mlp import SILU, GatedMLP, SwiGLU
 from jaxcp.layers.parameter import RouterBias, constant, normal
+from jaxcp.layers.quantized import is_quantized
 from jaxcp.layers.router_stats import RouterStats, router_stats
 from jaxcp.layers.routing import SCORES, Routing
-from jaxcp.quantised import is_quantised
 from jaxcp.sharding import tokens_spec
 from pallas_kernels import grouped_matmul, grouped_swiglu
 
@@ -122,7 +122,7 @@ class MoE(nnx.Module):
 
     def _weights(self, dtype):
         """Every leaf of the router (float32) and of the routed experts, by name: those in `dtype`,
-        or quantised."""
+        or quantized."""
         router, experts = ["router"], ["gate", "up", "down"]
         router += ["router_bias"] if self.routing.selection_bias else []
         router += ["router_linear_bias"] if self.routing.linear_bias else []
@@ -130,7 +130,7 @@ class MoE(nnx.Module):
         w = {name: getattr(self, name).astype(jnp.float32) for name in router}
         for name in experts:
             value = getattr(self, name).get_value()
-            w[name] = value if is_quantised(value) else value.astype(dtype)
+            w[name] = value if is_quantized(value) else value.astype(dtype)
         if self.reproducible and self.num_shared_experts:
             w["shared"] = self.shared
         return w
@@ -227,8 +227,8 @@ class MoE(nnx.Module):
 
 
 def _spec(placed):
-    """Of weights, quantised or not."""
-    return placed.values if is_quantised(placed) else placed
+    """Of weights, quantized or not."""
+    return placed.values if is_quantized(placed) else placed
 
 
 def _weighed(out, weights):

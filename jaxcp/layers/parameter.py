@@ -19,7 +19,7 @@ def normal(
 ) -> nnx.Param:
     """A float32 parameter drawn from a normal distribution.
 
-    `summed=n`: it may be quantised, see `jaxcp.quantised`.
+    `summed=n`: it may be quantized, see `jaxcp.layers.quantized`.
     """
     value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
     return nnx.Param(value, axes=axes, **metadata)

@@ -6,9 +6,13 @@ import jaxcp.flax_version  # noqa: F401  (before flax)
 # isort: split
 import dataclasses
 import importlib
+import types
 from collections.abc import Collection, Mapping, Sequence
 from types import ModuleType
 from typing import Any
+
+import jax
+from flax import nnx
 
 from jaxcp.models.weight_table import Row
 
@@ -117,3 +121,24 @@ def _by_architecture(names: Any) -> str | None:
     names = names if isinstance(names, list) else []
     found = {ARCHITECTURES[x] for x in names if isinstance(x, str) and x in ARCHITECTURES}
     return found.pop() if len(found) == 1 else None
+
+
+def abstract_model(config: Any) -> Any:
+    """The model of `config` with `jax.ShapeDtypeStruct` leaves: to count or compile, not to run.
+
+    Nothing is allocated, whatever the size.
+
+    Raises:
+      ValueError: a config of no family that jaxcp knows.
+
+    >>> sum(x.size for x in jax.tree.leaves(jaxcp.abstract_model(jaxcp.load_config(path))))
+    """
+    model_class = family_of(config).model_class
+
+    def build():
+        # One key for all: nnx.Rngs counts its draws in a traced variable, and tracing that costs
+        # the square of their number (20 s instead of 1 s for Hy3's 80 layers).
+        key = jax.random.key(0)
+        return model_class(config, rngs=types.SimpleNamespace(params=lambda: key))
+
+    return nnx.eval_shape(build)

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxcp.attention.cache import KVCache, empty_cache
+from jaxcp.attention.whole_sequence import WholeSequence
 from jaxcp.context_parallel import Strategy
-from jaxcp.context_parallel.kv_cache import KVCache, empty_cache
-from jaxcp.context_parallel.whole_sequence import WholeSequence
 from jaxcp.layers.attention import Attend
 from jaxcp.layers.router_stats import RouterStats
 from jaxcp.sharding import tokens_spec
@@ -80,7 +80,7 @@ class LanguageModel(nnx.Module):
         after those of the trunk, in the order in which their selection biases are named.
 
         Args:
-          following: the n tokens after each one, see `jaxcp.layers.lookahead.following`.
+          following: the n tokens after each one, see `jaxcp.data.lookahead.following`.
         Raises:
           NotImplementedError: the family has no MTP layer.
         """

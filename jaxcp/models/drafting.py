@@ -78,7 +78,7 @@ class DraftingModel(LanguageModel):
         Args:
           state: what `trunk` gave, or `draft`.
           next_tokens: `[B, T]`, laid out as the state is: the token after the one at each place
-            (after two, of a draft of a draft). See `jaxcp.layers.lookahead.following`.
+            (after two, of a draft of a draft). See `jaxcp.data.lookahead.following`.
         Raises:
           ValueError: the model has no MTP layer.
         """

@@ -77,8 +77,8 @@ NEUTRAL: dict[str, tuple] = {
 """Fields that change what is computed, and the values that do not. A family reads some."""
 
 SILU = "silu", "swish"
-QUANTISED = None, "jaxcp", "fp8", "mxfp4", "modelopt", "compressed-tensors"
-"""Whose tensors say by themselves how they are quantised, see `jaxcp.quantised_files`."""
+QUANTIZED = None, "jaxcp", "fp8", "mxfp4", "modelopt", "compressed-tensors"
+"""Whose tensors say by themselves how they are quantized, see `jaxcp.weights.formats`."""
 DTYPES = "float32", "bfloat16", "float16"
 LEGACY = {"attention": "full_attention", "deepseek_sparse_attention": "indexed_attention"}
 """Kinds of layers under the names that they had before."""
@@ -202,10 +202,10 @@ class HFConfig(Mapping):
     def finish(self) -> None:
         """Raises NotImplementedError, naming all, for fields that nobody has asked for."""
         method = (self.get("quantization_config") or {}).get("quant_method")
-        if method not in QUANTISED:
+        if method not in QUANTIZED:
             raise NotImplementedError(
                 f"{self.model_type}: quantization_config has a quant_method of "
-                f"{', '.join(map(str, QUANTISED[1:]))}; got {method}"
+                f"{', '.join(map(str, QUANTIZED[1:]))}; got {method}"
             )
         rest = {k: self._fields[k] for k in sorted(self._fields.keys() - self._read)}
         if unknown := {k: v for k, v in rest.items() if v not in NEUTRAL.get(k, ())}:

@@ -4,8 +4,8 @@
 import jaxcp.flax_version  # noqa: F401  (before flax)
 
 # isort: split
+from jaxcp.data.sources import BatchSource, TextSource, TokenFiles
 from jaxcp.training.config import LossConfig, OptimizerConfig, TrainConfig, load_run
-from jaxcp.training.data import BatchSource, TextSource, TokenFiles
 from jaxcp.training.loop import Result, train
 from jaxcp.training.metrics import Callback, ProgressBar, plot_loss, read_metrics
 

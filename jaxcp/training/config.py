@@ -9,8 +9,8 @@ import pathlib
 import re
 from typing import Any, Literal
 
+from jaxcp.data.sources import BatchSource
 from jaxcp.mesh import MeshConfig
-from jaxcp.training.data import BatchSource
 
 
 def _whole(config: Any, *names: str) -> None:

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxcp.tokenizer import byte_level
+from jaxcp.data.sources import TokenFiles
+from jaxcp.text.tokenizer import byte_level
 from jaxcp.training.config import TrainConfig
-from jaxcp.training.data import TokenFiles
 from jaxcp.training.loop import Result
 from jaxcp.weights import save
 

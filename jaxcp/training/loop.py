@@ -12,13 +12,13 @@ from typing import Any
 
 import jax
 
+from jaxcp.data.lookahead import draft_batch
+from jaxcp.data.sources import as_source, checked, consecutive, prefetch, put
+from jaxcp.data.windows import windows
 from jaxcp.input_files import JSON_BYTES, read_bytes
-from jaxcp.layers.lookahead import draft_batch
-from jaxcp.layers.ngram import windows
 from jaxcp.layout import Zigzag
 from jaxcp.training import checkpoint
 from jaxcp.training.config import TrainConfig, differences, identity
-from jaxcp.training.data import as_source, checked, consecutive, prefetch, put
 from jaxcp.training.metrics import Callback, MetricsFile, ProgressBar, Record, as_json
 from jaxcp.training.step import State, init_state, join, make_step
 

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from jaxcp.evaluate.pictures import new_figure
 from jaxcp.input_files import open_regular
-from jaxcp.pictures import new_figure
 
 Record = dict[str, Any]
 """`step, loss` (nats), `lr, grad_norm, tokens` (since step 0), `tokens_per_second` (None until

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxcp.layers.quantized import quantized_names
 from jaxcp.layers.router_stats import RouterStats
-from jaxcp.quantised import quantised_names
 from jaxcp.training.config import LossConfig
 from jaxcp.training.loss import chunked_cross_entropy
 
@@ -31,11 +31,11 @@ def objective(
       draft_scale: the whole batch's weight of next tokens over that of drafts.
       options: as `model.hidden` takes them.
     Raises:
-      NotImplementedError: weights of the model are quantised.
+      NotImplementedError: weights of the model are quantized.
     """
-    if fixed := quantised_names(model):
+    if fixed := quantized_names(model):
         raise NotImplementedError(
-            f"training needs plain weights, no gradient flows into quantised ones; got "
+            f"training needs plain weights, no gradient flows into quantized ones; got "
             f"{len(fixed)} of them, such as {fixed[0]}. Train the model that they were made of"
         )
     tokens, positions = piece["tokens"], piece["positions"]

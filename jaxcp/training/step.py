@@ -17,10 +17,11 @@ from jaxcp.context_parallel.overlap import compiler_options
 from jaxcp.layers.router_stats import RouterStats
 from jaxcp.layout import Zigzag
 from jaxcp.models import family_of
-from jaxcp.sharding import place, sharding_of
+from jaxcp.sharding import sharding_of
 from jaxcp.training.config import LossConfig, OptimizerConfig, TrainConfig
 from jaxcp.training.objective import draft_scale, objective
 from jaxcp.training.optimizer import make_optimizer, schedule
+from jaxcp.weights.placement import place
 
 DRAFT_DTYPES = {
     "following": jnp.int32,
@@ -89,7 +90,7 @@ def init_state(config: TrainConfig) -> State:
 
 def abstract_inputs(config: TrainConfig, mesh: Mesh) -> tuple[State, dict[str, Any]]:
     """Shapes and shardings of a state and a batch on `mesh`, whose devices need not be there:
-    with `make_step`, what `jaxcp.plan.compile_for` takes."""
+    with `make_step`, what `jaxcp.compile.compile_for` takes."""
     abstract_mesh = mesh.abstract_mesh
 
     def leaf(shape, dtype, spec) -> jax.ShapeDtypeStruct:

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcp.accelerators import device_files
-from jaxcp.plan import gpu_code, machine_code
+from jaxcp.compile import gpu_code, machine_code
 from jaxcp.tune import gpu_cost
 from jaxcp.tune.inputs import fill
 from jaxcp.tune.parts import TARGETS, Part, kernel_of, part_of

@@ -14,7 +14,7 @@ choosing), HBM. Between two rows within some 10 % only the device decides.
 
 import re
 
-from jaxcp.plan.gpu_code import Kernel, Loop
+from jaxcp.compile.gpu_code import Kernel, Loop
 
 L2_BYTES = 16  # an issue slot; 64 a cycle of a multiprocessor (A100 and H100 whitepapers)
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
-from jaxcp.plan import gpu_code, tpu_code
+from jaxcp.compile import gpu_code, tpu_code
 from jaxcp.tune import gpu_cost, programs, tpu_cost
 
 

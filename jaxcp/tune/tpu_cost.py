@@ -14,7 +14,7 @@ Not seen: DMA that is not hidden, the fixed cost of a grid step, stalls of other
 
 import math
 
-from jaxcp.plan.tpu_code import Hot, Kernel
+from jaxcp.compile.tpu_code import Hot, Kernel
 from pallas_kernels.devices import CHIPS
 
 # bfloat16 FLOPs a cycle of one TensorCore: matrix units x rows a cycle x side^2 x 2. Times the

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode attention: the public signature, the cache's quantisation, the checks before a backend.
+"""Decode attention: the public signature, the cache's quantization, the checks before a backend.
 
 A backend is a module with `forward` (see `reference.py`) on checked arguments; it returns float32.
 It never sees a sink: sinks enter the softmax's denominator once, after the last merge.
@@ -53,7 +53,7 @@ def decode_attention(
     gives `out = 0, lse = -inf`. Query head `n` reads KV head `n // (N // K)`.
 
     Args:
-      k, v: of q's dtype, of another float dtype (converted a block at a time), or quantised:
+      k, v: of q's dtype, of another float dtype (converted a block at a time), or quantized:
         int8 and float8_e4m3fn, with scales from `quantize_cache`.
       q_positions, kv_positions: global position of each token. A slot belongs to no position:
         `kv_positions` (default `0..S-1`) says which token lies there, in any order;

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of a few queries over a cache as it is written in a paper, every score in memory.
 
-A quantised entry is `value * scale`, one scale a token and head: it multiplies the score of a key
+A quantized entry is `value * scale`, one scale a token and head: it multiplies the score of a key
 and the weight of a value, so that the products are of the stored values, which bfloat16 holds.
 """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 from pallas_kernels.grouped_matmul.api import grouped_matmul, grouped_swiglu
-from pallas_kernels.grouped_matmul.quantised import Quantised, dequantise, quantise
+from pallas_kernels.grouped_matmul.quantized import Quantized, dequantize, quantize
 
-__all__ = ["Quantised", "dequantise", "grouped_matmul", "grouped_swiglu", "quantise"]
+__all__ = ["Quantized", "dequantize", "grouped_matmul", "grouped_swiglu", "quantize"]

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import resolve
 from pallas_kernels.grouped_matmul import gradients
-from pallas_kernels.grouped_matmul.quantised import Quantised, dequantise
-from pallas_kernels.grouped_matmul.quantised import check as check_scales
+from pallas_kernels.grouped_matmul.quantized import Quantized, dequantize
+from pallas_kernels.grouped_matmul.quantized import check as check_scales
 
 IMPLEMENTATIONS = ("reference", "xla", "triton", "mosaic_tpu")
 KERNELS = ("triton", "mosaic_tpu")
@@ -22,7 +22,7 @@ BEST = {"cpu": "xla", "gpu": "triton", "tpu": "mosaic_tpu"}
 
 def grouped_matmul(
     lhs: Float[Array, "M D"],
-    rhs: Float[Array, "E D F"] | Quantised,
+    rhs: Float[Array, "E D F"] | Quantized,
     group_sizes: Int[Array, "E"],
     *,
     implementation: str | None = None,
@@ -30,10 +30,10 @@ def grouped_matmul(
     """`out[m] = lhs[m] @ rhs[group of row m]`; rows lie sorted by group, groups may be empty.
 
     Rows past the sum of `group_sizes` give 0, and a gradient of 0; a sum above `M` is undefined.
-    Accumulates in float32. Differentiable in `lhs`, and in `rhs` unless it is `Quantised`.
+    Accumulates in float32. Differentiable in `lhs`, and in `rhs` unless it is `Quantized`.
 
     Args:
-      rhs: matrices, or `quantise(matrices)`, whose values stay 8 bits wide in memory.
+      rhs: matrices, or `quantize(matrices)`, whose values stay 8 bits wide in memory.
       implementation: "reference", "xla", "triton", "mosaic_tpu"; None takes the platform's best.
     Raises:
       ValueError: shapes that do not fit, or an unknown implementation.
@@ -55,8 +55,8 @@ def grouped_matmul(
 
 def grouped_swiglu(
     lhs: Float[Array, "M D"],
-    gate: Float[Array, "E D F"] | Quantised,
-    up: Float[Array, "E D F"] | Quantised,
+    gate: Float[Array, "E D F"] | Quantized,
+    up: Float[Array, "E D F"] | Quantized,
     group_sizes: Int[Array, "E"],
     *,
     clamp: float | None = None,
@@ -96,8 +96,8 @@ def grouped_swiglu(
 
 
 def _form(weights):
-    """Shapes and dtypes; of quantised weights the packing too."""
-    if not isinstance(weights, Quantised):
+    """Shapes and dtypes; of quantized weights the packing too."""
+    if not isinstance(weights, Quantized):
         return weights.shape
     form = jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", weights)
     return form
@@ -108,7 +108,7 @@ def _has_kernels(backend):
 
 
 def _exact(rhs, dtype):
-    return dequantise(rhs, dtype) if isinstance(rhs, Quantised) else rhs
+    return dequantize(rhs, dtype) if isinstance(rhs, Quantized) else rhs
 
 
 def _check(lhs, rhs, group_sizes):
@@ -122,15 +122,15 @@ def _check(lhs, rhs, group_sizes):
             "needs lhs [M,D], rhs [E,D,F], group_sizes [E]; "
             f"got {lhs.shape}, {rhs.shape}, {group_sizes.shape}"
         )
-    if isinstance(rhs, Quantised):
+    if isinstance(rhs, Quantized):
         check_scales(rhs)
 
 
 def _supported(backend, lhs, rhs):
-    dtypes = {lhs.dtype} if isinstance(rhs, Quantised) else {lhs.dtype, rhs.dtype}
+    dtypes = {lhs.dtype} if isinstance(rhs, Quantized) else {lhs.dtype, rhs.dtype}
     if len(dtypes) > 1 or lhs.dtype not in (jnp.float32, jnp.bfloat16):
         raise NotImplementedError(
             f"grouped_matmul {backend.__name__.split('.')[-1]}: rows and weights both float32 or "
-            f"both bfloat16, or weights quantised; got {', '.join(map(str, dtypes))}; "
+            f"both bfloat16, or weights quantized; got {', '.join(map(str, dtypes))}; "
             "use implementation='xla' or 'reference'"
         )

@@ -156,7 +156,7 @@ def _check_target():
             "block-scaled products need sm_120 and go through a private hook of Pallas-Triton, "
             f"proved on jax {', '.join(PROVED)}; this is jax {jax.__version__} for "
             f"{device_kind() if platform == 'gpu' else platform}; use implementation='emulated', "
-            "or grouped_matmul with quantise()"
+            "or grouped_matmul with quantize()"
         )
 
 

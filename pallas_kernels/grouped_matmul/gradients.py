@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The gradient rules of the kernel backends, which differ only in the kernels they call.
 
-A backend has `matmul(lhs, rhs, group_sizes, transpose=False)`, with `rhs` an array or `Quantised`,
+A backend has `matmul(lhs, rhs, group_sizes, transpose=False)`, with `rhs` an array or `Quantized`,
 `outer(lhs, dout, group_sizes, dtype)`, the product that the gradient of the weights is, and
 `swiglu(lhs, gate, up, group_sizes, clamp, preactivations)`.
 """
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.grouped_matmul import groups
-from pallas_kernels.grouped_matmul.quantised import Quantised, channel_scales
+from pallas_kernels.grouped_matmul.quantized import Quantized, channel_scales
 
 
 def alike(*trees):
@@ -80,13 +80,13 @@ def activation(g, u, clamp):
 
 
 def _both_sides(backend, lhs, rhs, group_sizes, dout):
-    if not isinstance(rhs, Quantised):
+    if not isinstance(rhs, Quantized):
         dlhs = backend.matmul(dout, rhs, group_sizes, transpose=True)
         return dlhs, backend.outer(lhs, dout, group_sizes, rhs.dtype)
     if not rhs.has_gradient:
         raise NotImplementedError(
             f"no gradient through weights of {rhs.values.dtype} with scales {rhs.scales.shape}; "
-            "quantise them to int8 or float8_e4m3fn with a scale a channel or 128 x 128 block"
+            "quantize them to int8 or float8_e4m3fn with a scale a channel or 128 x 128 block"
         )
     if rhs.by_channel:  # the scales lie along what is summed over: they go to the other side
         group = jnp.minimum(groups.of_rows(group_sizes, dout.shape[0]), rhs.shape[0] - 1)

@@ -19,10 +19,10 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.dispatch import target_platform
 from pallas_kernels.grouped_matmul import gradients, groups, tuning
 from pallas_kernels.grouped_matmul.narrow import four_times_e2m1, to_float32
-from pallas_kernels.grouped_matmul.quantised import (
+from pallas_kernels.grouped_matmul.quantized import (
     BLOCK,
     PACKED,
-    Quantised,
+    Quantized,
     fine_operands,
     operand,
 )
@@ -89,7 +89,7 @@ def _products(op, lhs, weights, group_sizes, outs, finish, *, transpose=False):
     if m == 0:
         return [_zeros(lhs, (0, n), lhs.dtype)] * outs
     block, interpret = _blocks(op, lhs, e, n)
-    if isinstance(weights[0], Quantised) and weights[0].is_fine:
+    if isinstance(weights[0], Quantized) and weights[0].is_fine:
         assert not transpose, "gradients.py refuses it"
         return _fine_products(op, lhs, weights, group_sizes, outs, finish, block)
     operands = [operand(w, transpose=transpose) for w in weights]

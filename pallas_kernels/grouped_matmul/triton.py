@@ -22,7 +22,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.dispatch import target_platform
 from pallas_kernels.grouped_matmul import gradients, groups, tuning
 from pallas_kernels.grouped_matmul.narrow import four_times_e2m1, from_ue8m0
-from pallas_kernels.grouped_matmul.quantised import BLOCK, Quantised, fine_operands, operand
+from pallas_kernels.grouped_matmul.quantized import BLOCK, Quantized, fine_operands, operand
 from pallas_kernels.online_softmax import dot
 
 # 2026-11: jax 0.11 and later warn about Pallas-Triton whenever a program is lowered. That is after
@@ -67,7 +67,7 @@ def _products(op, lhs, weights, group_sizes, outs, finish, *, transpose=False):
     """`finish` of the products of `lhs` with each of the weights, one kernel."""
     m, k = lhs.shape
     e, n = weights[0].shape[0], weights[0].shape[1 if transpose else 2]
-    if isinstance(weights[0], Quantised) and weights[0].is_fine:
+    if isinstance(weights[0], Quantized) and weights[0].is_fine:
         assert not transpose, "gradients.py refuses it"
         return _fine_products(op, lhs, weights, group_sizes, outs, finish)
     weights, scales = zip(*(operand(w, transpose=transpose) for w in weights), strict=True)

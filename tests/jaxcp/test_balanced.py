@@ -16,10 +16,10 @@ from jax.sharding import PartitionSpec as P
 import jaxcp
 from jaxcp import Balanced, Contiguous, Zigzag
 from jaxcp.context_parallel.recurrent import Pieces
+from jaxcp.data.sources import checked, consecutive
 from jaxcp.mesh import MeshConfig
 from jaxcp.models.gpt.model import GPTConfig
 from jaxcp.training import TokenFiles, TrainConfig
-from jaxcp.training.data import checked, consecutive
 from jaxcp.training.loop import _Run
 from jaxcp.training.step import abstract_inputs
 from pallas_kernels import PAD_POSITION

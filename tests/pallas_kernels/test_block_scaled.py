@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcp.plan import compile_for, parse_target
+from jaxcp.compile import compile_for, parse_target
 from pallas_kernels.grouped_matmul import block_scaled as narrow
 
 # 2026-11: jax 0.11 and later warn when Pallas-Triton is used; it works through 0.12.

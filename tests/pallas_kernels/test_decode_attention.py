@@ -44,7 +44,7 @@ def test_matches_float64_and_repeats(name, implementation):
         ("float8_e4m3fn", True, 0.04),
     ],
 )
-def test_what_a_quantised_cache_costs(dtype, outliers, cost):
+def test_what_a_quantized_cache_costs(dtype, outliers, cost):
     """Root mean square error of `out` against the cache before, as a part of out's own.
 
     Outliers: one entry of each token's head is thirty times the rest, and is left out of the sum.
@@ -58,7 +58,7 @@ def test_what_a_quantised_cache_costs(dtype, outliers, cost):
     ("dtype", "share", "least"),
     [("int8", 0, 1 / 254), ("float8_e4m3fn", 1 / 16, 1 / 458752)],
 )
-def test_quantised_entries_are_as_near_as_promised(dtype, share, least):
+def test_quantized_entries_are_as_near_as_promised(dtype, share, least):
     x = np.random.default_rng(0).standard_normal((3, 50, 2, 64)).astype(np.float32)
     x[..., 3] *= 100
     x[0, 0] = 0

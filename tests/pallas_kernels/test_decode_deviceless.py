@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from slow import slow_but
 
-from jaxcp.plan import compile_for, parse_target
+from jaxcp.compile import compile_for, parse_target
 from pallas_kernels import decode_attention
 
 # 2026-11: jax 0.11 and later warn when Pallas-Triton is used; it works through 0.12.

@@ -12,7 +12,7 @@ import pytest
 from slow import slow_but
 
 from pallas_kernels import grouped_matmul, grouped_swiglu
-from pallas_kernels.grouped_matmul import dequantise, narrow, quantise, quantised
+from pallas_kernels.grouped_matmul import dequantize, narrow, quantize, quantized
 from pallas_kernels.grouped_matmul.api import IMPLEMENTATIONS
 from pallas_kernels.testing_grouped import CASES, check, product
 
@@ -50,7 +50,7 @@ def test_what_rounding_costs(values, block):
     sizes = [40, 24]
     for outliers, allowed in zip((0.0, 0.002), ROUNDING[values, block], strict=True):
         large = np.where(rng.random(weights.shape) < outliers, 30 * weights, weights)
-        rounded = dequantise(quantise(jnp.asarray(large, jnp.float32), values, block=block))
+        rounded = dequantize(quantize(jnp.asarray(large, jnp.float32), values, block=block))
         exact = product(lhs, large, sizes)
         off = product(lhs, np.asarray(rounded, np.float64), sizes) - exact
         relative = np.linalg.norm(off) / np.linalg.norm(exact)
@@ -58,8 +58,8 @@ def test_what_rounding_costs(values, block):
 
 
 def test_a_matrix_of_zeros_has_scales():
-    weights = quantise(jnp.zeros((1, 8, 4)), jnp.float8_e4m3fn)
-    assert not np.asarray(dequantise(weights)).any()
+    weights = quantize(jnp.zeros((1, 8, 4)), jnp.float8_e4m3fn)
+    assert not np.asarray(dequantize(weights)).any()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
@@ -87,9 +87,9 @@ def test_what_does_not_fit_is_named():
     with pytest.raises(ValueError, match="clamp"):
         grouped_swiglu(x, w, w, sizes, clamp=0.0)
     with pytest.raises(ValueError, match="int8"):
-        quantise(w, jnp.int4)
+        quantize(w, jnp.int4)
     with pytest.raises(ValueError, match="scales"):
-        grouped_matmul(x, quantise(w).__class__(quantise(w).values, jnp.ones((3, 2, 5))), sizes)
+        grouped_matmul(x, quantize(w).__class__(quantize(w).values, jnp.ones((3, 2, 5))), sizes)
     for implementation in ("triton", "mosaic_tpu"):
         with pytest.raises(NotImplementedError, match="bfloat16"):
             grouped_matmul(x, w.astype("bfloat16"), sizes, implementation=implementation)
@@ -113,29 +113,29 @@ def test_what_a_format_can_hold_comes_back():
     above = narrow.from_ue8m0(narrow.to_ue8m0(jnp.asarray(powers * 1.01)))
     np.testing.assert_array_equal(above, 2 * powers)
     whole = np.tile(exact, 12)[:, None] * np.array([1, 0.25, 1024])  # 192 rows
-    weights = quantise(jnp.asarray(whole[None], jnp.float32), "mxfp4")
-    np.testing.assert_array_equal(dequantise(weights)[0], whole)
+    weights = quantize(jnp.asarray(whole[None], jnp.float32), "mxfp4")
+    np.testing.assert_array_equal(dequantize(weights)[0], whole)
 
 
 @pytest.mark.parametrize("packed", [2, 32, 256])
 def test_a_slice_of_whole_packs_stands_for_itself(packed):
     codes = np.random.default_rng(0).integers(0, 16, (2, 512, 3), np.uint8)
-    values = quantised.pack(codes, packed)
-    np.testing.assert_array_equal(quantised.unpack(jnp.asarray(values), packed), codes)
-    part = quantised.unpack(jnp.asarray(values[:, 128:]), packed)
+    values = quantized.pack(codes, packed)
+    np.testing.assert_array_equal(quantized.unpack(jnp.asarray(values), packed), codes)
+    part = quantized.unpack(jnp.asarray(values[:, 128:]), packed)
     np.testing.assert_array_equal(part, codes[:, 256:])
 
 
 def test_formats_that_do_not_fit_raise():
     x, sizes = jnp.ones((4, 64)), jnp.array([4])
     w = jnp.ones((1, 64, 5))
-    mx, nv = quantise(w, "mxfp4"), quantise(w, "nvfp4")
+    mx, nv = quantize(w, "mxfp4"), quantize(w, "nvfp4")
     with pytest.raises(ValueError, match="gate and up are alike"):
         grouped_swiglu(x, mx, nv, sizes)
     with pytest.raises(ValueError, match="gate and up are alike"):
-        grouped_swiglu(x, quantise(w), quantise(w, block=True), sizes)
+        grouped_swiglu(x, quantize(w), quantize(w, block=True), sizes)
     with pytest.raises(ValueError, match="32 rows share a scale"):
-        quantise(jnp.ones((1, 40, 5)), "mxfp8")
+        quantize(jnp.ones((1, 40, 5)), "mxfp8")
     with pytest.raises(ValueError, match="scales of"):
         grouped_matmul(x, dataclasses.replace(mx, scales=mx.scales[:, :, :4]), sizes)
     with pytest.raises(ValueError, match="packed values are uint8"):
@@ -145,11 +145,11 @@ def test_formats_that_do_not_fit_raise():
 @pytest.mark.parametrize("implementation", ["triton", "mosaic_tpu"])
 def test_what_kernels_have_no_path_for_raises(implementation):
     product = functools.partial(grouped_matmul, implementation=implementation)
-    x, sizes, w = jnp.ones((4, 64)), jnp.array([4]), quantise(jnp.ones((1, 64, 5)), "mxfp4")
+    x, sizes, w = jnp.ones((4, 64)), jnp.array([4]), quantize(jnp.ones((1, 64, 5)), "mxfp4")
     with pytest.raises(NotImplementedError, match="no gradient"):
         jax.eval_shape(jax.grad(lambda x, w: product(x, w, sizes).sum()), x, w)
     codes = jnp.zeros((1, 64, 5), jnp.uint8)
-    thin = dataclasses.replace(w, values=quantised.pack(codes, 8), packed=8)
+    thin = dataclasses.replace(w, values=quantized.pack(codes, 8), packed=8)
     with pytest.raises(NotImplementedError, match="packed"):
         jax.eval_shape(product, x, thin, sizes)
 
@@ -163,11 +163,11 @@ def test_rows_that_no_block_divides(implementation, packed):
     shape = 2, summed, 40
     scales = jnp.asarray(rng.uniform(0.5, 2, (2, summed // 16, 40)), jnp.float32)
     codes = rng.integers(0, 16, shape, np.uint8)
-    values = quantised.pack(codes, packed) if packed else codes.view(np.int8) - np.int8(8)
-    w = quantised.Quantised(jnp.asarray(values), scales, packed=packed)
+    values = quantized.pack(codes, packed) if packed else codes.view(np.int8) - np.int8(8)
+    w = quantized.Quantized(jnp.asarray(values), scales, packed=packed)
     x = jnp.asarray(rng.normal(size=(20, summed)), jnp.float32)
     sizes = jnp.array([9, 11])
     product = functools.partial(grouped_matmul, implementation=implementation)
-    exact = np.asarray(dequantise(w), np.float64)
+    exact = np.asarray(dequantize(w), np.float64)
     expected = np.concatenate([np.asarray(x[:9]) @ exact[0], np.asarray(x[9:]) @ exact[1]])
     np.testing.assert_allclose(product(x, w, sizes), expected, atol=1e-3)

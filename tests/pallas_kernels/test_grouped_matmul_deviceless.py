@@ -14,10 +14,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from slow import slow_but
 
-from jaxcp.plan import compile_for, parse_target
+from jaxcp.compile import compile_for, parse_target
 from pallas_kernels import grouped_matmul, grouped_swiglu
-from pallas_kernels.grouped_matmul import Quantised, quantise
-from pallas_kernels.grouped_matmul.quantised import FORMATS
+from pallas_kernels.grouped_matmul import Quantized, quantize
+from pallas_kernels.grouped_matmul.quantized import FORMATS
 
 # 2026-11: jax 0.11 and later warn when Pallas-Triton is used; it works through 0.12.
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
@@ -72,7 +72,7 @@ def test_weights_of_8_bits_compile(target, values, block):
     rows = described(mesh, (256, EMBED), jnp.bfloat16)
     sizes = described(mesh, (EXPERTS,), jnp.int32)
     scales = (EXPERTS, EMBED // 128, MLP // 128) if block else (EXPERTS, 1, MLP)
-    weights = Quantised(
+    weights = Quantized(
         described(mesh, (EXPERTS, EMBED, MLP), values), described(mesh, scales, jnp.float32)
     )
 
@@ -96,7 +96,7 @@ def test_weights_of_4_bits_compile(target, format):
     shape = jax.ShapeDtypeStruct((EXPERTS, EMBED, columns), jnp.float32)
     weights = jax.tree.map(
         lambda x: described(mesh, x.shape, x.dtype),
-        jax.eval_shape(functools.partial(quantise, format=format), shape),
+        jax.eval_shape(functools.partial(quantize, format=format), shape),
     )
 
     def layer(rows, gate, up, sizes):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fused ring becomes machine code for TPUs that are not there, and XLA adds no traffic to it.
 
-What it computes, and that nothing races, `tests/jaxcp/test_fused_ring.py` tests.
+What it computes, and that nothing races, `tests/jaxcp/context_parallel/test_fused_ring.py` tests.
 """
 
 import math
@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxcp.plan import parse_target
+from jaxcp.compile import parse_target
 from pallas_kernels import ring_attention
 from pallas_kernels.flash_attention import tuning
 

@@ -120,7 +120,7 @@ class HybridMoE(DraftingModel):
         if tokens.shape[2:] != ((width,) if width > 1 else ()):
             raise ValueError(
                 f"this model embeds windows of {width} tokens; got ids {tokens.shape}. "
-                "Make them with jaxcp.layers.ngram.windows before the layout permutes, "
+                "Make them with jaxcp.data.windows.windows before the layout permutes, "
                 "or use jaxcp.logits"
             )
         if width == 1:

@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxcp.context_parallel.latent_cache import empty_latent_cache
+from jaxcp.attention.latent import empty_latent_cache
 from jaxcp.layers.mla import IndexDims, LatentAttention, LatentDims
 from jaxcp.layers.mlp import GatedMLP
 from jaxcp.layers.moe import MoE

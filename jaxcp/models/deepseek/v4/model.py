@@ -9,7 +9,7 @@ import functools
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxcp.context_parallel.compressed_cache import LayerShape, empty_compressed_cache
+from jaxcp.attention.compressed import LayerShape, empty_compressed_cache
 from jaxcp.layers.compressed import CompressedAttention
 from jaxcp.layers.hyper_connections import HyperConnection, StreamsToOne
 from jaxcp.layers.linear import linear

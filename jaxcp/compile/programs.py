@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The programs that an `Engine` runs, with shapes in the place of arrays: for `compile_for`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxcp.attention.cache import MAX_EXTEND
+from jaxcp.attention.compressed import CompressedCache
+from jaxcp.context_parallel import Ring, Strategy
+from jaxcp.inference import compressed_steps, steps, turns
+from jaxcp.weights.placement import parts_of
+
+
+def prefill_program(
+    model: Any,
+    mesh: Mesh,
+    *,
+    tokens: int,
+    held: int = 0,
+    max_len: int | None = None,
+    batch_size: int = 1,
+    attention: Strategy | None = None,
+    experts: str = "expert",
+) -> tuple[Callable, tuple]:
+    """What `jaxcp.prefill` runs on `[batch_size, tokens]` and a cache that holds `held` tokens.
+
+    Where it runs more than one piece (see `jaxcp.inference.turns`), the first and largest.
+
+    Args:
+      model: `jaxcp.abstract_model(config)`.
+      held: a turn of up to 64 tokens on a filled cache runs another program, and raises here.
+      max_len: what the cache is made for; default `held + tokens`.
+      experts: the mesh axis over which experts lie, as in `jaxcp.load`.
+
+    >>> fn, args = prefill_program(jaxcp.abstract_model(config), mesh, tokens=131_072)
+    >>> print(compile_for(fn, args, mesh))
+    """
+    if held and tokens <= MAX_EXTEND:
+        raise ValueError(f"needs over {MAX_EXTEND} tokens where some are held; got {tokens}")
+    cache = _cache(model, mesh, batch_size, held + tokens if max_len is None else max_len)
+    if isinstance(cache, CompressedCache):
+        return _compressed(model, mesh, cache, held, tokens, attention, experts)
+    start, lengths = np.full(batch_size, held), np.full(batch_size, tokens)
+    layout = turns.layout_of(attention)
+    sizes = steps.EXTEND_SIZES
+    piece = next(turns.pieces(turns.frame_of(cache), start, lengths, layout, sizes))
+    width = cache.recent.shape[1] + 1
+    shape = *piece.order.shape, *[width] * (width > 1)
+    shards = NamedSharding(mesh, P("data", "seq"))
+    ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=shards)
+    where = jax.ShapeDtypeStruct(shape[:2], jnp.int32, sharding=shards)
+    row = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    recent = jax.ShapeDtypeStruct(cache.recent.shape, jnp.int32)
+    fn = steps._jitted(steps._prefill, True)
+    arrays = ids, where, row, recent, piece.halos
+    return fn, (_model(model, mesh, experts), cache, *arrays, attention, piece.used)
+
+
+def decode_program(
+    model: Any, mesh: Mesh, *, max_len: int, batch_size: int = 1, experts: str = "expert"
+) -> tuple[Callable, tuple]:
+    """What `jaxcp.decode_step` runs with a cache for `max_len` tokens."""
+    cache = _cache(model, mesh, batch_size, max_len)
+    if isinstance(cache, CompressedCache):
+        return _compressed(model, mesh, cache, max(1, max_len - 1), 1, None, experts)
+    token = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    return steps._jitted(steps._decode, True), (_model(model, mesh, experts), cache, token)
+
+
+def _compressed(model, mesh: Mesh, cache, held: int, width: int, attention, experts: str):
+    """A turn of `width` tokens on a compressed cache that holds `held`, or one step of decoding."""
+    strategy = Ring() if attention is None else attention
+    lengths = np.full(cache.lengths.shape, width, np.int32)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        start = np.full_like(lengths, held)
+        piece = next(compressed_steps.pieces_of(start, lengths, strategy))
+    spread = NamedSharding(mesh, compressed_steps.tokens_spec(piece.sharded))
+    ids = jax.ShapeDtypeStruct(piece.order.shape, jnp.int32, sharding=spread)
+    row = jax.ShapeDtypeStruct(lengths.shape, jnp.int32, sharding=NamedSharding(mesh, P("data")))
+    fn = compressed_steps._jitted(True)
+    return fn, (_model(model, mesh, experts), cache, ids, ids, row, piece.sharded, strategy)
+
+
+def _model(model, mesh: Mesh, experts: str):
+    def placed(leaf):
+        def on_mesh(x, spec):
+            sharding = NamedSharding(mesh, spec)
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+        return leaf.replace(jax.tree.map(on_mesh, leaf.get_value(), parts_of(leaf, experts)))
+
+    return jax.tree.map(placed, model, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def _cache(model, mesh: Mesh, batch_size: int, max_len: int):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return jax.eval_shape(lambda: model.init_cache(batch_size, max_len))

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""config.json of a checkpoint folder: what bounds work is checked before any is done."""
+
+import contextlib
+import dataclasses
+import math
+import os
+import re
+import typing
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxcp import models
+from jaxcp.weights.files import CONFIG, read_json
+from jaxcp.weights.stored_dtype import stored_dtype
+
+MOST_LAYERS = 10_000
+"""That a config.json may speak of; no model has a fiftieth."""
+COUNTS_LAYERS = re.compile("layer|dense")
+LISTED_LAYERS = 256
+"""Layers of which a checkpoint may lack all tensors and still have every one listed as missing."""
+MOST_TENSORS = 1 << 17
+"""One for each expert of each layer, unless a checkpoint has more."""
+SIZES = range(1 << 31)
+RANGES = {
+    **dict.fromkeys(("num_experts", "experts.count"), range(1, 1 << 16)),
+    **dict.fromkeys(("vocab_size", "embed_dim", "num_heads", "num_kv_heads"), SIZES[1:]),
+    **dict.fromkeys(("head_dim", "latent.rope_dim"), SIZES[1:]),
+    "ngram.width": range(1, 1 << 10),
+}
+"""Ranges of a configuration's integers; those without a row are `SIZES`."""
+MESSAGE = 2_000
+HUB_ID = r"\w[\w.-]*(/[\w.-]+)?"
+NO_PATH = ". A hub id is no path: fetch it (hf download ORG/NAME --local-dir DIR) and load DIR"
+WRONG_VALUES = AttributeError, TypeError, LookupError, ArithmeticError, ValueError, StopIteration
+
+
+def load_config(path: str | os.PathLike) -> Any:
+    """The config object (`GPTConfig`, `HybridMoEConfig`) of a checkpoint folder; no weights read.
+
+    A config.json without dtype means that of the tensors, and without tensors that of the family.
+
+    Raises:
+      FileNotFoundError: there is no config.json.
+      ValueError: config.json is no strict JSON object, has a value of a wrong type or beyond all
+        sizes, or is of a model that jaxcp does not know.
+      NotImplementedError: config.json asks for something that the family does not do.
+    """
+    file = Path(path, CONFIG)
+    if not file.exists():
+        raise FileNotFoundError(
+            f"needed a checkpoint folder with {CONFIG} and *.safetensors; {file} is not there"
+            + ("" if Path(path).exists() or not re.fullmatch(HUB_ID, str(path)) else NO_PATH)
+        )
+    fields = read_json(file)
+    if not (fields.get("dtype") or fields.get("torch_dtype")):
+        fields |= {"dtype": dtype} if (dtype := stored_dtype(path)) else {}
+    with naming(file):
+        _check_layers(fields)
+        config = models.config_from_dict(fields)
+        if wrong := list(_misfits(config)):
+            raise ValueError(f"needed values of the right kind; got {', '.join(wrong)}")
+    return config
+
+
+def fitted(path: str | os.PathLike, config: Any, names: Collection[str]) -> Any:
+    """`config`, less what a checkpoint with these tensors may lack.
+
+    Raises:
+      ValueError: it speaks of far more layers, or experts, than there are tensors of. A module of
+        so many would take all memory before anybody could say what is missing.
+    """
+    config = models.family_of(config).fit(config, names)
+    numbers = (next(filter(str.isdecimal, name.split(".")), None) for name in names)
+    layers = len(set(numbers) - {None})
+    experts = getattr(config, "num_experts", 0) or getattr(config, "experts", None)
+    tensors = config.num_layers * getattr(experts, "count", experts or 1)
+    if config.num_layers > max(layers, LISTED_LAYERS) or tensors > max(MOST_TENSORS, len(names)):
+        raise ValueError(
+            f"the tensors of {path} do not fit its {CONFIG}: they are {len(names):,}, of at most "
+            f"{layers:,} layers, and it speaks of {config.num_layers:,} layers with {tensors:,} "
+            "tensors or more. Use the two of one checkpoint"
+        )
+    return config
+
+
+@contextlib.contextmanager
+def naming(file: str | os.PathLike) -> Iterator[None]:
+    """Lets what cannot be made of the values in `file` be a ValueError that says so.
+
+    Nobody can check every value before it is used; one of a wrong type fails anywhere.
+    """
+    try:
+        yield
+    except NotImplementedError as error:
+        raise NotImplementedError(f"{file}: {_said(error)}") from error
+    except WRONG_VALUES as error:
+        raise ValueError(f"{file}: {_said(error)}") from error
+
+
+def _said(error: Exception) -> str:
+    """Describe what went wrong, however long the file has made it, in bounded length."""
+    named = isinstance(error, ValueError | NotImplementedError)
+    text = str(error) if named else f"a value does not fit, {type(error).__name__}: {error}"
+    return text if len(text) < MESSAGE else f"{text[:MESSAGE]}..."
+
+
+def _check_layers(fields: Mapping[str, Any]) -> None:
+    """Before a family reads them: it may make a list of as many."""
+    for key, value in fields.items():
+        if isinstance(value, int) and value > MOST_LAYERS and COUNTS_LAYERS.search(key):
+            raise ValueError(f"needed at most {MOST_LAYERS:,} layers; got {key:.50}={value}")
+
+
+def _misfits(config: Any, path: str = "") -> Iterator[str]:
+    """The fields of a configuration that are not what they are declared as, or out of range."""
+    kinds = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        name, value = f"{path}{field.name}", getattr(config, field.name)
+        options = typing.get_args(kinds[field.name]) or (kinds[field.name],)
+        if dataclasses.is_dataclass(value):
+            yield from _misfits(value, f"{name}.")
+        elif not any(_is(value, kind, name) for kind in options):
+            wanted = " or ".join(kind.__name__ for kind in options)
+            limits = RANGES.get(name, SIZES) if int in options else None
+            within = f" from {limits[0]} to {limits[-1]}" if limits else ""
+            yield f"{name}={value!r:.50} (needed {wanted}{within})"
+
+
+def _is(value: Any, kind: Any, name: str) -> bool:
+    if kind is int:
+        return type(value) is int and value in RANGES.get(name, SIZES)
+    if kind is float:
+        at_least = 0 if name.endswith("eps") else -math.inf
+        return type(value) in (int, float) and at_least <= value < math.inf
+    if name == "dtype":
+        return value is None if kind is type(None) else _is_float_format(value)
+    return isinstance(value, kind)
+
+
+def _is_float_format(name: Any) -> bool:
+    try:
+        return isinstance(name, str) and bool(jnp.issubdtype(jnp.dtype(name), jnp.floating))
+    except TypeError:
+        return False

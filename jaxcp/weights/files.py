@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files of a checkpoint folder, as one set of tensors. Knows no models."""
+
+import dataclasses
+import logging
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxcp.input_files import LARGE_JSON_BYTES, open_regular, read_json, strict_json
+from jaxcp.weights import formats, mxfp4
+from jaxcp.weights.formats import Packed
+
+log = logging.getLogger(__name__)
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+TOKENIZER = "tokenizer.json"
+INDEX = f"{WEIGHTS}.index.json"
+FORMATS = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8,
+    "BOOL": np.bool_, "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+}  # fmt: skip
+"""What safetensors calls a format; its own numpy reader has none of 8 bits."""
+NAME_LENGTH = 500
+"""Names of tensors and files are no longer; they are printed where something is wrong."""
+AXES = 8
+LISTED = 50
+
+
+class CheckpointFileError(ValueError):
+    """A file of a checkpoint cannot be read; the message names it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies: `start` bytes from the beginning of `file`."""
+
+    file: Path
+    start: int
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+    def view(self) -> np.ndarray:
+        """The file's own pages; nothing is read before it is used."""
+        if self.dtype not in FORMATS:
+            raise CheckpointFileError(
+                f"needed tensors in {', '.join(FORMATS)}; {self.file} has one in {self.dtype:.20}"
+            )
+        if 0 in self.shape:
+            return np.empty(self.shape, FORMATS[self.dtype])
+        try:
+            return np.memmap(self.file, FORMATS[self.dtype], "r", self.start, self.shape)
+        except (ValueError, OSError) as error:  # it was whole when its header was read
+            raise CheckpointFileError(
+                f"needed {self.file} as it was when it was opened: {error}. Copy it again"
+            ) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """The safetensors files of a folder, as one set of tensors."""
+
+    stored: Mapping[str, Stored]
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, str]
+    packed: Mapping[str, Packed]
+    """Those that are quantized; `shapes` has the shape of the weights, `dtypes` their format."""
+    lacking: Mapping[str, str]
+    """What is missing of quantized tensors that are not whole."""
+    turned: Mapping[str, Packed]
+    """Of gpt-oss's in MXFP4, which lie as `[..., out, in]` where `shapes` has `[..., in, out]`."""
+    _unpacked: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
+
+    def raw(self, name: str) -> np.ndarray:
+        """What the file has under this name, as a view of it."""
+        return self.stored[name].view()
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor, as a view of its file; one in MXFP4 as the bfloat16 that it stands for,
+        and one quantized in another way as float32."""
+        if name in self.packed:
+            return self.packed[name].unpacked(self.raw)
+        if name in self.stored:
+            return self.stored[name].view()
+        if name not in self._unpacked:  # leaves that share a tensor are read one after the other
+            self._unpacked.clear()  # first: the host holds one
+            parts = (self.stored[f"{name}{suffix}"].view() for suffix in mxfp4.SUFFIXES)
+            self._unpacked[name] = mxfp4.unpack(*parts)
+        return self._unpacked[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor, or of a part of a quantized one."""
+        return self.shapes[name] if name in self.shapes else self.stored[name].shape
+
+    def dtype(self, name: str) -> np.dtype:
+        """Of what `read` gives."""
+        if name in self.packed:
+            return np.dtype(np.float32)
+        is_packed = self.dtypes[name] == mxfp4.NAME
+        return np.dtype(ml_dtypes.bfloat16 if is_packed else FORMATS[self.dtypes[name]])
+
+
+def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
+    """What is in `model.safetensors`, or the shards that `model.safetensors.index.json` names.
+
+    Reads headers; tensors are read when they are used. Nothing in the folder is trusted: the index
+    names files of this folder or of folders in it. That holds for the names as they are written;
+    a link that lies in the folder is followed wherever it leads, as the hub's cache needs
+    (`snapshots/*/model.safetensors` leads to `../../blobs/`), and what is no whole safetensors
+    file there is refused without a word of what is in it.
+
+    Raises:
+      FileNotFoundError: a file is not there.
+      ValueError: a file is truncated or no safetensors, or two tensors share bytes or a name;
+        the message names the file.
+    """
+    stored = _stored_tensors(Path(path))
+    shapes = {name: at.shape for name, at in stored.items()}
+    dtypes = {name: at.dtype for name, at in stored.items()}
+    turned = {}
+    for name in mxfp4.packed(dtypes):
+        blocks, scales = (f"{name}{suffix}" for suffix in mxfp4.SUFFIXES)
+        try:
+            shapes[name] = mxfp4.shape(shapes[blocks], shapes[scales])
+        except ValueError as error:
+            raise CheckpointFileError(f"{stored[blocks].file}: {name}: {error}") from error
+        dtypes[name] = mxfp4.NAME
+        experts, size, out = shapes[name]
+        turned[name] = Packed("mxfp4", blocks, (experts, out, size), (1, 32), scales)
+        for part in (blocks, scales):
+            del shapes[part], dtypes[part]
+    packed, lacking = formats.find(shapes, dtypes)
+    for name, tensor in packed.items():
+        shapes[name], dtypes[name] = tensor.shape, tensor.format
+        for part in tensor.parts[1:]:
+            del shapes[part], dtypes[part]
+    unused = [name for name, shape in shapes.items() if formats.is_unused(name, shape)]
+    for name in unused:
+        del shapes[name], dtypes[name]
+    if unused:
+        log.info(
+            "%s: activations and caches are not quantized; %d static scales are not used, such as "
+            "%s", path, len(unused), unused[0],
+        )  # fmt: skip
+    return Checkpoint(stored, shapes, dtypes, packed, lacking, turned)
+
+
+def _stored_tensors(folder: Path) -> dict[str, Stored]:
+    """Find each tensor; one that lies in two files is read from the one that the index names."""
+    if Path(folder, WEIGHTS).exists():
+        return _tensors(folder / WEIGHTS)
+    weight_map = _weight_map(folder)
+    stored: dict[str, Stored] = {}
+    for shard in sorted(set(weight_map.values())):
+        for name, at in _tensors(folder / shard).items():
+            if name not in stored or weight_map.get(name) == shard:
+                stored[name] = at
+            elif stored[name].file != folder / weight_map.get(name, ""):
+                raise CheckpointFileError(
+                    f"needed each tensor once; {name} is in {stored[name].file} and in {at.file}, "
+                    f"and {INDEX} names neither for it. Copy the checkpoint again"
+                )
+    return stored
+
+
+def _tensors(file: Path) -> dict[str, Stored]:
+    """From the header: its length in 8 bytes, then JSON."""
+    size = None
+    try:
+        with open_regular(file) as (handle, size):
+            length = int.from_bytes(handle.read(8), "little")
+            if not 2 <= length <= size - 8:
+                raise ValueError("its header would be longer than the file")
+            if length > LARGE_JSON_BYTES:
+                raise ValueError(f"its header has {length:,} bytes; {LARGE_JSON_BYTES:,} are read")
+            header = strict_json(handle.read(length))
+        if not isinstance(header, dict):
+            raise ValueError("its header is no JSON object")
+        header.pop("__metadata__", None)
+        found = {name: _stored(file, 8 + length, name, x) for name, x in header.items()}
+        _check_extents(found, size)
+    except ValueError as error:
+        if size is None:  # it was not opened, and the error says so
+            raise
+        raise CheckpointFileError(
+            f"needed a whole safetensors file; got {file} ({size} bytes), which is truncated or "
+            f"no safetensors: {error}. Copy it again"
+        ) from error
+    return found
+
+
+def _stored(file: Path, begin: int, name: str, fields: Any) -> Stored:
+    """Locate the tensor of which the header says `fields`; offsets count from `begin`."""
+    if len(name) > NAME_LENGTH or not name.isprintable():
+        raise ValueError(f"a tensor's name is not printable, or longer than {NAME_LENGTH}")
+    fields = fields if isinstance(fields, dict) else {}
+    dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+    if not isinstance(dtype, str) or not _are_integers(shape) or not _are_integers(offsets):
+        raise ValueError(f"{name} needs a dtype, and a shape and data_offsets of integers")
+    if len(shape) > AXES or len(offsets) != 2:
+        raise ValueError(f"{name} has {len(shape)} axes and {len(offsets)} data_offsets")
+    if offsets[0] < 0 or offsets[1] < offsets[0] or min(shape, default=0) < 0:
+        raise ValueError(f"{name} {tuple(shape)} lies at bytes {offsets[0]} to {offsets[1]}")
+    nbytes = offsets[1] - offsets[0]
+    known = FORMATS.get(dtype)
+    if known is not None and math.prod(shape) * np.dtype(known).itemsize != nbytes:
+        raise ValueError(f"{name} {dtype} {tuple(shape)} has {nbytes} bytes")
+    return Stored(file, begin + offsets[0], dtype, tuple(shape), nbytes)
+
+
+def _are_integers(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int for value in values)
+
+
+def _check_extents(found: Mapping[str, Stored], size: int) -> None:
+    """Raises where a tensor ends behind the file, or two share bytes."""
+    end, last = 0, ""
+    for name, at in sorted(found.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+        if at.nbytes and at.start < end:
+            raise ValueError(f"{last} and {name} lie on the same bytes")
+        if at.start + at.nbytes > size:
+            raise ValueError(f"{name} ends at byte {at.start + at.nbytes}")
+        if at.nbytes:
+            end, last = at.start + at.nbytes, name
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """The file of each tensor, as the index has it."""
+    if not Path(folder, INDEX).exists():
+        raise FileNotFoundError(
+            f"needed {WEIGHTS} or {INDEX} beside {folder / CONFIG}; neither is there"
+        )
+    weight_map = read_json(folder / INDEX, LARGE_JSON_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(
+            f"needed a weight_map (tensor name -> file) in {folder / INDEX}; it has none"
+        )
+    if outside := [x for x in weight_map.values() if not _is_inside(x)]:
+        raise ValueError(
+            f"needed names of files in the folder of {folder / INDEX}; its weight_map leads to "
+            f"{outside[0]!r:.100}, which it may not"
+        )
+    shards = set(weight_map.values())
+    absent = sorted(shard for shard in shards if not os.path.exists(folder / shard))
+    if absent:
+        raise FileNotFoundError(
+            f"{folder / INDEX} names {len(shards)} files; {len(absent)} are not there: "
+            f"{', '.join(absent[:LISTED])}. Copy them too"
+        )
+    return weight_map
+
+
+def _is_inside(shard: Any) -> bool:
+    """Tell whether it names a file in the folder, by this system's paths and by others'."""
+    if not isinstance(shard, str) or len(shard) > NAME_LENGTH or not shard.isprintable():
+        return False
+    paths = PurePosixPath(shard), PureWindowsPath(shard)
+    return not any(path.anchor or ".." in path.parts for path in paths)

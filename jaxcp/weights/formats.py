@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantized tensors as checkpoints store them: values, and beside them scales under other names.
+
+    X.weight           X.weight_scale [1], [out] or [out, 1]     int8, fp8: Hy3-FP8 and many others
+    X.weight           X.weight_scale_inv [out/128, in/128]      fp8_block: DeepSeek-V3
+    X.weight           X.scale [out/128, in/128]                 fp8_block: DeepSeek-V4
+    X.weight           X.weight_scale [out, in/32] E8M0          mxfp8
+    X.weight [in/2]    X.scale [out, in/32] E8M0                 mxfp4: DeepSeek-V4's experts
+    X.weight [in/2]    X.weight_scale [out, in/16] E4M3, X.weight_scale_2 [1]       nvfp4
+
+A weight is its value times its scale (times the second one). Two values of 4 bits lie in a byte,
+the lower half first. The formats are told by number formats and shapes; what config.json says of
+quantization is not read. A static scale of activations (`X.input_scale`) and of caches has no use
+here: neither is quantized, which is more exact.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+
+import ml_dtypes
+import numpy as np
+
+from jaxcp.weights.mxfp4 import VALUES as E2M1
+
+FORMATS = ("int8", "fp8", "fp8_block", "mxfp8", "mxfp4", "nvfp4")
+SCALES = ("{}_scale_inv", "{}_scale", "{stem}.scale")
+SECOND = "{}_scale_2"
+UNUSED = ("input_scale", "k_scale", "v_scale", "q_scale")
+FLOATS = ("F32", "BF16", "F16")
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """A quantized tensor of `shape`; `block`, of its last two axes, shares a scale."""
+
+    format: str
+    name: str
+    shape: Shape
+    block: tuple[int, int]
+    scale: str
+    second: str | None = None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return tuple(name for name in (self.name, self.scale, self.second) if name)
+
+    def scales(self, read: Callable[[str], np.ndarray]) -> np.ndarray:
+        """Float32, one for each block: `[..., ceil(out / block), ceil(in / block)]`."""
+        grid = (-(-n // b) for n, b in zip(self.shape[-2:], self.block, strict=True))
+        stored = read(self.scale)
+        stored = stored.view(ml_dtypes.float8_e8m0fnu) if stored.dtype == np.uint8 else stored
+        return stored.astype(np.float32).reshape(*self.shape[:-2], *grid)
+
+    def unpacked(self, read: Callable[[str], np.ndarray]) -> np.ndarray:
+        """The weights that it stands for, float32."""
+        values, spread = read(self.name), self.scales(read)
+        exact = nibbles(values) if self.is_halves else values.astype(np.float32)
+        for axis, (size, block) in enumerate(zip(self.shape[-2:], self.block, strict=True)):
+            spread = spread.repeat(block, axis - 2).take(range(size), axis - 2)
+        exact *= spread
+        return exact if self.second is None else exact * read(self.second).astype(np.float32)
+
+    @property
+    def is_halves(self) -> bool:
+        """Whether a byte holds two values."""
+        return self.format in ("mxfp4", "nvfp4")
+
+
+def nibbles(values: np.ndarray) -> np.ndarray:
+    """Float32 of values of 4 bits (E2M1), two in a byte along the last axis."""
+    raw = values.view(np.uint8)
+    both = np.stack([raw & 0x0F, raw >> 4], axis=-1)
+    return E2M1[both].reshape(*values.shape[:-1], 2 * values.shape[-1])
+
+
+def find(
+    shapes: Mapping[str, Shape], dtypes: Mapping[str, str]
+) -> tuple[dict[str, Packed], dict[str, str]]:
+    """The quantized tensors of a checkpoint by name, and of those that lack something, what."""
+    packed, lacking = {}, {}
+    for name, dtype in dtypes.items():
+        if dtype not in ("F8_E4M3", "I8", "U8") or len(shapes[name]) < 2:
+            continue
+        stem = name.removesuffix(".weight")
+        options = [pattern.format(name, stem=stem) for pattern in SCALES]
+        scale = next((option for option in options if option in dtypes), None)
+        if scale is None:
+            if dtype == "F8_E4M3" and not name.endswith(("_scale_inv", "_scale", ".scale")):
+                lacking[name] = f"{dtype} {shapes[name]} without {', '.join(options)}"
+            continue
+        found = _of(name, scale, shapes, dtypes)
+        if found is None:
+            lacking[name] = (
+                f"{dtype} {shapes[name]} with {scale} {dtypes[scale]} {shapes[scale]}: "
+                "no known format"
+            )
+        else:
+            packed[name] = found
+    return packed, lacking
+
+
+def _of(name, scale, shapes, dtypes) -> Packed | None:
+    shape, grid, kind = shapes[name], shapes[scale], dtypes[scale]
+    second = SECOND.format(name)
+    if dtypes[name] == "F8_E4M3" and kind in (*FLOATS, "F8_E8M0"):
+        if kind in FLOATS and (block := _channels(shape, grid)):
+            return Packed("fp8", name, shape, block, scale)
+        if grid == tuple(-(-n // 128) for n in shape):
+            return Packed("fp8_block", name, shape, (128, 128), scale)
+    if dtypes[name] == "F8_E4M3" and kind in ("F8_E8M0", "U8"):
+        block = _groups(shape, grid, 32)
+        return block and Packed("mxfp8", name, shape, block, scale)
+    if dtypes[name] == "I8" and kind in FLOATS:
+        block = _channels(shape, grid)
+        return block and Packed("int8", name, shape, block, scale)
+    wide = (*shape[:-1], 2 * shape[-1])
+    if kind in ("F8_E8M0", "U8") and grid == (*wide[:-1], wide[-1] // 32):
+        return Packed("mxfp4", name, wide, (1, 32), scale)
+    halves = dtypes[name] == "U8" and kind == "F8_E4M3" and grid == (*wide[:-1], wide[-1] // 16)
+    if halves and math.prod(shapes.get(second, (0,))) == 1:
+        return Packed("nvfp4", name, wide, (1, 16), scale, second)
+    return None
+
+
+def _channels(shape, grid) -> tuple[int, int] | None:
+    """The block where there is one scale in all, or one for each index of one of two axes."""
+    rows, columns = shape[-2:]
+    if math.prod(grid) == 1 and len(shape) == 2:
+        return rows, columns
+    if grid in ((*shape[:-1],), (*shape[:-1], 1)):
+        return 1, columns
+    return (rows, 1) if grid == (*shape[:-2], 1, columns) else None
+
+
+def _groups(shape, grid, size) -> tuple[int, int] | None:
+    """The block where `size` values along one of the last two axes share a scale."""
+    rows, columns = shape[-2:]
+    if grid == (*shape[:-1], columns // size) and columns % size == 0:
+        return 1, size
+    if grid == (*shape[:-2], rows // size, columns) and rows % size == 0:
+        return size, 1
+    return None
+
+
+def is_unused(name: str, shape: Shape) -> bool:
+    """Whether it is a static scale of activations or of a cache."""
+    return math.prod(shape) == 1 and name.split(".")[-1] in UNUSED

@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights of 8 or 4 bits with scales: a product reads that many, and sums stay in float32."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from pallas_kernels.grouped_matmul import narrow
+from pallas_kernels.grouped_matmul.narrow import E2M1_LARGEST, E4M3_LARGEST
+
+BLOCK = 128  # rows and columns that share a scale, as in DeepSeek-V3 (arXiv 2412.19437, 3.3.2)
+LARGEST = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): E4M3_LARGEST}
+GROUPS = (16, 32, BLOCK)  # rows of one column that share a scale
+FORMATS = {"mxfp8": 32, "mxfp4": 32, "nvfp4": 16}
+PACKED = 256  # most rows that are packed together
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """`weights = values * scales * channel_scales`, with `scales` spread over what shares one.
+
+    `values`: int8 or float8_e4m3fn `[E, D, F]`; or with `packed` uint8 `[E, D / 2, F]`, two e2m1
+    a byte: of `packed` rows the first half lie in the low bits, the second in the high bits, so
+    that a slice of whole `packed` rows stands for itself. `packed` is a power of two, at most 256.
+
+    `scales`: `[E, 1, F]` for one a channel, `[E, ceil(D / 128), ceil(F / 128)]` for one a block, or
+    `[E, D / g, F]` for g = 16, 32 or 128 rows of a column; float32, float8_e4m3fn or, as exponents
+    of 2 plus 127, uint8. `channel_scales`: float32 `[E, 1, F]`, or None.
+
+    A pytree; no gradient flows into it.
+    """
+
+    values: Array
+    scales: Array
+    channel_scales: Array | None = None
+    packed: int = dataclasses.field(default=0, metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        e, d, f = self.values.shape
+        return e, 2 * d if self.packed else d, f
+
+    @property
+    def ndim(self) -> int:
+        return self.values.ndim
+
+    @property
+    def by_channel(self) -> bool:
+        """One scale a channel; a matrix of 128 x 1 or less has both forms, with one meaning."""
+        return self.scales.shape[1:] == (1, self.values.shape[2])
+
+    @property
+    def group(self) -> int:
+        """Rows that share a scale."""
+        d, f = self.shape[1:]
+        if self.by_channel:
+            return d
+        tall, wide = self.scales.shape[1:]
+        return d // tall if wide == f and d % tall == 0 and d // tall in GROUPS else BLOCK
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether there is a transposed product: its scales lie along whole columns or blocks."""
+        wide = self.scales.shape[2]
+        return not self.packed and (
+            self.by_channel or (not self.is_fine and wide == -(-self.shape[2] // BLOCK))
+        )
+
+    @property
+    def is_fine(self) -> bool:
+        """Whether a kernel makes whole weights, in the rows' dtype, before it multiplies. What
+        `quantize` gives is exact in bfloat16."""
+        return bool(self.packed) or self.group < min(BLOCK, self.shape[1])
+
+
+def quantize(weights: Float[Array, "E D F"], format=jnp.int8, *, block: bool = False) -> Quantized:
+    """Round to the nearest: the greatest of what shares a scale becomes the format's greatest.
+
+    Args:
+      format: int8 or float8_e4m3fn; "mxfp8" (e4m3), "mxfp4" (e2m1), both with a power of two for
+        32 rows; or "nvfp4" (e2m1 with an e4m3 scale for 16 rows, and one a channel).
+      block: int8 and float8_e4m3fn have a scale for every 128 x 128 block, not every column.
+    Raises:
+      ValueError: another format; rows that are no multiple of what shares a scale.
+
+    >>> quantize(jnp.ones((2, 256, 384)), jnp.float8_e4m3fn, block=True).scales.shape
+    (2, 2, 3)
+    >>> quantize(jnp.ones((2, 256, 384)), "mxfp4").values.shape
+    (2, 128, 384)
+    """
+    exact = weights.astype(jnp.float32)
+    if isinstance(format, str) and format in FORMATS:
+        return _in_groups(exact, format)
+    largest = _largest(format)
+    exact_blocks = jnp.abs(_blocks(exact) if block else exact)
+    greatest = exact_blocks.max((2, 4)) if block else exact_blocks.max(1, keepdims=True)
+    scales = jnp.where(greatest > 0, greatest / largest, 1.0)
+    scaled = exact / spread(scales, weights.shape)
+    if jnp.dtype(format) == jnp.int8:
+        scaled = jnp.round(scaled)
+    # a quotient may round to just above the greatest, which e4m3fn would make NaN
+    return Quantized(jnp.clip(scaled, -largest, largest).astype(format), scales)
+
+
+def _in_groups(exact, format):
+    (e, d, f), group = exact.shape, FORMATS[format]
+    if d % group:
+        raise ValueError(f"{format}: {group} rows share a scale; got {exact.shape}")
+    grouped = exact.reshape(e, d // group, group, f)
+    greatest = jnp.abs(grouped).max(2)
+    if format == "nvfp4":
+        whole = greatest.max(1, keepdims=True) / (E4M3_LARGEST * E2M1_LARGEST)
+        whole = jnp.maximum(whole, narrow.LEAST)
+        scales = (greatest / E2M1_LARGEST / whole).astype(jnp.float8_e4m3fn)
+        unit = narrow.to_float32(scales) * whole
+    else:
+        largest = E4M3_LARGEST if format == "mxfp8" else E2M1_LARGEST
+        whole, scales = None, narrow.to_ue8m0(greatest / largest)
+        unit = narrow.to_float32(scales)
+    scaled = (grouped / jnp.where(unit > 0, unit, 1.0)[:, :, None]).reshape(e, d, f)
+    if format == "mxfp8":
+        return Quantized(scaled.astype(jnp.float8_e4m3fn), scales)
+    packed = math.gcd(d, PACKED)
+    return Quantized(pack(narrow.to_e2m1(scaled), packed), scales, whole, packed)
+
+
+def pack(codes, packed: int):
+    """uint8 codes of 4 bits `[..., D, F]` as `[..., D / 2, F]`, see `Quantized`; NumPy's too."""
+    *rest, d, f = codes.shape
+    if packed % 2 or d % packed:
+        raise ValueError(f"{packed} rows, an even number, are packed together; got {codes.shape}")
+    halves = codes.reshape(*rest, d // packed, 2, packed // 2, f)
+    both = halves[..., 0, :, :] | halves[..., 1, :, :] << 4
+    return both.reshape(*rest, d // 2, f)
+
+
+def unpack(values, packed: int):
+    """What `pack` was given."""
+    *rest, half, f = values.shape
+    blocks = values.reshape(*rest, 2 * half // packed, packed // 2, f)
+    return jnp.concatenate([blocks & 15, blocks >> 4], axis=-2).reshape(*rest, 2 * half, f)
+
+
+def dequantize(weights: Quantized, dtype=jnp.float32) -> Float[Array, "E D F"]:
+    """The matrices that the values and scales stand for."""
+    if weights.packed:
+        codes = unpack(weights.values, weights.packed)
+        exact = 0.25 * narrow.four_times_e2m1(codes.astype(jnp.int32))
+    else:
+        exact = weights.values.astype(jnp.float32)
+    exact *= spread(narrow.to_float32(weights.scales), weights.shape)
+    if weights.channel_scales is not None:
+        exact *= weights.channel_scales
+    return exact.astype(dtype)
+
+
+def spread(scales, shape):
+    """Scales `[E, 1, F]` as they are, those of blocks or groups repeated to `shape`."""
+    (tall, wide), (d, f) = scales.shape[1:], shape[1:]
+    if (tall, wide) == (1, f):
+        return scales
+    if wide == f and d % tall == 0 and d // tall in GROUPS:
+        return scales.repeat(d // tall, axis=1)
+    return columns(scales, f).repeat(BLOCK, axis=1)[:, :d]
+
+
+def columns(scales, width):
+    """Scales with one entry a column: `[E, blocks of rows, width]`."""
+    if scales.shape[2] == width:
+        return scales
+    return scales.repeat(BLOCK, axis=2)[:, :, :width]
+
+
+def check(weights: Quantized) -> None:
+    """Raises ValueError: values or scales of a wrong dtype or shape."""
+    e, d, f = weights.shape
+    together = weights.packed
+    if together and (weights.values.dtype != np.uint8 or PACKED % together or d % together):
+        raise ValueError(
+            f"packed values are uint8, a power of two of rows to {PACKED} packed together, which "
+            f"divides rows; got {weights.values.dtype}, packed={together} of {d} rows"
+        )
+    if not weights.packed:
+        _largest(weights.values.dtype)
+    forms = [(e, 1, f), (e, -(-d // BLOCK), -(-f // BLOCK))]
+    forms += [(e, d // group, f) for group in GROUPS if d % group == 0]
+    kinds = (jnp.float32, jnp.float8_e4m3fn, jnp.uint8)
+    if weights.scales.shape not in forms or weights.scales.dtype not in kinds:
+        raise ValueError(
+            f"scales of {weights.shape} are float32, float8_e4m3fn or uint8, of a shape among "
+            f"{forms}; got {weights.scales.dtype} {weights.scales.shape}"
+        )
+    whole = weights.channel_scales
+    if whole is not None and not (weights.is_fine or weights.by_channel):
+        raise ValueError("channel_scales go with scales of 16 or 32 rows; fold them into scales")
+    if whole is not None and (whole.shape != (e, 1, f) or whole.dtype != jnp.float32):
+        raise ValueError(f"channel_scales are float32 {(e, 1, f)}; got {whole.dtype} {whole.shape}")
+
+
+def _largest(dtype):
+    if jnp.dtype(dtype) not in LARGEST:
+        raise ValueError(
+            f"quantized weights are {', '.join(map(str, LARGEST))}; got {jnp.dtype(dtype)}"
+        )
+    return LARGEST[jnp.dtype(dtype)]
+
+
+def _blocks(x):
+    e, d, f = x.shape
+    tall, wide = -(-d // BLOCK), -(-f // BLOCK)
+    x = jnp.pad(x, ((0, 0), (0, tall * BLOCK - d), (0, wide * BLOCK - f)))
+    return x.reshape(e, tall, BLOCK, wide, BLOCK)
+
+
+def operand(weights, *, transpose: bool):
+    """`(values, scales)` for a kernel; scales `[E, groups of what is summed over, columns]`.
+
+    None where there are none. Those by channel do not take part in a transposed product: they lie
+    along what it sums over, and its caller has multiplied the other side by them. For fine groups
+    see `fine_operands`.
+    """
+    if not isinstance(weights, Quantized):
+        return weights, None
+    scales = _whole_scales(weights)
+    if not transpose:
+        return weights.values, columns(scales, weights.shape[2])
+    if weights.by_channel:
+        return weights.values, None
+    return weights.values, columns(scales.swapaxes(1, 2), weights.shape[1])
+
+
+def fine_operands(weights: Quantized):
+    """`(values, scales [E, D / group, F] in their dtype, channel scales [E, 1, F])`."""
+    e, _, f = weights.shape
+    whole = weights.channel_scales
+    return weights.values, weights.scales, jnp.ones((e, 1, f)) if whole is None else whole
+
+
+def _whole_scales(weights):
+    scales = narrow.to_float32(weights.scales)
+    return scales if weights.channel_scales is None else scales * weights.channel_scales
+
+
+def channel_scales(weights: Quantized):
+    """Float32 `[E, 1, F]`, of weights that have no other."""
+    assert weights.by_channel
+    return _whole_scales(weights)

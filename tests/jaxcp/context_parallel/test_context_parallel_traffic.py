@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each strategy sends, counted on the compiled program."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import jaxcp
+from jaxcp.compile import collectives
+
+TOKENS, HEADS, KV_HEADS, HEAD_DIM = 8, 4, 2, 16  # a shard's
+KEYS = TOKENS * KV_HEADS * HEAD_DIM  # elements of K, and of V, on a shard
+ROTATED = (
+    2 * KEYS + TOKENS
+) * 4  # bytes: K, V and positions (XLA on CPU sends bfloat16 as float32)
+GRADIENTS = 2 * KEYS * 4  # bytes: dK and dV in float32
+
+# XLA of jax 0.10 drops barriers on CPU, and sees that the first rotation is that of both passes
+SHARED = 1 if jax.__version_info__ < (0, 11) else 0
+
+
+def sent(strategy, shards, *, backward, window=None):
+    """{kind: (count, bytes)} that a device sends in one call."""
+
+    def like(heads):
+        shape, spec = (1, TOKENS * shards, heads, HEAD_DIM), P(None, "seq")
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=spec)
+
+    def forward(q, k, v, positions):
+        return jaxcp.context_parallel_attention(
+            q, k, v, positions, strategy=strategy, window=window
+        )
+
+    def both(q, k, v, positions, dout):
+        return jax.vjp(lambda *qkv: forward(*qkv, positions), q, k, v)[1](dout)
+
+    positions = jax.ShapeDtypeStruct((1, TOKENS * shards), jnp.int32, sharding=P(None, "seq"))
+    arrays = like(HEADS), like(KV_HEADS), like(KV_HEADS), positions
+    program = (
+        jax.jit(both).lower(*arrays, like(HEADS)) if backward else jax.jit(forward).lower(*arrays)
+    )
+    text = program.compile().as_text()
+    return {c.kind: (c.count, c.bytes) for c in collectives(text)}
+
+
+def ring_of(shards):
+    """A mesh of one axis: over further ones, even of size one, shard_map sums every gradient."""
+    devices = jax.devices()[:shards]
+    types = (AxisType.Explicit,)
+    return jax.set_mesh(jax.make_mesh((shards,), ("seq",), axis_types=types, devices=devices))
+
+
+@pytest.mark.parametrize("shards", [1, 2, 8])
+def test_ring_rotates_n_minus_1_times(shards):
+    """Forward K, V and positions; backward the same again, and dK and dV as often.
+
+    For GPUs and TPUs see test_context_parallel_overlap.py.
+    """
+    turns = shards - 1
+    rotations = 2 * turns - SHARED if turns else 0
+    count, size = 3 * rotations + 2 * turns, ROTATED * rotations + GRADIENTS * turns
+    with ring_of(shards):
+        found = sent(jaxcp.Ring(), shards, backward=True)
+    assert found == ({"collective-permute": (count, size)} if turns else {})
+
+
+def test_ring_without_a_gradient():
+    with ring_of(3):
+        assert sent(jaxcp.Ring(), 3, backward=False) == {"collective-permute": (6, 2 * ROTATED)}
+
+
+def test_all_gather_gathers_once_and_scatters_once():
+    with ring_of(8):
+        assert sent(jaxcp.AllGather(), 8, backward=True) == {
+            "all-gather": (3, 8 * ROTATED),
+            "reduce-scatter": (2, 8 * GRADIENTS),
+        }
+
+
+def test_all_gather_in_chunks_sends_the_same_bytes():
+    with ring_of(4):
+        assert sent(jaxcp.AllGather(chunks=4), 4, backward=False) == {
+            "all-gather": (3 * 4, 4 * ROTATED)
+        }
+
+
+def test_a_ring_of_two_directions_sends_the_same_bytes():
+    turns, rotations = 7, 2 * 7 - SHARED
+    with ring_of(8):
+        assert sent(jaxcp.Ring(bidirectional=True), 8, backward=True) == {
+            "collective-permute": (
+                2 * (3 * rotations + 2 * turns),
+                ROTATED * rotations + GRADIENTS * turns,
+            )
+        }
+
+
+@pytest.mark.parametrize("shards, copies", [(2, 1), (4, 2)])
+def test_ulysses_exchanges_heads(shards, copies):
+    """q, k, v and out; each KV head to those alone that hold its query heads."""
+    queries = TOKENS * HEADS * HEAD_DIM * 4
+    with ring_of(shards):
+        found = sent(jaxcp.Ulysses(), shards, backward=False)
+    assert found.pop("all-to-all") == (4, 2 * queries + 2 * copies * KEYS * 4)
+    assert found == {"all-gather": (1, shards * TOKENS * 4)}
+
+
+def test_pass_q_sends_no_keys():
+    """Back: dout, lse and delta to all, dQ in float32 home."""
+    queries, partial = TOKENS * HEADS * HEAD_DIM * 4, TOKENS * HEADS * (HEAD_DIM + 1) * 4
+    rows = TOKENS * HEADS * 4
+    with ring_of(4):
+        assert sent(jaxcp.RingPassQ(), 4, backward=True) == {
+            "all-gather": (2 + 3, 4 * (queries + TOKENS * 4 + queries + 2 * rows)),
+            "reduce-scatter": (1, 4 * queries),
+            "all-to-all": (1, 4 * partial),
+        }
+
+
+def test_usp_exchanges_among_neighbours_and_rotates_across():
+    queries = TOKENS * HEADS * HEAD_DIM * 4
+    with ring_of(8):
+        found = sent(jaxcp.USP(ulysses=2), 8, backward=False)
+    assert found["all-to-all"] == (4, 2 * queries + 2 * KEYS * 4)
+    # K and V of two shards and half of the heads, and two shards' positions
+    assert found["collective-permute"] == (9, 3 * (2 * KEYS + 2 * TOKENS) * 4)
+    assert found["all-gather"] == (1, 2 * TOKENS * 4)
+
+
+@pytest.mark.parametrize("shards", [8])
+def test_halo_sends_the_window(shards):
+    """One way for a shard's early piece, the other way for its late one."""
+    window = 3
+    strategy = jaxcp.Halo(checked=False)
+    row = (2 * KV_HEADS * HEAD_DIM + 1) * 4
+    with ring_of(shards):
+        found = sent(strategy, shards, backward=False, window=window)
+    assert found.keys() == {"collective-permute"}
+    count, size = found["collective-permute"]
+    assert count == 6 and size <= 2 * (window - 1 + 2 * shards) * row
+    assert size < 2 * ROTATED
+
+
+def test_ring_holds_two_shards_of_keys():
+    """The rotations stay in a loop: unrolled, XLA hoists them and holds every shard at once."""
+
+    def temporaries(shards):
+        with ring_of(shards):
+            shape = (1, 512 * shards, 2, 64)
+            x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=P(None, "seq"))
+            positions = jax.ShapeDtypeStruct(shape[:2], jnp.int32, sharding=P(None, "seq"))
+            compiled = jax.jit(jaxcp.ring_attention).lower(x, x, x, positions).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    keys = 512 * 2 * 64 * 4
+    assert temporaries(8) - temporaries(3) < 2 * keys  # of K and V; held, five more shards of both

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""config.json of published models."""
+
+HY3 = {
+    "model_type": "hy_v3", "vocab_size": 120832, "hidden_size": 4096, "num_hidden_layers": 80,
+    "first_k_dense_replace": 1, "num_attention_heads": 64, "num_key_value_heads": 8,
+    "head_dim": 128, "intermediate_size": 13312, "moe_intermediate_size": 1536,
+    "expert_hidden_dim": 1536, "num_experts": 192, "num_experts_per_tok": 8,
+    "num_shared_experts": 1, "num_nextn_predict_layers": 1, "router_scaling_factor": 2.826,
+    "route_norm": True, "moe_router_use_sigmoid": True, "moe_router_enable_expert_bias": True,
+    "qk_norm": True, "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 11158840.0},
+    "max_position_embeddings": 262144, "enable_lm_head_fp32": True,
+    "enable_moe_fp32_combine": False, "enable_attention_fp32_softmax": False,
+    "use_grouped_mm": False, "initializer_range": 0.006, "dtype": "bfloat16",
+    "output_router_logits": True, "eos_token_id": 120025,
+}  # fmt: skip
+YARN = {"type": "yarn", "beta_fast": 32, "beta_slow": 1}
+FLASH = {
+    "model_type": "deepseek_v4", "vocab_size": 129280, "hidden_size": 4096, "num_hidden_layers": 43,
+    "num_attention_heads": 64, "num_key_value_heads": 1, "head_dim": 512, "qk_rope_head_dim": 64,
+    "q_lora_rank": 1024, "o_lora_rank": 1024, "o_groups": 8, "sliding_window": 128,
+    "compress_ratios": [0, 0] + [4, 128] * 20 + [4, 0], "index_n_heads": 64, "index_head_dim": 128,
+    "index_topk": 512, "moe_intermediate_size": 2048, "n_routed_experts": 256,
+    "num_experts_per_tok": 6, "n_shared_experts": 1, "num_hash_layers": 3, "norm_topk_prob": True,
+    "scoring_func": "sqrtsoftplus", "topk_method": "noaux_tc", "routed_scaling_factor": 1.5,
+    "swiglu_limit": 10.0, "hc_mult": 4, "hc_sinkhorn_iters": 20, "hc_eps": 1e-6,
+    "rope_theta": 10000, "compress_rope_theta": 160000, "rms_norm_eps": 1e-6,
+    "rope_scaling": YARN | {"factor": 16, "original_max_position_embeddings": 65536},
+    "max_position_embeddings": 1048576, "num_nextn_predict_layers": 1, "hidden_act": "silu",
+    "attention_bias": False, "attention_dropout": 0.0, "tie_word_embeddings": False,
+    "expert_dtype": "fp4", "quantization_config": {"quant_method": "fp8"}, "use_cache": True,
+    "torch_dtype": "bfloat16", "bos_token_id": 0, "eos_token_id": 1, "initializer_range": 0.02,
+}  # fmt: skip
+PRO = FLASH | {
+    "hidden_size": 7168, "num_hidden_layers": 61, "num_attention_heads": 128, "q_lora_rank": 1536,
+    "o_groups": 16, "n_routed_experts": 384, "moe_intermediate_size": 3072, "index_topk": 1024,
+    "routed_scaling_factor": 2.5, "compress_ratios": [128, 128] + [4, 128] * 29 + [4, 0],
+}  # fmt: skip
+R1 = {
+    "model_type": "deepseek_v3", "vocab_size": 129280, "hidden_size": 7168, "num_hidden_layers": 61,
+    "num_attention_heads": 128, "num_key_value_heads": 128, "q_lora_rank": 1536,
+    "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+    "intermediate_size": 18432, "moe_intermediate_size": 2048, "n_routed_experts": 256,
+    "num_experts_per_tok": 8, "n_shared_experts": 1, "first_k_dense_replace": 3,
+    "moe_layer_freq": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "n_group": 8,
+    "topk_group": 4, "norm_topk_prob": True, "routed_scaling_factor": 2.5, "rope_theta": 10000,
+    "rope_scaling": YARN | {"factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
+                            "original_max_position_embeddings": 4096},
+    "max_position_embeddings": 163840, "rms_norm_eps": 1e-6, "hidden_act": "silu", "ep_size": 1,
+    "attention_bias": False, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "num_nextn_predict_layers": 1, "quantization_config": {"quant_method": "fp8"},
+}  # fmt: skip
+V32_EXP = R1 | {"model_type": "deepseek_v32", "index_n_heads": 64, "index_head_dim": 128,
+                "index_topk": 2048}  # fmt: skip
