@@ -49,7 +49,7 @@ def configure(args, devices):
     return jaxcp.TrainConfig(
         model=model,
         mesh=jaxcp.MeshConfig(data=args.data_shards, seq=devices // args.data_shards),
-        attention=jaxcp.Ring(),
+        strategy=jaxcp.Ring(),
         data=TextSource(path=args.data),
         out_dir=args.out_dir,
         seq_len=args.seq_len,
@@ -74,7 +74,7 @@ def compile_only(args):
     config = configure(args, target.size)
     mesh = target.mesh(data=config.mesh.data, seq=config.mesh.seq)
     step = make_step(
-        config.model, config.attention, config.optimizer, config.steps, config.loss_chunk
+        config.model, config.strategy, config.optimizer, config.steps, config.loss_chunk
     )
     print(compile_for(step, abstract_inputs(config, mesh), mesh))
 

@@ -125,7 +125,7 @@ def _train(console: Console, size: Size, out: pathlib.Path) -> tuple[Trained, Tr
             vocab_size=256, max_positions=ROW, num_layers=2, num_heads=4, embed_dim=128
         ),
         mesh=MeshConfig(seq=4, data=2),
-        attention=Ring(),
+        strategy=Ring(),
         seq_len=ROW,
         batch_size=ROWS,
         steps=steps,

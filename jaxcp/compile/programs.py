@@ -26,7 +26,7 @@ def prefill_program(
     held: int = 0,
     max_len: int | None = None,
     batch_size: int = 1,
-    attention: Strategy | None = None,
+    strategy: Strategy | None = None,
     experts: str = "expert",
 ) -> tuple[Callable, tuple]:
     """What `jaxcp.prefill` runs on `[batch_size, tokens]` and a cache that holds `held` tokens.
@@ -46,9 +46,9 @@ def prefill_program(
         raise ValueError(f"needs over {MAX_EXTEND} tokens where some are held; got {tokens}")
     cache = _cache(model, mesh, batch_size, held + tokens if max_len is None else max_len)
     if isinstance(cache, CompressedCache):
-        return _compressed(model, mesh, cache, held, tokens, attention, experts)
+        return _compressed(model, mesh, cache, held, tokens, strategy, experts)
     start, lengths = np.full(batch_size, held), np.full(batch_size, tokens)
-    layout = turns.layout_of(attention)
+    layout = turns.layout_of(strategy)
     sizes = steps.EXTEND_SIZES
     piece = next(turns.pieces(turns.frame_of(cache), start, lengths, layout, sizes))
     width = cache.recent.shape[1] + 1
@@ -60,7 +60,7 @@ def prefill_program(
     recent = jax.ShapeDtypeStruct(cache.recent.shape, jnp.int32)
     fn = steps._jitted(steps._prefill, True)
     arrays = ids, where, row, recent, piece.halos
-    return fn, (_model(model, mesh, experts), cache, *arrays, attention, piece.used)
+    return fn, (_model(model, mesh, experts), cache, *arrays, strategy, piece.used)
 
 
 def decode_program(
@@ -74,9 +74,9 @@ def decode_program(
     return steps._jitted(steps._decode, True), (_model(model, mesh, experts), cache, token)
 
 
-def _compressed(model, mesh: Mesh, cache, held: int, width: int, attention, experts: str):
+def _compressed(model, mesh: Mesh, cache, held: int, width: int, strategy, experts: str):
     """A turn of `width` tokens on a compressed cache that holds `held`, or one step of decoding."""
-    strategy = Ring() if attention is None else attention
+    strategy = Ring() if strategy is None else strategy
     lengths = np.full(cache.lengths.shape, width, np.int32)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         start = np.full_like(lengths, held)

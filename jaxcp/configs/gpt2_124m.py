@@ -22,7 +22,7 @@ def config() -> TrainConfig:
             remat=True,
         ),
         mesh=jaxcp.MeshConfig(seq=8),
-        attention=jaxcp.Ring(),
+        strategy=jaxcp.Ring(),
         seq_len=32_768,
         batch_size=16,
         accumulate=16,

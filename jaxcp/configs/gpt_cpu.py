@@ -12,7 +12,7 @@ def config() -> TrainConfig:
             vocab_size=256, max_positions=256, num_layers=4, num_heads=4, embed_dim=128
         ),
         mesh=jaxcp.MeshConfig(data=2, seq=4),
-        attention=jaxcp.Ring(),
+        strategy=jaxcp.Ring(),
         seq_len=256,
         batch_size=8,
         steps=800,

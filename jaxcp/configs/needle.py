@@ -52,7 +52,7 @@ def config() -> jaxcp.TrainConfig:
         data=NeedleSource(stages=stages, similar=0.5, repeat=0.55, text_weight=0.1),
         out_dir="runs/needle",
         mesh=jaxcp.MeshConfig(seq=2),
-        attention=jaxcp.Ring(),
+        strategy=jaxcp.Ring(),
         optimizer=jaxcp.OptimizerConfig(
             learning_rate=3e-3,
             muon_learning_rate=0.02,

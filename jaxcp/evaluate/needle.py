@@ -78,7 +78,7 @@ def evaluate_needle(
     lengths: Sequence[int] = (2_048, 8_192, 32_768),
     needles: int = 20,
     haystacks: int = 1,
-    attention=None,
+    strategy=None,
     seed: int = 0,
     on_answer: Callable[[Answer], None] | None = None,
 ) -> Result:
@@ -92,7 +92,7 @@ def evaluate_needle(
         for number in range(haystacks):
             haystack = make_haystack(length, needles, seed=seed + number)
             engine = Engine(
-                model, tokenizer, max_len=_tokens(haystack, tokenizer), attention=attention
+                model, tokenizer, max_len=_tokens(haystack, tokenizer), strategy=strategy
             )
             session = engine.session()
             first = None

@@ -24,13 +24,13 @@ class Engine:
     Args:
       tokenizer: None to talk in token ids.
       max_len: tokens that a session holds at most, prompts and answers.
-      attention: the strategy for prefill; None lets each turn choose (see `jaxcp.prefill`).
+      strategy: the strategy for prefill; None lets each turn choose (see `jaxcp.prefill`).
       stop_tokens: ids that end an answer (and are not part of it); None takes those of the
         checkpoint that was loaded, () none.
     Raises:
       ValueError: the model has fewer positions than `max_len`, no embedding of a stop token, or
-        what `attention` needs is not on this mesh.
-      NotImplementedError: `attention` cannot fill a cache of this model.
+        what `strategy` needs is not on this mesh.
+      NotImplementedError: `strategy` cannot fill a cache of this model.
 
     >>> engine = jaxcp.Engine(model, tokenizer, max_len=131_072)
     >>> answer = "".join(engine.session().send("The needle is"))
@@ -42,17 +42,17 @@ class Engine:
         tokenizer: Tokenizer | None,
         *,
         max_len: int,
-        attention: Strategy | None = None,
+        strategy: Strategy | None = None,
         stop_tokens: Collection[int] | None = None,
     ):
         limit = getattr(model.config, "max_positions", float("inf"))
         self.max_len = integer("max_len", max_len, 1, limit, "the model's positions")
-        self.model, self.tokenizer, self.attention = model, tokenizer, attention
+        self.model, self.tokenizer, self.strategy = model, tokenizer, strategy
         if stop_tokens is None:
             stop_tokens = getattr(model, "stop_tokens", ())
         self.stop_tokens = _stop_tokens(model, stop_tokens)
-        if attention is not None:
-            _try(model, attention, min(self.max_len, TRIED))
+        if strategy is not None:
+            _try(model, strategy, min(self.max_len, TRIED))
         self._mesh = None if jax.sharding.get_abstract_mesh().empty else jax.sharding.get_mesh()
 
     def session(self, *, seed: int = 0) -> "Session":
@@ -74,14 +74,14 @@ def _stop_tokens(model: Any, ids: Any) -> tuple[int, ...]:
     return tuple(stops.tolist())
 
 
-def _try(model: Any, attention: Strategy, tokens: int) -> None:
+def _try(model: Any, strategy: Strategy, tokens: int) -> None:
     """Trace a prefill by this strategy on the mesh in scope, and compute nothing.
 
     Raises:
       ValueError, NotImplementedError: what the strategy says of this model and mesh.
     """
-    if not isinstance(attention, Strategy):
-        raise ValueError(f"attention must be a strategy such as jaxcp.Ring(); got {attention!r}")
+    if not isinstance(strategy, Strategy):
+        raise ValueError(f"strategy must be one, such as jaxcp.Ring(); got {strategy!r}")
     rows = jax.sharding.get_abstract_mesh().shape.get("data", 1)
     cache, text = model.init_cache(rows, tokens), np.zeros((rows, tokens), np.int32)
-    jax.eval_shape(lambda: prefill(model, cache, text, attention=attention)[0])
+    jax.eval_shape(lambda: prefill(model, cache, text, strategy=strategy)[0])

@@ -125,7 +125,7 @@ class Session:
         ids, reused, stats = [*self._pending, *ids], self.stats.tokens, self.stats
         start = time.perf_counter()
         with self._unless_it_fails():
-            token = self._step(prefill, [ids], sampler, attention=self.engine.attention)
+            token = self._step(prefill, [ids], sampler, strategy=self.engine.strategy)
         stats.turns, stats.reused, stats.prefilled = stats.turns + 1, reused, len(ids)
         stats.prefill_seconds = time.perf_counter() - start
         stats.generated, stats.decode_seconds = 0, 0.0

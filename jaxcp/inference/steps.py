@@ -34,7 +34,7 @@ def prefill(
     tokens: Any,
     *,
     lengths: Any = None,
-    attention: Strategy | None = None,
+    strategy: Strategy | None = None,
     donate=True,
 ) -> tuple[jax.Array, KVCache]:
     """Append tokens to the cache; `(logits [B, V] after each row's last real token, cache)`.
@@ -46,7 +46,7 @@ def prefill(
     Args:
       tokens: int `[B, T]`, natural order, on the host.
       lengths: int `[B]`, real tokens of each row; default T.
-      attention: the strategy of a long turn; None takes `Ring()`, or `RingPassQ()` where the cache
+      strategy: the strategy of a long turn; None takes `Ring()`, or `RingPassQ()` where the cache
         is so long that it sends less. Layers with a window send their window, whatever this is.
       donate: False keeps the given cache alive, for forks.
     Raises:
@@ -56,13 +56,13 @@ def prefill(
     lengths = _check_tokens(cache, tokens, lengths)
     cache = cache if donate else _copied(cache)
     if isinstance(cache, CompressedCache):
-        return prefill_compressed(model, cache, tokens, lengths, attention)
+        return prefill_compressed(model, cache, tokens, lengths, strategy)
     width = cache.recent.shape[1] + 1
     start, done = np.asarray(cache.lengths), np.zeros_like(lengths)
     tokens = windows(tokens[:, : lengths.max()], width, before=np.asarray(cache.recent))
     recent = _recent(tokens, np.asarray(cache.recent))
     logits: Any = None
-    for piece in pieces(frame_of(cache), start, lengths, layout_of(attention), EXTEND_SIZES):
+    for piece in pieces(frame_of(cache), start, lengths, layout_of(strategy), EXTEND_SIZES):
         ids, positions = piece.laid_out(tokens, done, start)
         done = done + piece.taken
         newest = recent[np.arange(len(done)), done]
@@ -70,7 +70,7 @@ def prefill(
         if not piece.sharded:
             found, cache = _replicated(*arrays)
         else:
-            found, cache = _spread(*arrays, piece.halos, attention, piece.used)
+            found, cache = _spread(*arrays, piece.halos, strategy, piece.used)
         logits = latest(logits, found, piece.taken)
     return logits, cache
 
@@ -100,12 +100,12 @@ def decode_step(
     return _jitted(_decode, True)(model, cache, token)
 
 
-def logits(model: Any, tokens: Any, *, attention: Strategy | None = None) -> jax.Array:
+def logits(model: Any, tokens: Any, *, strategy: Strategy | None = None) -> jax.Array:
     """Float32 logits `[B, T, V]` of every token, in natural order, on the host; for scoring.
 
     Args:
       tokens: int `[B, T]`, natural order, on the host; any T, padded to what the shards need.
-      attention: the strategy; None is `Ring()`.
+      strategy: the strategy; None is `Ring()`.
     Raises:
       ValueError: no tokens, ids out of range, more than the model has positions, or rows that the
         mesh's `data` does not divide.
@@ -117,7 +117,7 @@ def logits(model: Any, tokens: Any, *, attention: Strategy | None = None) -> jax
     limit = getattr(model.config, "max_positions", tokens.shape[1])
     if tokens.shape[1] > limit:
         raise ValueError(f"the model has {limit} positions; got {tokens.shape[1]} tokens")
-    strategy = Ring() if attention is None else attention
+    strategy = Ring() if strategy is None else strategy
     shards = jax.sharding.get_abstract_mesh().shape.get("seq", 1)
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
     tokens = windows(tokens, getattr(model.config, "ngram_width", 1))
@@ -128,7 +128,7 @@ def logits(model: Any, tokens: Any, *, attention: Strategy | None = None) -> jax
 
 
 def _whole(model, tokens, positions, strategy):
-    return model(tokens, positions, attention=strategy, consecutive=True)
+    return model(tokens, positions, strategy=strategy, consecutive=True)
 
 
 def _prefill(model, cache, tokens, positions, added, recent, halos, strategy, used):

@@ -93,15 +93,15 @@ class LanguageModel(nnx.Module):
         positions,
         *,
         segment_ids=None,
-        attention: Strategy | None = None,
+        strategy: Strategy | None = None,
         consecutive: bool = False,
     ) -> Attend:
-        """Attention over a whole sequence, for `forward`; `attention` defaults to `Ring()`.
+        """Attention over a whole sequence, for `forward`; `strategy` defaults to `Ring()`.
 
         `consecutive`: see `context_parallel_attention`.
         """
         return WholeSequence(
-            positions, segment_ids=segment_ids, strategy=attention, consecutive=consecutive
+            positions, segment_ids=segment_ids, strategy=strategy, consecutive=consecutive
         )
 
     def recomputed(self, block: Callable, attend: Attend, *, static_argnums: int) -> Callable:

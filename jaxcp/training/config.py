@@ -125,7 +125,7 @@ class TrainConfig:
     """A glob of `.bin` token files, or a source (`TokenFiles`, `TextSource`, your own)."""
     out_dir: str | pathlib.Path
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    attention: Any = None
+    strategy: Any = None
     """A strategy such as `Ring()`; None leaves the choice to the model."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     losses: LossConfig = dataclasses.field(default_factory=LossConfig)

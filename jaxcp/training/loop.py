@@ -92,7 +92,7 @@ class _Run:
         self.began = time.perf_counter()
         self.config, self.mesh = config, mesh
         self.checkpoints = pathlib.Path(config.out_dir) / CHECKPOINTS
-        self.layout = getattr(config.attention, "layout", Zigzag())
+        self.layout = getattr(config.strategy, "layout", Zigzag())
         self.source = as_source(config.data, config.seed)
 
     def go(self, callbacks: tuple[Callback, ...]) -> Result:
@@ -128,7 +128,7 @@ class _Run:
         config = self.config
         options = (
             config.model,
-            config.attention,
+            config.strategy,
             config.optimizer,
             config.steps,
             config.loss_chunk,

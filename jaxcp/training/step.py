@@ -113,7 +113,7 @@ def abstract_inputs(config: TrainConfig, mesh: Mesh) -> tuple[State, dict[str, A
         )
     with jax.sharding.use_abstract_mesh(abstract_mesh):
         state = jax.eval_shape(fresh, params) | {"params": params, "others": others}
-    layout = getattr(config.attention, "layout", Zigzag())
+    layout = getattr(config.strategy, "layout", Zigzag())
     length = layout.padded_length(config.seq_len, mesh.shape["seq"])
     shape = (config.accumulate, config.batch_size // config.accumulate, length)
     dtypes = dict.fromkeys(("tokens", "targets", "positions"), jnp.int32) | {"weights": jnp.float32}
@@ -157,7 +157,7 @@ def _on_mesh(x: jax.Array) -> jax.Array:
 @functools.lru_cache(maxsize=8)
 def make_step(
     model_config: Any,
-    attention: Any,
+    strategy: Any,
     optimizer_config: OptimizerConfig,
     steps: int,
     loss_chunk: int,
@@ -175,7 +175,7 @@ def make_step(
     optimizer = make_optimizer(optimizer_config, steps, skeleton(model_config).axes)
     rate = schedule(optimizer_config, optimizer_config.learning_rate, steps)
 
-    options = {"attention": attention, "consecutive": consecutive, "chunk": loss_chunk}
+    options = {"strategy": strategy, "consecutive": consecutive, "chunk": loss_chunk}
 
     def sums(state, batch):
         """`Totals` and gradient, summed over the pieces."""

@@ -233,7 +233,7 @@ def test_batches_of_a_run(tmp_path):
         model=GPTConfig(vocab_size=64, max_positions=90, num_layers=1, num_heads=2, embed_dim=16),
         data=TokenFiles(pattern=str(tmp_path / "x.bin"), dtype="uint8", separator=0),
         seq_len=90, batch_size=2, steps=1, out_dir=tmp_path, mesh=MeshConfig(seq=4),
-        attention=jaxcp.Ring(layout=Balanced(block=8)),
+        strategy=jaxcp.Ring(layout=Balanced(block=8)),
     )  # fmt: skip
     mesh = config.mesh.make(jax.devices()[:4])
     batch, _, in_order = _Run(config, mesh).batch(0)

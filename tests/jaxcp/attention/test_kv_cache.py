@@ -245,7 +245,7 @@ def test_an_empty_cache_is_filled_by_a_ring_and_windows():
 
 def test_a_strategy_that_is_named_is_taken():
     model = Attending({"window": None})
-    found = sent(prefill_program, model, tokens=512, held=8192, attention=Ring())
+    found = sent(prefill_program, model, tokens=512, held=8192, strategy=Ring())
     slots = (8192 + 512) // 4 + 64
     assert found == {"collective-permute": (3 * 3, 3 * slots * (ROW + 4)), "all-reduce": (1, LAST)}
 

@@ -64,10 +64,10 @@ def test_greedy_tokens_are_those_of_transformers(axes, mesh_of):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "axes, attention",
+    "axes, strategy",
     [({}, None), ({"data": 2, "seq": 2}, None), ({"seq": 3}, AllGather(layout=Striped()))],
 )
-def test_turns_are_the_whole_sequence(axes, attention, mesh_of):
+def test_turns_are_the_whole_sequence(axes, strategy, mesh_of):
     """Turns of odd lengths, long ones (sharded) and short ones (replicated), then single tokens."""
     tokens, expected = whole()
     if axes:
@@ -77,7 +77,7 @@ def test_turns_are_the_whole_sequence(axes, attention, mesh_of):
     end = 0
     for turn in TURNS:
         start, end = end, end + turn
-        logits, cache = jaxcp.prefill(model, cache, tokens[:, start:end], attention=attention)
+        logits, cache = jaxcp.prefill(model, cache, tokens[:, start:end], strategy=strategy)
         np.testing.assert_allclose(logits, expected[:, end - 1], **CLOSE, err_msg=f"to {end}")
     for at in range(end, end + 2):
         logits, cache = jaxcp.decode_step(model, cache, tokens[:, at])
@@ -121,7 +121,7 @@ def test_bfloat16(mesh_of):
 def test_logits_in_natural_order(mesh_of):
     tokens, expected = whole()
     mesh_of(data=2, seq=4)
-    found = jaxcp.logits(place(small()), tokens, attention=AllGather())
+    found = jaxcp.logits(place(small()), tokens, strategy=AllGather())
     np.testing.assert_allclose(found, expected, **CLOSE)
 
 

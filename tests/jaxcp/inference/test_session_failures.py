@@ -209,8 +209,8 @@ def test_what_is_no_option_of_a_turn(options, message, engine):
         ({"stop_tokens": (256,)}, r"stop_tokens: token ids must lie in 0\.\.255"),
         ({"max_len": 9.5}, "max_len must be an integer; got 9.5"),
         (
-            {"attention": "ring"},
-            r"attention must be a strategy such as jaxcp\.Ring\(\); got 'ring'",
+            {"strategy": "ring"},
+            r"strategy must be one, such as jaxcp\.Ring\(\); got 'ring'",
         ),
     ],
 )
@@ -226,7 +226,7 @@ def test_seeds_are_not_cut(engine):
 
 
 @pytest.mark.parametrize(
-    "attention, axes, error, message",
+    "strategy, axes, error, message",
     [
         (jaxcp.Ring(reproducible=True), {}, NotImplementedError, "no reproducible form"),
         (jaxcp.Ring(reproducible=True), None, NotImplementedError, "no reproducible form"),
@@ -237,12 +237,12 @@ def test_seeds_are_not_cut(engine):
     ],
 )
 def test_a_strategy_that_cannot_is_refused_by_the_engine(
-    attention, axes, error, message, model, mesh_of
+    strategy, axes, error, message, model, mesh_of
 ):
     if axes is not None:
         mesh_of(**axes)
     with pytest.raises(error, match=message):
-        jaxcp.Engine(place(model), None, max_len=64, attention=attention)
+        jaxcp.Engine(place(model), None, max_len=64, strategy=strategy)
 
 
 def test_a_strategy_that_a_family_cannot_use(mesh_of):
@@ -250,13 +250,13 @@ def test_a_strategy_that_a_family_cannot_use(mesh_of):
     mesh_of(seq=2)
     model, _ = jaxcp.load(FIXTURES / "deepseek-v4-tiny")
     with pytest.raises(NotImplementedError, match="which a latent has none of"):
-        jaxcp.Engine(model, None, max_len=64, attention=jaxcp.Ulysses())
+        jaxcp.Engine(model, None, max_len=64, strategy=jaxcp.Ulysses())
 
 
 def test_rows_that_the_mesh_does_not_divide(model, mesh_of):
     mesh_of(data=2)
     placed = place(model)
-    engine = jaxcp.Engine(placed, None, max_len=64, attention=jaxcp.Ring())
+    engine = jaxcp.Engine(placed, None, max_len=64, strategy=jaxcp.Ring())
     v4 = jaxcp.abstract_model(jaxcp.load_config(FIXTURES / "deepseek-v4-tiny"))
     v3 = jaxcp.abstract_model(jaxcp.load_config(FIXTURES / "deepseek-v3-tiny"))
     for make in (

@@ -69,7 +69,7 @@ def rows_fit(case):
 
 CACHES = {
     "axes": MESHES,
-    "attention": STRATEGIES,
+    "strategy": STRATEGIES,
     "rows": (1, 2),
     "ragged": (False, True),
     "donate": (True, False),
@@ -84,7 +84,7 @@ def test_prefill_and_decode_step(case, mesh_of):
     """Two turns and two tokens, ragged ones with pads, against the whole sequence."""
     whole()
     rows, model = case["rows"], on(case["axes"], mesh_of)
-    options = {"attention": case["attention"], "donate": case["donate"]}
+    options = {"strategy": case["strategy"], "donate": case["donate"]}
     cache, ends = model.init_cache(rows, LENGTH), np.zeros(rows, int)
     for width in (33, case["second"]):
         lengths = width - 3 * np.arange(rows) if case["ragged"] else np.full(rows, width)
@@ -104,7 +104,7 @@ def test_prefill_and_decode_step(case, mesh_of):
     assert np.asarray(cache.lengths).tolist() == ends.tolist()
 
 
-WHOLE = {"axes": MESHES, "attention": STRATEGIES, "rows": (1, 2), "length": (7, LENGTH)}
+WHOLE = {"axes": MESHES, "strategy": STRATEGIES, "rows": (1, 2), "length": (7, LENGTH)}
 
 
 @pytest.mark.parametrize("case", cases(WHOLE, rows_fit))
@@ -112,7 +112,7 @@ def test_logits(case, mesh_of):
     expected = whole()[: case["rows"], : case["length"]]
     model = on(case["axes"], mesh_of)
     tokens = TOKENS[: case["rows"], : case["length"]]
-    found = jaxcp.logits(model, tokens, attention=case["attention"])
+    found = jaxcp.logits(model, tokens, strategy=case["strategy"])
     np.testing.assert_allclose(found, expected, **CLOSE)
 
 
@@ -123,7 +123,7 @@ SENT = {
     "top_p": (1.0, 0.6),
     "text": (True, False),
     "stops": (False, True),
-    "attention": (None, jaxcp.AllGather()),
+    "strategy": (None, jaxcp.AllGather()),
 }
 
 
@@ -160,7 +160,7 @@ def test_send(case, mesh_of):
     tokenizer = byte_level() if case["text"] else None
     stops = () if stop is None else (stop,)
     engine = jaxcp.Engine(
-        model, tokenizer, max_len=LENGTH, attention=case["attention"], stop_tokens=stops
+        model, tokenizer, max_len=LENGTH, strategy=case["strategy"], stop_tokens=stops
     )
     session = engine.session(seed=7)
     for prompt, answer in zip(prompts, expected, strict=True):
@@ -178,7 +178,7 @@ def test_send(case, mesh_of):
 
 TRAINED = {
     "axes": ({}, {"seq": 2}, {"data": 2, "model": 2}),
-    "attention": (None, jaxcp.AllGather(), jaxcp.Ring(layout=jaxcp.Balanced())),
+    "strategy": (None, jaxcp.AllGather(), jaxcp.Ring(layout=jaxcp.Balanced())),
     "accumulate": (1, 2),
     "remat": (False, True),
     "seq_len": (31, 32),  # one that needs a pad on two shards
@@ -208,7 +208,7 @@ def trained(folder, case):
             vocab_size=256, max_positions=32, num_layers=1, num_heads=2, embed_dim=8,
             remat=case["remat"],
         ),
-        mesh=jaxcp.MeshConfig(**case["axes"]), attention=case["attention"],
+        mesh=jaxcp.MeshConfig(**case["axes"]), strategy=case["strategy"],
         seq_len=case["seq_len"], batch_size=4, steps=2, log_every=1,
         accumulate=case["accumulate"], data=Packed() if case["packed"] else jaxcp.TextSource(),
         out_dir=folder,
@@ -220,7 +220,7 @@ def trained(folder, case):
 @pytest.fixture(scope="module")
 def plainly(tmp_path_factory):
     """What the same batches give on one device, in one piece, without any option."""
-    plain = {"axes": {}, "attention": None, "accumulate": 1, "remat": False}
+    plain = {"axes": {}, "strategy": None, "accumulate": 1, "remat": False}
 
     @functools.cache
     def run(seq_len, packed):
@@ -231,7 +231,7 @@ def plainly(tmp_path_factory):
 
 
 def documents_if_balanced(case):
-    return case["packed"] or case["attention"] != TRAINED["attention"][-1]
+    return case["packed"] or case["strategy"] != TRAINED["strategy"][-1]
 
 
 @pytest.mark.parametrize("case", cases(TRAINED, documents_if_balanced))

@@ -98,7 +98,7 @@ def loss_and_gradients(model, batch):
 
     def loss(parameters):
         logits = nnx.merge(graph, parameters, rest)(
-            batch["tokens"], batch["positions"], attention=jaxcp.Ring(), consecutive=True
+            batch["tokens"], batch["positions"], strategy=jaxcp.Ring(), consecutive=True
         )
         wanted = batch["targets"][..., None] == jnp.arange(logits.shape[-1])
         picked = jnp.where(wanted, jax.nn.log_softmax(logits), 0.0).sum()
@@ -141,10 +141,10 @@ def test_what_v4_cannot_do_is_said(mesh_of):
     batch = on_mesh(reference(V4)["input_ids"], Striped(), 2)
     arrays = batch["tokens"], batch["positions"]
     with pytest.raises(NotImplementedError, match=r"runs of consecutive tokens.*use Zigzag\(\)"):
-        jax.eval_shape(lambda *x: model(*x, attention=jaxcp.Ring(layout=Striped())), *arrays)
+        jax.eval_shape(lambda *x: model(*x, strategy=jaxcp.Ring(layout=Striped())), *arrays)
     with pytest.raises(NotImplementedError, match=r"no reproducible form; use Ring\(\)"):
         strategy = jaxcp.Ring(reproducible=True)
-        jax.eval_shape(lambda *x: model(*x, attention=strategy), *arrays)
+        jax.eval_shape(lambda *x: model(*x, strategy=strategy), *arrays)
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def gradient(model, batch, attention):
     """`(gradients, Totals)` of a batch over its weight."""
 
     def loss(model):
-        options = {"draft_scale": draft_scale(batch), "chunk": 16, "attention": attention}
+        options = {"draft_scale": draft_scale(batch), "chunk": 16, "strategy": attention}
         total, totals = objective(model, batch, ALL, **options)
         return total / totals.weight, totals
 

@@ -72,7 +72,7 @@ def test_every_layer_is_that_of_transformers(name):
 
 
 @pytest.mark.parametrize(
-    "name, axes, attention",
+    "name, axes, strategy",
     [
         pytest.param("qwen3-moe-tiny", {"seq": 4, "model": 2}, None, marks=pytest.mark.slow),
         pytest.param("gpt-oss-tiny", {"seq": 8}, None, marks=pytest.mark.slow),
@@ -80,11 +80,11 @@ def test_every_layer_is_that_of_transformers(name):
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
-def test_over_a_mesh_it_is_that_of_transformers(name, axes, attention, mesh_of):
+def test_over_a_mesh_it_is_that_of_transformers(name, axes, strategy, mesh_of):
     mesh_of(**axes)
     expected = reference(name)
     model, _ = jaxcp.load(FIXTURES / name)
-    found = jaxcp.logits(model, expected["input_ids"], attention=attention)
+    found = jaxcp.logits(model, expected["input_ids"], strategy=strategy)
     np.testing.assert_allclose(found, expected["logits"], **CLOSE)
 
 
@@ -101,7 +101,7 @@ def test_chunks_over_a_cache_are_the_whole_sequence(mesh_of):
     for chunk in (11, 6, 8):
         start, end = end, end + chunk
         part = tokens[:, start:end]
-        found, cache = jaxcp.prefill(model, cache, part, attention=AllGather())
+        found, cache = jaxcp.prefill(model, cache, part, strategy=AllGather())
         np.testing.assert_allclose(found, logits[:, end - 1], **CLOSE, err_msg=f"to {end}")
     for at in range(end, 32):
         found, cache = jaxcp.decode_step(model, cache, tokens[:, at])

@@ -59,12 +59,12 @@ def documents():
     return batch | draft_batch(batch, 1)
 
 
-def gradient(model, batch, attention):
+def gradient(model, batch, strategy):
     """`(gradients by name, parts, stats)` of the pieces of a batch, over its weight."""
     scale = draft_scale(batch)
 
     def loss(model, piece):
-        options = {"attention": attention, "draft_scale": scale, "chunk": 16}
+        options = {"strategy": strategy, "draft_scale": scale, "chunk": 16}
         return objective(model, piece, ALL, **options)
 
     found = [
