@@ -24,6 +24,7 @@ RULES: dict[str, str | None] = {
     "positions": None,
     "window": None,  # of an n-gram embedding: small
     "ngram": None,
+    "layers": None,  # of a stack (`layers.stack`)
     "parts": None,  # what an MTP layer joins: embedding and state
     "places": None,  # of a token within its block
     "mixes": None,  # coefficients of hyper-connections

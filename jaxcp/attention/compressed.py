@@ -1,21 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cache of a model whose layers see a window of tokens and compressed blocks of the rest.
+"""What a layer keeps that sees a window of tokens and compressed blocks of the rest.
 
-What a layer keeps is small, and the same on every device: the last `window - 1` rows, one entry
-(and index key) for every complete block, and of the blocks that are not complete the parts that
-will merge with what comes. A part is `(value, lse)` per channel, so that a pending block of 128
-tokens is no larger than one entry.
+It is small, and the same on every device: the last `window - 1` rows, one entry (and index key) for
+every complete block, and of the blocks that are not complete the parts that will merge with what
+comes. A part is `(value, lse)` per channel, so that a pending block of 128 tokens is no larger than
+one entry.
 
-`CompressedStep` attends for new tokens, many that are sharded (a prefill of any length, from
-wherever the last one ended) or few that are the same everywhere (decoding; nothing travels).
-Communication of a prefill, a device and layer: new keys by the strategy, parts as in `compressed`,
-one all-gather of the new entries and one all-reduce of `window - 1` rows.
+Communication of a prefill, a device and layer: new keys by the strategy, parts as in `blocks`, one
+all-gather of the new entries and one all-reduce of `window - 1` rows. In decoding: nothing.
 Memory: `(entry + index key) / ratio` channels a token, not divided by the number of devices: of
 DeepSeek-V4-Flash 6.7 GiB at 1M tokens in bfloat16.
 """
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -24,185 +23,142 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from jaxcp.attention.blocks import compress_shard, no_pending, runs_of, shards_of
+from jaxcp.attention.cache import Room
 from jaxcp.attention.selected import Selection, attend_selected, shared_head
-from jaxcp.attention.slots import check_size
+from jaxcp.attention.slots import AXIS, layer_of, on_mesh, on_shards, with_layer
+from jaxcp.attention.window import positions_held
 from jaxcp.context_parallel.ring import Ring
-from jaxcp.context_parallel.strategy import Strategy
 from pallas_kernels import PAD_POSITION, flash_attention
 from pallas_kernels.flash_attention import Mask, apply_sinks
 from pallas_kernels.online_softmax import merge
 
-AXIS = "seq"
+STACK = P(None, "data")
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["rows", "entries", "pending", "lengths"],
-    meta_fields=["window", "max_len"],
+    data_fields=["rows", "entries", "pending"],
+    meta_fields=["window"],
 )
 @dataclasses.dataclass(frozen=True)
-class CompressedCache:
-    """`rows` of a layer: `[B, window - 1, H]`, position p at `p % (window - 1)`.
+class Compressed:
+    """`rows [L, B, window - 1, H]`, position p at `p % (window - 1)`.
 
-    `entries` and `pending` of a layer: by name (`kv`, `index`), `[B, blocks, D]` with block w at w,
-    and the parts of incomplete blocks; empty for a layer that has the window alone.
+    `entries` and `pending`: by name (`kv`, `index`), `[L, B, blocks, D]` with block w at w, and the
+    parts of incomplete blocks; empty where a layer has the window alone.
     """
 
-    rows: tuple[jax.Array, ...]
-    entries: tuple[dict[str, jax.Array], ...]
-    pending: tuple[dict[str, Any], ...]
-    lengths: jax.Array  # int32 [B]: tokens so far; the next token's position
+    rows: jax.Array
+    entries: dict[str, jax.Array]
+    pending: dict[str, Any]
     window: int
-    max_len: int
 
-    def bytes_per_device(self) -> int:
-        """Bytes of rows, entries and pending parts that one device holds."""
-        held = jax.tree.leaves((self.rows, self.entries, self.pending))
-        return sum(x.addressable_shards[0].data.nbytes for x in held)
+    keeps_slots = False
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerShape:
-    """What a layer keeps beside its window. `sizes`: channels of an entry, by name."""
-
-    ratio: int = 0
-    overlap: bool = False
-    sizes: dict[str, int] = dataclasses.field(default_factory=dict)
-
-
-def empty_compressed_cache(
-    layers: list[LayerShape], *, batch_size: int, max_len: int, window: int, head_dim: int, dtype
-) -> CompressedCache:
-    """A cache for `max_len` tokens a row, on the mesh in scope."""
-    check_size(batch_size, max_len)
-
-    def entries(shape: LayerShape):
-        blocks = max(1, max_len // shape.ratio) if shape.ratio else 0
-        return {k: jnp.zeros((batch_size, blocks, d), dtype) for k, d in shape.sizes.items()}
-
-    def pending(shape: LayerShape):
-        return {k: no_pending(batch_size, d, shape.overlap) for k, d in shape.sizes.items()}
-
-    @jax.jit
-    def make():
-        rows = batch_size, max(1, window - 1), head_dim
-        cache = CompressedCache(
-            rows=tuple(jnp.zeros(rows, dtype) for _ in layers),
-            entries=tuple(map(entries, layers)),
-            pending=tuple(map(pending, layers)),
-            lengths=jnp.zeros(batch_size, jnp.int32),
+    @classmethod
+    def empty(
+        cls, room: Room, *, layers: int, window: int, head_dim: int, ratio: int, overlap: bool,
+        sizes: Mapping[str, int],
+    ) -> "Compressed":  # fmt: skip
+        """`sizes`: channels of an entry, by name, of which there is one for `ratio` tokens."""
+        batch = room.batch_size
+        blocks = max(1, room.max_len // ratio) if ratio else 0
+        pending = {name: no_pending(batch, size, overlap) for name, size in sizes.items()}
+        kept = cls(
+            rows=jnp.zeros((layers, batch, max(1, window - 1), head_dim), room.dtype),
+            entries={
+                name: jnp.zeros((layers, batch, blocks, size), room.dtype)
+                for name, size in sizes.items()
+            },
+            pending=jax.tree.map(lambda x: jnp.stack([x] * layers), pending),
             window=window,
-            max_len=max_len,
         )
-        return cache if _no_mesh() else jax.tree.map(_by_row, cache)
+        return jax.tree.map(lambda x: on_mesh(x, _whole(STACK, x)), kept)
 
-    return make()
-
-
-class CompressedStep:
-    """`attend` of new tokens over a `CompressedCache`, which they join.
-
-    Args:
-      positions: int32 `[B, T]`, from `cache.lengths` on; `PAD_POSITION` for pads.
-      added: int32 `[B]`, tokens of each row that are none.
-      sharded: the tokens lie over `seq`, in `strategy.layout` (default zigzag); else every
-        device has them all.
-    """
-
-    keeps_rows = True
-
-    def __init__(self, cache: CompressedCache, positions, added, *, sharded: bool,
-                 strategy: Strategy | None = None):  # fmt: skip
-        self.cache, self.positions, self.added = cache, positions, added
-        self.strategy = Ring() if strategy is None else strategy
-        if self.strategy.reproducible:
-            raise NotImplementedError("prefill over a cache has no reproducible form; use Ring()")
-        self.axis = AXIS if sharded and not _no_mesh() else None
-        self.rows = list(cache.rows)
-        self.entries = [dict(x) for x in cache.entries]
-        self.pending = [dict(x) for x in cache.pending]
-
-    def compress(self, values, gates, *, ratio, overlap, layer, name):
+    def compress(self, tokens, layer, values, gates, *, ratio, overlap, name):
         """As `WholeSequence.compress`, of the blocks that these tokens complete."""
-        shards = 1 if self.axis is None else shards_of(AXIS)
-        runs = runs_of(self.strategy.layout, shards, self.positions.shape[1] // shards)
+        axis = _axis(tokens)
+        shards = 1 if axis is None else shards_of(AXIS)
+        runs = runs_of(_strategy(tokens).layout, shards, tokens.positions.shape[1] // shards)
         local = functools.partial(
             compress_shard, ratio=ratio, overlap=overlap, runs=runs, axis_name=AXIS, shards=shards
         )
-        tokens, rows = P("data", self.axis), P("data")
-        run = _on_shards(local, (tokens, tokens, tokens, rows, rows), (tokens, tokens, rows))
-        end = self.cache.lengths + self.added
-        entries, blocks, self.pending[layer][name] = run(
-            values, gates, self.positions, self.pending[layer][name], end
+        spec, rows = P("data", axis), P("data")
+        arrays = values, gates, tokens.positions, layer_of(self.pending[name], layer), tokens.after
+        entries, blocks, pending = _run(
+            local, arrays, (spec, spec, spec, rows, rows), (spec, spec, rows)
         )
-        return entries, blocks
+        pending = self.pending | {name: with_layer(self.pending[name], layer, pending)}
+        return (entries, blocks), dataclasses.replace(self, pending=pending)
 
-    def shared(self, q, kv, *, layer, window, scale, sinks):
+    def shared(self, tokens, layer, q, kv, *, window, scale, sinks):
         """The window alone."""
-        return self._attend(q, kv, None, {}, 0, layer, window, scale, sinks, None)
+        return self._attend(tokens, layer, q, kv, None, {}, 0, window, scale, sinks, None)
 
-    def compressed(self, q, kv, entries, blocks, *, ratio, window, scale, sinks, layer,
+    def compressed(self, tokens, layer, q, kv, entries, blocks, *, ratio, window, scale, sinks,
                    selection: Selection | None = None):  # fmt: skip
+        """The window, and entries of blocks that end before the query."""
         new = {"kv": entries}
         if selection is not None:
             new["index"] = selection.keys
-        return self._attend(q, kv, blocks, new, ratio, layer, window, scale, sinks, selection)
+        return self._attend(
+            tokens, layer, q, kv, blocks, new, ratio, window, scale, sinks, selection
+        )
 
-    def _attend(self, q, kv, blocks, new, ratio, layer, window, scale, sinks, selection):
-        self._check(window)
-        tokens, rows = P("data", self.axis), P("data")
-        heads = P("data", self.axis, "model")
+    def _attend(self, tokens, layer, q, kv, blocks, new, ratio, window, scale, sinks, selection):
+        if window != self.window:
+            raise ValueError(f"the layer keeps a window of {self.window}; it attends with {window}")
+        axis = _axis(tokens)
+        spec, rows = P("data", axis), P("data")
+        heads = P("data", axis, "model")
         picks = None if selection is None else (selection.queries, selection.weights)
         local = functools.partial(
-            _attend, ratio=ratio, window=window, scale=scale, strategy=self.strategy,
-            axis=self.axis, top_k=None if selection is None else selection.top_k,
+            _attend, ratio=ratio, window=window, scale=scale, strategy=_strategy(tokens),
+            axis=axis, top_k=None if selection is None else selection.top_k,
         )  # fmt: skip
-        run = _on_shards(
+        arrays = q, kv, tokens.positions, blocks, new, picks, self.rows, self.entries
+        specs = heads, spec, spec, spec, spec, spec, STACK, STACK
+        out, lse, kept_rows, entries = _run(
             local,
-            (heads, tokens, tokens, tokens, tokens, tokens, rows, rows, rows, rows),
-            (heads, heads, rows, rows),
+            (*arrays, jnp.int32(layer), tokens.before, tokens.after),
+            (*specs, P(), rows, rows),
+            (heads, heads, STACK, STACK),
         )
-        out, lse, self.rows[layer], self.entries[layer] = run(
-            q, kv, self.positions, blocks, new, picks, self.rows[layer], self.entries[layer],
-            self.cache.lengths, self.cache.lengths + self.added,
-        )  # fmt: skip
-        return apply_sinks(out, lse, sinks)[0]
-
-    def _check(self, window):
-        if window != self.cache.window:
-            raise ValueError(f"the cache keeps a window of {self.cache.window}; got {window}")
-
-    def after(self) -> CompressedCache:
-        """The cache after all layers."""
-        return dataclasses.replace(
-            self.cache,
-            rows=tuple(self.rows),
-            entries=tuple(self.entries),
-            pending=tuple(self.pending),
-            lengths=self.cache.lengths + self.added,
-        )
+        kept = dataclasses.replace(self, rows=kept_rows, entries=entries)
+        return apply_sinks(out, lse, sinks)[0], kept
 
 
-def _attend(q, kv, positions, blocks, new, picks, rows, entries, start, end, *,
+def _axis(tokens) -> str | None:
+    """The mesh axis that shards the new tokens."""
+    return AXIS if tokens.sharded and not jax.sharding.get_abstract_mesh().empty else None
+
+
+def _strategy(tokens):
+    return Ring() if tokens.strategy is None else tokens.strategy
+
+
+def _attend(q, kv, positions, blocks, new, picks, rows, entries, layer, start, end, *,
             ratio, window, scale, strategy, axis, top_k):  # fmt: skip
-    """`(out, lse, rows, entries)` of local queries."""
+    """`(out, lse, rows, entries)` of local queries; `rows` and `entries` are those of a stack."""
     done = _new_tokens(q, kv, positions, window, scale, strategy, axis)
-    before = _positions_of(rows, start)
-    k, v = shared_head(rows.astype(q.dtype))
+    kept = layer_of(rows, layer)
+    before = positions_held(start, kept.shape[1])
+    k, v = shared_head(kept.astype(q.dtype))
     out, lse = flash_attention(
         q, k, v, q_positions=positions, kv_positions=before, window=window, scale=scale,
         carry=done, out_dtype=jnp.float32,
     )  # fmt: skip
-    rows = _renewed(rows, kv, positions, end, axis)
+    rows = with_layer(rows, layer, _renewed(kept, kv, positions, end, axis))
     if new:
         if axis is not None:
             new, blocks = lax.all_gather((new, blocks), axis, axis=1, tiled=True)
         line = jnp.arange(blocks.shape[0])[:, None]
         entries = {
-            name: x.at[line, blocks].set(new[name].astype(x.dtype), mode="drop")
+            name: x.at[layer, line, blocks].set(new[name].astype(x.dtype), mode="drop")
             for name, x in entries.items()
         }
-        keys = entries["kv"].astype(q.dtype)
+        seen = layer_of(entries, layer)
+        keys = seen["kv"].astype(q.dtype)
         number = jnp.arange(keys.shape[1])
         ends = jnp.where(number < (end // ratio)[:, None], (number + 1) * ratio - 1, PAD_POSITION)
         if picks is None:
@@ -212,12 +168,12 @@ def _attend(q, kv, positions, blocks, new, picks, rows, entries, start, end, *,
                 out_dtype=jnp.float32,
             )  # fmt: skip
         else:
-            index = entries["index"].astype(jnp.float32)
-            found = attend_selected(
+            index = seen["index"].astype(jnp.float32)
+            selected = attend_selected(
                 q, keys, picks[0], picks[1], index, positions, ends, top_k=top_k, scale=scale,
                 value_dim=q.shape[-1],
             )  # fmt: skip
-            out, lse = merge((out, lse), found)
+            out, lse = merge((out, lse), selected)
     return out.astype(q.dtype), lse, rows, entries
 
 
@@ -237,14 +193,6 @@ def _new_tokens(q, kv, positions, window, scale, strategy, axis):
     return out.astype(jnp.float32), lse
 
 
-def _positions_of(rows, end):
-    """The position that each of the rows `[B, R, H]` holds, `[B, R]`, with `end [B]` tokens."""
-    size = rows.shape[1]
-    newest = end[:, None] - 1
-    found = newest - (newest - jnp.arange(size)) % size
-    return jnp.where(found < 0, PAD_POSITION, found)
-
-
 def _renewed(rows, kv, positions, end, axis):
     """The rows with the new tokens' that are among the last."""
     batch, size = rows.shape[:2]
@@ -258,25 +206,14 @@ def _renewed(rows, kv, positions, end, axis):
     return jnp.where((taken > 0)[..., None], new, rows)
 
 
-def _no_mesh() -> bool:
-    return jax.sharding.get_abstract_mesh().empty
+def _run(local, arrays, in_specs, out_specs):
+    """`on_shards` of trees, whose specs name the leading axes of their arrays."""
+    specs = tuple(
+        jax.tree.map(lambda x, spec=spec: _whole(spec, x), array)
+        for array, spec in zip(arrays, in_specs, strict=True)
+    )
+    return on_shards(local, specs, out_specs)(*arrays)
 
 
-def _by_row(x):
-    return jax.sharding.reshard(x, P("data", *[None] * (x.ndim - 1)))
-
-
-def _on_shards(local, in_specs, out_specs):
-    """`local` on every device's shards; as it is where there is no mesh."""
-    if _no_mesh():
-        return local
-
-    def call(*args):
-        specs = tuple(
-            jax.tree.map(lambda x, spec=spec: P(*spec, *[None] * (x.ndim - len(spec))), arg)
-            for arg, spec in zip(args, in_specs, strict=True)
-        )
-        moved = jax.tree.map(jax.sharding.reshard, args, specs)
-        return jax.shard_map(local, in_specs=specs, out_specs=out_specs, check_vma=False)(*moved)
-
-    return call
+def _whole(spec: P, x) -> P:
+    return P(*spec, *[None] * (x.ndim - len(spec)))

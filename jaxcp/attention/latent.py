@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cache of multi-head latent attention: one latent and one key part a token, for all heads.
+"""What multi-head latent attention keeps: one latent and one key part a token, for all heads.
 
-It is a `KVCache` whose layers hold `[B, S, 1, latent + key part]`, sharded over slots and the same
-over `model`, and no values: those are made of the latent. `Prefill.latent` sends latents around as
-`latent_attention` does; `Extend.latent` leaves them where they lie (one all-gather a layer:
-`shards * B * T * N * (latent + 1)` float32).
+Rows `[L, B, S, 1, latent + key part]` are sharded over slots and the same over `model`; keys and
+values are made of them. A long turn sends latents around as `latent_attention` does; a short one
+leaves them where they lie (one all-gather a layer: `shards * B * T * N * (latent + 1)` float32).
+
+With an index (DeepSeek-V3.2) a layer keeps an index key beside each latent, and new tokens attend
+to the slots that it selects. The selection is global, and of equal scores it takes the earlier
+token, however slots lie. Communication a device and layer then: one all-gather of the slots in use,
+576 + 128 channels of V3.2 and a position each; in a short turn and in decoding of all slots there
+are. Memory: the same.
 """
 
 import dataclasses
@@ -12,28 +17,137 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from jaxcp.attention.cache import AXIS, KVCache, empty_cache
+from jaxcp.attention.blocks import in_order
+from jaxcp.attention.cache import Room
+from jaxcp.attention.full import attend_shard, merged
+from jaxcp.attention.selected import attend_selected
+from jaxcp.attention.slots import (
+    AXIS,
+    ROWS,
+    SHARDED,
+    TOKENS,
+    WHOLE,
+    axis_in_scope,
+    layer_of,
+    on_mesh,
+    on_shards,
+)
+from jaxcp.context_parallel.api import weight_spec
+from jaxcp.context_parallel.ring import Ring
+from pallas_kernels import flash_attention
+from pallas_kernels.flash_attention import Mask
+
+STACK = P(None, "data", AXIS, None, None)
 
 
-def empty_latent_cache(
-    *, layers: int, batch_size: int, max_len: int, size: int, dtype, index_size: int = 0
-) -> KVCache:
-    """A cache for `max_len` tokens a row of `size` channels, on the mesh in scope.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Latent:
+    """Rows `[L, B, S, 1, C]`; `index` keys `[L, B, S, 1, D]`, None where a layer has no index."""
 
-    `index_size`: channels of an index key, beside each latent; 0 where there is no index.
-    """
-    frame = empty_cache(
-        layers=0, batch_size=batch_size, max_len=max_len, num_kv_heads=1, head_dim=size, dtype=dtype
+    rows: jax.Array
+    index: jax.Array | None = None
+
+    keeps_slots = True
+
+    @classmethod
+    def empty(cls, room: Room, *, layers: int, size: int, index_size: int = 0) -> "Latent":
+        def zeros(size):
+            shape = layers, room.batch_size, room.slots, 1, size
+            return on_mesh(jnp.zeros(shape, room.dtype), STACK)
+
+        return cls(zeros(size), zeros(index_size) if index_size else None)
+
+    def latent(self, tokens, layer, q, latent, weights, *, expand, scale):
+        """`(out, what is kept then)`; `(latent, key part)` as `latent_attention` takes them."""
+        spec, heads = (TOKENS, SHARDED) if tokens.sharded else (P("data"), WHOLE)
+        if tokens.sharded:
+            local = functools.partial(
+                _prefilled, expand=expand, scale=scale, used=tokens.used, write=tokens.write,
+                strategy=Ring() if tokens.strategy is None else tokens.strategy,
+            )  # fmt: skip
+        else:
+            local = functools.partial(_extended, scale=scale, write=tokens.write)
+        whole = tuple(weight_spec(x, heads) for x in weights)
+        run = on_shards(
+            local,
+            (heads, spec, STACK, P(), spec, TOKENS, ROWS, whole),
+            (heads, STACK),
+        )
+        new = jnp.concatenate(latent, axis=-1)[:, :, None]
+        out, rows = run(
+            q, new, self.rows, jnp.int32(layer), tokens.positions, tokens.slots, tokens.before,
+            weights,
+        )  # fmt: skip
+        return out, dataclasses.replace(self, rows=rows)
+
+    def selected(self, tokens, layer, q, keys, selection, *, scale, value_dim):
+        """`(out [B, T, N, value_dim], what is kept then)`: see `WholeSequence.selected`.
+
+        `keys [B, T, H]` are the new tokens'; index keys and queries are in `selection`.
+        """
+        spec = TOKENS if tokens.sharded else P("data", None)
+        heads, wide = P(*spec, "model", None), P(*spec, None, None)
+        local = functools.partial(
+            _selected, write=tokens.write, used=tokens.used if tokens.sharded else None,
+            top_k=selection.top_k, scale=scale, value_dim=value_dim,
+        )  # fmt: skip
+        run = on_shards(
+            local,
+            (heads, (wide, P(*spec, None)), (wide, wide), (STACK, STACK), P(), spec, TOKENS, ROWS),
+            (heads, (STACK, STACK)),
+        )
+        new = keys[:, :, None], selection.keys[:, :, None]
+        queries = selection.queries, selection.weights
+        out, kept = run(
+            q, queries, new, (self.rows, self.index), jnp.int32(layer), tokens.positions,
+            tokens.slots, tokens.before,
+        )  # fmt: skip
+        return out, Latent(*kept)
+
+
+def _prefilled(
+    q, new, stack, layer, q_pos, kv_pos, lengths, weights, *, expand, scale, used, write, strategy
+):  # fmt: skip
+    stack = write(stack, layer, new, lengths)
+    rows = layer_of(stack, layer)[:, :used, 0].astype(q.dtype)
+    latent = jnp.split(rows, [weights[0].shape[0]], axis=-1)
+    kv_pos = kv_pos[:, :used]
+    if axis_in_scope() is None:
+        k, v = expand(latent, *weights)
+        positions = {"q_positions": q_pos, "kv_positions": kv_pos}
+        return flash_attention(q, k, v, **positions, scale=scale)[0], stack
+    options = {"axis_name": AXIS, "mask": Mask(), "implementation": None, "soft_cap": None}
+    arrays = q, latent, None, q_pos, kv_pos, None, None
+    out, _ = strategy.attend(*arrays, expand=expand, weights=weights, scale=scale, **options)
+    return out, stack
+
+
+def _extended(q, new, stack, layer, q_pos, kv_pos, lengths, weights, *, scale, write):
+    """Heads meet the latent itself, projections absorbed."""
+    stack, (k_up, v_up) = write(stack, layer, new, lengths), weights
+    nope = k_up.shape[-1]
+    absorbed = jnp.einsum("btnh,lnh->btnl", q[..., :nope], k_up)
+    q = jnp.concatenate([absorbed, q[..., nope:]], axis=-1)
+    options = {"window": None, "soft_cap": None, "scale": scale}
+    rows = layer_of(stack, layer)
+    out, lse = attend_shard(q, rows, rows[..., : k_up.shape[0]], q_pos, kv_pos, **options)
+    out, _ = merged(out, lse)
+    return jnp.einsum("btnl,lnv->btnv", out.astype(q.dtype), v_up), stack
+
+
+def _selected(q, picks, new, stacks, layer, q_pos, kv_pos, lengths, *, write, used, **options):
+    stacks = tuple(write(x, layer, rows, lengths) for x, rows in zip(stacks, new, strict=True))
+    keys, index_keys = (x[:, :used, 0] for x in layer_of(stacks, layer))
+    axis, positions = axis_in_scope(), kv_pos[:, :used]
+    limit = positions.shape[1] * (1 if axis is None else lax.axis_size(axis))
+    # by position: of equal scores the earlier token is taken, wherever its slot is
+    (keys, index_keys), positions = in_order((keys, index_keys), positions, limit, axis)
+    queries, weights = picks
+    out, _ = attend_selected(
+        q, keys.astype(q.dtype), queries, weights, index_keys, q_pos, positions, **options
     )
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def zeros(size):
-        x = jnp.zeros((*frame.positions.shape, 1, size), dtype)
-        mesh = jax.sharding.get_abstract_mesh()
-        return x if mesh.empty else jax.sharding.reshard(x, P("data", AXIS, None, None))
-
-    held = tuple(zeros(size) for _ in range(layers))
-    index = tuple(zeros(index_size) for _ in range(layers if index_size else 0))
-    return dataclasses.replace(frame, k=held, v=index, windows=(None,) * layers)
+    return out.astype(q.dtype), stacks

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the arrays of a cache lie on devices, and where its shards put new rows."""
+"""How the arrays of a cache lie on devices, and where its shards put new rows.
+
+What layers keep is stacked: arrays have a leading axis of layers, `[L, B, S, ...]`, and new rows
+are written into a layer of it in place.
+"""
 
 import numbers
 
@@ -11,6 +15,9 @@ from jax.sharding import PartitionSpec as P
 AXIS = "seq"
 TOKENS, ROWS, SAME = P("data", AXIS), P("data"), P(None)
 SHARDED, WHOLE = P("data", AXIS, "model", None), P("data", None, "model", None)
+
+MAX_EXTEND = 64
+"""Tokens of a short turn at most; slots that a shard has for pads beyond its share."""
 
 
 def check_size(batch_size: int, max_len: int) -> None:
@@ -33,46 +40,71 @@ def check_rows(batch_size: int) -> None:
         )
 
 
-def write_rows(cache, new, lengths):
-    """This shard's rows `new [B, T, ...]` behind those of `lengths [B]` tokens that it holds.
+def write_rows(stack, layer, new, lengths):
+    """`stack [L, B, S, ...]` with rows `new [B, T, ...]` in its `layer`, behind those of `lengths
+    [B]` tokens that this shard holds.
 
     Real rows come first. What would lie behind the last slot is not written: pads alone.
     """
+    new, end = new.astype(stack.dtype), _fill(lengths)
+    if stack.shape[1] > 1:
+        return _scattered(stack, layer, new, end)
     width = new.shape[1]
-
-    def one(cache, new, length):
-        end = _fill(length)
-        start = jnp.minimum(end, cache.shape[0] - width)
-        old = lax.dynamic_slice_in_dim(cache, start, width)
-        kept = end - start  # rows of `old` that stay, and as many of `new` that find no slot
-        moved = lax.dynamic_slice_in_dim(jnp.concatenate([old, new]), width - kept, width)
-        stays = (jnp.arange(width) < kept).reshape(-1, *[1] * (new.ndim - 1))
-        return lax.dynamic_update_slice_in_dim(cache, jnp.where(stays, old, moved), start, axis=0)
-
-    return _row_by_row(one, cache, new.astype(cache.dtype), lengths)
+    start = jnp.minimum(end[0], stack.shape[2] - width)
+    old = lax.dynamic_slice(stack, _corner(layer, start, new), (1, *new.shape))[0, 0]
+    kept = end[0] - start  # rows of `old` that stay, and as many of `new` that find no slot
+    moved = lax.dynamic_slice_in_dim(jnp.concatenate([old, new[0]]), width - kept, width)
+    stays = (jnp.arange(width) < kept).reshape(-1, *[1] * (new.ndim - 2))
+    rows = jnp.where(stays, old, moved)
+    return lax.dynamic_update_slice(stack, rows[None, None], _corner(layer, start, new))
 
 
-def write_first(cache, new, lengths):
-    """`write_rows` into an empty cache."""
-    return lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), 0, axis=1)
+def write_first(stack, layer, new, lengths):
+    """`write_rows` where the layer is empty."""
+    return lax.dynamic_update_slice(stack, new.astype(stack.dtype)[None], _corner(layer, 0, new))
 
 
-def deal_rows(cache, new, lengths, pad=0):
-    """Of rows `new [B, T, ...]`, those that fall to this shard, behind what it holds.
+def deal_rows(stack, layer, new, lengths, pad=0):
+    """`stack [L, B, S, ...]` with those of the rows `new [B, T, ...]` that fall to this shard in
+    its `layer`, behind what it holds.
 
     Every shard writes as many rows; those too many are pads, which the next tokens overwrite.
     """
     shards = _shards()
     rows = [(0, 0)] * new.ndim
     rows[1] = (0, -new.shape[1] % shards)
-    new = jnp.pad(new.astype(cache.dtype), rows, constant_values=pad)
+    new = jnp.pad(new.astype(stack.dtype), rows, constant_values=pad)
+    dealt = new.reshape(new.shape[0], -1, shards, *new.shape[2:])
+    if stack.shape[1] > 1:
+        turn = ((_rank() - lengths) % shards).reshape(-1, *[1] * (dealt.ndim - 1))
+        own = jnp.take_along_axis(dealt, turn, axis=2)[:, :, 0]
+        return _scattered(stack, layer, own, _fill(lengths))
+    turn = (_rank() - lengths[0]) % shards
+    own = lax.dynamic_index_in_dim(dealt, turn, 2, keepdims=False)
+    return lax.dynamic_update_slice(stack, own[None], _corner(layer, _fill(lengths[0]), own))
 
-    def one(cache, new, length):
-        dealt = new.reshape(-1, shards, *new.shape[1:])
-        mine = lax.dynamic_index_in_dim(dealt, (_rank() - length) % shards, 1, keepdims=False)
-        return lax.dynamic_update_slice_in_dim(cache, mine, _fill(length), axis=0)
 
-    return _row_by_row(one, cache, new, lengths)
+def _scattered(stack, layer, new, start):
+    """Rows `new [B, T, ...]` at `start [B]`; a single row is no scatter, but a slice."""
+    line = jnp.arange(new.shape[0])[:, None]
+    slots = start[:, None] + jnp.arange(new.shape[1], dtype=jnp.int32)
+    return stack.at[layer, line, slots].set(new, mode="drop", unique_indices=True)
+
+
+def layer_of(stack, layer):
+    """The arrays `[B, ...]` of one layer, of `stack [L, B, ...]` (a tree)."""
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, layer, 0, keepdims=False), stack)
+
+
+def with_layer(stack, layer, new):
+    """`stack` with the arrays `new [B, ...]` in its `layer` (trees)."""
+    return jax.tree.map(lambda x, y: lax.dynamic_update_index_in_dim(x, y, layer, 0), stack, new)
+
+
+def _corner(layer, start, new):
+    """The indices in `[L, B, S, ...]` where rows `new [B, T, ...]` begin."""
+    corner = [layer, 0, start, *[0] * (new.ndim - 2)]
+    return [jnp.asarray(i, jnp.int32) for i in corner]
 
 
 def slots_in_use(lengths, shard, shards: int):
@@ -86,13 +118,6 @@ def slots_in_use(lengths, shard, shards: int):
 
 def _fill(length):
     return slots_in_use(length, _rank(), _shards())
-
-
-def _row_by_row(one, *arrays):
-    """`one` for each row. A single row is no batch: XLA would scatter what is a slice."""
-    if arrays[0].shape[0] > 1:
-        return jax.vmap(one)(*arrays)
-    return one(*(x[0] for x in arrays))[None]
 
 
 def shards_in_scope() -> int:

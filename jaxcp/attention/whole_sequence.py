@@ -4,6 +4,7 @@
 import dataclasses
 from typing import Any
 
+from jaxcp.attention.attend import Attend
 from jaxcp.attention.blocks import block_ends, compress
 from jaxcp.attention.selected import shared_head, sparse_attention
 from jaxcp.context_parallel.api import context_parallel_attention, latent_attention
@@ -11,32 +12,29 @@ from jaxcp.context_parallel.strategy import Strategy
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # one is like no other: arrays do not compare
-class WholeSequence:
-    """Attention of every kind among the tokens at `positions [B, T]`.
-
-    `layer` is for those who keep something of a layer (a cache); here nothing is kept.
-    """
+class WholeSequence(Attend):
+    """Attention of every kind among the tokens at `positions [B, T]`; nothing is kept."""
 
     positions: Any
     segment_ids: Any = None
     strategy: Strategy | None = None
     consecutive: bool = False
 
-    def __call__(self, q, k, v, *, layer, window, sinks=None, scale=None, soft_cap=None):
+    def __call__(self, q, k, v, *, window, sinks=None, scale=None, soft_cap=None):
         """Heads that have keys and values of their own: `[B, T, heads, H]`."""
         return context_parallel_attention(
             q, k, v, self.positions, window=window, sinks=sinks, scale=scale, soft_cap=soft_cap,
             **self._options,
         )  # fmt: skip
 
-    def latent(self, q, latent, weights, *, expand, layer, scale, window=None, sinks=None):
+    def latent(self, q, latent, weights, *, expand, scale, window=None, sinks=None):
         """Keys and values made of a latent where they are used: see `latent_attention`."""
         return latent_attention(
             q, latent, weights, self.positions, expand=expand, scale=scale, window=window,
             sinks=sinks, **self._options,
         )  # fmt: skip
 
-    def selected(self, q, keys, selection, *, value_dim, layer, scale):
+    def selected(self, q, keys, selection, *, value_dim, scale):
         """One head of `keys [B, T, H]`, of which a query sees what `selection` chooses."""
         self._check("a selection of tokens", "it scores all keys before a query")
         return sparse_attention(
@@ -44,7 +42,7 @@ class WholeSequence:
             selection=selection, strategy=self.strategy,
         )  # fmt: skip
 
-    def compress(self, values, gates, *, ratio, overlap, layer, name):
+    def compress(self, values, gates, *, ratio, overlap, name):
         """Entries of complete blocks, and which block each is: see `compressed.compress`.
 
         `name`: what the entries are, where a layer compresses more than one thing.
@@ -53,7 +51,7 @@ class WholeSequence:
         layout = None if self.strategy is None else self.strategy.layout
         return compress(values, gates, self.positions, ratio=ratio, overlap=overlap, layout=layout)
 
-    def compressed(self, q, kv, entries, blocks, *, ratio, window, scale, sinks, layer,
+    def compressed(self, q, kv, entries, blocks, *, ratio, window, scale, sinks,
                    selection=None):  # fmt: skip
         """A window of `kv [B, T, H]`, and the entries of blocks that end before the query."""
         ends = block_ends(blocks, ratio)
@@ -63,11 +61,9 @@ class WholeSequence:
             strategy=self.strategy, consecutive=self.consecutive,
         )  # fmt: skip
 
-    def shared(self, q, kv, *, layer, window, scale, sinks):
+    def shared(self, q, kv, *, window, scale, sinks):
         """One head that is key and value, `kv [B, T, H]`."""
-        return self.latent(
-            q, kv, (), expand=shared_head, layer=layer, scale=scale, window=window, sinks=sinks
-        )
+        return self.latent(q, kv, (), expand=shared_head, scale=scale, window=window, sinks=sinks)
 
     def _check(self, what, why):
         if self.strategy is not None and self.strategy.reproducible:

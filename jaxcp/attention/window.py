@@ -10,13 +10,107 @@ all-gather where that is hardly more), and one sum of R rows of K and V, each of
 contributes. In a short turn and in decoding: nothing.
 """
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
+from jaxcp.attention.cache import Room
+from jaxcp.attention.full import attend_shard, with_sinks
+from jaxcp.attention.slots import (
+    MAX_EXTEND,
+    ROWS,
+    SAME,
+    SHARDED,
+    TOKENS,
+    WHOLE,
+    axis_in_scope,
+    layer_of,
+    on_mesh,
+    on_shards,
+    with_layer,
+)
 from jaxcp.context_parallel.exchange import gathered
 from jaxcp.context_parallel.halo import fetch
 from pallas_kernels import PAD_POSITION, flash_attention
+
+STACK = P(None, *WHOLE)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["k", "v"], meta_fields=["window"])
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """Keys and values `[L, B, R, K, H]` of the newest tokens, the same on every shard."""
+
+    k: jax.Array
+    v: jax.Array
+    window: int
+
+    keeps_slots = True  # of no use to itself: pieces of a turn are cut alike beside a full layer
+    exchanges_window = True
+
+    @classmethod
+    def empty(
+        cls, room: Room, *, layers: int, num_kv_heads: int, head_dim: int, window: int
+    ) -> "Window":
+        shape = layers, room.batch_size, window - 1 + MAX_EXTEND, num_kv_heads, head_dim
+        k, v = (on_mesh(jnp.zeros(shape, room.dtype), STACK) for _ in range(2))
+        return cls(k, v, window)
+
+    def attend(self, tokens, layer, q, k, v, *, window, sinks=None, scale=None, soft_cap=None):
+        """`(out [B, T, N, H], what is kept then)`: see `OverCache`."""
+        if window != self.window:
+            raise ValueError(f"the layer keeps a window of {self.window}; it attends with {window}")
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        options = {"window": window, "scale": scale, "soft_cap": soft_cap}
+        new, positions, halo = WHOLE, ROWS, None
+        local = functools.partial(_extended, **options)
+        if tokens.sharded:
+            new, positions, halo = SHARDED, TOKENS, tokens.halos[window]
+            local = functools.partial(_prefilled, first=tokens.first, **options)
+        run = on_shards(
+            local,
+            (new, new, new, STACK, STACK, P(), positions, ROWS, ROWS, SAME, P("model")),
+            (new, STACK, STACK),
+        )
+        out, k, v = run(
+            q, k, v, self.k, self.v, jnp.int32(layer), tokens.positions, tokens.before,
+            tokens.after, halo, () if sinks is None else (sinks,),
+        )  # fmt: skip
+        return out, Window(k, v, window)
+
+
+def _prefilled(
+    q, k, v, stack_k, stack_v, layer, positions, before, after, halo, sinks, *, first, **options
+):  # fmt: skip
+    kept = layer_of((stack_k, stack_v), layer)
+    held = None
+    if not first:
+        rows = positions_held(before, kept[0].shape[1])
+        held = *(x.astype(q.dtype) for x in kept), rows
+    axis_name = axis_in_scope()
+    out, lse = attend(q, k, v, positions, held, halo, axis_name=axis_name, **options)
+    kept = tuple(
+        renew(x, new, positions, before, after, axis_name=axis_name)
+        for x, new in zip(kept, (k, v), strict=True)
+    )
+    return with_sinks(out, lse, sinks), *with_layer((stack_k, stack_v), layer, kept)
+
+
+def _extended(
+    q, k, v, stack_k, stack_v, layer, positions, before, after, halo, sinks, **options
+):  # fmt: skip
+    del halo  # every shard has all of the new tokens
+    kept = layer_of((stack_k, stack_v), layer)
+    kept = tuple(append(x, new, positions) for x, new in zip(kept, (k, v), strict=True))
+    after = before + (positions != PAD_POSITION).sum(1, dtype=jnp.int32)
+    kv_pos = positions_held(after, kept[0].shape[1])
+    out, lse = attend_shard(q, kept[0], kept[1], positions, kv_pos, **options)
+    out = with_sinks(out, lse, sinks).astype(q.dtype)
+    return out, *with_layer((stack_k, stack_v), layer, kept)
 
 
 def positions_held(lengths, rows: int):

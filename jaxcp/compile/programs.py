@@ -11,10 +11,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxcp.attention.cache import MAX_EXTEND
-from jaxcp.attention.compressed import CompressedCache
-from jaxcp.context_parallel import Ring, Strategy
-from jaxcp.inference import compressed_steps, steps, turns
+from jaxcp.attention.slots import MAX_EXTEND
+from jaxcp.context_parallel import Strategy
+from jaxcp.inference import steps, turns
 from jaxcp.weights.placement import parts_of
 
 
@@ -45,8 +44,6 @@ def prefill_program(
     if held and tokens <= MAX_EXTEND:
         raise ValueError(f"needs over {MAX_EXTEND} tokens where some are held; got {tokens}")
     cache = _cache(model, mesh, batch_size, held + tokens if max_len is None else max_len)
-    if isinstance(cache, CompressedCache):
-        return _compressed(model, mesh, cache, held, tokens, strategy, experts)
     start, lengths = np.full(batch_size, held), np.full(batch_size, tokens)
     layout = turns.layout_of(strategy)
     sizes = steps.EXTEND_SIZES
@@ -68,24 +65,8 @@ def decode_program(
 ) -> tuple[Callable, tuple]:
     """What `jaxcp.decode_step` runs with a cache for `max_len` tokens."""
     cache = _cache(model, mesh, batch_size, max_len)
-    if isinstance(cache, CompressedCache):
-        return _compressed(model, mesh, cache, max(1, max_len - 1), 1, None, experts)
     token = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
     return steps._jitted(steps._decode, True), (_model(model, mesh, experts), cache, token)
-
-
-def _compressed(model, mesh: Mesh, cache, held: int, width: int, strategy, experts: str):
-    """A turn of `width` tokens on a compressed cache that holds `held`, or one step of decoding."""
-    strategy = Ring() if strategy is None else strategy
-    lengths = np.full(cache.lengths.shape, width, np.int32)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        start = np.full_like(lengths, held)
-        piece = next(compressed_steps.pieces_of(start, lengths, strategy))
-    spread = NamedSharding(mesh, compressed_steps.tokens_spec(piece.sharded))
-    ids = jax.ShapeDtypeStruct(piece.order.shape, jnp.int32, sharding=spread)
-    row = jax.ShapeDtypeStruct(lengths.shape, jnp.int32, sharding=NamedSharding(mesh, P("data")))
-    fn = compressed_steps._jitted(True)
-    return fn, (_model(model, mesh, experts), cache, ids, ids, row, piece.sharded, strategy)
 
 
 def _model(model, mesh: Mesh, experts: str):

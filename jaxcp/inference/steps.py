@@ -13,14 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from jaxcp.attention.cache import MAX_EXTEND, Extend, KVCache, Prefill
-from jaxcp.attention.compressed import CompressedCache
-from jaxcp.attention.slots import check_rows
+from jaxcp.attention.cache import Cache
+from jaxcp.attention.over_cache import OverCache
+from jaxcp.attention.slots import MAX_EXTEND, check_rows
 from jaxcp.context_parallel import Ring, Strategy
 from jaxcp.context_parallel.overlap import compiler_options
 from jaxcp.data.windows import windows
 from jaxcp.inference.checks import integers, token_ids
-from jaxcp.inference.compressed_steps import prefill_compressed
 from jaxcp.inference.turns import frame_of, latest, layout_of, pieces
 from pallas_kernels.dispatch import target_platform
 
@@ -30,17 +29,17 @@ EXTEND_SIZES = (1, 8, 32, MAX_EXTEND)
 
 def prefill(
     model: Any,
-    cache: KVCache,
+    cache: Cache,
     tokens: Any,
     *,
     lengths: Any = None,
     strategy: Strategy | None = None,
     donate=True,
-) -> tuple[jax.Array, KVCache]:
+) -> tuple[jax.Array, Cache]:
     """Append tokens to the cache; `(logits [B, V] after each row's last real token, cache)`.
 
     Only these tokens are computed; what the cache holds is reused. A short turn on a filled cache
-    runs replicated (`Extend`), a longer one sharded by the strategy, in pieces of few sizes: no
+    runs replicated, a longer one sharded by the strategy, in pieces of few sizes: no
     conversation needs more than 12 compiled programs, decoding aside (`jaxcp.inference.turns`).
 
     Args:
@@ -55,8 +54,6 @@ def prefill(
     tokens = token_ids(model, tokens)
     lengths = _check_tokens(cache, tokens, lengths)
     cache = cache if donate else _copied(cache)
-    if isinstance(cache, CompressedCache):
-        return prefill_compressed(model, cache, tokens, lengths, strategy)
     width = cache.recent.shape[1] + 1
     start, done = np.asarray(cache.lengths), np.zeros_like(lengths)
     tokens = windows(tokens[:, : lengths.max()], width, before=np.asarray(cache.recent))
@@ -76,8 +73,8 @@ def prefill(
 
 
 def decode_step(
-    model: Any, cache: KVCache, next_token: Any, *, donate: bool = True
-) -> tuple[jax.Array, KVCache]:
+    model: Any, cache: Cache, next_token: Any, *, donate: bool = True
+) -> tuple[jax.Array, Cache]:
     """One token a row `[B]` joins the cache; `(logits [B, V] for the one after it, cache)`.
 
     Raises:
@@ -94,9 +91,6 @@ def decode_step(
             f"next_token must be [{cache.lengths.shape[0]}], one a row; got {token.shape}"
         )
     cache = cache if donate else _copied(cache)
-    if isinstance(cache, CompressedCache):
-        one = np.ones(token.shape, np.int32)
-        return prefill_compressed(model, cache, token[:, None], one, None)
     return _jitted(_decode, True)(model, cache, token)
 
 
@@ -132,16 +126,18 @@ def _whole(model, tokens, positions, strategy):
 
 
 def _prefill(model, cache, tokens, positions, added, recent, halos, strategy, used):
-    attend = Prefill(cache, positions, added, strategy=strategy, used=used, halos=halos)
+    attend = OverCache(
+        cache, positions, added, sharded=True, strategy=strategy, used=used, halos=halos
+    )
     hidden, _ = model.forward(tokens, positions, attend)
-    return _at(model, hidden, positions, cache.lengths + added - 1), attend.filled(recent)
+    return _at(model, hidden, positions, cache.lengths + added - 1), attend.cache_after(recent)
 
 
 def _extend(model, cache, tokens, positions, added, recent):
-    attend = Extend(cache, positions)
+    attend = OverCache(cache, positions, added, sharded=False)
     hidden, _ = model.forward(tokens, positions, attend)
     last = cache.lengths + added - 1
-    return _at(model, hidden, positions, last), attend.extended(added, recent)
+    return _at(model, hidden, positions, last), attend.cache_after(recent)
 
 
 def _decode(model, cache, token):

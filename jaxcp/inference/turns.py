@@ -79,17 +79,16 @@ class Piece:
 
 
 def pieces(
-    frame: Frame, start: Any, lengths: Any, layout: Layout, sizes: tuple[int, ...], least: int = 1
+    frame: Frame, start: Any, lengths: Any, layout: Layout, sizes: tuple[int, ...]
 ) -> Iterator[Piece]:
     """The pieces of a turn of `lengths [B]` tokens on rows of `start [B]`.
 
     Args:
       sizes: widths of a piece that is not sharded.
-      least: tokens a shard of the first turn, at least.
     """
     start, lengths = np.asarray(start, np.int64), np.asarray(lengths, np.int64)
     if start.max() == 0:
-        yield _first(frame, lengths, layout, least)
+        yield _first(frame, lengths, layout)
         return
     left = lengths
     while left.max() > sizes[-1]:
@@ -105,7 +104,7 @@ def pieces(
 
 
 def frame_of(cache: Any) -> Frame:
-    """The frame of a `KVCache`, which may be abstract."""
+    """The frame of a `Cache`, which may be abstract."""
     return Frame(shards=cache.shards, slots=cache.slots, windows=cache.windows)
 
 
@@ -121,9 +120,10 @@ def latest(before: Any, found: jax.Array, taken: np.ndarray) -> jax.Array:
     return jnp.where(jax.device_put(here, found.sharding), found, before)
 
 
-def _first(frame, lengths, layout, least):
+def _first(frame, lengths, layout):
     """All tokens at once; of eight widths between powers of two, where slots allow."""
     shards, length = frame.shards, int(lengths.max())
+    least = WIDTHS[0] if frame.slots is None else 1  # without slots any width fits
     width = layout.padded_length(length, shards) // shards
     longer = layout.padded_length(shards * _bucket(max(width, least)), shards) // shards
     width = longer if frame.slots is None or longer <= frame.slots else width

@@ -5,23 +5,17 @@ Who sees whom, over which devices, and whether there is a cache is not known her
 given q, k, v and answers.
 """
 
-from collections.abc import Callable
-
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxcp.attention.cache import Room
+from jaxcp.attention.full import Full
+from jaxcp.attention.window import Window
 from jaxcp.layers.linear import linear
 from jaxcp.layers.norm import RMSNorm
 from jaxcp.layers.parameter import constant, normal
 from jaxcp.layers.rope import Rope, rotate
 from jaxcp.sharding import tokens_spec
-
-Attend = Callable
-"""`attend(q, k, v, *, layer: int, window: int | None) -> out`, all `[B, T, heads, H]`.
-
-It also takes `sinks [heads]`, `scale` and `soft_cap`, as `flash_attention` does. A call changes one
-over a cache, which says so: `keeps_rows = True`.
-"""
 
 
 class Attention(nnx.Module):
@@ -32,7 +26,6 @@ class Attention(nnx.Module):
         num_kv_heads: int,
         head_dim: int,
         *,
-        layer: int,
         std: float,
         out_std: float,
         qk_norm_eps: float | None = None,
@@ -61,9 +54,17 @@ class Attention(nnx.Module):
             self.q_norm = RMSNorm(head_dim, eps=qk_norm_eps, axis="head_dim", gain=qk_gain)
             self.k_norm = RMSNorm(head_dim, eps=qk_norm_eps, axis="head_dim", gain=qk_gain)
         self.use_bias, self.qk_norm, self.has_sinks = use_bias, qk_norm_eps is not None, sinks
-        self.layer, self.rope, self.window = layer, rope, window
+        self.rope, self.window = rope, window
+        self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
 
-    def __call__(self, x, positions, attend: Attend):
+    def empty(self, room: Room, *, layers: int = 1) -> Full | Window:
+        """What so many layers like this one keep, before the first token."""
+        heads = {"layers": layers, "num_kv_heads": self.num_kv_heads, "head_dim": self.head_dim}
+        if self.window is None:
+            return Full.empty(room, **heads)
+        return Window.empty(room, window=self.window, **heads)
+
+    def __call__(self, x, positions, attend):
         def project(name):
             y = linear("btd,dnh->btnh", x, getattr(self, name))
             return y + getattr(self, f"{name}_bias").astype(x.dtype) if self.use_bias else y
@@ -74,6 +75,6 @@ class Attention(nnx.Module):
         if self.rope is not None:
             q, k = rotate(q, positions, self.rope), rotate(k, positions, self.rope)
         options = {"sinks": self.sinks.astype(jnp.float32)} if self.has_sinks else {}
-        out = attend(q, k, v, layer=self.layer, window=self.window, **options)
+        out = attend(q, k, v, window=self.window, **options)
         out = linear("btnh,nhd->btd", out, self.o, tokens_spec(x))
         return out + self.o_bias.astype(x.dtype) if self.use_bias else out

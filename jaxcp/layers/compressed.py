@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxcp.attention.blocks import block_starts
+from jaxcp.attention.cache import Room
+from jaxcp.attention.compressed import Compressed
 from jaxcp.attention.selected import Selection
 from jaxcp.layers.linear import linear
 from jaxcp.layers.mla import IndexDims
@@ -54,7 +56,6 @@ class CompressedAttention(nnx.Module):
         embed_dim: int,
         dims: SharedHeadDims,
         *,
-        layer: int,
         window: int,
         ratio: int,
         index: IndexDims | None,
@@ -88,8 +89,18 @@ class CompressedAttention(nnx.Module):
         self.index = (
             None if index is None else BlockIndex(embed_dim, d.q_rank, index, ratio, *blocks)
         )
-        self.dims, self.layer, self.window, self.ratio = dims, layer, window, ratio
+        self.dims, self.window, self.ratio = dims, window, ratio
         self.rope, self.norm_eps = rope, norm_eps
+
+    def empty(self, room: Room, *, layers: int = 1) -> Compressed:
+        """What so many layers like this one keep, before the first token."""
+        sizes = {} if self.compressor is None else {"kv": self.dims.head_dim}
+        if self.index is not None:
+            sizes["index"] = self.index.index.head_dim
+        return Compressed.empty(
+            room, layers=layers, window=self.window, head_dim=self.dims.head_dim,
+            ratio=self.ratio, overlap=self.index is not None, sizes=sizes,
+        )  # fmt: skip
 
     def __call__(self, x, positions, attend):
         d = self.dims
@@ -98,14 +109,14 @@ class CompressedAttention(nnx.Module):
         q = rotate_last(unit_rms(q, self.norm_eps), positions, self.rope, d.rope_dim)
         kv = self.kv_norm(linear("btd,dh->bth", x, self.kv))
         kv = rotate_last(kv[:, :, None], positions, self.rope, d.rope_dim)[:, :, 0]
-        options = {"layer": self.layer, "window": self.window, "scale": d.head_dim**-0.5}
+        options = {"window": self.window, "scale": d.head_dim**-0.5}
         options["sinks"] = self.sinks.astype(jnp.float32)
         if self.compressor is None:
             out = attend.shared(q, kv, **options)
         else:
-            entries, blocks = self.compressor(x, positions, attend, layer=self.layer, name="kv")
+            entries, blocks = self.compressor(x, positions, attend, name="kv")
             if self.index is not None:
-                options["selection"] = self.index(x, q_latent, positions, attend, self.layer)
+                options["selection"] = self.index(x, q_latent, positions, attend)
             out = attend.compressed(q, kv, entries, blocks, ratio=self.ratio, **options)
         out = rotate_last(out, positions, self.rope, d.rope_dim, sign=-1)
         return self._projected(out)
@@ -134,14 +145,14 @@ class Compressor(nnx.Module):
         self.ratio, self.overlap = ratio, overlap
         self.rope, self.rope_dim = rope, rope_dim
 
-    def __call__(self, x, positions, attend, *, layer, name):
+    def __call__(self, x, positions, attend, *, name):
         """Entries in x's dtype, rotated by the position where their block begins; their blocks."""
         exact = x.astype(jnp.float32)
         values = jnp.einsum("btd,dc->btc", exact, self.value.astype(jnp.float32))
         gates = jnp.einsum("btd,dc->btc", exact, self.gate.astype(jnp.float32))
         gates = gates + _rows(self.bias.astype(jnp.float32), positions % self.ratio)
         entries, blocks = attend.compress(
-            values, gates, ratio=self.ratio, overlap=self.overlap, layer=layer, name=name
+            values, gates, ratio=self.ratio, overlap=self.overlap, name=name
         )
         begin = block_starts(blocks, self.ratio)
         entries = self.norm(entries).astype(x.dtype)[:, :, None]
@@ -161,10 +172,10 @@ class BlockIndex(nnx.Module):
         self.compressor = Compressor(embed_dim, c, ratio, True, rope, rope_dim, norm_eps, std, rngs)
         self.index, self.rope, self.rope_dim = index, rope, rope_dim
 
-    def __call__(self, x, q_latent, positions, attend, layer) -> Selection:
+    def __call__(self, x, q_latent, positions, attend) -> Selection:
         q = linear("btr,rnc->btnc", q_latent, self.q)
         q = rotate_last(q, positions, self.rope, self.rope_dim)
-        keys, _ = self.compressor(x, positions, attend, layer=layer, name="index")
+        keys, _ = self.compressor(x, positions, attend, name="index")
         weights = jnp.einsum("btd,dn->btn", x.astype(jnp.float32), self.weights.astype(jnp.float32))
         scale = (self.index.num_heads * self.index.head_dim) ** -0.5
         return Selection(queries=q, weights=weights * scale, keys=keys, top_k=self.index.top_k)

@@ -13,6 +13,8 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxcp.attention.cache import Room
+from jaxcp.attention.latent import Latent
 from jaxcp.attention.selected import Selection
 from jaxcp.layers.linear import linear
 from jaxcp.layers.norm import LayerNorm, RMSNorm
@@ -56,7 +58,6 @@ class LatentAttention(nnx.Module):
         num_heads: int,
         dims: LatentDims,
         *,
-        layer: int,
         rope: Rope,
         scale: float,
         index: IndexDims | None = None,
@@ -79,12 +80,18 @@ class LatentAttention(nnx.Module):
         self.kv_up = normal(rngs, kv_up, ("latent", "heads", "head_dim"), d.kv_rank**-0.5)
         o = n, d.value_dim, embed_dim
         self.o = normal(rngs, o, ("heads", "head_dim", "embed"), out_std, summed=2)
-        self.dims, self.layer, self.rope, self.scale = dims, layer, rope, scale
+        self.dims, self.rope, self.scale = dims, rope, scale
         self.index = (
             None
             if index is None
             else TokenIndex(embed_dim, d.q_rank, index, rope, d.rope_dim, std, rngs)
         )
+
+    def empty(self, room: Room, *, layers: int = 1) -> Latent:
+        """What so many layers like this one keep, before the first token."""
+        size = self.dims.kv_rank + self.dims.rope_dim
+        index_size = 0 if self.index is None else self.index.index.head_dim
+        return Latent.empty(room, layers=layers, size=size, index_size=index_size)
 
     def __call__(self, x, positions, attend):
         d = self.dims
@@ -98,9 +105,7 @@ class LatentAttention(nnx.Module):
         kv_up = self.kv_up.astype(x.dtype)
         up = kv_up[..., : d.nope_dim], kv_up[..., d.nope_dim :]
         if self.index is None:
-            out = attend.latent(
-                q, (latent, key_part), up, expand=expanded, layer=self.layer, scale=self.scale
-            )
+            out = attend.latent(q, (latent, key_part), up, expand=expanded, scale=self.scale)
         else:
             selection = self.index(x, q_latent, positions)
             out = self._selected(q, latent, key_part, up, selection, attend)
@@ -111,9 +116,7 @@ class LatentAttention(nnx.Module):
         absorbed = jnp.einsum("btnh,lnh->btnl", q[..., : d.nope_dim], k_up)
         q = jnp.concatenate([absorbed, q[..., d.nope_dim :]], axis=-1)
         keys = jnp.concatenate([latent, key_part], axis=-1)
-        out = attend.selected(
-            q, keys, selection, value_dim=d.kv_rank, layer=self.layer, scale=self.scale
-        )
+        out = attend.selected(q, keys, selection, value_dim=d.kv_rank, scale=self.scale)
         return jnp.einsum("btnl,lnv->btnv", out, v_up)
 
 

@@ -10,6 +10,7 @@ import jaxcp.flax_version  # noqa: F401  (before flax)
 
 # isort: split
 import dataclasses
+import functools
 import math
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from jaxcp.layers.stack import axes_of, is_stacked, of_one_layer
 from pallas_kernels.grouped_matmul.quantized import BLOCK, Quantized, dequantize, quantize
 
 
@@ -46,13 +48,18 @@ def can_be_quantized(variable: nnx.Variable) -> bool:
 
 
 def of_experts(variable: nnx.Variable) -> bool:
-    """Whether its first axis is that of routed experts."""
-    return (variable.get_metadata().get("axes") or (None,))[0] == "experts"
+    """Whether its first axis, after that of layers, is that of routed experts."""
+    return "experts" in axes_of(variable)[: 1 + is_stacked(variable)]
 
 
 def quantized_leaf(variable: nnx.Variable, value: Float[Array, "..."], **how: Any) -> Any:
     """`value` as `variable` holds it when quantized; `how` as `quantize` takes it."""
-    return as_leaf(variable, quantize(as_matrix(variable, value), **how))
+    one = of_one_layer(variable)
+
+    def of_layer(value):
+        return as_leaf(one, quantize(as_matrix(one, value), **how))
+
+    return jax.vmap(of_layer)(value) if is_stacked(variable) else of_layer(value)
 
 
 def as_matrix(variable: nnx.Variable, value: Any) -> Any:
@@ -73,9 +80,13 @@ def as_leaf(variable: nnx.Variable, matrices: Quantized) -> Quantized | Quantize
 
 def widened(value: Any, dtype: Any = jnp.float32) -> Array:
     """The weights that a leaf stands for, in its own shape; an array is returned as it is."""
-    if isinstance(value, QuantizedLinear):
-        return dequantize(value.matrix, dtype).reshape(value.shape)
-    return dequantize(value, dtype) if isinstance(value, Quantized) else value
+    if not is_quantized(value):
+        return value
+    matrices = value.matrix if isinstance(value, QuantizedLinear) else value
+    if matrices.values.ndim == 4:  # of a stack of layers
+        return jax.vmap(functools.partial(widened, dtype=dtype))(value)
+    wide = dequantize(matrices, dtype)
+    return wide.reshape(value.shape) if isinstance(value, QuantizedLinear) else wide
 
 
 def quantized_model(model: Any, *, only: Literal["experts", "all"] = "all", **how: Any) -> Any:

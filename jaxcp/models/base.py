@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every language model offers, whatever its layers."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,22 +10,24 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxcp.attention.cache import KVCache, empty_cache
+from jaxcp.attention.attend import Attend
+from jaxcp.attention.cache import Cache, empty_cache
 from jaxcp.attention.whole_sequence import WholeSequence
 from jaxcp.context_parallel import Strategy
-from jaxcp.layers.attention import Attend
 from jaxcp.layers.router_stats import RouterStats
+from jaxcp.layers.stack import Layers, layers_in
 from jaxcp.sharding import tokens_spec
 
 
 class LanguageModel(nnx.Module):
-    """A model is `config`, `forward` and `head_kernel`; the rest follows.
+    """A model is `config`, `layers`, `forward` and `head_kernel`; the rest follows.
 
     Tokens are `[B, T]`, in the strategy's layout and sharded `P("data", "seq")` under a mesh, in
     natural order without one; `positions` says which token is which.
     """
 
     config: Any
+    layers: Layers
     spelling: tuple[str, ...] = ()
     """How the checkpoint that was loaded names its tensors, for `save` (`models/weight_table`)."""
     stop_tokens: tuple[int, ...] = ()
@@ -40,17 +43,17 @@ class LanguageModel(nnx.Module):
         """The matrix from hidden states to logits."""
         raise NotImplementedError
 
-    def windows(self) -> tuple[int | None, ...]:
-        """Of each layer, None for one that sees everything: what its cache must keep."""
-        return (None,) * self.config.num_layers
+    def attentions(self) -> dict[str, tuple[Any, int]]:
+        """The attention of each stack of layers by its name, and how many layers it has.
 
-    def cache_shape(self) -> dict[str, Any]:
-        """What `empty_cache` must know; `recent` is the number of token ids kept."""
-        c = self.config
-        shape = {"layers": c.num_layers, "num_kv_heads": c.num_kv_heads, "head_dim": c.head_dim}
-        return shape | {"recent": getattr(c, "ngram_width", 1) - 1, "windows": self.windows()}
+        One that keeps something has `empty(room, layers=)`.
+        """
+        layers = self.layers
+        return {
+            name: (getattr(layers, name).attention, len(layers_in(name))) for name in layers.names
+        }
 
-    def init_cache(self, batch_size: int, max_len: int) -> KVCache:
+    def init_cache(self, batch_size: int, max_len: int) -> Cache:
         """An empty cache for `max_len` tokens a row, sharded over the mesh in scope.
 
         Raises:
@@ -60,7 +63,14 @@ class LanguageModel(nnx.Module):
         if max_len > limit:
             raise ValueError(f"the model has {limit} positions; got max_len={max_len}")
         return empty_cache(
-            batch_size=batch_size, max_len=max_len, dtype=self.config.dtype, **self.cache_shape()
+            {
+                name: functools.partial(attention.empty, layers=count)
+                for name, (attention, count) in self.attentions().items()
+            },
+            batch_size=batch_size,
+            max_len=max_len,
+            dtype=self.config.dtype,
+            recent=getattr(self.config, "ngram_width", 1) - 1,
         )
 
     def hidden(self, tokens, positions, **options):
@@ -104,6 +114,13 @@ class LanguageModel(nnx.Module):
             positions, segment_ids=segment_ids, strategy=strategy, consecutive=consecutive
         )
 
+    def through(
+        self, layers: Layers, x: Any, attend: Attend, *inputs: Any
+    ) -> tuple[Any, RouterStats | None]:
+        """Pass `x` through the layers, each of which also gets `inputs` and its own `attend`."""
+        block = self.recomputed(_block, attend, static_argnums=2 + len(inputs))
+        return layers.run(lambda layer, x, here: block(layer, x, *inputs, here), x, attend)
+
     def recomputed(self, block: Callable, attend: Attend, *, static_argnums: int) -> Callable:
         """`block`, whose backward pass computes it again where `config.remat` says so.
 
@@ -122,6 +139,10 @@ class LanguageModel(nnx.Module):
     def __call__(self, tokens, positions, **options):
         """Float32 logits `[B, T, V]` of a whole sequence; `options` as `hidden` takes them."""
         return self.logits(self.hidden(tokens, positions, **options)[0])
+
+
+def _block(layer, x, *inputs):
+    return layer(x, *inputs)
 
 
 def embed(table, ids, dtype):

@@ -8,11 +8,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxcp.layers.attention import Attend
+from jaxcp.attention.attend import Attend
 from jaxcp.layers.linear import linear
 from jaxcp.layers.parameter import normal
 from jaxcp.layers.router_stats import RouterStats, joined, stacked
 from jaxcp.models.base import LanguageModel, embed
+
+MTP = "mtp"
+"""The name of the layer that drafts, among those that keep something."""
 
 
 class JoinedMTP(nnx.Module):
@@ -54,6 +57,10 @@ class DraftingModel(LanguageModel):
 
     embed: Any
     mtp: Any
+
+    def attentions(self):
+        mtp = {MTP: (self.mtp.block.attention, 1)} if self.config.num_mtp_layers else {}
+        return super().attentions() | mtp
 
     def trunk(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], attend: Attend
@@ -108,7 +115,10 @@ class DraftingModel(LanguageModel):
             raise ValueError("drafting needs a model with an MTP layer; num_mtp_layers is 0")
         embedded = embed(self.embed, next_tokens, state.dtype)
         mtp = self.recomputed(_mtp, attend, static_argnums=5)
-        return mtp(self.mtp, embedded, state, next_tokens, positions, attend)
+        here = attend.of(attend.kept(MTP), 0)
+        drafted = mtp(self.mtp, embedded, state, next_tokens, positions, here)
+        attend.keep(MTP, here.state)
+        return drafted
 
 
 def _mtp(mtp, embedded, state, next_tokens, positions, attend):

@@ -138,6 +138,18 @@ class Source:
         return self.row.join + self.row.per_expert
 
 
+def in_layers(layers: Iterable[Iterable[Piece]]) -> Iterator[Piece]:
+    """Pieces of a stack of leaves, `[L, ...]`, from those of each layer in turn."""
+
+    def stacked(piece):
+        return piece.values()[None]
+
+    for i, pieces in enumerate(layers):
+        for piece in pieces:
+            values = functools.partial(stacked, piece)
+            yield Piece(piece.name, (i, *piece.start), (1, *piece.shape), values)
+
+
 def sources(
     table: Sequence[Row],
     leaves: Mapping[str, Shape],

@@ -42,6 +42,9 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 def sides(axes: Axes) -> tuple[int, list[int]]:
     """Count the axes that number what a weight holds, and those of each side of it: one side of a
     vector, two of a matrix, what is summed over and what is written."""
+    if axes[:1] == ("layers",):
+        numbered, lengths = sides(axes[1:])
+        return numbered + 1, lengths
     numbered, lengths, at = 0, [], 0
     while at < len(axes):
         together = axes[at : at + 2] in SIDES
@@ -61,6 +64,7 @@ def is_matrix(axes: Axes) -> bool:
 def decays(axes: Axes) -> bool:
     """Tell whether weight decay applies: to matrices and tables, not to norms and biases (`q_bias`
     is `[N, H]`, an expert's `[E, F]`)."""
+    axes = axes[1:] if axes[:1] == ("layers",) else axes
     numbered, lengths = sides(axes)
     return len(lengths) > 1 or bool(numbered and lengths and axes[0] in TABLES)
 

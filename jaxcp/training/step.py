@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxcp.context_parallel.overlap import compiler_options
 from jaxcp.layers.router_stats import RouterStats
+from jaxcp.layers.stack import members
 from jaxcp.layout import Zigzag
 from jaxcp.models import family_of
 from jaxcp.sharding import sharding_of
@@ -248,11 +249,15 @@ def balance(others: dict[str, jax.Array], counts: jax.Array, rate: float) -> dic
     `counts` is `[moe layers, experts]`, choices or their fractions; layers whose router has no such
     bias (DeepSeek-V4's, which choose by token id) come first.
     """
-    names = sorted((x for x in others if x.endswith("router_bias")), key=_layers_by_number)
-    assert len(names) <= counts.shape[0], (names, counts.shape)
+    biases = {name: members(name) for name in others if name.endswith("router_bias")}
+    layers = sorted((x for own in biases.values() for x in own), key=_layers_by_number)
+    assert len(layers) <= counts.shape[0], (layers, counts.shape)
+    first = counts.shape[0] - len(layers)
     moved = {}
-    for name, row in zip(names, counts[counts.shape[0] - len(names) :], strict=True):
-        moved[name] = others[name] + rate * _below_mean(row)
+    for name, own in biases.items():
+        rows = counts[jnp.asarray([first + layers.index(layer) for layer in own])]
+        steps = jax.vmap(_below_mean)(rows).reshape(others[name].shape)
+        moved[name] = others[name] + rate * steps
     return others | moved
 
 

@@ -10,7 +10,7 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ import numpy as np
 from flax import nnx
 
 from jaxcp import models
+from jaxcp.layers.stack import is_stacked, members, of_one_layer
 from jaxcp.models.base import LanguageModel
-from jaxcp.models.weight_table import Piece, Source, sources, spelling_of
+from jaxcp.models.weight_table import Piece, Source, in_layers, sources, spelling_of
 from jaxcp.sharding import sharding_of
 from jaxcp.text.tokenizer import Tokenizer
 from jaxcp.weights import mxfp4
@@ -29,7 +30,7 @@ from jaxcp.weights.config_file import fitted, load_config, naming
 from jaxcp.weights.files import CONFIG, TOKENIZER, Checkpoint, open_checkpoint
 from jaxcp.weights.formats import FORMATS
 from jaxcp.weights.placement import indivisible
-from jaxcp.weights.quantized import QuantizedSource, quantized_source, stream_quantized
+from jaxcp.weights.quantized import QuantizedSource, quantized_source, stackable, stream_quantized
 from jaxcp.weights.stop_tokens import read_stop_tokens
 from jaxcp.weights.stream import counted, progress_bar, stream
 
@@ -84,30 +85,34 @@ def load(
     flat = [(".".join(map(str, keys)), keys, leaf) for keys, leaf in nnx.to_flat_state(state)]
     if problem := indivisible(((name, leaf) for name, _, leaf in flat), experts):
         raise ValueError(f"needed a mesh that divides {problem}")
-    shapes = {name: leaf.shape for name, _, leaf in flat}
+    layers = {name: members(name) for name, _, _ in flat}
+    shapes = {member: of_one_layer(leaf).shape for name, _, leaf in flat for member in layers[name]}
     found = sources(family.table(config), shapes, checkpoint.shapes)
     ignored = family.weights.left_out(checkpoint.shapes.keys(), config)
     if ignored:
         log.info("%s: left out %d tensors, such as %s", path, len(ignored), min(ignored))
     copies = family.copies(config)
     _check(path, checkpoint, found, ignored, copies)
-    dtypes = {n: _final_dtype(leaf, found[n], checkpoint, config, dtype) for n, _, leaf in flat}
+    of_leaf = {name: [found[member] for member in layers[name]] for name in layers}
+    dtypes = {n: _final_dtype(leaf, of_leaf[n], checkpoint, config, dtype) for n, _, leaf in flat}
     kept = {} if widen else _quantized(flat, found, checkpoint, experts)
-    _log_widened(path, found, checkpoint, kept)
-    sizes = {n: math.prod(shapes[n]) * dtypes[n].itemsize for n in shapes}
-    total = sum((sizes | {n: leaf.nbytes for n, leaf in kept.items()}).values())
+    _log_widened(path, of_leaf, checkpoint, kept)
+    sizes = {n: math.prod(leaf.shape) * dtypes[n].itemsize for n, _, leaf in flat}
+    total = sum((sizes | {n: sum(x.nbytes for x in kept[n]) for n in kept}).values())
     read: dict = {}
     strange: collections.Counter = collections.Counter()
     with progress_bar(total, progress) as advance:
         for name, keys, leaf in flat:
-            final = dtypes[name]
+            final, stacked = dtypes[name], is_stacked(leaf)
             if name in kept:
                 of_bytes = functools.partial(counted, advance=advance)
-                value, of_leaf = stream_quantized(kept[name], of_bytes)
+                value, odd = stream_quantized(kept[name], of_bytes, stacked=stacked)
             else:
-                pieces = counted(found[name].pieces(name, checkpoint.read), final.itemsize, advance)
-                value, of_leaf = _stream(name, pieces, leaf, final, experts)
-            strange.update({(tensor, final): n for tensor, n in of_leaf.items()})
+                pieces = (found[x].pieces(x, checkpoint.read) for x in layers[name])
+                joined = in_layers(pieces) if stacked else next(pieces)
+                joined = counted(joined, final.itemsize, advance)
+                value, odd = _stream(name, joined, leaf, final, experts)
+            strange.update({(tensor, final): n for tensor, n in odd.items()})
             read[keys] = leaf.replace(value)
     if not allow_nonfinite:
         _check_finite(path, checkpoint, strange)
@@ -134,34 +139,48 @@ def _check_finite(path, checkpoint: Checkpoint, strange: Mapping[tuple[str, Any]
     )
 
 
-def _quantized(flat, found, checkpoint: Checkpoint, experts) -> dict[str, QuantizedSource]:
-    """Of the leaves that stay quantized, by name."""
+def _quantized(
+    flat, found: Mapping[str, Source], checkpoint: Checkpoint, experts: str
+) -> dict[str, list[QuantizedSource]]:
+    """The sources of the leaves that stay quantized, by name: one, or one for each layer."""
     if not checkpoint.packed and not checkpoint.turned:
         return {}
-    every = {
-        name: quantized_source(leaf, name, found[name], checkpoint, experts)
-        for name, _, leaf in flat
-    }
-    return {name: source for name, source in every.items() if source is not None}
+    kept = {}
+    for name, _, leaf in flat:
+        one = of_one_layer(leaf)
+        every = (
+            quantized_source(one, member, found[member], checkpoint, experts)
+            for member in members(name)
+        )
+        if fitting := stackable(every):
+            kept[name] = fitting
+    return kept
 
 
-def _log_widened(path, found, checkpoint: Checkpoint, kept) -> None:
-    held = {**checkpoint.packed, **checkpoint.turned}
-    wide = [n for n, x in found.items() if n not in kept and x.names[0] in held]
+def _log_widened(path, found: Mapping[str, list[Source]], checkpoint: Checkpoint, kept) -> None:
+    packed = {**checkpoint.packed, **checkpoint.turned}
+    wide = [
+        name
+        for name, every in found.items()
+        if name not in kept and any(source.names[0] in packed for source in every)
+    ]
     if wide:
         log.warning("%s: widened when read, %d leaves: %s", path, len(wide), ", ".join(wide))
 
 
-def _final_dtype(leaf: nnx.Variable, source: Source, checkpoint: Checkpoint, config, dtype) -> Any:
-    """Of a leaf: its own where it is no parameter, else the one asked for, else the tensors'; the
-    model's where those are quantized."""
+def _final_dtype(
+    leaf: nnx.Variable, every: Sequence[Source], checkpoint: Checkpoint, config, dtype
+) -> Any:
+    """The dtype of a leaf from these sources: its own where it is no parameter, else the one asked
+    for, else the tensors'; the model's where those are quantized."""
     if not isinstance(leaf, nnx.Param):
         return jnp.dtype(leaf.dtype)
-    if dtype is None and not checkpoint.packed.keys().isdisjoint(source.names):
+    names = {name for source in every for name in source.names}
+    if dtype is None and not checkpoint.packed.keys().isdisjoint(names):
         dtype = config.dtype
     if dtype is not None:
         return jnp.dtype(jnp.float32 if leaf.get_metadata().get("keep_float32") else dtype)
-    return np.result_type(*{checkpoint.dtype(name) for name in source.names})
+    return np.result_type(*{checkpoint.dtype(name) for name in names})
 
 
 def _stream(name: str, pieces: Iterable[Piece], leaf: nnx.Variable, dtype: Any, experts: str):

@@ -7,14 +7,18 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from jaxcp.layers.quantized import misfit, partition
+from jaxcp.layers.stack import is_stacked, of_one_layer
 from jaxcp.sharding import sharding_of
 
 
 def parts_of(variable: nnx.Variable, experts: str = "expert") -> Any:
     """`sharding_of`, of each part of what the parameter holds where that is quantized."""
-    return partition(variable.get_value(), sharding_of(variable, experts))
+    one = of_one_layer(variable)
+    parts = partition(one.get_value(), sharding_of(one, experts))
+    return jax.tree.map(lambda spec: P(None, *spec), parts) if is_stacked(variable) else parts
 
 
 def indivisible(leaves: Iterable[tuple[str, nnx.Variable]], experts: str = "expert") -> str | None:
@@ -23,7 +27,8 @@ def indivisible(leaves: Iterable[tuple[str, nnx.Variable]], experts: str = "expe
     mesh = dict(jax.sharding.get_abstract_mesh().shape)
     first: dict[str, str] = {}
     sizes: dict[str, set[int]] = {axis: set() for axis in mesh}
-    for name, leaf in leaves:
+    for name, variable in leaves:
+        leaf = of_one_layer(variable)
         logical = leaf.get_metadata().get("axes") or ()
         for size, kind, axis in zip(leaf.shape, logical, sharding_of(leaf, experts), strict=False):
             if axis is None or not mesh:
@@ -71,5 +76,6 @@ def place(model: Any, *, experts: str = "expert") -> Any:
 
 
 def _misfit(name, variable, mesh, experts):
-    found = misfit(variable.get_value(), sharding_of(variable, experts), dict(mesh.shape))
-    return found and f"{name} {found}"
+    one = of_one_layer(variable)
+    problem = misfit(one.get_value(), sharding_of(one, experts), dict(mesh.shape))
+    return problem and f"{name} {problem}"

@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ from jaxcp.layers.quantized import (
     of_experts,
     partition,
 )
-from jaxcp.models.weight_table import Piece, Row, Source
+from jaxcp.models.weight_table import Piece, Row, Source, in_layers
 from jaxcp.sharding import sharding_of
 from jaxcp.weights.files import Checkpoint
 from jaxcp.weights.formats import Packed
@@ -63,6 +63,11 @@ class QuantizedSource:
         return self.leaf(
             {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in self.parts.items()}
         )
+
+    @property
+    def shapes(self) -> dict[str, tuple]:
+        """The shape and dtype of each part."""
+        return {name: (part.shape, part.dtype) for name, part in self.parts.items()}
 
     @property
     def nbytes(self) -> int:
@@ -246,24 +251,46 @@ def _outputs(row: Row, variable: nnx.Variable) -> int | None:
     return len(lead) + 1 if groups == lead + sums + makes else None
 
 
+def stackable(sources: Iterable[QuantizedSource | None]) -> list[QuantizedSource]:
+    """The sources of a stack's layers if they make one leaf: all quantized, in one way. Else
+    none."""
+    every = [source for source in sources]
+    own = [source for source in every if source is not None]
+    alike = {(source.packed, str(source.shapes)) for source in own}
+    return own if len(own) == len(every) and len(alike) == 1 else []
+
+
 def stream_quantized(
-    source: QuantizedSource, counted: Callable[[Iterable[Piece], int], Iterable[Piece]]
+    sources: Sequence[QuantizedSource],
+    counted: Callable[[Iterable[Piece], int], Iterable[Piece]],
+    *,
+    stacked: bool,
 ) -> tuple[Any, collections.Counter]:
-    """The leaf on the mesh in scope, and how many values of which tensor are NaN or Inf."""
-    specs = partition(source.abstract, source.spec)
-    specs = specs if of_experts(source.variable) else specs.matrix
+    """The leaf on the mesh in scope, and how many values of which tensor are NaN or Inf.
+
+    `sources`: of each layer where the leaf is `stacked`, else one.
+    """
+    first = sources[0]
+    specs = partition(first.abstract, first.spec)
+    specs = specs if of_experts(first.variable) else specs.matrix
     arrays: dict[str, Any] = {}
     strange: collections.Counter = collections.Counter()
-    for name, part in source.parts.items():
+    for name, part in first.parts.items():
+        spec, shape = getattr(specs, name), part.shape
+        pieces = (source.pieces(name) for source in sources)
+        if stacked:
+            spec, shape = P(None, *spec), (len(sources), *shape)
+        joined = in_layers(pieces) if stacked else next(pieces)
         sharding = None
         if not jax.sharding.get_abstract_mesh().empty:
-            sharding = jax.NamedSharding(jax.sharding.get_mesh(), getattr(specs, name))
-        pieces = counted(source.pieces(name), part.dtype.itemsize)
-        arrays[name], of_part = stream(pieces, part.shape, part.dtype, sharding)
+            sharding = jax.NamedSharding(jax.sharding.get_mesh(), spec)
+        arrays[name], of_part = stream(
+            counted(joined, part.dtype.itemsize), shape, part.dtype, sharding
+        )
         strange.update(of_part)
         if name == "scales" and part.dtype == np.uint8:
-            for tensor in source.tensors:
-                strange[tensor.scale] += int(
-                    (source.read(tensor.scale).view(np.uint8) == 255).sum()
-                )
-    return source.leaf(arrays), +strange
+            for source in sources:
+                for tensor in source.tensors:
+                    exponents = source.read(tensor.scale).view(np.uint8)
+                    strange[tensor.scale] += int((exponents == 255).sum())
+    return first.leaf(arrays), +strange

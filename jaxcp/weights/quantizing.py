@@ -20,11 +20,11 @@ from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
-from flax import nnx
 
 from jaxcp import models
 from jaxcp.input_files import open_regular
 from jaxcp.layers.quantized import of_experts
+from jaxcp.layers.stack import of_each_layer
 from jaxcp.models.weight_table import sources
 from jaxcp.weights import abstract_model
 from jaxcp.weights.config_file import fitted, load_config, naming
@@ -133,8 +133,7 @@ def _wanted(path: Path, checkpoint: Checkpoint, only: Only) -> dict[str, int]:
     family = models.family_of(config)
     config = fitted(path, config, checkpoint.shapes.keys())
     with naming(path / CONFIG):
-        flat = nnx.to_flat_state(nnx.state(abstract_model(config)))
-    leaves = {".".join(map(str, keys)): leaf for keys, leaf in flat}
+        leaves = of_each_layer(abstract_model(config))
     shapes = {name: leaf.shape for name, leaf in leaves.items()}
     found = sources(family.table(config), shapes, checkpoint.shapes)
     axes: dict[str, int] = {}

@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from safetensors.numpy import save_file
 
 from jaxcp import models
 from jaxcp.layers.quantized import quantized_names
+from jaxcp.layers.stack import is_stacked, members
 from jaxcp.models.weight_table import Source, sources
 from jaxcp.text.tokenizer import Tokenizer
 from jaxcp.weights.config_file import fitted, load_config
@@ -104,15 +106,37 @@ def _check_target(out: Path, config: Any) -> bool:
     return True
 
 
-def _leaves(model: Any) -> dict[str, jax.Array]:
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+    """An array of a model; `row` of a stack, whose other rows stay on the device."""
+
+    array: jax.Array
+    row: int | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape if self.row is None else self.array.shape[1:]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.array.dtype.itemsize
+
+    def read(self) -> np.ndarray:
+        return np.asarray(self.array if self.row is None else self.array[self.row])
+
+
+def _leaves(model: Any) -> dict[str, _Leaf]:
     if fixed := quantized_names(model):
         raise NotImplementedError(
             f"save writes plain weights; {len(fixed)} of this model are quantized, such as "
             f"{fixed[0]}. `jaxcp quantize` makes a quantized checkpoint of one with plain weights"
         )
-    flat = nnx.to_flat_state(nnx.state(model))
-    leaves = {".".join(map(str, keys)): leaf.get_value() for keys, leaf in flat}
-    if not all(leaf.is_fully_addressable for leaf in leaves.values()):
+    leaves = {}
+    for keys, variable in nnx.to_flat_state(nnx.state(model)):
+        stacked = is_stacked(variable)
+        for row, name in enumerate(members(".".join(map(str, keys)))):
+            leaves[name] = _Leaf(variable.get_value(), row if stacked else None)
+    if not all(leaf.array.is_fully_addressable for leaf in leaves.values()):
         raise NotImplementedError(
             "save cannot gather a model that is spread over several processes; "
             "bring its leaves to one process first, or use the training checkpoints"
@@ -120,7 +144,7 @@ def _leaves(model: Any) -> dict[str, jax.Array]:
     return leaves
 
 
-def _shards(model: Any, leaves: Mapping[str, jax.Array], shard_bytes: int) -> list[list[Source]]:
+def _shards(model: Any, leaves: Mapping[str, _Leaf], shard_bytes: int) -> list[list[Source]]:
     """The sources of a model, each once, in the order of its leaves, cut into files."""
     family = models.family_of(model.config)
     table = family.table(model.config)
@@ -140,15 +164,13 @@ def _shards(model: Any, leaves: Mapping[str, jax.Array], shard_bytes: int) -> li
     return shards
 
 
-def _write_weights(
-    folder: Path, shards: list[list[Source]], leaves: Mapping[str, jax.Array]
-) -> None:
+def _write_weights(folder: Path, shards: list[list[Source]], leaves: Mapping[str, _Leaf]) -> None:
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards):
         name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if shards[1:] else WEIGHTS
         tensors: dict[str, np.ndarray] = {}
         for source in shard:
-            tensors.update(source.write(lambda path: np.asarray(leaves[path])))
+            tensors.update(source.write(lambda path: leaves[path].read()))
         # save_file writes the memory of an array not in C order as if it were: wrong values.
         tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
         save_file(tensors, folder / name, metadata={"format": "pt"})

@@ -12,6 +12,7 @@ from jaxcp.layers.attention import Attention
 from jaxcp.layers.mlp import ACTIVATIONS, MLP
 from jaxcp.layers.norm import LayerNorm
 from jaxcp.layers.parameter import normal
+from jaxcp.layers.stack import Layers
 from jaxcp.models.base import LanguageModel, embed
 from jaxcp.models.hf_config import HFConfig
 
@@ -134,7 +135,6 @@ class Block(nnx.Module):
             heads,
             heads,
             config.embed_dim // heads,
-            layer=layer,
             std=std,
             out_std=out_std,
             use_bias=config.use_bias,
@@ -153,7 +153,7 @@ class Block(nnx.Module):
 
     def __call__(self, x, positions, attend):
         x = x + self.attention(self.attention_norm(x), positions, attend)
-        return x + self.mlp(self.mlp_norm(x))
+        return x + self.mlp(self.mlp_norm(x)), None
 
 
 class GPT(LanguageModel):
@@ -171,7 +171,7 @@ class GPT(LanguageModel):
         self.position_embed = normal(
             rngs, (config.max_positions, config.embed_dim), ("positions", "embed"), 0.02
         )
-        self.layers = nnx.List([Block(config, i, rngs) for i in range(config.num_layers)])
+        self.layers = Layers([Block(config, i, rngs) for i in range(config.num_layers)])
         self.final_norm = LayerNorm(config.embed_dim, eps=config.norm_eps)
         if not config.tie_embeddings:
             head = config.embed_dim, config.vocab_size
@@ -180,23 +180,9 @@ class GPT(LanguageModel):
     def forward(self, tokens, positions, attend):
         dtype = jnp.dtype(self.config.dtype)
         x = embed(self.embed, tokens, dtype) + embed(self.position_embed, positions, dtype)
-        for layer in self.layers:
-            block = self.recomputed(_block, attend, static_argnums=3)
-            x = block(layer, x, positions, attend)
+        x, _ = self.through(self.layers, x, attend, positions)
         return self.final_norm(x), None
-
-    def cache_shape(self):
-        c = self.config
-        return {
-            "layers": c.num_layers,
-            "num_kv_heads": c.num_heads,
-            "head_dim": c.embed_dim // c.num_heads,
-        }
 
     def head_kernel(self):
         tied = self.config.tie_embeddings
         return self.embed.get_value().T if tied else self.lm_head.get_value()
-
-
-def _block(layer, x, positions, attend):
-    return layer(x, positions, attend)

@@ -14,7 +14,7 @@ from jaxcp.layers.moe import MoE
 from jaxcp.layers.ngram import NGram
 from jaxcp.layers.norm import RMSNorm
 from jaxcp.layers.parameter import normal
-from jaxcp.layers.router_stats import stacked
+from jaxcp.layers.stack import Layers
 from jaxcp.models.base import embed
 from jaxcp.models.drafting import DraftingModel, JoinedMTP
 from jaxcp.models.hybrid_moe.config import HybridMoEConfig
@@ -31,7 +31,6 @@ class Block(nnx.Module):
             c.query_heads(layer),
             c.num_kv_heads,
             c.head_dim,
-            layer=layer,
             std=std,
             out_std=out_std,
             qk_norm_eps=c.norm.eps if c.attention.qk_norm else None,
@@ -90,7 +89,7 @@ class HybridMoE(DraftingModel):
             self.ngram = NGram(
                 config.vocab_size, config.ngram.dim, config.ngram.width, config.embed_dim, rngs=rngs
             )
-        self.layers = nnx.List([Block(config, i, rngs) for i in range(config.num_layers)])
+        self.layers = Layers([Block(config, i, rngs) for i in range(config.num_layers)])
         self.final_norm = norm(config)
         if not config.tie_embeddings:
             self.lm_head = normal(rngs, table[::-1], ("embed", "vocab"), 0.01)
@@ -104,16 +103,8 @@ class HybridMoE(DraftingModel):
 
     def forward(self, tokens, positions, attend):
         x = self._embedded(tokens, jnp.dtype(self.config.dtype))
-        stats = []
-        for layer in self.layers:
-            block = self.recomputed(_block, attend, static_argnums=3)
-            x, of_layer = block(layer, x, positions, attend)
-            stats.append(of_layer)
-        return self.final_norm(x), stacked(stats)
-
-    def windows(self):
-        kept = tuple(layer.attention.window for layer in self.layers)
-        return kept + (None,) * self.config.num_mtp_layers
+        x, stats = self.through(self.layers, x, attend, positions)
+        return self.final_norm(x), stats
 
     def _embedded(self, tokens, dtype):
         width = self.config.ngram.width
@@ -127,10 +118,6 @@ class HybridMoE(DraftingModel):
             return embed(self.embed, tokens, dtype)
         return embed(self.embed, tokens[..., 0], dtype) + self.ngram(tokens, dtype)
 
-    def cache_shape(self):
-        shape = super().cache_shape()
-        return shape | {"layers": shape["layers"] + self.config.num_mtp_layers}
-
     def head_kernel(self):
         tied = self.config.tie_embeddings
         return self.embed.get_value().T if tied else self.lm_head.get_value()
@@ -140,7 +127,3 @@ def norm(config: HybridMoEConfig) -> RMSNorm:
     """Of the residual stream."""
     c = config.norm
     return RMSNorm(config.embed_dim, eps=c.eps, float32_scale=c.float32_scale)
-
-
-def _block(layer, x, positions, attend):
-    return layer(x, positions, attend)

@@ -2,6 +2,7 @@
 """Attention over the cache, from the definition: over any number of turns and shards."""
 
 import itertools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,9 @@ from flax import nnx
 
 import jaxcp
 from jaxcp import Contiguous, GPTConfig, Ring, Striped, Zigzag
-from jaxcp.attention.cache import Extend, empty_cache
+from jaxcp.attention.full import Full
+from jaxcp.attention.over_cache import OverCache
+from jaxcp.attention.window import Window
 from jaxcp.compile import compile_for, decode_program, prefill_program
 from jaxcp.inference import turns
 from jaxcp.models.base import LanguageModel, embed
@@ -24,6 +27,18 @@ VOCAB, HEADS, KV_HEADS, HEAD_DIM = 128, 4, 2, 8
 SINKS = (-np.inf, 0.0, 1.0, 2.0)  # the first head has none
 CLOSE = {"atol": 2e-5, "rtol": 0}
 LENGTHS = (1, 5, 70, 129, 500)
+
+
+class Keeps(NamedTuple):
+    """What a layer keeps; None: everything."""
+
+    window: int | None
+
+    def empty(self, room, *, layers):
+        size = {"layers": layers, "num_kv_heads": KV_HEADS, "head_dim": HEAD_DIM}
+        if self.window is None:
+            return Full.empty(room, **size)
+        return Window.empty(room, window=self.window, **size)
 
 
 class Attending(LanguageModel):
@@ -42,12 +57,8 @@ class Attending(LanguageModel):
         shape = len(self.options), HEADS * HEAD_DIM, HEADS + 2 * KV_HEADS, HEAD_DIM
         self.weights = nnx.Param(rng.normal(size=shape, scale=0.2).astype(np.float32))
 
-    def cache_shape(self):
-        size = {"num_kv_heads": KV_HEADS, "head_dim": HEAD_DIM}
-        return size | {"layers": len(self.options), "windows": self.windows()}
-
-    def windows(self):
-        return tuple(dict(options)["window"] for options in self.options)
+    def attentions(self):
+        return {str(i): (Keeps(dict(x)["window"]), 1) for i, x in enumerate(self.options)}
 
     def forward(self, tokens, positions, attend):
         x, spec = embed(self.table[...], tokens, jnp.float32), tokens_spec(tokens)
@@ -58,7 +69,9 @@ class Attending(LanguageModel):
             options = dict(options)
             if "sinks" in options:
                 options["sinks"] = jnp.asarray(options["sinks"])
-            out = attend(q, k, v, layer=layer, **options)
+            here = attend.of(attend.kept(str(layer)), 0)
+            out = here(q, k, v, **options)
+            attend.keep(str(layer), here.state)
             x += jnp.einsum("btnh,nhd->btd", out, eye, out_sharding=spec)
         return x, None
 
@@ -128,7 +141,7 @@ def test_one_device():
 
 
 def test_uneven_rows_options_and_forks(mesh_of):
-    """A first turn so short that it is gathered, one whose window travels, both of `Extend`."""
+    """A first turn so short that it is gathered, one whose window travels, short turns."""
     mesh_of(seq=3, model=2)
     model = Attending({"window": 5, **OPTIONS}, {"window": None, **OPTIONS})
     tokens = ids(2, 110)
@@ -150,14 +163,11 @@ def test_eight_shards(mesh_of):
 def test_a_layer_must_do_what_its_cache_was_made_for():
     model = Attending({"window": 5})
     cache = model.init_cache(1, 20)
-    with pytest.raises(ValueError, match=r"layer 0 attends with window=6, but its cache was .* 5"):
+    with pytest.raises(ValueError, match=r"the layer keeps a window of 5; it attends with 6"):
         model.options = ((("window", 6),),)
         jaxcp.prefill(model, cache, ids(1, 4))
-    with pytest.raises(ValueError, match="at most 64 tokens; got 65: use Prefill"):
-        Extend(cache, jnp.zeros((1, 65), jnp.int32))
-    with pytest.raises(ValueError, match=r"windows must name 2 layers; got \(5,\)"):
-        shape = {"batch_size": 1, "max_len": 9, "num_kv_heads": 1, "head_dim": 8}
-        empty_cache(layers=2, windows=(5,), dtype=jnp.float32, **shape)
+    with pytest.raises(ValueError, match="at most 64 tokens are not sharded; got 65"):
+        OverCache(cache, jnp.zeros((1, 65), jnp.int32), jnp.full(1, 65), sharded=False)
 
 
 # Where tokens go

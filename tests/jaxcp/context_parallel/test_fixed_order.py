@@ -13,7 +13,7 @@ from slow import slow_but
 
 import jaxcp
 from jaxcp import Contiguous
-from jaxcp.attention.cache import Prefill
+from jaxcp.attention.over_cache import OverCache
 from pallas_kernels.flash_attention import Mask
 
 B, T, N, K, H = 2, 96, 4, 2, 16
@@ -109,7 +109,7 @@ def test_where_it_cannot_be_kept():
     with pytest.raises(ValueError, match="needs a mesh"):
         jaxcp.context_parallel_attention(x, x, x, positions, strategy=RING)
     with pytest.raises(NotImplementedError, match="prefill over a cache"):
-        Prefill(None, positions, None, strategy=RING, used=16, halos={})
+        OverCache(None, positions, None, sharded=True, strategy=RING)
 
 
 @pytest.mark.parametrize("shards, tokens", [(3, 96), (4, 88)])

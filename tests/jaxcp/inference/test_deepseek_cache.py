@@ -4,11 +4,11 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from tiny_checkpoints import FIXTURES
 
 import jaxcp
-from jaxcp.inference import compressed_steps, steps
+from jaxcp.inference import steps
+from jaxcp.layers.stack import Layers
 
 V3, V32, V4 = "deepseek-v3-tiny", "deepseek-v32-tiny", "deepseek-v4-tiny"
 
@@ -44,14 +44,14 @@ def after_three_layers(model, rows, positions):
 
 def first_three(name):
     model, _ = jaxcp.load(FIXTURES / name)
-    model.layers = nnx.List(list(model.layers)[:3])
+    model.layers = Layers(model.layers[:3])
     return model
 
 
 @pytest.mark.slow
 def test_v4_over_a_mesh(monkeypatch, mesh_of):
     """Blocks of 8 and of 4 end inside turns, at their ends and between them, row by row."""
-    monkeypatch.setattr(compressed_steps, "EXTEND_SIZES", (2,))  # longer turns are sharded
+    monkeypatch.setattr(steps, "EXTEND_SIZES", (2,))  # longer turns are sharded
     turns = (np.asarray([13, 9]), 13, 2, 1, 1, 2)
     last = np.cumsum([np.broadcast_to(turn, 2) for turn in turns], 0).T - 1
     expected = after_three_layers(first_three(V4), np.arange(2)[:, None], last)
@@ -97,7 +97,7 @@ def test_v32_in_chunks_and_decoded(seq, ties, monkeypatch, mesh_of):
 
 def indexed(ties):
     model, _ = jaxcp.load(FIXTURES / V32)
-    for layer in model.layers if ties else ():
+    for layer in model.layers.stacks if ties else ():
         layer.attention.index.weights[...] *= 0
     return model
 

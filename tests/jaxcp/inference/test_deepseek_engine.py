@@ -6,12 +6,12 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 from tiny_checkpoints import FIXTURES
 
 import jaxcp
 from jaxcp.compile import compile_for, decode_program, prefill_program
-from jaxcp.inference import compressed_steps, steps
+from jaxcp.inference import steps
+from jaxcp.layers.stack import Layers
 
 V3, V32, V4 = "deepseek-v3-tiny", "deepseek-v32-tiny", "deepseek-v4-tiny"
 
@@ -19,14 +19,14 @@ V3, V32, V4 = "deepseek-v3-tiny", "deepseek-v32-tiny", "deepseek-v4-tiny"
 @pytest.fixture
 def short(monkeypatch):
     """Turns of more than 8 tokens are sharded."""
-    for module in (compressed_steps, steps):
+    for module in (steps,):
         monkeypatch.setattr(module, "EXTEND_SIZES", (1, 8))
 
 
 def three_layers(name):
     """Of V4 one layer of each kind."""
     model, _ = jaxcp.load(FIXTURES / name)
-    model.layers = nnx.List(list(model.layers)[:3])
+    model.layers = Layers(model.layers[:3])
     return model
 
 

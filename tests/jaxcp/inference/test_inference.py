@@ -13,6 +13,7 @@ from tiny_checkpoints import FIXTURES
 import jaxcp
 from jaxcp import AllGather, HybridMoE, HybridMoEConfig, Striped
 from jaxcp.attention.cache import empty_cache
+from jaxcp.attention.full import Full
 from jaxcp.models.base import LanguageModel
 from jaxcp.models.hybrid_moe.config import NGramConfig
 from jaxcp.weights.placement import place
@@ -111,10 +112,10 @@ def test_bfloat16(mesh_of):
     mesh_of(seq=4)
     model = place(model)
     cache = model.init_cache(batch_size=2, max_len=190)
-    assert cache.k[0].dtype == jnp.bfloat16
+    assert kept(cache).dtype == jnp.bfloat16
     _, cache = jaxcp.prefill(model, cache, tokens[:, :70])
     logits, cache = jaxcp.decode_step(model, cache, tokens[:, 70])
-    assert logits.dtype == jnp.float32 and cache.k[0].dtype == jnp.bfloat16
+    assert logits.dtype == jnp.float32 and kept(cache).dtype == jnp.bfloat16
     np.testing.assert_allclose(logits, expected[:, 70], atol=0.03 * np.abs(expected).max(), rtol=0)
 
 
@@ -125,7 +126,19 @@ def test_logits_in_natural_order(mesh_of):
     np.testing.assert_allclose(found, expected, **CLOSE)
 
 
+def kept(cache):
+    """An array that the layers of a model keep."""
+    return jax.tree.leaves(cache.layers)[0]
+
+
 # The cache
+
+
+class Slots:
+    """Keeps slots, and nothing in them."""
+
+    def empty(self, room, *, layers):
+        return Full.empty(room, layers=layers, num_kv_heads=1, head_dim=1)
 
 
 class Nothing(LanguageModel):
@@ -135,11 +148,11 @@ class Nothing(LanguageModel):
         self.config = CONFIG
         self.table = nnx.Param(jnp.eye(CONFIG.vocab_size))
 
-    def cache_shape(self):
-        return {"layers": 0, "num_kv_heads": 1, "head_dim": 1}
+    def attentions(self):
+        return {"0": (Slots(), 1)}
 
     def forward(self, tokens, positions, attend):
-        return jax.nn.one_hot(tokens, CONFIG.vocab_size), None
+        return jax.nn.one_hot(tokens[..., 0], CONFIG.vocab_size), None  # windows, newest first
 
     def head_kernel(self):
         return self.table.get_value()
@@ -184,8 +197,8 @@ def test_decoding_deals_tokens_out(mesh_of):
 
 def test_bytes_per_device(mesh_of):
     mesh_of(seq=4, model=2)
-    shape = {"layers": 3, "num_kv_heads": 2, "head_dim": 8, "dtype": jnp.bfloat16}
-    cache = empty_cache(batch_size=1, max_len=100, **shape)
+    full = functools.partial(Full.empty, layers=3, num_kv_heads=2, head_dim=8)
+    cache = empty_cache({"0:3": full}, batch_size=1, max_len=100, dtype=jnp.bfloat16)
     assert cache.bytes_per_device() == 3 * 2 * cache.slots * 1 * 8 * 2  # layers, K and V, ..., H
 
 

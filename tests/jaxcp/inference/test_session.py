@@ -28,7 +28,7 @@ def engine(model):
 
 
 def buffers(session):
-    return [x.unsafe_buffer_pointer() for x in (*session._cache.k, *session._cache.v)]
+    return [x.unsafe_buffer_pointer() for x in jax.tree.leaves(session._cache.layers)]
 
 
 def say(session, ids, count=4, **options):
@@ -128,7 +128,7 @@ def test_a_session_remembers_its_mesh(model, mesh_of):
         engine = jaxcp.Engine(place(model), None, max_len=160)
     session = engine.session()
     first = say(session, PROMPT)
-    assert session._cache.k[0].sharding.device_set == set(devices)
+    assert jax.tree.leaves(session._cache.layers)[0].sharding.device_set == set(devices)
     alone = jaxcp.Engine(model, None, max_len=160).session()
     assert first == say(alone, PROMPT)
     assert say(session, [1, 2]) == say(alone, [1, 2])

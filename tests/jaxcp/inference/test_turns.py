@@ -27,11 +27,11 @@ def conversation(rng, max_len, rows):
         start = start + lengths
 
 
-def programs(frame, talk, layout, sizes=steps.EXTEND_SIZES, **options):
+def programs(frame, talk, layout, sizes=steps.EXTEND_SIZES):
     """Of the pieces of a conversation; a step of decoding is none."""
     found = set()
     for start, lengths in talk:
-        for piece in turns.pieces(frame, start, lengths, layout, sizes, **options):
+        for piece in turns.pieces(frame, start, lengths, layout, sizes):
             if piece.order.shape[1] > 1 or not piece.taken.all():
                 found.add(piece.program)
     return found
@@ -53,7 +53,7 @@ def test_nor_over_a_compressed_cache(shards):
     for seed in range(2):
         talk = conversation(np.random.default_rng(seed), 10**6, rows=1 + seed)
         frame = turns.Frame(shards=shards)
-        assert len(programs(frame, talk, Zigzag(), least=turns.WIDTHS[0])) <= BOUND
+        assert len(programs(frame, talk, Zigzag())) <= BOUND
 
 
 def test_pads_are_few_and_calls_too():

@@ -20,6 +20,7 @@ from jaxcp.layers.quantized import (
     widened,
     widened_model,
 )
+from jaxcp.layers.stack import members
 from jaxcp.training.config import LossConfig
 from jaxcp.training.objective import objective
 from jaxcp.weights.placement import place
@@ -95,7 +96,7 @@ def test_what_is_quantized():
 
 
 def names(name, only="all"):
-    return quantized_names(quantized(name, only))
+    return [x for stack in quantized_names(quantized(name, only)) for x in members(stack)]
 
 
 def test_a_plain_weight_is_the_einsum(mesh_of):

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax.sharding import PartitionSpec as P
 from published import FLASH, PRO, R1, V32_EXP
 from safetensors.numpy import load_file
@@ -23,9 +22,9 @@ from tiny_checkpoints import FIXTURES, assert_same, tensors, write
 
 import jaxcp
 from jaxcp import Zigzag, models, weights
-from jaxcp.attention.cache import Extend
-from jaxcp.attention.compressed import CompressedStep
+from jaxcp.attention.over_cache import OverCache
 from jaxcp.data.lookahead import following
+from jaxcp.layers.stack import of_each_layer
 from jaxcp.models.weight_table import sources
 
 V3, V32, V4 = "deepseek-v3-tiny", "deepseek-v32-tiny", "deepseek-v4-tiny"
@@ -267,13 +266,9 @@ def test_drafts_are_those_of_the_equations(name, folder, mesh_of):
 def drafted(model, cache, tokens, after, positions):
     """Trunk and draft of tokens that join the cache."""
     added = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
-    if isinstance(model, jaxcp.DeepSeekV4):
-        attend = CompressedStep(cache, positions, added, sharded=False)
-        x = model.draft(model.trunk(tokens, positions, attend)[0], after, positions, attend)
-        return model.logits(model.drafted(x)), attend.after()
-    attend = Extend(cache, positions)
-    x = model.draft(model.forward(tokens, positions, attend)[0], after, positions, attend)
-    return model.logits(x), attend.extended(added, cache.recent)
+    attend = OverCache(cache, positions, added, sharded=False)
+    x = model.draft(model.trunk(tokens, positions, attend)[0], after, positions, attend)
+    return model.logits(model.drafted(x)), attend.cache_after(cache.recent)
 
 
 @pytest.mark.slow
@@ -314,8 +309,8 @@ def counted(published, layers):
     """Parameters of a model (selection biases too), and the names of its tensors."""
     config = models.config_from_dict(published)
     config = dataclasses.replace(config, num_mtp_layers=layers)
-    state = nnx.to_flat_state(nnx.state(weights.abstract_model(config)))
-    shapes = {".".join(map(str, keys)): leaf.get_value().shape for keys, leaf in state}
+    leaves = of_each_layer(weights.abstract_model(config))
+    shapes = {name: leaf.shape for name, leaf in leaves.items()}
     table = models.family_of(config).table(config)
     names = {x for source in sources(table, shapes).values() for x in source.names}
     tables = (math.prod(s) for k, s in shapes.items() if not k.endswith("experts_of_token"))

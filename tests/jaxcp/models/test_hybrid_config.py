@@ -7,12 +7,13 @@ import math
 
 import pytest
 from published import HY3
-from tiny_checkpoints import FIXTURES, flat
+from tiny_checkpoints import FIXTURES
 
 from jaxcp import HybridMoEConfig, TrainConfig, models, weights
 from jaxcp.layers.mlp import SwiGLU
 from jaxcp.layers.rope import Rope, YaRN
 from jaxcp.layers.routing import Routing
+from jaxcp.layers.stack import of_each_layer
 from jaxcp.models.hybrid_moe.config import (
     AttentionConfig,
     ExpertsConfig,
@@ -60,7 +61,8 @@ PUBLISHED = {
 
 def named(config):
     """Every tensor that a checkpoint of this configuration has, and its shape."""
-    leaves = {path: leaf.shape for path, leaf in flat(weights.abstract_model(config)).items()}
+    leaves = of_each_layer(weights.abstract_model(config))
+    leaves = {path: leaf.shape for path, leaf in leaves.items()}
     found = sources(models.family_of(config).table(config), leaves)
     return {name: source.shape for source in found.values() for name in source.names}
 

@@ -15,7 +15,7 @@ from tiny_checkpoints import FIXTURES, assert_same, random_model, tensors, write
 
 import jaxcp
 from jaxcp import AllGather, HybridMoEConfig, RingPassQ, Zigzag
-from jaxcp.attention.cache import Extend
+from jaxcp.attention.over_cache import OverCache
 from jaxcp.data.lookahead import following
 from jaxcp.layers.mlp import SwiGLU
 from jaxcp.layers.rope import Rope, YaRN
@@ -146,10 +146,10 @@ def test_drafts_over_a_mesh_are_those_of_transformers(with_mtp, mesh_of):
 @jax.jit
 def drafted(model, cache, tokens, after, positions):
     """Trunk and draft of tokens that join the cache."""
-    attend = Extend(cache, positions)
-    x = model.draft(model.forward(tokens, positions, attend)[0], after, positions, attend)
     added = jnp.full(2, tokens.shape[1], jnp.int32)
-    return model.logits(x), attend.extended(added, cache.recent)
+    attend = OverCache(cache, positions, added, sharded=False)
+    x = model.draft(model.forward(tokens, positions, attend)[0], after, positions, attend)
+    return model.logits(x), attend.cache_after(cache.recent)
 
 
 def test_a_draft_over_the_cache_is_that_of_the_whole_sequence(with_mtp):

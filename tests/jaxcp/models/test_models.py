@@ -219,7 +219,7 @@ def test_attention_of_each_kind(layer, kind):
     x = np.random.default_rng(layer).normal(size=(2, 12, 16)).astype(np.float32)
     positions = np.stack([np.arange(12), np.arange(12) + 100]).astype(np.int32)
 
-    def attend(q, k, v, *, layer, window):
+    def attend(q, k, v, *, window):
         return jaxcp.context_parallel_attention(q, k, v, jnp.asarray(positions), window=window)
 
     assert attention.q.shape[1] == (4 if kind == "L" else 2)

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 from tiny_checkpoints import FIXTURES, assert_same, flat, tensors, write
 
 from jaxcp import models, weights
+from jaxcp.layers.stack import of_each_layer
 from jaxcp.models.weight_table import sources
 
 V3, V32, V4 = "deepseek-v3-tiny", "deepseek-v32-tiny", "deepseek-v4-tiny"
@@ -135,9 +136,9 @@ def test_published_models(published, billions, names):
     assert config.num_mtp_layers == 1 and models.config_from_dict(config.to_hf()) == config
     config = dataclasses.replace(config, num_mtp_layers=0)
     assert models.config_from_dict(config.to_hf()) == config
-    state = nnx.to_flat_state(nnx.state(weights.abstract_model(config)))
-    shapes = {".".join(map(str, keys)): leaf.get_value().shape for keys, leaf in state}
-    parameters = sum(math.prod(x.get_value().shape) for _, x in state if isinstance(x, nnx.Param))
+    leaves = of_each_layer(weights.abstract_model(config))
+    shapes = {name: leaf.shape for name, leaf in leaves.items()}
+    parameters = sum(math.prod(x.shape) for x in leaves.values() if isinstance(x, nnx.Param))
     assert billions is None or round(parameters / 1e9, 2) == billions
     found = sources(models.family_of(config).weights.TABLE, shapes)
     named = {name: source.shape for source in found.values() for name in source.names}

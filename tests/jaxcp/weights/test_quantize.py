@@ -68,8 +68,8 @@ def test_every_weight_is_within_the_rounding(weights, tmp_path):
 def test_it_loads_as_what_was_written(weights, tmp_path):
     quantize(HY3, tmp_path / "out", weights=weights)
     parts = stored(tmp_path / "out")
-    model = flat(jaxcp.load(tmp_path / "out")[0])
-    q, down = model["layers.1.attention.q"], model["layers.1.mlp.down"]
+    layer = jaxcp.load(tmp_path / "out")[0].layers[1]
+    q, down = layer.attention.q.get_value(), layer.mlp.down.get_value()
     assert is_quantized(q) and is_quantized(down)
     wanted = exact(parts, Q, weights).T.reshape(q.shape)
     np.testing.assert_allclose(widened(q), wanted, rtol=1e-6)

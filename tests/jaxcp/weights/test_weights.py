@@ -16,6 +16,7 @@ from tiny_checkpoints import FIXTURES, assert_same, flat, random_model, tensors,
 
 from jaxcp import models, weights
 from jaxcp.layers.parameter import RouterBias
+from jaxcp.layers.stack import members
 from jaxcp.models.gpt.model import GPTConfig
 from jaxcp.models.hybrid_moe.config import ExpertsConfig, HybridMoEConfig
 from jaxcp.models.weight_table import Row, sources
@@ -113,7 +114,7 @@ def test_leaves_lie_on_the_mesh_as_the_model_says(name, mesh_of, tmp_path):
         value = leaf.get_value()
         assert value.sharding.spec == sharding_of(leaf), keys
         assert len(value.sharding.device_set) == 8
-        spread += not value.is_fully_replicated
+        spread += len(members(".".join(map(str, keys)))) * (not value.is_fully_replicated)
     assert spread >= 4 * model.config.num_layers
     assert_same(model, whole)
     weights.save(model, tmp_path / "out")

@@ -13,15 +13,14 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxcp.attention.latent import empty_latent_cache
 from jaxcp.layers.mla import IndexDims, LatentAttention, LatentDims
 from jaxcp.layers.mlp import GatedMLP
 from jaxcp.layers.moe import MoE
 from jaxcp.layers.norm import RMSNorm
 from jaxcp.layers.parameter import normal
 from jaxcp.layers.rope import Rope, merged
-from jaxcp.layers.router_stats import stacked
 from jaxcp.layers.routing import Routing
+from jaxcp.layers.stack import Layers
 from jaxcp.models.base import embed
 from jaxcp.models.drafting import DraftingModel, JoinedMTP
 from jaxcp.models.hf_config import SILU, HFConfig
@@ -237,7 +236,6 @@ class Block(nnx.Module):
             c.embed_dim,
             c.num_heads,
             c.latent,
-            layer=layer,
             rope=c.rope,
             scale=c.attention_scale,
             index=c.index,
@@ -283,7 +281,7 @@ class DeepSeekV3(DraftingModel):
     def __init__(self, config: DeepSeekV3Config, *, rngs: nnx.Rngs):
         self.config = config
         self.embed = normal(rngs, (config.vocab_size, config.embed_dim), ("vocab", "embed"), 1.0)
-        self.layers = nnx.List([Block(config, i, rngs) for i in range(config.num_layers)])
+        self.layers = Layers([Block(config, i, rngs) for i in range(config.num_layers)])
         self.final_norm = RMSNorm(config.embed_dim, eps=config.norm_eps)
         self.lm_head = normal(rngs, (config.embed_dim, config.vocab_size), ("embed", "vocab"), 0.01)
         if config.num_mtp_layers:
@@ -296,12 +294,8 @@ class DeepSeekV3(DraftingModel):
 
     def forward(self, tokens, positions, attend):
         x = self.embedded(tokens)
-        stats = []
-        for layer in self.layers:
-            block = self.recomputed(_block, attend, static_argnums=3)
-            x, of_layer = block(layer, x, positions, attend)
-            stats.append(of_layer)
-        return self.final_norm(x), stacked(stats)
+        x, stats = self.through(self.layers, x, attend, positions)
+        return self.final_norm(x), stats
 
     def embedded(self, tokens):
         """`[..., D]` of token ids, in the dtype of the computation."""
@@ -309,21 +303,3 @@ class DeepSeekV3(DraftingModel):
 
     def head_kernel(self):
         return self.lm_head.get_value()
-
-    def init_cache(self, batch_size: int, max_len: int):
-        c = self.config
-        if max_len > c.max_positions:
-            raise ValueError(f"the model has {c.max_positions} positions; got max_len={max_len}")
-        size = c.latent.kv_rank + c.latent.rope_dim
-        return empty_latent_cache(
-            layers=c.num_layers + c.num_mtp_layers,
-            batch_size=batch_size,
-            max_len=max_len,
-            size=size,
-            dtype=c.dtype,
-            index_size=0 if c.index is None else c.index.head_dim,
-        )
-
-
-def _block(layer, x, positions, attend):
-    return layer(x, positions, attend)

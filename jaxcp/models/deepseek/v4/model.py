@@ -9,7 +9,6 @@ import functools
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxcp.attention.compressed import LayerShape, empty_compressed_cache
 from jaxcp.layers.compressed import CompressedAttention
 from jaxcp.layers.hyper_connections import HyperConnection, StreamsToOne
 from jaxcp.layers.linear import linear
@@ -17,8 +16,8 @@ from jaxcp.layers.mlp import SwiGLU
 from jaxcp.layers.moe import MoE
 from jaxcp.layers.norm import RMSNorm
 from jaxcp.layers.parameter import RouterTable, normal
-from jaxcp.layers.router_stats import stacked
 from jaxcp.layers.routing import Routing
+from jaxcp.layers.stack import Layers
 from jaxcp.models.base import embed
 from jaxcp.models.deepseek.v4.config import DeepSeekV4Config
 from jaxcp.models.drafting import DraftingModel
@@ -41,7 +40,6 @@ class Block(nnx.Module):
         self.attention = CompressedAttention(
             c.embed_dim,
             c.heads,
-            layer=layer,
             window=c.window,
             ratio=c.ratio(layer),
             index=c.index if kind == "C" else None,
@@ -127,7 +125,7 @@ class DeepSeekV4(DraftingModel):
     def __init__(self, config: DeepSeekV4Config, *, rngs: nnx.Rngs):
         c = self.config = config
         self.embed = normal(rngs, (c.vocab_size, c.embed_dim), ("vocab", "embed"), 1.0)
-        self.layers = nnx.List([Block(c, i, rngs) for i in range(c.num_layers)])
+        self.layers = Layers([Block(c, i, rngs) for i in range(c.num_layers)])
         self.streams_to_one = StreamsToOne(
             c.embed_dim, c.streams.count, eps=c.streams.eps, norm_eps=c.norm_eps, rngs=rngs
         )
@@ -143,12 +141,7 @@ class DeepSeekV4(DraftingModel):
     def trunk(self, tokens, positions, attend):
         """Streams `[B, T, S, D]` after the last layer, for `draft`, and what its routers did."""
         x = self.streams(tokens)
-        stats = []
-        for layer in self.layers:
-            block = self.recomputed(_block, attend, static_argnums=4)
-            x, of_layer = block(layer, x, tokens, positions, attend)
-            stats.append(of_layer)
-        return x, stacked(stats)
+        return self.through(self.layers, x, attend, tokens, positions)
 
     def hidden_of(self, state):
         return self.final_norm(self.streams_to_one(state))
@@ -166,26 +159,3 @@ class DeepSeekV4(DraftingModel):
 
     def head_kernel(self):
         return self.lm_head.get_value()
-
-    def cache_layers(self) -> list[LayerShape]:
-        """What each layer keeps beside its window."""
-        c = self.config
-        sizes = {"W": {}, "H": {"kv": c.heads.head_dim}}
-        sizes["C"] = sizes["H"] | {"index": c.index.head_dim}
-        return [
-            LayerShape(ratio=c.ratio(i), overlap=kind == "C", sizes=sizes[kind])
-            for i, kind in enumerate(c.layer_kinds + "W" * c.num_mtp_layers)
-        ]
-
-    def init_cache(self, batch_size: int, max_len: int):
-        c = self.config
-        if max_len > c.max_positions:
-            raise ValueError(f"the model has {c.max_positions} positions; got max_len={max_len}")
-        return empty_compressed_cache(
-            self.cache_layers(), batch_size=batch_size, max_len=max_len, window=c.window,
-            head_dim=c.heads.head_dim, dtype=c.dtype,
-        )  # fmt: skip
-
-
-def _block(layer, x, tokens, positions, attend):
-    return layer(x, tokens, positions, attend)

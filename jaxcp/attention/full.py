@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a layer keeps that sees everything: a key and a value of each head for each slot.
+
+A short turn and decoding: one all-gather a layer carries the partial results of shards:
+`shards * B * T * N * (H + 1)` float32. A long turn sends what the strategy sends.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from jaxcp.attention.cache import Room
+from jaxcp.attention.slots import (
+    AXIS,
+    ROWS,
+    SHARDED,
+    TOKENS,
+    WHOLE,
+    axis_in_scope,
+    layer_of,
+    on_mesh,
+    on_shards,
+)
+from jaxcp.context_parallel.ring import Ring
+from jaxcp.context_parallel.ring_pass_q import RingPassQ
+from pallas_kernels import decode_attention, flash_attention
+from pallas_kernels.decode_attention import MAX_QUERIES
+from pallas_kernels.flash_attention import Mask, apply_sinks, attention_forward
+from pallas_kernels.online_softmax import merge_stacked
+
+STACK = P(None, *SHARDED)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Full:
+    """Keys and values `[L, B, S, K, H]`, sharded over slots and heads."""
+
+    k: jax.Array
+    v: jax.Array
+
+    keeps_slots = True
+
+    @classmethod
+    def empty(cls, room: Room, *, layers: int, num_kv_heads: int, head_dim: int) -> "Full":
+        shape = layers, room.batch_size, room.slots, num_kv_heads, head_dim
+        return cls(*(on_mesh(jnp.zeros(shape, room.dtype), STACK) for _ in range(2)))
+
+    def attend(self, tokens, layer, q, k, v, *, window, sinks=None, scale=None, soft_cap=None):
+        """`(out [B, T, N, H], what is kept then)`: see `OverCache`."""
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        options = {"window": window, "scale": scale, "soft_cap": soft_cap, "write": tokens.write}
+        new, positions = (SHARDED, TOKENS) if tokens.sharded else (WHOLE, ROWS)
+        local = functools.partial(_extended, **options)
+        if tokens.sharded:
+            local = functools.partial(
+                _prefilled, used=tokens.used, strategy=tokens.strategy, **options
+            )
+        run = on_shards(
+            local,
+            (new, new, new, STACK, STACK, P(), positions, TOKENS, ROWS, P("model")),
+            (new, STACK, STACK),
+        )
+        out, *kept = run(
+            q, k, v, self.k, self.v, jnp.int32(layer), tokens.positions, tokens.slots,
+            tokens.before, () if sinks is None else (sinks,),
+        )  # fmt: skip
+        return out, Full(*kept)
+
+
+def _prefilled(
+    q, k, v, kept_k, kept_v, layer, q_pos, kv_pos, lengths, sinks,
+    *, write, used, strategy, window, **options,
+):  # fmt: skip
+    kept_k, kept_v = write(kept_k, layer, k, lengths), write(kept_v, layer, v, lengths)
+    k, v = (layer_of(x, layer)[:, :used].astype(q.dtype) for x in (kept_k, kept_v))
+    kv_pos = kv_pos[:, :used]
+    if axis_in_scope() is None:
+        positions = {"q_positions": q_pos, "kv_positions": kv_pos}
+        out, lse = flash_attention(q, k, v, **positions, window=window, **options)
+    else:
+        if strategy is None:
+            strategy = RingPassQ() if RingPassQ.fewer_bytes(q, k, v) else Ring()
+        options |= {"axis_name": AXIS, "mask": Mask(window=window), "implementation": None}
+        out, lse = strategy.attend(q, k, v, q_pos, kv_pos, None, None, **options)
+    return with_sinks(out, lse, sinks), kept_k, kept_v
+
+
+def _extended(
+    q, k, v, kept_k, kept_v, layer, q_pos, kv_pos, lengths, sinks, *, write, **options
+):  # fmt: skip
+    kept_k, kept_v = write(kept_k, layer, k, lengths), write(kept_v, layer, v, lengths)
+    out, lse = attend_shard(
+        q, layer_of(kept_k, layer), layer_of(kept_v, layer), q_pos, kv_pos, **options
+    )
+    out, lse = merged(out, lse)
+    return with_sinks(out, lse, sinks).astype(q.dtype), kept_k, kept_v
+
+
+def attend_shard(q, k, v, q_pos, kv_pos, *, window, **options):
+    """`(out, lse)` of this shard, out in float32: no backward pass comes, so few rows may split."""
+    options["out_dtype"] = jnp.float32
+    if q.shape[1] <= MAX_QUERIES:
+        positions = {"q_positions": q_pos, "kv_positions": kv_pos}
+        return decode_attention(q, k, v, **positions, window=window, **options)
+    k, v = k.astype(q.dtype), v.astype(q.dtype)
+    arrays = q, k, v, q_pos, kv_pos, None, None
+    return attention_forward(*arrays, mask=Mask(window=window), **options)
+
+
+def merged(out, lse):
+    """`(out, lse)` of all shards, by one all-gather; as they are without a mesh."""
+    if axis_in_scope() is None:
+        return out, lse
+    packed = lax.all_gather(jnp.concatenate([out, lse[..., None]], axis=-1), AXIS)
+    return merge_stacked(packed[..., :-1], packed[..., -1])
+
+
+def with_sinks(out, lse, sinks):
+    """`out` of finished rows with the sinks, none or one array: once, after the last merge."""
+    return apply_sinks(out, lse, *sinks)[0] if sinks else out

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of new tokens over a cache, which they join.
+
+Many new tokens are sharded, and keys travel by the strategy; few (at most `MAX_EXTEND`) are the
+same on every device: each attends to its own shard and one collective merges `(out, lse)`. What
+becomes of them is the business of each kind.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+
+from jaxcp.attention.attend import Attend
+from jaxcp.attention.cache import Cache
+from jaxcp.attention.slots import (
+    MAX_EXTEND,
+    ROWS,
+    TOKENS,
+    deal_rows,
+    on_shards,
+    write_first,
+    write_rows,
+)
+from jaxcp.context_parallel.strategy import Strategy
+from pallas_kernels import PAD_POSITION
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class NewTokens:
+    """The tokens that attend, and join what is kept."""
+
+    positions: Any  # int32 [B, T]
+    before: Any  # int32 [B]: tokens in the cache before them
+    added: Any  # int32 [B]: how many of T each row has
+    sharded: bool
+    strategy: Strategy | None
+    used: int | None
+    """(static) A bound on the slots that a shard uses afterwards; None: all."""
+    first: bool
+    """(static) The cache was empty."""
+    halos: Any
+    """By window, what shards send each other of the new tokens: see `window.attend`."""
+    slots: Any = None
+    """int32 `[B, S]`: the position in each slot, of the new tokens too; None without slots."""
+
+    @property
+    def after(self):
+        """int32 `[B]`: tokens in the cache after them."""
+        return self.before + self.added
+
+    @property
+    def write(self):
+        """`write(stack, layer, new, lengths)`, which puts rows into the slots of a shard."""
+        if not self.sharded:
+            return deal_rows
+        return write_first if self.first else write_rows
+
+
+class OverCache(Attend):
+    """Attention over `cache`; `cache_after` is what it becomes.
+
+    Args:
+      positions: int32 `[B, T]`, from `cache.lengths` on; `PAD_POSITION` for pads.
+      added: int32 `[B]`, tokens of each row that are none.
+      sharded: the tokens lie over `seq` in the strategy's layout, and every shard writes its own
+        behind what it holds of each row; else every device has them all.
+      strategy: for layers that see everything; None passes queries around where that sends less
+        than rotating keys (`RingPassQ.fewer_bytes`), else it is `Ring()`.
+      used: (static) bounds the slots that a shard holds afterwards, and only those travel; None:
+        the cache was empty.
+      halos: by window, what shards send each other of the new tokens.
+    Raises:
+      ValueError: more than `MAX_EXTEND` tokens that are not sharded.
+      NotImplementedError: the strategy cannot fill a cache.
+    """
+
+    keeps_rows = True
+
+    def __init__(
+        self,
+        cache: Cache,
+        positions: Any,
+        added: Any,
+        *,
+        sharded: bool,
+        strategy: Strategy | None = None,
+        used: int | None = None,
+        halos: Any = None,
+    ):
+        if strategy is not None and strategy.reproducible:
+            raise NotImplementedError("prefill over a cache has no reproducible form; use Ring()")
+        if not sharded and positions.shape[1] > MAX_EXTEND:
+            # more would push out of a window what it still needs
+            raise ValueError(
+                f"at most {MAX_EXTEND} tokens are not sharded; got {positions.shape[1]}: "
+                "sharded=True"
+            )
+        first = sharded and used is None
+        self.cache = cache
+        self.layers = dict(cache.layers)
+        self.tokens = NewTokens(
+            positions=positions,
+            before=cache.lengths,
+            added=added,
+            sharded=sharded,
+            strategy=strategy,
+            used=positions.shape[1] // cache.shards if first else used,
+            first=first,
+            halos={} if halos is None else halos,
+        )
+        if cache.positions is not None:
+            slots = self._slots(cache, positions)
+            self.tokens = dataclasses.replace(self.tokens, slots=slots)
+
+    def _slots(self, cache, positions):
+        write, spec = self.tokens.write, TOKENS if self.tokens.sharded else ROWS
+        if not self.tokens.sharded:
+            write = functools.partial(write, pad=PAD_POSITION)
+
+        def local(held, new, lengths):
+            return write(held[None], 0, new, lengths)[0]
+
+        return on_shards(local, (TOKENS, spec, ROWS), TOKENS)(
+            cache.positions, positions, cache.lengths
+        )
+
+    def kept(self, name):
+        return self.layers[name]
+
+    def keep(self, name, state):
+        self.layers[name] = state
+
+    def of(self, state, layer):
+        return OverLayer(self.tokens, state, layer)
+
+    def cache_after(self, recent) -> Cache:
+        """The cache after all layers; `recent [B, W - 1]`: its latest token ids."""
+        return dataclasses.replace(
+            self.cache,
+            layers=self.layers,
+            positions=self.tokens.slots,
+            lengths=self.tokens.after,
+            recent=recent,
+        )
+
+
+class OverLayer(Attend):
+    """Attention over what one layer keeps: the kind answers."""
+
+    keeps_rows = True
+
+    def __init__(self, tokens: NewTokens, state: Any, layer: jax.Array | int):
+        self.tokens, self.state, self.layer = tokens, state, layer
+
+    def __call__(self, q, k, v, **options):
+        return self._answer("attend", q, k, v, **options)
+
+    def latent(self, q, latent, weights, **options):
+        return self._answer("latent", q, latent, weights, **options)
+
+    def selected(self, q, keys, selection, **options):
+        return self._answer("selected", q, keys, selection, **options)
+
+    def compress(self, values, gates, **options):
+        return self._answer("compress", values, gates, **options)
+
+    def compressed(self, q, kv, entries, blocks, **options):
+        return self._answer("compressed", q, kv, entries, blocks, **options)
+
+    def shared(self, q, kv, **options):
+        return self._answer("shared", q, kv, **options)
+
+    def _answer(self, method, *arrays, **options):
+        answer, self.state = getattr(self.state, method)(
+            self.tokens, self.layer, *arrays, **options
+        )
+        return answer
