@@ -69,7 +69,7 @@ def write(folder: pathlib.Path, layers: int) -> None:
     flush()
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps(made.to_hf()))
+    (folder / "config.json").write_text(json.dumps(models.config_to_dict(made)))
 
 
 def status(field: str) -> int:

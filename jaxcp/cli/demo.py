@@ -21,7 +21,7 @@ from jaxcp.context_parallel import Ring
 from jaxcp.evaluate.needle import Result, evaluate_needle, plot_heat_map
 from jaxcp.evaluate.pictures import draw_if_possible
 from jaxcp.mesh import MeshConfig, emulate_devices, make_mesh
-from jaxcp.models.gpt.model import GPTConfig
+from jaxcp.models.gpt.config import GPTConfig
 from jaxcp.training import OptimizerConfig, TextSource, TrainConfig, plot_loss, train
 from jaxcp.training.loop import Result as Trained
 from jaxcp.training.metrics import read_metrics

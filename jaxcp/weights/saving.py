@@ -64,7 +64,7 @@ def save(
     staging.mkdir(parents=True)
     try:
         if not keep_config:
-            _write_json(staging / CONFIG, model.config.to_hf())
+            _write_json(staging / CONFIG, models.config_to_dict(model.config))
         if stops is not None:
             _write_json(staging / GENERATION, stops)
         if tokenizer is not None:
@@ -96,7 +96,8 @@ def _check_target(out: Path, config: Any) -> bool:
     there = load_config(out)
     if Path(out, WEIGHTS).exists():
         there = fitted(out, there, open_checkpoint(out).shapes.keys())
-    if there.to_hf() != config.to_hf():  # remat and the like are not in the file
+    there, saved = models.config_to_dict(there), models.config_to_dict(config)
+    if there != saved:  # remat and the like are not in the file
         raise ValueError(
             f"needed a folder without a checkpoint of another configuration; {out}/{CONFIG} "
             "differs from the model's config. Name another folder, or remove this one first"

@@ -18,7 +18,7 @@ from jaxcp import Balanced, Contiguous, Zigzag
 from jaxcp.context_parallel.recurrent import Pieces
 from jaxcp.data.sources import checked, consecutive
 from jaxcp.mesh import MeshConfig
-from jaxcp.models.gpt.model import GPTConfig
+from jaxcp.models.gpt.config import GPTConfig
 from jaxcp.training import TokenFiles, TrainConfig
 from jaxcp.training.loop import _Run
 from jaxcp.training.step import abstract_inputs

@@ -16,7 +16,7 @@ from tiny_checkpoints import FIXTURES, assert_same, flat, random_model, tensors,
 
 from jaxcp import models, weights
 from jaxcp.layers.parameter import RouterBias
-from jaxcp.models.gpt.model import GPTConfig
+from jaxcp.models.gpt.config import GPTConfig
 from jaxcp.models.hybrid_moe.config import ExpertsConfig, HybridMoEConfig
 from jaxcp.models.weight_table import Row, sources
 from jaxcp.sharding import sharding_of
