@@ -16,15 +16,9 @@ import pathlib
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import testing, testing_decode, testing_grouped
-from pallas_kernels.grouped_matmul.block_scaled import (
-    FORMATS,
-    block_scaled,
-    grouped_matmul_block_scaled,
-)
 
 IMPLEMENTATIONS = ("reference", "xla", "triton", "mosaic_tpu")
 BAR = 1.5
@@ -139,17 +133,6 @@ def rounding():
                 got = testing_grouped.expected(case)["out"]
                 what = f"weights {weights}, a scale for {'128 x 128' if block else 'a channel'}"
                 yield {"what": what, "inputs": inputs, "error": relative(got, exact)}
-        for format in FORMATS:
-            case = _with(_grouped, outliers=outliers)
-            given = {k: jnp.asarray(x) for k, x in testing_grouped.arrays(case).items()}
-            narrow = block_scaled(given["weights"].swapaxes(1, 2), format)
-            sizes = jnp.asarray(case.sizes)
-            got = grouped_matmul_block_scaled(
-                given["lhs"], narrow, sizes, implementation="emulated"
-            )
-            exact = testing_grouped.expected(case)["out"]
-            what = f"rows and weights {format} (emulated)"
-            yield {"what": what, "inputs": inputs, "error": relative(got, exact)}
 
 
 def broken(row) -> str | None:

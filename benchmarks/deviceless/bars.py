@@ -201,14 +201,8 @@ def tpu_matmul(chip, found):
 
 
 def gpu_matmul(found):
-    kinds = {
-        "bfloat16": ("mma.sync", "m16n8k16"),
-        "MXFP8": ("kind::mxf8f6f4", "block_scale"),
-        "NVFP4": ("kind::mxf4nvf4", "block_scale"),
-    }
-    for dtype, names in kinds.items():
-        mine = pick(found, op="grouped_matmul", dtype=dtype)
-        yield no_spill(f"SM120 grouped matmul, {dtype}", mine, 1, names)
+    mine = pick(found, op="grouped_matmul", dtype="bfloat16")
+    yield no_spill("SM120 grouped matmul, bfloat16", mine, 1, ("mma.sync", "m16n8k16"))
 
 
 def compile_time(found, chips):

@@ -47,9 +47,6 @@ def rows(compiler: Compiler):
     for tokens in moe_decode.TOKENS_PER_EXPERT:
         row = {"op": "grouped_matmul", "dtype": "bfloat16", "tokens": tokens}
         yield row | attempt(compiler, moe_decode.matmul, tokens, "triton")
-    for name in ("MXFP8", "NVFP4"):
-        row = {"op": "grouped_matmul", "dtype": name}
-        yield row | attempt(compiler, moe_decode.block_scaled, 512, name.lower())
 
 
 def main(out: str) -> None:

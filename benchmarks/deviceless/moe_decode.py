@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The programs of grouped matmul and decode attention, and the cycles of their parts."""
 
-import jax
-
 from jaxcp.tune import programs, tpu_cost
 
 EXPERTS, EMBED, WIDTH = 192, 4096, 1536  # Hy3
@@ -18,16 +16,6 @@ def matmul(tokens, implementation):
 def decode(cache, implementation):
     """`(fn, args)` of one query a head against a long cache, 8 query heads a KV head."""
     return programs.decode(implementation, cache=cache, **programs.DECODE)
-
-
-def block_scaled(tokens, format):
-    """`(fn, args)` of the product of rows and weights in "mxfp8" or "nvfp4"."""
-    from pallas_kernels.grouped_matmul import block_scaled as narrow
-
-    lhs, rhs, sizes = matmul(tokens, "mosaic_tpu")[1]
-    tall = jax.ShapeDtypeStruct((EXPERTS, WIDTH, EMBED), rhs.dtype)
-    weights = jax.eval_shape(lambda w: narrow.block_scaled(w, format), tall)
-    return narrow.grouped_matmul_block_scaled, (lhs, weights, sizes)
 
 
 def ragged_dot(tokens, chosen: list):

@@ -2,7 +2,6 @@
 """Is what the kernels compute right: fresh random inputs, float64 on the CPU, poisoned memory."""
 
 import dataclasses
-import functools
 import secrets
 
 import jax
@@ -10,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import testing, testing_decode, testing_grouped
-from pallas_kernels.grouped_matmul import block_scaled
 from pallas_kernels.testing import Case as Attention
 from pallas_kernels.testing_decode import Case as Decode
 from pallas_kernels.testing_grouped import Case as Grouped
@@ -114,9 +112,6 @@ def rows(part: str, smoke: bool):
     for case in (SMOKE if smoke else CASES)[part]:
         fresh = dataclasses.replace(case, seed=secrets.randbits(32))
         yield label(case), lambda case=fresh: check(case, POOL_BYTES >> 7 if smoke else POOL_BYTES)
-    if part == "check-grouped":
-        for format in block_scaled.FORMATS:
-            yield f"block-scaled {format}", functools.partial(check_block_scaled, format)
 
 
 def label(case) -> str:
@@ -149,28 +144,6 @@ def check(case, pool_bytes: int) -> dict:
         if np.asarray(found[name]).tobytes() != np.asarray(again[name]).tobytes():
             problems.append(f"{name}: two runs differ")
     return {"seed": case.seed, "errors": errors, "problems": problems}
-
-
-def check_block_scaled(format: str) -> dict:
-    """The matrix instructions of sm_120, against the same values and scales in float64."""
-    case = CASES["check-grouped"][0]
-    seed = secrets.randbits(32)
-    found = testing_grouped.arrays(dataclasses.replace(case, seed=seed))
-    rhs = jnp.asarray(found["weights"]).swapaxes(1, 2)
-    lhs, weights = jnp.asarray(found["lhs"]), block_scaled.block_scaled(rhs, format)
-    try:
-        out = block_scaled.grouped_matmul_block_scaled(
-            lhs, weights, jnp.asarray(case.sizes), implementation="triton"
-        )
-    except NotImplementedError as error:
-        return {"errors": {}, "problems": [], "skipped": str(error)}
-    rounded = block_scaled.block_scaled(lhs, format)
-    a, b = (np.asarray(block_scaled.exact(x), np.float64) for x in (rounded, weights))
-    exact = testing_grouped.product(a, b.swapaxes(1, 2), case.sizes)
-    off = np.linalg.norm(np.asarray(out, np.float64) - exact) / np.linalg.norm(exact)
-    right = off <= TOLERANCE[case.dtype]
-    problems = [] if right else [f"out: relative error {off:.2e}"]
-    return {"seed": seed, "errors": {"out": float(off)}, "problems": problems}
 
 
 def poisoned(fn, given, pool_bytes: int) -> list[dict]:

@@ -107,6 +107,6 @@ def markdown(found: dict) -> str:
 
 
 def _verdict(row: dict) -> str:
-    said = row.get("failed"), "; ".join(row.get("problems", [])), row.get("skipped"), "right"
+    said = row.get("failed"), "; ".join(row.get("problems", [])), "right"
     text = next(text for text in said if text)
     return text.splitlines()[0][:120].replace("|", "/")
