@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxcp.input_files import LARGE_JSON_BYTES, open_regular, read_json, strict_json
-from jaxcp.weights import formats, mxfp4
+from jaxcp.weights import formats
 from jaxcp.weights.formats import Packed
 
 log = logging.getLogger(__name__)
@@ -92,8 +92,8 @@ class Checkpoint:
             return self.stored[name].view()
         if name not in self._unpacked:  # leaves that share a tensor are read one after the other
             self._unpacked.clear()  # first: the host holds one
-            parts = (self.stored[f"{name}{suffix}"].view() for suffix in mxfp4.SUFFIXES)
-            self._unpacked[name] = mxfp4.unpack(*parts)
+            parts = (self.stored[f"{name}{suffix}"].view() for suffix in formats.GPT_OSS_PARTS)
+            self._unpacked[name] = formats.gpt_oss_unpacked(*parts)
         return self._unpacked[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -104,7 +104,7 @@ class Checkpoint:
         """Of what `read` gives."""
         if name in self.packed:
             return np.dtype(np.float32)
-        is_packed = self.dtypes[name] == mxfp4.NAME
+        is_packed = self.dtypes[name] == formats.GPT_OSS
         return np.dtype(ml_dtypes.bfloat16 if is_packed else FORMATS[self.dtypes[name]])
 
 
@@ -126,13 +126,13 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     shapes = {name: at.shape for name, at in stored.items()}
     dtypes = {name: at.dtype for name, at in stored.items()}
     turned = {}
-    for name in mxfp4.packed(dtypes):
-        blocks, scales = (f"{name}{suffix}" for suffix in mxfp4.SUFFIXES)
+    for name in formats.gpt_oss_packed(dtypes):
+        blocks, scales = (f"{name}{suffix}" for suffix in formats.GPT_OSS_PARTS)
         try:
-            shapes[name] = mxfp4.shape(shapes[blocks], shapes[scales])
+            shapes[name] = formats.gpt_oss_shape(shapes[blocks], shapes[scales])
         except ValueError as error:
             raise CheckpointFileError(f"{stored[blocks].file}: {name}: {error}") from error
-        dtypes[name] = mxfp4.NAME
+        dtypes[name] = formats.GPT_OSS
         experts, size, out = shapes[name]
         turned[name] = Packed("mxfp4", blocks, (experts, out, size), (1, 32), scales)
         for part in (blocks, scales):

@@ -7,6 +7,7 @@
     X.weight           X.weight_scale [out, in/32] E8M0          mxfp8
     X.weight [in/2]    X.scale [out, in/32] E8M0                 mxfp4: DeepSeek-V4's experts
     X.weight [in/2]    X.weight_scale [out, in/16] E4M3, X.weight_scale_2 [1]       nvfp4
+    X_blocks [E, out, in/32, 16]   X_scales [E, out, in/32] bytes         mxfp4: gpt-oss's experts
 
 A weight is its value times its scale (times the second one). Two values of 4 bits lie in a byte,
 the lower half first. The formats are told by number formats and shapes; what config.json says of
@@ -16,12 +17,12 @@ here: neither is quantized, which is more exact.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import ml_dtypes
 import numpy as np
 
-from jaxcp.weights.mxfp4 import VALUES as E2M1
+from pallas_kernels.number_formats import E2M1
 
 FORMATS = ("int8", "fp8", "fp8_block", "mxfp8", "mxfp4", "nvfp4")
 SCALES = ("{}_scale_inv", "{}_scale", "{stem}.scale")
@@ -29,6 +30,7 @@ SECOND = "{}_scale_2"
 UNUSED = ("input_scale", "k_scale", "v_scale", "q_scale")
 FLOATS = ("F32", "BF16", "F16")
 Shape = tuple[int, ...]
+VALUES = np.array(E2M1, np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +51,12 @@ class Packed:
     def scales(self, read: Callable[[str], np.ndarray]) -> np.ndarray:
         """Float32, one for each block: `[..., ceil(out / block), ceil(in / block)]`."""
         grid = (-(-n // b) for n, b in zip(self.shape[-2:], self.block, strict=True))
-        stored = read(self.scale)
-        stored = stored.view(ml_dtypes.float8_e8m0fnu) if stored.dtype == np.uint8 else stored
-        return stored.astype(np.float32).reshape(*self.shape[:-2], *grid)
+        return powers(read(self.scale)).reshape(*self.shape[:-2], *grid)
 
     def unpacked(self, read: Callable[[str], np.ndarray]) -> np.ndarray:
         """The weights that it stands for, float32."""
         values, spread = read(self.name), self.scales(read)
-        exact = nibbles(values) if self.is_halves else values.astype(np.float32)
+        exact = VALUES[halves(values)] if self.is_halves else values.astype(np.float32)
         for axis, (size, block) in enumerate(zip(self.shape[-2:], self.block, strict=True)):
             spread = spread.repeat(block, axis - 2).take(range(size), axis - 2)
         exact *= spread
@@ -68,11 +68,22 @@ class Packed:
         return self.format in ("mxfp4", "nvfp4")
 
 
-def nibbles(values: np.ndarray) -> np.ndarray:
-    """Float32 of values of 4 bits (E2M1), two in a byte along the last axis."""
+def halves(values: np.ndarray) -> np.ndarray:
+    """Codes of 4 bits, two in a byte along the last axis."""
     raw = values.view(np.uint8)
     both = np.stack([raw & 0x0F, raw >> 4], axis=-1)
-    return E2M1[both].reshape(*values.shape[:-1], 2 * values.shape[-1])
+    return both.reshape(*values.shape[:-1], 2 * values.shape[-1])
+
+
+def joined(codes: np.ndarray) -> np.ndarray:
+    """The bytes that `halves` takes apart."""
+    return codes[..., ::2] | codes[..., 1::2] << 4
+
+
+def powers(scales: np.ndarray) -> np.ndarray:
+    """Float32 of scales in E8M0, which a file may call bytes; others as they are."""
+    stored = scales.view(ml_dtypes.float8_e8m0fnu) if scales.dtype == np.uint8 else scales
+    return stored.astype(np.float32)
 
 
 def find(
@@ -147,3 +158,40 @@ def _groups(shape, grid, size) -> tuple[int, int] | None:
 def is_unused(name: str, shape: Shape) -> bool:
     """Whether it is a static scale of activations or of a cache."""
     return math.prod(shape) == 1 and name.split(".")[-1] in UNUSED
+
+
+# gpt-oss's experts: two tensors in place of one, without `.weight` and with a name of their own.
+
+GPT_OSS = "MXFP4"
+GPT_OSS_PARTS = "_blocks", "_scales"
+
+
+def gpt_oss_packed(dtypes: Mapping[str, str]) -> Iterable[str]:
+    """Names of the tensors that come in two parts."""
+    blocks, scales = GPT_OSS_PARTS
+    names = [name.removesuffix(blocks) for name in dtypes if name.endswith(blocks)]
+    return [n for n in names if dtypes[n + blocks] == dtypes.get(n + scales) == "U8"]
+
+
+def gpt_oss_shape(blocks: Shape, scales: Shape) -> Shape:
+    """Of the tensor that they stand for: `[E, in, out]`, as gpt-oss has it without packing.
+
+    Raises:
+      ValueError: parts that do not belong together.
+    """
+    if len(blocks) != 4 or blocks[:-1] != scales or blocks[-1] != 16:
+        raise ValueError(
+            "MXFP4: blocks are [E, out, in / 32, 16] and scales [E, out, in / 32]; "
+            f"got {blocks} and {scales}"
+        )
+    experts, out, groups, _ = blocks
+    return experts, 32 * groups, out
+
+
+def gpt_oss_unpacked(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """`[E, in, out]` in bfloat16, which holds every value exactly."""
+    result = np.empty(gpt_oss_shape(blocks.shape, scales.shape), ml_dtypes.bfloat16)
+    for expert in range(len(blocks)):  # one at a time: memory
+        exact = VALUES[halves(blocks[expert])] * powers(scales[expert])[..., None]
+        result[expert] = exact.reshape(len(exact), -1).T.astype(ml_dtypes.bfloat16)
+    return result

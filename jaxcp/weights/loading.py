@@ -24,10 +24,9 @@ from jaxcp.models.base import LanguageModel
 from jaxcp.models.weight_table import Piece, Source, sources, spelling_of
 from jaxcp.sharding import sharding_of
 from jaxcp.text.tokenizer import Tokenizer
-from jaxcp.weights import mxfp4
 from jaxcp.weights.config_file import fitted, load_config, naming
 from jaxcp.weights.files import CONFIG, TOKENIZER, Checkpoint, open_checkpoint
-from jaxcp.weights.formats import FORMATS
+from jaxcp.weights.formats import FORMATS, GPT_OSS
 from jaxcp.weights.placement import indivisible
 from jaxcp.weights.quantized import QuantizedSource, quantized_source, stream_quantized
 from jaxcp.weights.stop_tokens import read_stop_tokens
@@ -35,7 +34,7 @@ from jaxcp.weights.stream import counted, progress_bar, stream
 
 log = logging.getLogger(__name__)
 
-DTYPES = ("F32", "BF16", "F16", mxfp4.NAME, *FORMATS)
+DTYPES = ("F32", "BF16", "F16", GPT_OSS, *FORMATS)
 INTEGERS = ("I64", "I32")
 LISTED = 50  # of each kind of problem: a wrong checkpoint of 47,000 tensors must stay readable
 

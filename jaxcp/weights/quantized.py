@@ -28,7 +28,7 @@ from jaxcp.layers.quantized import (
 from jaxcp.models.weight_table import Piece, Row, Source
 from jaxcp.sharding import sharding_of
 from jaxcp.weights.files import Checkpoint
-from jaxcp.weights.formats import Packed
+from jaxcp.weights.formats import Packed, halves
 from jaxcp.weights.stream import stream
 from pallas_kernels.grouped_matmul.quantized import BLOCK, PACKED, Quantized, pack
 
@@ -211,8 +211,7 @@ class _Layout:
 
     def repacked(self, packed: int, tensor: Packed, read):
         """Halves of bytes as `Quantized` has them."""
-        raw = read(tensor.name).view(np.uint8)
-        codes = np.stack([raw & 15, raw >> 4], axis=-1).reshape(tensor.shape)
+        codes = halves(read(tensor.name)).reshape(tensor.shape)
         return pack(self._leaf(codes), packed)
 
     def blocks(self, tensor: Packed, read):

@@ -37,9 +37,17 @@ from jaxcp.weights.files import (
     open_checkpoint,
     read_json,
 )
-from jaxcp.weights.mxfp4 import MAGNITUDES
+from jaxcp.weights.formats import joined, powers
 from jaxcp.weights.quantized import summed_axis
 from jaxcp.weights.stream import progress_bar
+from pallas_kernels.number_formats import (
+    E2M1_LARGEST,
+    E4M3_LARGEST,
+    INT8_LARGEST,
+    LEAST,
+    to_e2m1,
+    to_ue8m0,
+)
 
 log = logging.getLogger(__name__)
 
@@ -217,34 +225,25 @@ def quantized(rows: np.ndarray, weights: Weights) -> dict[str, np.ndarray]:
     grouped = rows.reshape((*rows.shape[:-1], -1, group))
     greatest = np.abs(grouped).max(-1, keepdims=True)
     if weights in ("int8", "fp8"):
-        largest = 127 if weights == "int8" else 448
+        largest = INT8_LARGEST if weights == "int8" else E4M3_LARGEST
         scale = np.where(greatest > 0, greatest / np.float32(largest), np.float32(1))
         scaled = np.clip(grouped / scale, -largest, largest).reshape(rows.shape)
         values = np.rint(scaled).astype(np.int8) if weights == "int8" else _e4m3(scaled)
         return {"values": values, "scales": scale[..., 0]}
     if weights == "mxfp8":
-        # the least power of two that leaves nothing above the greatest e4m3
-        least = np.maximum(greatest / 448, np.float32(2.0**-126))
-        scale = np.exp2(np.ceil(np.log2(least))).astype(np.float32)
-        scaled = np.clip(grouped / scale, -448, 448).reshape(rows.shape)
-        return {"values": _e4m3(scaled), "scales": scale[..., 0].astype(ml_dtypes.float8_e8m0fnu)}
-    whole = np.float32(max(float(greatest.max()) / (448 * 6), 2.0**-126))
-    scales = _e4m3(greatest[..., 0] / 6 / whole)
+        codes = to_ue8m0(greatest / E4M3_LARGEST)
+        scaled = np.clip(grouped / powers(codes), -E4M3_LARGEST, E4M3_LARGEST)
+        values = _e4m3(scaled).reshape(rows.shape)
+        return {"values": values, "scales": codes[..., 0].view(ml_dtypes.float8_e8m0fnu)}
+    whole = np.float32(max(float(greatest.max()) / (E4M3_LARGEST * E2M1_LARGEST), LEAST))
+    scales = _e4m3(greatest[..., 0] / E2M1_LARGEST / whole)
     unit = scales.astype(np.float32)[..., None] * whole
     scaled = (grouped / np.where(unit > 0, unit, 1)).reshape(rows.shape)
-    return {"values": _halves(scaled), "scales": scales, "whole": np.asarray(whole)}
+    return {"values": joined(to_e2m1(scaled)), "scales": scales, "whole": np.asarray(whole)}
 
 
 def _e4m3(x):
     return x.astype(ml_dtypes.float8_e4m3fn)
-
-
-def _halves(x):
-    """The nearest e2m1, two in a byte, the first in its lower half."""
-    middles = np.convolve(MAGNITUDES, [0.5, 0.5], "valid")
-    codes = np.searchsorted(middles, np.abs(x)).astype(np.uint8)
-    codes |= (np.signbit(x) & (codes > 0)).astype(np.uint8) << 3
-    return codes[..., ::2] | codes[..., 1::2] << 4
 
 
 def _write_rest(source: Path, folder: Path, weights: Weights, only: Only) -> None:

@@ -18,7 +18,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.dispatch import target_platform
 from pallas_kernels.grouped_matmul import gradients, groups, tuning
-from pallas_kernels.grouped_matmul.narrow import four_times_e2m1, to_float32
 from pallas_kernels.grouped_matmul.quantized import (
     BLOCK,
     PACKED,
@@ -26,6 +25,7 @@ from pallas_kernels.grouped_matmul.quantized import (
     fine_operands,
     operand,
 )
+from pallas_kernels.number_formats import four_times_e2m1, to_float32
 from pallas_kernels.online_softmax import dot
 
 LANES = 128

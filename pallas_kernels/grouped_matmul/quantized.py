@@ -9,11 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pallas_kernels.grouped_matmul import narrow
-from pallas_kernels.grouped_matmul.narrow import E2M1_LARGEST, E4M3_LARGEST
+from pallas_kernels.number_formats import (
+    E2M1_LARGEST,
+    E4M3_LARGEST,
+    LARGEST,
+    LEAST,
+    four_times_e2m1,
+    to_e2m1,
+    to_float32,
+    to_ue8m0,
+)
 
 BLOCK = 128  # rows and columns that share a scale, as in DeepSeek-V3 (arXiv 2412.19437, 3.3.2)
-LARGEST = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): E4M3_LARGEST}
 GROUPS = (16, 32, BLOCK)  # rows of one column that share a scale
 FORMATS = {"mxfp8": 32, "mxfp4": 32, "nvfp4": 16}
 PACKED = 256  # most rows that are packed together
@@ -115,18 +122,18 @@ def _in_groups(exact, format):
     greatest = jnp.abs(grouped).max(2)
     if format == "nvfp4":
         whole = greatest.max(1, keepdims=True) / (E4M3_LARGEST * E2M1_LARGEST)
-        whole = jnp.maximum(whole, narrow.LEAST)
+        whole = jnp.maximum(whole, LEAST)
         scales = (greatest / E2M1_LARGEST / whole).astype(jnp.float8_e4m3fn)
-        unit = narrow.to_float32(scales) * whole
+        unit = to_float32(scales) * whole
     else:
         largest = E4M3_LARGEST if format == "mxfp8" else E2M1_LARGEST
-        whole, scales = None, narrow.to_ue8m0(greatest / largest)
-        unit = narrow.to_float32(scales)
+        whole, scales = None, to_ue8m0(greatest / largest)
+        unit = to_float32(scales)
     scaled = (grouped / jnp.where(unit > 0, unit, 1.0)[:, :, None]).reshape(e, d, f)
     if format == "mxfp8":
         return Quantized(scaled.astype(jnp.float8_e4m3fn), scales)
     packed = math.gcd(d, PACKED)
-    return Quantized(pack(narrow.to_e2m1(scaled), packed), scales, whole, packed)
+    return Quantized(pack(to_e2m1(scaled), packed), scales, whole, packed)
 
 
 def pack(codes, packed: int):
@@ -150,10 +157,10 @@ def dequantize(weights: Quantized, dtype=jnp.float32) -> Float[Array, "E D F"]:
     """The matrices that the values and scales stand for."""
     if weights.packed:
         codes = unpack(weights.values, weights.packed)
-        exact = 0.25 * narrow.four_times_e2m1(codes.astype(jnp.int32))
+        exact = 0.25 * four_times_e2m1(codes.astype(jnp.int32))
     else:
         exact = weights.values.astype(jnp.float32)
-    exact *= spread(narrow.to_float32(weights.scales), weights.shape)
+    exact *= spread(to_float32(weights.scales), weights.shape)
     if weights.channel_scales is not None:
         exact *= weights.channel_scales
     return exact.astype(dtype)
@@ -203,11 +210,10 @@ def check(weights: Quantized) -> None:
 
 
 def _largest(dtype):
-    if jnp.dtype(dtype) not in LARGEST:
-        raise ValueError(
-            f"quantized weights are {', '.join(map(str, LARGEST))}; got {jnp.dtype(dtype)}"
-        )
-    return LARGEST[jnp.dtype(dtype)]
+    name = jnp.dtype(dtype).name
+    if name not in LARGEST:
+        raise ValueError(f"quantized weights are {', '.join(LARGEST)}; got {name}")
+    return LARGEST[name]
 
 
 def _blocks(x):
@@ -242,7 +248,7 @@ def fine_operands(weights: Quantized):
 
 
 def _whole_scales(weights):
-    scales = narrow.to_float32(weights.scales)
+    scales = to_float32(weights.scales)
     return scales if weights.channel_scales is None else scales * weights.channel_scales
 
 

@@ -21,8 +21,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dispatch import target_platform
 from pallas_kernels.grouped_matmul import gradients, groups, tuning
-from pallas_kernels.grouped_matmul.narrow import four_times_e2m1, from_ue8m0
 from pallas_kernels.grouped_matmul.quantized import BLOCK, Quantized, fine_operands, operand
+from pallas_kernels.number_formats import four_times_e2m1, from_ue8m0
 from pallas_kernels.online_softmax import dot
 
 # 2026-11: jax 0.11 and later warn about Pallas-Triton whenever a program is lowered. That is after

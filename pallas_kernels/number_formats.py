@@ -1,25 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers of 4 bits and scales of 8, made and read by arithmetic that a kernel can do too.
+"""Numbers of 8 bits and fewer: their values, and the one way in which they are rounded.
 
-e2m1: a sign and 0, 0.5, 1, 1.5, 2, 3, 4 or 6. ue8m0: a power of two, its exponent plus 127.
-Source: OCP Microscaling Formats 1.0.
+    e2m1    4 bits: a sign and 0, 0.5, 1, 1.5, 2, 3, 4 or 6
+    e4m3    8 bits, to 448 (`float8_e4m3fn`)
+    ue8m0   8 bits without a sign: a power of two, its exponent plus 127; 255 is NaN
+
+`to_e2m1` and `to_ue8m0` take arrays of NumPy and of JAX: what a checkpoint holds and what
+`quantize` makes are the same bits. `four_times_e2m1` and `from_ue8m0` are arithmetic that a kernel
+can do. Source: OCP Microscaling Formats 1.0.
 """
+
+import itertools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-E2M1_LARGEST, E4M3_LARGEST = 6.0, 448.0
-E2M1_MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
+MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1 = (*MAGNITUDES, *(-x for x in MAGNITUDES))
+"""Values of e2m1 by their code."""
+E2M1_LARGEST, E4M3_LARGEST, INT8_LARGEST = MAGNITUDES[-1], 448.0, 127.0
+LARGEST = {"int8": INT8_LARGEST, "float8_e4m3fn": E4M3_LARGEST}
+"""The greatest value of a dtype of 8 bits."""
 LEAST = 2.0**-100  # scales stay above what flushes to 0
 
 
 def to_e2m1(x):
     """Codes, uint8, of the nearest; a tie goes to the even code."""
-    size = jnp.abs(x)
-    code = jnp.zeros(x.shape, jnp.uint8)
-    for i, middle in enumerate(E2M1_MIDDLES):
-        code += ((size >= middle) if i % 2 else (size > middle)).astype(jnp.uint8)
-    return code | (x < 0).astype(jnp.uint8) << 3
+    size = abs(x)
+    code = (x < 0).astype(np.uint8) << 3
+    for i, (low, high) in enumerate(itertools.pairwise(MAGNITUDES)):
+        middle = (low + high) / 2
+        code += ((size >= middle) if i % 2 else (size > middle)).astype(np.uint8)
+    return code
 
 
 def four_times_e2m1(both, *, high: bool = False):
@@ -39,8 +52,8 @@ def four_times_e2m1(both, *, high: bool = False):
 
 def to_ue8m0(ratio):
     """The least power of two that `ratio` does not exceed, as uint8."""
-    mantissa, exponent = jnp.frexp(jnp.maximum(ratio, LEAST))
-    return (exponent - (mantissa == 0.5).astype(exponent.dtype) + 127).astype(jnp.uint8)
+    bits = ratio.astype(np.float32).clip(LEAST).view(np.int32)
+    return (bits + ((1 << 23) - 1) >> 23).astype(np.uint8)  # any mantissa carries into the exponent
 
 
 def from_ue8m0(code):
