@@ -18,7 +18,8 @@ import sys
 import jax
 import numpy as np
 
-from pallas_kernels import testing, testing_decode, testing_grouped
+from pallas_kernels.grouped_matmul.quantized import FORMATS
+from pallas_kernels.testing import decode_attention, flash_attention, grouped_matmul
 
 IMPLEMENTATIONS = ("reference", "xla", "triton", "mosaic_tpu")
 BAR = 1.5
@@ -26,9 +27,11 @@ BAR = 1.5
 NOISE = 8 * float(np.finfo(np.float32).eps)
 CACHES = (None, "int8", "float8_e4m3fn")
 
-_flash = testing.Case(queries=256, keys=256, heads=4, kv_heads=2, head_dim=64, sinks=True)
-_decode = testing_decode.Case(batch=2, queries=4, slots=512, heads=16, kv_heads=2, dtype="bfloat16")
-_grouped = testing_grouped.Case(sizes=(0, 70, 3, 64, 29, 0), rows=170, summed=256, columns=256)
+_flash = flash_attention.Case(queries=256, keys=256, heads=4, kv_heads=2, head_dim=64, sinks=True)
+_decode = decode_attention.Case(
+    batch=2, queries=4, slots=512, heads=16, kv_heads=2, dtype="bfloat16"
+)
+_grouped = grouped_matmul.Case(sizes=(0, 70, 3, 64, 29, 0), rows=170, summed=256, columns=256)
 
 
 def _with(case, **more):
@@ -38,17 +41,17 @@ def _with(case, **more):
 # operation: suite, what a row is called, case
 CASES = {
     "flash_attention": (
-        testing,
+        flash_attention,
         {name: _with(_flash, dtype=name) for name in ("float32", "bfloat16", "float16")}
         | {"bfloat16, soft cap": _with(_flash, dtype="bfloat16", soft_cap=8.0)},
     ),
     "decode_attention": (
-        testing_decode,
+        decode_attention,
         {"float32": _with(_decode, dtype="float32"), "bfloat16": _decode}
         | {f"bfloat16, cache {cache}": _with(_decode, cache=cache) for cache in CACHES[1:]},
     ),
     "grouped_matmul": (
-        testing_grouped,
+        grouped_matmul,
         {name: _with(_grouped, dtype=name) for name in ("float32", "bfloat16")}
         | {
             f"bfloat16, weights {weights}{' by block' * block}": _with(
@@ -59,7 +62,7 @@ CASES = {
         },
     ),
     "grouped_swiglu": (
-        testing_grouped,
+        grouped_matmul,
         {name: _with(_grouped, dtype=name, swiglu=True) for name in ("float32", "bfloat16")},
     ),
 }
@@ -123,16 +126,22 @@ def rounding():
         inputs = INPUTS[outliers]
         for cache in CACHES[1:]:
             case = _with(_decode, dtype="float32", cache=cache, outliers=outliers)
-            exact = testing_decode.expected(_with(case, cache=None))["out"]
-            got = testing_decode.run("reference", case)[0]["out"]
+            exact = decode_attention.expected(_with(case, cache=None))["out"]
+            got = decode_attention.run("reference", case)[0]["out"]
             yield {"what": f"cache {cache}", "inputs": inputs, "error": relative(got, exact)}
         for weights in CACHES[1:]:
             for block in (False, True):
                 case = _with(_grouped, weights=weights, block=block, outliers=outliers)
-                exact = testing_grouped.expected(_with(case, weights=None))["out"]
-                got = testing_grouped.expected(case)["out"]
+                exact = grouped_matmul.expected(_with(case, weights=None))["out"]
+                got = grouped_matmul.expected(case)["out"]
                 what = f"weights {weights}, a scale for {'128 x 128' if block else 'a channel'}"
                 yield {"what": what, "inputs": inputs, "error": relative(got, exact)}
+        for format, rows in FORMATS.items():
+            case = _with(_grouped, weights=format, outliers=outliers)
+            exact = grouped_matmul.expected(_with(case, weights=None))["out"]
+            got = grouped_matmul.expected(case)["out"]
+            what = f"weights {format}, a scale for {rows} rows"
+            yield {"what": what, "inputs": inputs, "error": relative(got, exact)}
 
 
 def broken(row) -> str | None:

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import testing, testing_decode, testing_grouped
-from pallas_kernels.testing import Case as Attention
-from pallas_kernels.testing_decode import Case as Decode
-from pallas_kernels.testing_grouped import Case as Grouped
+from pallas_kernels.testing import decode_attention, flash_attention, grouped_matmul
+from pallas_kernels.testing.decode_attention import Case as Decode
+from pallas_kernels.testing.flash_attention import Case as Attention
+from pallas_kernels.testing.grouped_matmul import Case as Grouped
 
-SUITES = {Attention: testing, Decode: testing_decode, Grouped: testing_grouped}
+SUITES = {Attention: flash_attention, Decode: decode_attention, Grouped: grouped_matmul}
 # Error allowed, relative in the 2-norm. A kernel that is wrong is off by far more; what bfloat16
 # rounds is about 4e-3 a result, and float32 means float32: no product is TF32.
 TOLERANCE = {"bfloat16": 1.5e-2, "float16": 3e-3, "float32": 2e-4}

@@ -15,7 +15,7 @@ from pallas_kernels import grouped_matmul, grouped_swiglu
 from pallas_kernels.grouped_matmul import dequantize, quantize, quantized
 from pallas_kernels.grouped_matmul.api import IMPLEMENTATIONS
 from pallas_kernels.number_formats import four_times_e2m1, from_ue8m0, to_e2m1, to_ue8m0
-from pallas_kernels.testing_grouped import CASES, check, product
+from pallas_kernels.testing.grouped_matmul import CASES, check, product
 
 OTHERS = ("several blocks", "none has a row", "bfloat16", "int8", "mxfp4", "swiglu, bfloat16")
 """Cases that differ from the others by less: an interpreted kernel runs them in `make test-all`."""
