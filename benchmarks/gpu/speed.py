@@ -17,9 +17,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import decode_attention, flash_attention, grouped_matmul, quantize_cache
+from pallas_kernels import (
+    decode_attention,
+    flash_attention,
+    grouped_matmul,
+    quantize,
+    quantize_cache,
+)
 from pallas_kernels.devices import find
-from pallas_kernels.grouped_matmul import quantize
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from pallas_kernels.grouped_matmul.quantized import BLOCK, Quantized, dequantize, quantize
+from pallas_kernels import Quantized, dequantize, quantize
+from pallas_kernels.grouped_matmul.quantized import BLOCK
 
 
 @jax.tree_util.register_dataclass

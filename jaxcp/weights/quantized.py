@@ -30,7 +30,8 @@ from jaxcp.sharding import sharding_of
 from jaxcp.weights.files import Checkpoint
 from jaxcp.weights.formats import Packed, halves
 from jaxcp.weights.stream import stream
-from pallas_kernels.grouped_matmul.quantized import BLOCK, PACKED, Quantized, pack
+from pallas_kernels import Quantized
+from pallas_kernels.grouped_matmul.quantized import BLOCK, PACKED, pack
 
 E8M0 = ml_dtypes.float8_e8m0fnu
 

@@ -154,7 +154,11 @@ def unpack(values, packed: int):
 
 
 def dequantize(weights: Quantized, dtype=jnp.float32) -> Float[Array, "E D F"]:
-    """The matrices that the values and scales stand for."""
+    """The matrices that the values and scales stand for.
+
+    >>> dequantize(quantize(jnp.ones((2, 256, 384)), "mxfp4")).shape
+    (2, 256, 384)
+    """
     if weights.packed:
         codes = unpack(weights.values, weights.packed)
         exact = 0.25 * four_times_e2m1(codes.astype(jnp.int32))

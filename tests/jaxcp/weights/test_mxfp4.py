@@ -9,7 +9,7 @@ from tiny_checkpoints import assert_same, tensors, write
 from jaxcp import load, logits, save
 from jaxcp.layers.quantized import widened
 from jaxcp.weights import formats
-from pallas_kernels.grouped_matmul import Quantized
+from pallas_kernels import Quantized
 
 
 def pack(rng, experts, out, groups):
