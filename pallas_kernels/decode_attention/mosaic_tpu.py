@@ -8,7 +8,15 @@ bfloat16, four of 8 bits. One product scores a group's query heads against its r
 fill one dense array `[rows, R]` in which lane `l` is of head `l % K`. A maximum or sum per head is
 one over lanes that are K apart: a few rotations. On the way back the weights are spread over K
 bands, zero elsewhere, and one product with the values yields every head. The matrix unit
-multiplies K times what it must and has the time: a decode step waits for memory.
+multiplies K times what it must and has the time: a decode step waits for memory. For K = 2 heads h
+with a query each, and two tokens t:
+
+    rows of the cache              t0h0 t0h1 t1h0 t1h1
+    product         band of h0      a    .    c    .
+                    band of h1      .    b    .    d
+    `_own_bands`                    a    b    c    d       one row; lane l is of head l % 2
+    `_spread`       band of h0      a    0    c    0
+                    band of h1      0    b    0    d
 
 Positions and scales, a number a token, are laid out along the same lanes at the start of a step.
 
@@ -19,6 +27,7 @@ not fetched. Interpreted on CPU; inside `shard_map` the interpreter needs the ca
 
 import functools
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -114,7 +123,7 @@ class _Call:
         self.sub = tuple(math.gcd(n, self.block) for n in (whole, min(whole, MASKED)))
         self.blocks = pl.cdiv(self.slots_there, tokens)
         self.ragged = self.slots_there % tokens * self.heads  # rows of the last block, or 0
-        self.scales = 0 if k_scale is None else 2
+        self.scaled = k_scale is not None
         self.order, self.counts = rows.block_list(mask, q_pos, kv_pos, tokens)
         self.workers = min(tuned.splits, self.blocks)
         # the longest list, dealt evenly; at least one step, which writes the results
@@ -193,7 +202,7 @@ class _Call:
                         for shape in (*shapes, shapes[1], (shapes[1][0], self.block))
                     ),
                     pltpu.VMEM((1, *lines), jnp.int32),
-                    *[pltpu.VMEM((self.groups, *lines), jnp.float32)] * self.scales,
+                    *[pltpu.VMEM((self.groups, *lines), jnp.float32)] * 2 * self.scaled,
                 ],
             ),
             out_shape=[
@@ -211,72 +220,107 @@ class _Call:
         )(self.order.reshape(-1), counts, *arrays)
 
 
-def _kernel(order, counts, q_pos, kv_pos, q, k, v, *refs, call, mask, soft_cap, scale):
-    scales, refs = refs[: call.scales], refs[call.scales :]
-    out, lse, acc, high, total, s_ref, pos_lanes, *scale_lanes = refs
+class _Refs(NamedTuple):
+    """The kernel's arguments in their order: scalars, inputs, results, scratch.
+
+    `k_scale`, `v_scale`, `k_lanes` and `v_lanes` are None where the cache has no scales. What ends
+    in `lanes` holds a number a token as `_lay_out` puts it.
+    """
+
+    order: jax.Ref
+    counts: jax.Ref
+    q_pos: jax.Ref
+    kv_pos: jax.Ref
+    q: jax.Ref
+    k: jax.Ref
+    v: jax.Ref
+    k_scale: jax.Ref | None
+    v_scale: jax.Ref | None
+    out: jax.Ref
+    lse: jax.Ref
+    acc: jax.Ref
+    high: jax.Ref
+    total: jax.Ref
+    scores: jax.Ref
+    pos_lanes: jax.Ref
+    k_lanes: jax.Ref | None
+    v_lanes: jax.Ref | None
+
+    @classmethod
+    def of(cls, refs, scaled):
+        of_scales = ("k_scale", "v_scale", "k_lanes", "v_lanes")
+        names = [name for name in cls._fields if scaled or name not in of_scales]
+        fields: dict[str, Any] = dict.fromkeys(cls._fields)
+        return cls(**fields | dict(zip(names, refs, strict=True)))
+
+
+def _kernel(*refs, call, mask, soft_cap, scale):
+    r = _Refs.of(refs, call.scaled)
     b, worker, step = (pl.program_id(axis) for axis in range(3))
-    at = worker * counts[2 * call.batch] + step
-    some = at < counts[2 * b + 1]
-    every = at < counts[2 * b]
+    at = worker * r.counts[2 * call.batch] + step
+    some = at < r.counts[2 * b + 1]
+    every = at < r.counts[2 * b]
     # the rows of a group of heads in what holds a number a head, and those of its bands
     stats = [pl.ds(g * call.rows, call.rows) for g in range(call.groups)]
     bands = [pl.ds(g * call.bands, call.bands) for g in range(call.groups)]
 
     @pl.when(step == 0)
     def start():
-        acc[...] = jnp.zeros(acc.shape, jnp.float32)
-        high[...] = jnp.full(high.shape, -jnp.inf, jnp.float32)
-        total[...] = jnp.zeros(total.shape, jnp.float32)
+        r.acc[...] = jnp.zeros(r.acc.shape, jnp.float32)
+        r.high[...] = jnp.full(r.high.shape, -jnp.inf, jnp.float32)
+        r.total[...] = jnp.zeros(r.total.shape, jnp.float32)
 
     def score(g, masked):
         def chunk(lanes, most):
-            s = dot(q[bands[g], :], call.rows_of(k, g, lanes, q.dtype), (1, 1))
+            s = dot(r.q[bands[g], :], call.rows_of(r.k, g, lanes, r.q.dtype), (1, 1))
             s = _own_bands(s, call)
-            if scales:
-                s *= _line(scale_lanes[0], g, lanes)
+            if call.scaled:
+                s *= _line(r.k_lanes, g, lanes)
             s, _ = online_softmax.scores(s, scale, soft_cap)
             if masked:
-                seen = tiles.visible(mask, [q_pos[...]], [_line(pos_lanes, 0, lanes)])
+                seen = tiles.visible(mask, [r.q_pos[...]], [_line(r.pos_lanes, 0, lanes)])
                 s = jnp.where(seen, s, -jnp.inf)
-            s_ref[stats[g], lanes] = s
+            r.scores[stats[g], lanes] = s
             return functools.reduce(jnp.maximum, _tiles(s), most)
 
-        most = call.each_chunk(chunk, high[stats[g], :], masked)
+        most = call.each_chunk(chunk, r.high[stats[g], :], masked)
         return _over_heads(most, jnp.maximum, call.heads)
 
     def weigh(g, masked, shift, carry):
         def chunk(lanes, carry):
             sums, added = carry
-            parts = [jnp.exp2(tile - shift) for tile in _tiles(s_ref[stats[g], lanes])]
+            parts = [jnp.exp2(tile - shift) for tile in _tiles(r.scores[stats[g], lanes])]
             sums = functools.reduce(jnp.add, parts, sums)
             p = jnp.concatenate(parts, axis=1)
-            if scales:
-                weighed = p * _line(scale_lanes[1], g, lanes)
+            if call.scaled:
+                weighed = p * _line(r.v_lanes, g, lanes)
                 # what lies behind the cache may be NaN, here and below
                 p = jnp.where(p > 0, weighed, 0.0) if masked else weighed
-            values = call.rows_of(v, g, lanes, q.dtype)
+            values = call.rows_of(r.v, g, lanes, r.q.dtype)
             if masked and call.ragged:
                 row = jax.lax.broadcasted_iota(jnp.int32, values.shape, 0) + lanes.start
-                last = order[b * call.blocks + at] == call.blocks - 1
+                last = r.order[b * call.blocks + at] == call.blocks - 1
                 values = jnp.where((row < call.ragged) | ~last, values, jnp.zeros_like(values))
-            return sums, added + dot(_spread(p, call, q.dtype), values, (1, 0))
+            return sums, added + dot(_spread(p, call, r.q.dtype), values, (1, 0))
 
         return call.each_chunk(chunk, carry, masked)
 
     def work(masked):
-        _lay_out(scales, scale_lanes, call, unroll=not masked)
+        if call.scaled:
+            scales, lanes = (r.k_scale, r.v_scale), (r.k_lanes, r.v_lanes)
+            _lay_out(scales, lanes, call, unroll=not masked)
         if masked:
-            _lay_out([kv_pos], [pos_lanes], call, unroll=False)
+            _lay_out([r.kv_pos], [r.pos_lanes], call, unroll=False)
         ahead = score(0, masked)
         for g in range(call.groups):
             m = ahead
             if g + 1 < call.groups:  # the matrix unit has the next scores to do meanwhile
                 ahead = score(g + 1, masked)
             shift = jnp.where(m == -jnp.inf, 0.0, m)
-            alpha = jnp.exp2(high[stats[g], :] - shift)
-            high[stats[g], :] = m
-            carry = total[stats[g], :] * alpha, acc[bands[g], :] * _bands(alpha, call)
-            total[stats[g], :], acc[bands[g], :] = weigh(g, masked, shift, carry)
+            alpha = jnp.exp2(r.high[stats[g], :] - shift)
+            r.high[stats[g], :] = m
+            carry = r.total[stats[g], :] * alpha, r.acc[bands[g], :] * _bands(alpha, call)
+            r.total[stats[g], :], r.acc[bands[g], :] = weigh(g, masked, shift, carry)
 
     pl.when(every)(lambda: work(False))
     pl.when(some & ~every)(lambda: work(True))
@@ -284,9 +328,9 @@ def _kernel(order, counts, q_pos, kv_pos, q, k, v, *refs, call, mask, soft_cap, 
     @pl.when(step == pl.num_programs(2) - 1)
     def finish():
         for g in range(call.groups):
-            whole = _over_heads(total[stats[g], :], jnp.add, call.heads)
-            inverse, lse[stats[g], :] = online_softmax.finish(high[stats[g], :], whole)
-            out[bands[g], :] = acc[bands[g], :] * _bands(inverse, call)
+            whole = _over_heads(r.total[stats[g], :], jnp.add, call.heads)
+            inverse, r.lse[stats[g], :] = online_softmax.finish(r.high[stats[g], :], whole)
+            r.out[bands[g], :] = r.acc[bands[g], :] * _bands(inverse, call)
 
 
 def _at(first, size):
