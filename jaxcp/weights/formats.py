@@ -9,9 +9,9 @@
     X.weight [in/2]    X.weight_scale [out, in/16] E4M3, X.weight_scale_2 [1]       nvfp4
 
 A weight is its value times its scale (times the second one). Two values of 4 bits lie in a byte,
-the lower half first. The formats are told by number formats and shapes; what config.json says of
-quantization is not read. A static scale of activations (`X.input_scale`) and of caches has no use
-here: neither is quantized, which is more exact.
+the lower half first. Dtypes and shapes tell the formats apart; the `quantization_config` of a
+config.json is not read. Static scales of activations (`X.input_scale`) and of caches are not used:
+neither is quantized here, which is more exact.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """A quantized tensor of `shape`; `block`, of its last two axes, shares a scale."""
+    """A quantized tensor of `shape`; a `block` of its last two axes shares a scale."""
 
     format: str
     name: str
@@ -47,14 +47,14 @@ class Packed:
         return tuple(name for name in (self.name, self.scale, self.second) if name)
 
     def scales(self, read: Callable[[str], np.ndarray]) -> np.ndarray:
-        """Float32, one for each block: `[..., ceil(out / block), ceil(in / block)]`."""
+        """Read the scales, one a block: float32 `[..., ceil(out / block), ceil(in / block)]`."""
         grid = (-(-n // b) for n, b in zip(self.shape[-2:], self.block, strict=True))
         stored = read(self.scale)
         stored = stored.view(ml_dtypes.float8_e8m0fnu) if stored.dtype == np.uint8 else stored
         return stored.astype(np.float32).reshape(*self.shape[:-2], *grid)
 
     def unpacked(self, read: Callable[[str], np.ndarray]) -> np.ndarray:
-        """The weights that it stands for, float32."""
+        """Widen to float32: values times scales."""
         values, spread = read(self.name), self.scales(read)
         exact = nibbles(values) if self.is_halves else values.astype(np.float32)
         for axis, (size, block) in enumerate(zip(self.shape[-2:], self.block, strict=True)):
@@ -64,12 +64,12 @@ class Packed:
 
     @property
     def is_halves(self) -> bool:
-        """Whether a byte holds two values."""
+        """True where a byte holds two values."""
         return self.format in ("mxfp4", "nvfp4")
 
 
 def nibbles(values: np.ndarray) -> np.ndarray:
-    """Float32 of values of 4 bits (E2M1), two in a byte along the last axis."""
+    """Decode values of 4 bits (E2M1), two in a byte along the last axis, to float32."""
     raw = values.view(np.uint8)
     both = np.stack([raw & 0x0F, raw >> 4], axis=-1)
     return E2M1[both].reshape(*values.shape[:-1], 2 * values.shape[-1])
@@ -78,7 +78,8 @@ def nibbles(values: np.ndarray) -> np.ndarray:
 def find(
     shapes: Mapping[str, Shape], dtypes: Mapping[str, str]
 ) -> tuple[dict[str, Packed], dict[str, str]]:
-    """The quantized tensors of a checkpoint by name, and of those that lack something, what."""
+    """Find the quantized tensors of a checkpoint, by name, and those that lack a part, with a word
+    on what they lack."""
     packed, lacking = {}, {}
     for name, dtype in dtypes.items():
         if dtype not in ("F8_E4M3", "I8", "U8") or len(shapes[name]) < 2:
@@ -90,14 +91,14 @@ def find(
             if dtype == "F8_E4M3" and not name.endswith(("_scale_inv", "_scale", ".scale")):
                 lacking[name] = f"{dtype} {shapes[name]} without {', '.join(options)}"
             continue
-        found = _of(name, scale, shapes, dtypes)
-        if found is None:
+        tensor = _of(name, scale, shapes, dtypes)
+        if tensor is None:
             lacking[name] = (
                 f"{dtype} {shapes[name]} with {scale} {dtypes[scale]} {shapes[scale]}: "
                 "no known format"
             )
         else:
-            packed[name] = found
+            packed[name] = tensor
     return packed, lacking
 
 
@@ -125,7 +126,7 @@ def _of(name, scale, shapes, dtypes) -> Packed | None:
 
 
 def _channels(shape, grid) -> tuple[int, int] | None:
-    """The block where there is one scale in all, or one for each index of one of two axes."""
+    """The block of a tensor with one scale in all, or one for each index of one of two axes."""
     rows, columns = shape[-2:]
     if math.prod(grid) == 1 and len(shape) == 2:
         return rows, columns
@@ -135,7 +136,7 @@ def _channels(shape, grid) -> tuple[int, int] | None:
 
 
 def _groups(shape, grid, size) -> tuple[int, int] | None:
-    """The block where `size` values along one of the last two axes share a scale."""
+    """The block of a tensor of which `size` values along one of the last two axes share a scale."""
     rows, columns = shape[-2:]
     if grid == (*shape[:-1], columns // size) and columns % size == 0:
         return 1, size
@@ -145,5 +146,5 @@ def _groups(shape, grid, size) -> tuple[int, int] | None:
 
 
 def is_unused(name: str, shape: Shape) -> bool:
-    """Whether it is a static scale of activations or of a cache."""
+    """Tell whether a tensor is a static scale of activations or of a cache."""
     return math.prod(shape) == 1 and name.split(".")[-1] in UNUSED

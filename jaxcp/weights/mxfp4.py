@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matrices of gpt-oss's experts as published: 4 bits a value, one scale for each 32.
+"""MXFP4 as gpt-oss publishes its experts: 4 bits a value, one scale for each 32.
 
 Two tensors in place of one, `X_blocks [E, out, in / 32, 16]` and `X_scales [E, out, in / 32]`, both
 bytes. A byte holds two values of E2M1, the lower half first; a scale is a power of two, 127 more
@@ -18,14 +18,14 @@ VALUES = np.array([*MAGNITUDES, *(-x for x in MAGNITUDES)], np.float32)
 
 
 def packed(dtypes: Mapping[str, str]) -> Iterable[str]:
-    """Names of the tensors that come in two parts."""
+    """Find the tensors that come in two parts."""
     blocks, scales = SUFFIXES
     names = [name.removesuffix(blocks) for name in dtypes if name.endswith(blocks)]
     return [n for n in names if dtypes[n + blocks] == dtypes.get(n + scales) == "U8"]
 
 
 def shape(blocks: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, ...]:
-    """Of the tensor that they stand for: `[E, in, out]`, as gpt-oss has it without packing.
+    """The shape `[E, in, out]` of the tensor that two parts stand for, as gpt-oss has it unpacked.
 
     Raises:
       ValueError: parts that do not belong together.
@@ -40,7 +40,7 @@ def shape(blocks: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def unpack(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """`[E, in, out]` in bfloat16, which holds every value exactly."""
+    """Decode to `[E, in, out]` in bfloat16, which holds every value exactly."""
     result = np.empty(shape(blocks.shape, scales.shape), ml_dtypes.bfloat16)
     for expert, exponents in enumerate(scales.astype(np.int32) - 127):  # one at a time: memory
         both = np.stack([blocks[expert] & 0x0F, blocks[expert] >> 4], axis=-1)
