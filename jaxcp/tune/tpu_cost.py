@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a TPU kernel costs, from the bundles of its machine code.
+"""Costs a TPU kernel from the bundles of its machine code.
 
 A bundle issues in one cycle of a TensorCore, so bundles of the hot regions, times how often each
 runs, are cycles where DMA is hidden. Two things keep a count honest:
 
-* how often a region runs is checked against the multiplications in it (`matmuls`): a region that
-  holds too few for what it is said to compute is an error;
+* the number of runs of a region is checked against its multiplications (`matmuls`): a region with
+  too few for the FLOPs that it should do is an error;
 * matrix instructions may issue faster than the unit works them off (its queue then stalls the
   core, which no bundle shows), so a region takes at least its FLOPs over the chip's peak.
 
-Not seen: DMA that is not hidden, the fixed cost of a grid step, stalls of other units.
+The count leaves out DMA that is not hidden, the fixed cost of a grid step, stalls of other units.
 """
 
 import math
@@ -30,20 +30,20 @@ CORES = {"v5e": 1, "v5p": 2, "v6e": 1, "tpu7x": 2}  # TensorCores that share a c
 
 
 def hbm_cycles(chip: str, nbytes: float) -> float:
-    """Core cycles in which one core's share of the HBM bandwidth brings `nbytes`."""
+    """Core cycles to fetch `nbytes` with one core's share of the HBM bandwidth."""
     return nbytes * CORES[chip] / CHIPS[chip].hbm_bytes_per_second * CLOCK[chip] * 1e9
 
 
 def holds(chip: str, hot: Hot, flops: float) -> bool:
-    """Whether the multiplications of a region are as many as `flops` in bfloat16 take."""
+    """Tell whether a region has the multiplications that `flops` in bfloat16 take."""
     return hot.matmuls * 2 * ROWS * SIDE[chip] ** 2 >= 0.99 * flops
 
 
 def cycles(chip: str, hot: Hot, flops: float) -> float:
-    """One run of a region that is said to do `flops` in bfloat16: its bundles, or the peak's.
+    """Cycles of a region that does `flops` in bfloat16: its bundles, or those at the chip's peak.
 
     Raises:
-      ValueError: it holds fewer multiplications than that.
+      ValueError: it has fewer multiplications than that.
     """
     if not holds(chip, hot, flops):
         raise ValueError(
@@ -72,7 +72,7 @@ def attention_tile(chip: str, kernel: Kernel, tile, flops: float) -> tuple[float
 
 
 def parts_of(tokens: int, size: int, *, aligned: bool) -> float:
-    """Parts of `size` rows that `tokens` rows touch: from a border, or the mean from anywhere."""
+    """Parts of `size` rows that `tokens` rows touch: from a border, or from anywhere on average."""
     return math.ceil(tokens / size) if aligned else (tokens + size - 1) / size
 
 
