@@ -31,14 +31,14 @@ RULES: dict[str, str | None] = {
 
 
 def sharding_of(variable: nnx.Variable, experts: str = "expert") -> P:
-    """How a parameter lies on the mesh under `RULES`; replicated where it names no axes."""
+    """The `PartitionSpec` of a parameter under `RULES`; replicated if it names no axes."""
     rules = RULES | {"experts": experts}
     axes = variable.get_metadata().get("axes") or ()
     return P(*(None if axis is None else rules[axis] for axis in axes))
 
 
 def tokens_spec(x) -> P | None:
-    """How the leading `[B, T]` of an explicit array lies on the mesh; None without a mesh."""
+    """The `PartitionSpec` of the leading `[B, T]` of an explicit array; None without a mesh."""
     if jax.sharding.get_abstract_mesh().empty:
         return None
     spec = jax.typeof(x).sharding.spec
