@@ -29,7 +29,7 @@ MOST_EMULATED = 512
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Devices:
-    """How the devices are used. On a machine with CPUs only, as many are emulated as it takes."""
+    """Shards over the devices. On a machine with CPUs only, as many are emulated as it takes."""
 
     seq: int = 1
     """Shards of the sequence."""
@@ -39,7 +39,7 @@ class Devices:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen. Greedy unless the temperature is positive."""
+    """Options of sampling. Greedy unless the temperature is positive."""
 
     max_new_tokens: int | None = None
     """Default: 256 (chat: 128), or as many as there is room for."""
