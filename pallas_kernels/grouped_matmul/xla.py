@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""XLA's own ragged dot; tiles on CPU, where that one multiplies every row by every matrix."""
+"""XLA's own ragged dot; on CPU, where it multiplies every row by every matrix, tiles instead."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def forward(lhs, rhs, group_sizes):
 
 
 def _tiled(lhs, rhs, group_sizes, tiles):
-    """Every group padded to whole tiles, one batched product over tiles."""
+    """Pad every group to whole tiles, and run one batched product over tiles."""
     rows, groups = lhs.shape[0], rhs.shape[0]
     ends = jnp.cumsum(group_sizes)
     group = jnp.searchsorted(ends, jnp.arange(rows), side="right")
