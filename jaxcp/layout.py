@@ -253,7 +253,9 @@ def _work(segments: np.ndarray, starts: np.ndarray, block: int) -> np.ndarray:
     """Count pairs that a block's queries see, and its tiles of each shape: `[blocks, measures]`."""
     index = np.arange(segments.size)
     new = np.append(True, segments[1:] != segments[:-1])
-    first = np.maximum.accumulate(np.where(new, index, 0))  # of each token's document
+    first = np.maximum.accumulate(
+        np.where(new, index, 0)
+    )  # the first token of each token's document
     measures = [np.add.reduceat(index - first + 1.0, starts)]
     ends = np.append(starts[1:], segments.size)
     for rows, columns in _TILES:
@@ -274,7 +276,7 @@ def _dealt(work: np.ndarray, shards: int, each: int) -> np.ndarray:
     """Deal blocks to shards: `each` of the whole blocks (they come first), one of the rest."""
     work = work / work.sum(0) * shards
     best = np.zeros(len(work), int), np.inf
-    for size in (work.max(1), *work.T):  # which blocks count as large: one order may get stuck
+    for size in (work.max(1), *work.T):  # orders of blocks, largest first: one order may get stuck
         owner, load = _greedy(work, size, shards, each)
         most = _swapped(work, owner, load, shards * each)
         if most < best[1]:

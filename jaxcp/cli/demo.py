@@ -28,7 +28,7 @@ from jaxcp.training.metrics import read_metrics
 from jaxcp.weights import load
 
 DEVICES = 8
-ROWS, ROW = 8, 256  # of a training batch
+ROWS, ROW = 8, 256  # rows of a training batch, tokens of a row
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

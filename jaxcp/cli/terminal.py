@@ -84,7 +84,7 @@ def one_line_errors() -> Iterator[None]:
         print("\njaxcp: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
-        # what is still buffered would raise again as Python ends
+        # the rest of the buffer would raise again as Python ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(BROKEN_PIPE)
     except Exception as error:

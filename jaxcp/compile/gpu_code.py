@@ -59,7 +59,7 @@ class Kernel:
     registers: int
     spilled_bytes: int
     shared_bytes: int  # static; what a launch adds is not in the machine code
-    matrix_names: tuple[str, ...]  # of the PTX: mma.sync.aligned.m16n8k16...
+    matrix_names: tuple[str, ...]  # names in the PTX: mma.sync.aligned.m16n8k16...
     loops: tuple[Loop, ...]
 
 

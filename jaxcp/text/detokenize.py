@@ -76,7 +76,7 @@ def _flat(step: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _decoder(steps: list[dict[str, Any]]) -> Any:
-    made = decoders.Fuse()  # of whatever class, it becomes what it is told
+    made = decoders.Fuse()  # any class will do: its state replaces it
     made.__setstate__(json.dumps({"type": "Sequence", "decoders": steps}).encode())
     return made
 

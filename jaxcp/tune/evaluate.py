@@ -109,7 +109,7 @@ class Coded:
         self._start(deadline)
 
     def _start(self, deadline):
-        # what the compilers write goes with it, however the process ends
+        # the compilers' files go with it, however the process ends
         self._folder = tempfile.TemporaryDirectory(prefix="jaxcp-tune-")
         self._errors = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
@@ -200,7 +200,7 @@ def _said(error: Exception) -> str:
 def main(request: str) -> None:
     """Answer the candidates on stdin, one line each."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a compiler prints must not come between the answers
+    os.dup2(2, 1)  # a compiler's output must not come between the answers
 
     def answer(**said):
         print(json.dumps(said), file=answers, flush=True)

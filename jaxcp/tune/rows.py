@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxcp.tune.evaluate import Problem
 
-WIDTH = 100  # of a line
+WIDTH = 100  # characters of a line
 
 
 class _Line(NamedTuple):

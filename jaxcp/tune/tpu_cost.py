@@ -20,8 +20,8 @@ from pallas_kernels.devices import CHIPS
 # bfloat16 FLOPs a cycle of one TensorCore: matrix units x rows a cycle x side^2 x 2. Times the
 # clock that is the chip's peak in pallas_kernels.devices: 1.5, 1.75, 1.75 and 2.2 GHz.
 PEAK = {"v5e": 1 << 17, "v5p": 1 << 17, "v6e": 1 << 19, "tpu7x": 1 << 19}
-SIDE = {"v5e": 128, "v5p": 128, "v6e": 256, "tpu7x": 256}  # of a matrix unit
-ROWS = 16  # of bfloat16 that one instruction multiplies
+SIDE = {"v5e": 128, "v5p": 128, "v6e": 256, "tpu7x": 256}  # rows and columns of a matrix unit
+ROWS = 16  # bfloat16 rows that one instruction multiplies
 
 # GHz that the medians published in tokamax 0.0.17's autotuning data imply for its own kernels
 # (cycles counted here / milliseconds there), the lowest of each chip; v5e: its peak's.

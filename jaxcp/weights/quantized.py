@@ -180,7 +180,7 @@ class _Layout:
     """The order of a leaf's axes D and F in a tensor, and the leaf's part of it."""
 
     flip: bool  # [out, in], as torch has it
-    cut: slice  # of the outputs: the leaf's part of the tensor
+    cut: slice  # the leaf's part of the tensor, along the outputs
 
     @classmethod
     def of(cls, variable: nnx.Variable, path: str, source: Source) -> "_Layout | None":

@@ -100,7 +100,9 @@ def _scatter(start, values, shards) -> int:
         if overlap is None:
             continue
         to = shard[_index(overlap, [first for first, _ in box])]
-        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is reported by name
+        with np.errstate(
+            over="ignore", invalid="ignore"
+        ):  # overflow is counted and reported by name
             to[...] = values[_index(overlap, start)]
         nonfinite += to.size - int(np.isfinite(to).sum())
     return nonfinite

@@ -64,7 +64,7 @@ def visibility(mask: Mask, q: Bounds, kv: Bounds, segmented: bool):
 
 def visible(mask: Mask, q, kv):
     """Apply the mask to ids that broadcast: lists `[positions]` or `[positions, segment ids]`."""
-    seen = mask.sees_all(q[0], q[0], kv[0], kv[0])  # of a block of one query and one key
+    seen = mask.sees_all(q[0], q[0], kv[0], kv[0])  # a pair is a block of one query and one key
     return seen & (q[1] == kv[1]) if len(q) == 2 else seen
 
 

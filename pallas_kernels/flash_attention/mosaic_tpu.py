@@ -28,7 +28,7 @@ from pallas_kernels.flash_attention.mosaic_tpu_tile import (
     side_by_side,
 )
 
-DQ_BYTES = 24 << 20  # of VMEM for the queries' gradient; the smallest chip has 64 MiB
+DQ_BYTES = 24 << 20  # VMEM for the queries' gradient; the smallest chip has 64 MiB
 
 
 def forward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, mask, soft_cap, scale, carry, out_dtype):

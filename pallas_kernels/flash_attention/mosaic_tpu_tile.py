@@ -39,7 +39,7 @@ EDGE = 256  # queries of a block on the diagonal that share their keys
 
 def longest(x, hidden):
     """The greatest squared length of `[B, T, heads, H]` over tokens not `hidden`: `[B, heads]`."""
-    flat = x.reshape(*x.shape[:2], -1)  # as the kernel takes it: a second layout is a copy
+    flat = x.reshape(*x.shape[:2], -1)  # the kernel's layout: a second one would be a copy
     heads = jnp.split(flat, x.shape[2], axis=2)
     square = [jnp.sum(jnp.square(head.astype(jnp.float32)), axis=-1) for head in heads]
     return jnp.where(hidden[..., None], 0, jnp.stack(square, axis=-1)).max(1)
@@ -87,7 +87,7 @@ class Tile:
         some, every = tiles.visibility(self.mask, q, kv, self.segmented)
         if not self.mask.causal or self.q != self.kv:
             return some, every, None
-        # as if every query stood where the last does: what is left of the mask is the triangle
+        # with every query at the last one's position only the triangle is left of the mask
         _, lower = tiles.visibility(self.mask, q._replace(min=q.max), kv, self.segmented)
         return some, every, lower & (q.min == kv.min) & (q_run & kv_run == 1) & ~every
 

@@ -321,7 +321,7 @@ def _forward_kernel(
     total = jnp.zeros((call.q, 1), jnp.float32)
     m = jnp.full_like(total, LEAST)
     accs = [jnp.zeros((call.q, part.size), jnp.float32) for part in columns]
-    offset = _offset(soft_cap, call)  # which no difference in the loop needs
+    offset = _offset(soft_cap, call)  # cancels in the loop, which takes differences of scores
     if before:
         out, lse = before[0], _column(before[1][...])
         for i, part in enumerate(columns):

@@ -49,7 +49,7 @@ class Visits(NamedTuple):
 
     group: jax.Array
     tile: jax.Array
-    offsets: jax.Array  # where each group starts; one more, where the last one ends
+    offsets: jax.Array  # the start of each group; one more, the end of the last
     total: jax.Array  # entries past it repeat the last pair
 
 

@@ -30,7 +30,7 @@ from pallas_kernels.online_softmax import dot
 
 LANES = 128
 SUBLANES = 16  # rows that bfloat16 packs into a register
-VMEM_MARGIN = 8 << 20  # what the compiler keeps beside the blocks
+VMEM_MARGIN = 8 << 20  # room for the compiler beside the blocks
 
 
 def matmul(lhs, rhs, group_sizes, *, transpose=False):

@@ -29,7 +29,7 @@ from pallas_kernels.online_softmax import dot
 # the pallas_call has returned, so it cannot be silenced around the call. It works through jax 0.12.
 warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
 
-LEAST = 16  # of every dimension of a Triton dot
+LEAST = 16  # size of a Triton dot in every dimension, at least
 
 
 def matmul(lhs, rhs, group_sizes, *, transpose=False):

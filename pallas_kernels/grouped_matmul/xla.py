@@ -17,7 +17,7 @@ def forward(lhs, rhs, group_sizes):
         return _tiled(lhs, rhs, group_sizes, tiles)
     acc = np.promote_types(lhs.dtype, np.float32)
     out = jax.lax.ragged_dot(lhs, rhs, group_sizes, preferred_element_type=acc).astype(lhs.dtype)
-    # what ragged_dot leaves in rows of no group differs between platforms
+    # rows of no group: ragged_dot's result there differs between platforms
     return jnp.where((jnp.arange(lhs.shape[0]) < group_sizes.sum())[:, None], out, 0)
 
 

@@ -36,10 +36,10 @@ from pallas_kernels.flash_attention.mosaic_tpu_tile import apart, exactly, lanes
 
 MOST_CHUNKS = 4
 SLOTS = 2
-HOME = SLOTS  # where the gradients of a device's own keys wait for those from elsewhere
-DQ_BYTES = 24 << 20  # of VMEM for the queries' gradient; the smallest chip has 64 MiB
+HOME = SLOTS  # the slot in which a device's own gradients wait for those from elsewhere
+DQ_BYTES = 24 << 20  # VMEM for the queries' gradient; the smallest chip has 64 MiB
 VMEM_BYTES = 56 << 20
-BITS, CODES = 3, 10  # of what a block shows, and how many of those in an int32
+BITS, CODES = 3, 10  # bits of a block's visibility, and blocks in an int32
 COLLECTIVE_IDS = {"forward": 21, "backward": 22}
 INTERPRETED = pltpu.InterpretParams()
 
@@ -135,7 +135,7 @@ class _Ring(tile.Tile):
         self.chunks = pl.cdiv(nk, self.chunk_blocks)
         self.chunk = self.chunk_blocks * self.kv
         self.nk, self.s = self.chunks * self.chunk_blocks, self.chunks * self.chunk
-        # how often the queries are cut for their gradient to fit into VMEM
+        # the cuts of the queries with which their gradient fits into VMEM
         most = max(DQ_BYTES // (self.group * self.q * self.h * 4), 1) if queries_inner else nq
         self.cuts = pl.cdiv(nq, most)
         self.cut_blocks = pl.cdiv(nq, self.cuts)
@@ -195,7 +195,7 @@ class _Ring(tile.Tile):
     def call(self, kernel, scalars, inputs, outs, scratch, *, streams, name):
         inputs = [self.q_ids, self.kv_ids, *inputs]
         if not self.interpret:
-            # what XLA would put into VMEM for the kernel's sake
+            # else XLA might put them into VMEM for the kernel's sake
             inputs = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in inputs]
         in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
         scalars = [*self.scalars, *scalars]
