@@ -204,15 +204,15 @@ def tpu_matmul(chip, counts):
         )
 
 
-def gpu_matmul(counts):
+def gpu_matmul(found):
     kinds = {
         "bfloat16": ("mma.sync", "m16n8k16"),
         "MXFP8": ("kind::mxf8f6f4", "block_scale"),
         "NVFP4": ("kind::mxf4nvf4", "block_scale"),
     }
     for dtype, names in kinds.items():
-        chosen = pick(counts, op="grouped_matmul", dtype=dtype)
-        yield no_spill(f"SM120 grouped matmul, {dtype}", chosen, 1, names)
+        mine = pick(found, op="grouped_matmul", dtype=dtype)
+        yield no_spill(f"SM120 grouped matmul, {dtype}", mine, 1, names)
 
 
 def compile_time(counts, chips):

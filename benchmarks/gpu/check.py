@@ -155,9 +155,9 @@ def check_block_scaled(format: str) -> dict:
     """The matrix instructions of sm_120, against the same values and scales in float64."""
     case = CASES["check-grouped"][0]
     seed = secrets.randbits(32)
-    arrays = testing_grouped.arrays(dataclasses.replace(case, seed=seed))
-    rhs = jnp.asarray(arrays["weights"]).swapaxes(1, 2)
-    lhs, weights = jnp.asarray(arrays["lhs"]), block_scaled.block_scaled(rhs, format)
+    found = testing_grouped.arrays(dataclasses.replace(case, seed=seed))
+    rhs = jnp.asarray(found["weights"]).swapaxes(1, 2)
+    lhs, weights = jnp.asarray(found["lhs"]), block_scaled.block_scaled(rhs, format)
     try:
         out = block_scaled.grouped_matmul_block_scaled(
             lhs, weights, jnp.asarray(case.sizes), implementation="triton"

@@ -69,7 +69,7 @@ class Packed:
 
 
 def nibbles(values: np.ndarray) -> np.ndarray:
-    """Decode values of 4 bits (E2M1), two in a byte along the last axis, to float32."""
+    """Float32 of values of 4 bits (E2M1), two in a byte along the last axis."""
     raw = values.view(np.uint8)
     both = np.stack([raw & 0x0F, raw >> 4], axis=-1)
     return E2M1[both].reshape(*values.shape[:-1], 2 * values.shape[-1])

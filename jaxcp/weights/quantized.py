@@ -210,7 +210,7 @@ class _Layout:
         return self._leaf(read(tensor.name))
 
     def repacked(self, packed: int, tensor: Packed, read):
-        """Values of 4 bits, in the order in which `Quantized` has them."""
+        """Halves of bytes as `Quantized` has them."""
         raw = read(tensor.name).view(np.uint8)
         codes = np.stack([raw & 15, raw >> 4], axis=-1).reshape(tensor.shape)
         return pack(self._leaf(codes), packed)

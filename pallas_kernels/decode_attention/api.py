@@ -24,7 +24,7 @@ from pallas_kernels.flash_attention.mask import Mask
 IMPLEMENTATIONS = ("reference", "xla", "triton", "mosaic_tpu")
 BEST = {"cpu": "xla", "gpu": "triton", "tpu": "mosaic_tpu"}
 MAX_QUERIES = 16
-"""Most queries of a sequence; more are enough work a row of the cache for `flash_attention`."""
+"""Query rows a sequence. Beyond, a row of the cache is read for enough work: `flash_attention`."""
 QUANTIZED = {"int8": 127.0, "float8_e4m3fn": 448.0}  # the greatest value each can hold
 
 

@@ -252,7 +252,7 @@ def _kernel(order, counts, q_pos, kv_pos, q, k, v, *refs, call, mask, soft_cap, 
             p = jnp.concatenate(parts, axis=1)
             if scales:
                 weighed = p * _line(scale_lanes[1], g, lanes)
-                # entries behind the cache may be NaN, here and below
+                # what lies behind the cache may be NaN, here and below
                 p = jnp.where(p > 0, weighed, 0.0) if masked else weighed
             values = call.rows_of(v, g, lanes, q.dtype)
             if masked and call.ragged:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encodes and decodes numbers of 4 bits and scales of 8, by arithmetic that kernels can do.
+"""Numbers of 4 bits and scales of 8, made and read by arithmetic that a kernel can do too.
 
 e2m1: a sign and 0, 0.5, 1, 1.5, 2, 3, 4 or 6. ue8m0: a power of two, its exponent plus 127.
 Source: OCP Microscaling Formats 1.0.
@@ -10,11 +10,11 @@ import jax.numpy as jnp
 
 E2M1_LARGEST, E4M3_LARGEST = 6.0, 448.0
 E2M1_MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
-LEAST = 2.0**-100  # scales stay above the numbers that flush to 0
+LEAST = 2.0**-100  # scales stay above what flushes to 0
 
 
 def to_e2m1(x):
-    """Encode to the nearest value, as uint8; a tie goes to the even code."""
+    """Codes, uint8, of the nearest; a tie goes to the even code."""
     size = jnp.abs(x)
     code = jnp.zeros(x.shape, jnp.uint8)
     for i, middle in enumerate(E2M1_MIDDLES):
@@ -38,7 +38,7 @@ def four_times_e2m1(both, *, high: bool = False):
 
 
 def to_ue8m0(ratio):
-    """Encode the least power of two that `ratio` does not exceed, as uint8."""
+    """The least power of two that `ratio` does not exceed, as uint8."""
     mantissa, exponent = jnp.frexp(jnp.maximum(ratio, LEAST))
     return (exponent - (mantissa == 0.5).astype(exponent.dtype) + 127).astype(jnp.uint8)
 

@@ -147,7 +147,7 @@ def unpack(values, packed: int):
 
 
 def dequantize(weights: Quantized, dtype=jnp.float32) -> Float[Array, "E D F"]:
-    """Compute the matrices that the values and scales stand for."""
+    """The matrices that the values and scales stand for."""
     if weights.packed:
         codes = unpack(weights.values, weights.packed)
         exact = 0.25 * narrow.four_times_e2m1(codes.astype(jnp.int32))
