@@ -76,7 +76,7 @@ def rows(op: str, kinds=None, implementations=IMPLEMENTATIONS):
         reference: dict = {}
         for implementation in implementations:
             try:
-                found = results(suite, implementation, inputs)
+                runs = results(suite, implementation, inputs)
             except NotImplementedError as error:
                 yield {"op": op, "kind": kind, "backend": implementation, "not": str(error)}
                 continue
@@ -84,10 +84,10 @@ def rows(op: str, kinds=None, implementations=IMPLEMENTATIONS):
                 said = f"{type(error).__name__}: {str(error)[:200]}"
                 yield {"op": op, "kind": kind, "backend": implementation, "failed": said}
                 continue
-            reference = reference or found
+            reference = reference or runs
             for name, case in inputs.items():
                 for result, exact in suite.expected(case).items():
-                    got, again = (run[result] for run in found[name])
+                    got, again = (run[result] for run in runs[name])
                     yield {
                         "op": op, "kind": kind, "backend": implementation, "inputs": name,
                         "result": result, "error": relative(got, exact),
@@ -103,11 +103,11 @@ def results(suite, implementation, inputs) -> dict:
     """Two runs for each of the inputs, which differ in numbers only: compiled once."""
     fn, _ = suite.program(implementation, next(iter(inputs.values())))
     step = jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0})
-    found = {}
+    runs = {}
     for name, case in inputs.items():
         _, given = suite.program(implementation, case)
-        found[name] = [{k: np.asarray(x) for k, x in step(given).items()} for _ in range(2)]
-    return found
+        runs[name] = [{k: np.asarray(x) for k, x in step(given).items()} for _ in range(2)]
+    return runs
 
 
 def relative(got, exact) -> float:
@@ -121,7 +121,7 @@ def relative(got, exact) -> float:
 
 
 def rounding():
-    """What narrow values cost: the result's error against inputs that were not rounded to them."""
+    """Measure the cost of narrow values: the error against inputs that were not rounded to them."""
     for outliers in (False, True):
         inputs = INPUTS[outliers]
         for cache in CACHES[1:]:
@@ -145,7 +145,7 @@ def rounding():
 
 
 def broken(row) -> str | None:
-    """What is wrong with a row, or None."""
+    """Say what is wrong with a row, or None."""
     if "not" in row:
         return None
     where = " ".join(row.get(name, "") for name in ("op", "kind", "backend", "inputs", "result"))
@@ -202,12 +202,12 @@ def main() -> int:
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_default_matmul_precision", "highest")
-    found = [row for op in args.op for row in rows(op)]
+    every = [row for op in args.op for row in rows(op)]
     report = {
         "versions": {"jax": jax.__version__, "jaxlib": jax.lib.__version__},
-        "rows": found,
+        "rows": every,
         "rounding": list(rounding()),
-        "broken": [line for row in found if (line := broken(row))],
+        "broken": [line for row in every if (line := broken(row))],
     }
     print(markdown(report))
     if args.out:

@@ -36,10 +36,10 @@ def to_e2m1(x):
 
 
 def four_times_e2m1(both, *, high: bool = False):
-    """4 times the code in the low, or `high`, 4 bits of int32, as float32; other bits are ignored.
+    """Decode 4 times the value in the low, or `high`, 4 bits of int32, to float32.
 
-    With exponent and mantissa where float32 has them, and a bias, that is g from a value of 1 on,
-    and 2 g - 4 below, where a number has no leading 1.
+    Ignores other bits. Moved to where float32 has exponent and mantissa, with a bias, the bits are
+    g: the result from a value of 1 on. Below, where a number has no leading 1, it is 2 g - 4.
     """
     shift = 4 if high else 0
     size = both << (22 - shift) & 7 << 22 | 128 << 23
@@ -57,12 +57,12 @@ def to_ue8m0(ratio):
 
 
 def from_ue8m0(code):
-    """Float32; code 0, which is 2 ** -127, flushes to 0, and 255 is NaN."""
+    """Decode to float32; code 0, which is 2 ** -127, flushes to 0, and 255 is NaN."""
     code = code.astype(jnp.int32)
     value = jax.lax.bitcast_convert_type(code << 23, jnp.float32)
     return jnp.where(code == 255, jnp.nan, value)
 
 
 def to_float32(scales):
-    """Of scales in float32, e4m3 or ue8m0 (as uint8)."""
+    """Decode scales in float32, e4m3 or ue8m0 (as uint8) to float32."""
     return from_ue8m0(scales) if scales.dtype == jnp.uint8 else scales.astype(jnp.float32)

@@ -23,8 +23,8 @@ def attempt(compiler: Compiler, program, *args) -> dict:
     """`{"seconds", "cpu_seconds", "kernels": [...]}` of `program(*args)`, or `{"error"}`."""
     try:
         done = compiler(*program(*args))
-        found = {"seconds": done.seconds, "cpu_seconds": done.cpu_seconds}
-        return found | {"kernels": [as_json(kernel) for kernel in done.kernels.values()]}
+        result = {"seconds": done.seconds, "cpu_seconds": done.cpu_seconds}
+        return result | {"kernels": [as_json(kernel) for kernel in done.kernels.values()]}
     except Exception as error:  # one that fails is a line of the table
         return {"error": f"{type(error).__name__}: {str(error)[:300]}"}
 
@@ -51,10 +51,10 @@ def rows(compiler: Compiler):
 
 def main(out: str) -> None:
     compiler = Compiler(CHIP)
-    found = []
+    rows = []
     for row in rows(compiler):
-        found.append({"chip": CHIP} | row)
-        pathlib.Path(out).write_text(json.dumps(found))
+        rows.append({"chip": CHIP} | row)
+        pathlib.Path(out).write_text(json.dumps(rows))
     compiler.close()
 
 

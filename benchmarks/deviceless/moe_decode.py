@@ -33,7 +33,7 @@ def ragged_dot(tokens, chosen: list):
 
 
 def their_expert_cycles(chip: str, kernel, tokens: int, tile) -> float:
-    """Of tokamax's, which has code for several numbers of rows and picks the least that fits."""
+    """Cycles of tokamax's kernel, by its code for the least number of rows that fits."""
     rows = min(tokens, tile.tile_m)
     flops = 2 * rows * min(tile.tile_n, WIDTH) * min(tile.tile_k, EMBED)
     fitting = [h for h in kernel.hot if tpu_cost.holds(chip, h, flops)]

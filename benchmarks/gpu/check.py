@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is what the kernels compute right: fresh random inputs, float64 on the CPU, poisoned memory."""
+"""Checks the kernels' results: fresh random inputs, float64 on the CPU, poisoned memory."""
 
 import dataclasses
 import secrets
@@ -129,10 +129,10 @@ def check(case, pool_bytes: int) -> dict:
     """Errors of every result against float64, and what is wrong with them."""
     suite = SUITES[type(case)]
     fn, given = suite.program("triton", case)
-    found, again = poisoned(fn, given, pool_bytes)
+    arrays, again = poisoned(fn, given, pool_bytes)
     problems, errors = [], {}
     for name, exact in suite.expected(case).items():
-        got = np.asarray(found[name], np.float64)
+        got = np.asarray(arrays[name], np.float64)
         if not np.array_equal(np.isneginf(exact), np.isneginf(got)) or np.isnan(got).any():
             problems.append(f"{name}: NaN, or rows with nothing to see differ")
             continue
@@ -141,7 +141,7 @@ def check(case, pool_bytes: int) -> dict:
         errors[name] = float(np.linalg.norm(got - exact) / (norm if norm > 0 else 1.0))
         if not errors[name] <= TOLERANCE[case.dtype]:
             problems.append(f"{name}: relative error {errors[name]:.2e}")
-        if np.asarray(found[name]).tobytes() != np.asarray(again[name]).tobytes():
+        if np.asarray(arrays[name]).tobytes() != np.asarray(again[name]).tobytes():
             problems.append(f"{name}: two runs differ")
     return {"seed": case.seed, "errors": errors, "problems": problems}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast: medians beside cuDNN, Pallas' own kernel, `lax.ragged_dot` and what memory allows.
+"""Times the kernels: medians beside cuDNN, Pallas' own, `lax.ragged_dot` and the memory's limit.
 
 The inputs of successive calls differ and together exceed the L2 cache; a figure is the median of
 rounds. FLOPs are those of visible pairs, and 3.5 times as many with the backward pass.

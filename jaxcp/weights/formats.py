@@ -10,9 +10,9 @@
     X_blocks [E, out, in/32, 16]   X_scales [E, out, in/32] bytes         mxfp4: gpt-oss's experts
 
 A weight is its value times its scale (times the second one). Two values of 4 bits lie in a byte,
-the lower half first. The formats are told by number formats and shapes; what config.json says of
-quantization is not read. A static scale of activations (`X.input_scale`) and of caches has no use
-here: neither is quantized, which is more exact.
+the lower half first. Dtypes and shapes tell the formats apart; the `quantization_config` of a
+config.json is not read. Static scales of activations (`X.input_scale`) and of caches are not used:
+neither is quantized here, which is more exact.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ VALUES = np.array(E2M1, np.float32)
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """A quantized tensor of `shape`; `block`, of its last two axes, shares a scale."""
+    """A quantized tensor of `shape`; a `block` of its last two axes shares a scale."""
 
     format: str
     name: str
@@ -49,12 +49,12 @@ class Packed:
         return tuple(name for name in (self.name, self.scale, self.second) if name)
 
     def scales(self, read: Callable[[str], np.ndarray]) -> np.ndarray:
-        """Float32, one for each block: `[..., ceil(out / block), ceil(in / block)]`."""
+        """Read the scales, one a block: float32 `[..., ceil(out / block), ceil(in / block)]`."""
         grid = (-(-n // b) for n, b in zip(self.shape[-2:], self.block, strict=True))
         return powers(read(self.scale)).reshape(*self.shape[:-2], *grid)
 
     def unpacked(self, read: Callable[[str], np.ndarray]) -> np.ndarray:
-        """The weights that it stands for, float32."""
+        """Widen to float32: values times scales."""
         values, spread = read(self.name), self.scales(read)
         exact = VALUES[halves(values)] if self.is_halves else values.astype(np.float32)
         for axis, (size, block) in enumerate(zip(self.shape[-2:], self.block, strict=True)):
@@ -64,7 +64,7 @@ class Packed:
 
     @property
     def is_halves(self) -> bool:
-        """Whether a byte holds two values."""
+        """True where a byte holds two values."""
         return self.format in ("mxfp4", "nvfp4")
 
 
@@ -89,7 +89,8 @@ def powers(scales: np.ndarray) -> np.ndarray:
 def find(
     shapes: Mapping[str, Shape], dtypes: Mapping[str, str]
 ) -> tuple[dict[str, Packed], dict[str, str]]:
-    """The quantized tensors of a checkpoint by name, and of those that lack something, what."""
+    """Find the quantized tensors of a checkpoint, by name, and those that lack a part, with a word
+    on what they lack."""
     packed, lacking = {}, {}
     for name, dtype in dtypes.items():
         if dtype not in ("F8_E4M3", "I8", "U8") or len(shapes[name]) < 2:
@@ -101,14 +102,14 @@ def find(
             if dtype == "F8_E4M3" and not name.endswith(("_scale_inv", "_scale", ".scale")):
                 lacking[name] = f"{dtype} {shapes[name]} without {', '.join(options)}"
             continue
-        found = _of(name, scale, shapes, dtypes)
-        if found is None:
+        tensor = _of(name, scale, shapes, dtypes)
+        if tensor is None:
             lacking[name] = (
                 f"{dtype} {shapes[name]} with {scale} {dtypes[scale]} {shapes[scale]}: "
                 "no known format"
             )
         else:
-            packed[name] = found
+            packed[name] = tensor
     return packed, lacking
 
 
@@ -136,7 +137,7 @@ def _of(name, scale, shapes, dtypes) -> Packed | None:
 
 
 def _channels(shape, grid) -> tuple[int, int] | None:
-    """The block where there is one scale in all, or one for each index of one of two axes."""
+    """The block of a tensor with one scale in all, or one for each index of one of two axes."""
     rows, columns = shape[-2:]
     if math.prod(grid) == 1 and len(shape) == 2:
         return rows, columns
@@ -146,7 +147,7 @@ def _channels(shape, grid) -> tuple[int, int] | None:
 
 
 def _groups(shape, grid, size) -> tuple[int, int] | None:
-    """The block where `size` values along one of the last two axes share a scale."""
+    """The block of a tensor of which `size` values along one of the last two axes share a scale."""
     rows, columns = shape[-2:]
     if grid == (*shape[:-1], columns // size) and columns % size == 0:
         return 1, size
@@ -156,7 +157,7 @@ def _groups(shape, grid, size) -> tuple[int, int] | None:
 
 
 def is_unused(name: str, shape: Shape) -> bool:
-    """Whether it is a static scale of activations or of a cache."""
+    """Tell whether a tensor is a static scale of activations or of a cache."""
     return math.prod(shape) == 1 and name.split(".")[-1] in UNUSED
 
 
@@ -174,7 +175,7 @@ def gpt_oss_packed(dtypes: Mapping[str, str]) -> Iterable[str]:
 
 
 def gpt_oss_shape(blocks: Shape, scales: Shape) -> Shape:
-    """Of the tensor that they stand for: `[E, in, out]`, as gpt-oss has it without packing.
+    """The shape `[E, in, out]` of the tensor that they stand for, as gpt-oss has it unpacked.
 
     Raises:
       ValueError: parts that do not belong together.

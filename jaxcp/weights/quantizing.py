@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`jaxcp quantize`: a checkpoint with the weights of its experts, or of all layers, quantized.
 
-One tensor at a time, into files cut as those of the source. Names and number formats are in
-`jaxcp.weights.formats`; what rounds is in numpy here, so that no device is needed.
+Takes one tensor at a time and writes files cut as those of the source. Names and number formats
+are in `jaxcp.weights.formats`; rounding is done in NumPy, so no device is needed.
 """
 
 import jaxcp.flax_version  # noqa: F401  (before flax)
@@ -60,18 +60,18 @@ COPIED = (".json", ".jinja", ".txt", ".model")
 
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """What became of a checkpoint: bytes of its tensors, and which stayed as they were."""
+    """The result of `quantize`: bytes before and after, tensors quantized and not."""
 
     bytes_before: int
     bytes_after: int
     quantized: tuple[str, ...]
     skipped: tuple[str, ...]
-    """Wanted, but their rows are no multiple of what shares a scale."""
+    """Tensors left as they were: their rows are no multiple of the values that share a scale."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
-    """One that the new checkpoint has: `make` gives its values."""
+    """A tensor of the new checkpoint; `make` computes its values."""
 
     name: str
     dtype: np.dtype
@@ -133,7 +133,7 @@ def quantize(
 
 
 def _wanted(path: Path, checkpoint: Checkpoint, only: Only) -> dict[str, int]:
-    """Tensors to quantize, and which of their last two axes is summed over."""
+    """The tensors to quantize, and the axis of each that a product sums over."""
     if checkpoint.packed or checkpoint.lacking:
         name = next(iter([*checkpoint.packed, *checkpoint.lacking]))
         raise ValueError(f"needed plain weights; {path} is quantized already, such as {name}")
@@ -144,9 +144,9 @@ def _wanted(path: Path, checkpoint: Checkpoint, only: Only) -> dict[str, int]:
         flat = nnx.to_flat_state(nnx.state(abstract_model(config)))
     leaves = {".".join(map(str, keys)): leaf for keys, leaf in flat}
     shapes = {name: leaf.shape for name, leaf in leaves.items()}
-    found = sources(family.table(config), shapes, checkpoint.shapes)
+    chosen = sources(family.table(config), shapes, checkpoint.shapes)
     axes: dict[str, int] = {}
-    for path_, source in found.items():
+    for path_, source in chosen.items():
         variable = leaves[path_]
         axis = summed_axis(variable, path_, source)
         if axis is not None and (only == "all" or of_experts(variable)):
@@ -161,7 +161,7 @@ _PLAIN = ("F32", "BF16", "F16")
 def _planned(
     checkpoint: Checkpoint, axes: dict[str, int], weights: Weights
 ) -> tuple[dict[str, list[_Tensor]], list[str]]:
-    """What each new file holds, by its name."""
+    """The tensors of each new file, by its name, and the names that cannot be quantized."""
     files: dict[str, list[_Tensor]] = {}
     skipped = []
     for name, at in checkpoint.stored.items():
@@ -180,7 +180,7 @@ def _planned(
 
 
 def _parts(name, shape, axis, weights: Weights, view) -> Iterator[_Tensor]:
-    """The tensors in place of one; none where it cannot be."""
+    """The tensors that take the place of one; none where it cannot be quantized."""
     group = GROUPS.get(weights, shape[axis])
     packs = weights == "nvfp4"
     # halves of a byte lie along the last axis, so that one must be summed over
@@ -216,7 +216,7 @@ def _made(name, tensor: np.ndarray, axis: int, weights: Weights) -> dict[str, np
 
 
 def quantized(rows: np.ndarray, weights: Weights) -> dict[str, np.ndarray]:
-    """`values`, `scales` and, of nvfp4, `whole` of float32 `[..., in]`, the sums over the last.
+    """Quantize float32 `[..., in]`, summed over `in`: `values`, `scales` and, of nvfp4, `whole`.
 
     >>> {k: v.shape for k, v in quantized(np.ones((4, 64), np.float32), "nvfp4").items()}
     {'values': (4, 32), 'scales': (4, 4), 'whole': ()}
@@ -247,7 +247,7 @@ def _e4m3(x):
 
 
 def _write_rest(source: Path, folder: Path, weights: Weights, only: Only) -> None:
-    """config.json, which says so, and the files of the tokenizer as they are."""
+    """Write config.json with the format in it, and copy the files of the tokenizer."""
     for file in source.iterdir():
         if file.suffix in COPIED and file.name not in (CONFIG, INDEX) and not file.is_dir():
             _check_link(file, source)
@@ -259,9 +259,9 @@ def _write_rest(source: Path, folder: Path, weights: Weights, only: Only) -> Non
 
 
 def _check_link(file: Path, source: Path) -> None:
-    """Raises where copying would put a file of somewhere else into a folder to be handed on.
+    """Raise ValueError for a link out of the folder: its target would be copied and handed on.
 
-    Links to the `blobs` of the hub's cache, beside its `snapshots`, are the hub's own.
+    Links to `blobs` beside the `snapshots` of the hub's cache are followed.
     """
     target, folder = file.resolve(), source.resolve()
     if not any(target.is_relative_to(x) for x in (folder, folder.parent.parent / "blobs")):
@@ -272,7 +272,7 @@ def _check_link(file: Path, source: Path) -> None:
 
 
 def _write_file(path: Path, tensors: list[_Tensor], advance: Callable[[int], None]) -> None:
-    """A safetensors file: the length of a header in 8 bytes, the header, the tensors."""
+    """Write a safetensors file: the length of the header in 8 bytes, the header, the tensors."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:

@@ -32,9 +32,9 @@ def save(
     *,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes config.json, safetensors and tokenizer.json, under the names they were loaded from.
+    """Write config.json, safetensors and tokenizer.json, tensors under the names that were loaded.
 
-    And generation_config.json, where config.json does not say which tokens end an answer.
+    Writes generation_config.json too, where config.json does not say which tokens end an answer.
 
     Weights of more than `shard_bytes` become several files of about as many bytes, and an index;
     the host holds one at a time.
@@ -84,7 +84,7 @@ def save(
 
 
 def _check_target(out: Path, config: Any) -> bool:
-    """Whether `out` already has this config.json. Raises where saving would destroy something."""
+    """Tell whether `out` has this config.json; raise where saving would destroy something."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"needed a folder to save to; {out} is a file. Name another")
     if Path(out, INDEX).exists():
@@ -122,22 +122,22 @@ def _leaves(model: Any) -> dict[str, jax.Array]:
 
 
 def _shards(model: Any, leaves: Mapping[str, jax.Array], shard_bytes: int) -> list[list[Source]]:
-    """The sources of a model, each once, in the order of its leaves, cut into files."""
+    """Cut the sources of a model, each once, in the order of its leaves, into files."""
     family = models.family_of(model.config)
     table = family.table(model.config)
     shapes = {path: leaf.shape for path, leaf in leaves.items()}
-    found = sources(table, shapes, spelling=getattr(model, "spelling", ()))
+    chosen = sources(table, shapes, spelling=getattr(model, "spelling", ()))
     for name, leaf in family.copies(model.config).items():
         if name in model.spelling:
-            found[name] = dataclasses.replace(found[leaf], pattern=name, names=(name,))
+            chosen[name] = dataclasses.replace(chosen[leaf], pattern=name, names=(name,))
     shards: list[list[Source]] = [[]]
-    held = 0
-    for source in {source.names[0]: source for source in found.values()}.values():
+    nbytes = 0
+    for source in {source.names[0]: source for source in chosen.values()}.values():
         size = sum(leaves[path].nbytes for path, _ in source.leaves)
-        if shards[-1] and held + size > shard_bytes:
-            shards, held = [*shards, []], 0
+        if shards[-1] and nbytes + size > shard_bytes:
+            shards, nbytes = [*shards, []], 0
         shards[-1].append(source)
-        held += size
+        nbytes += size
     return shards
 
 

@@ -103,7 +103,7 @@ def decode_attention(
 def quantize_cache(
     x: Float[Array, "B S K H"], dtype: DTypeLike
 ) -> tuple[Num[Array, "B S K H"], Float[Array, "B K S"]]:
-    """Keys or values as int8 or float8_e4m3fn, and the float32 scale of each token's head.
+    """Quantize keys or values to int8 or float8_e4m3fn, with a float32 scale for each token's head.
 
     `x` is about `values * scales.swapaxes(1, 2)[..., None]`. The scale is the greatest magnitude
     over the head dim divided by 127 (int8) or 448 (e4m3), so nothing saturates. With `a` that

@@ -44,9 +44,9 @@ from pallas_kernels.online_softmax import dot
 LANES = 128
 SUBLANES = 8
 CHUNK = 512
-"""Rows of the cache in one product: more scores than these spill."""
+"""Rows of the cache in one product; the scores of more rows would spill."""
 MASKED = 2048
-"""Rows of the cache in a loop's body under a mask: most blocks need none."""
+"""Rows of the cache in the body of a loop with a mask, which few blocks need."""
 SCORES_BYTES = 8 << 20
 VMEM_BYTES = 48 << 20
 
@@ -92,8 +92,8 @@ def forward(q, k, v, k_scale, v_scale, q_pos, kv_pos, *, mask, soft_cap, scale):
 class _Call:
     """The kernel on one set of shapes: block sizes, padding, index maps and the list of blocks.
 
-    `rows` are queries of one KV head; `width` tokens are `block` rows of the cache, `sub` of them
-    of a group of heads those of a loop's body, without and with a mask.
+    `rows` are queries of one KV head; `width` tokens are `block` rows of the cache. `sub`: rows of
+    a group of heads in the body of a loop, without and with a mask.
     """
 
     def __init__(self, q, k, v, k_scale, q_pos, kv_pos, mask):
@@ -131,12 +131,12 @@ class _Call:
         self.varies = jax.typeof(q).manual_axis_type  # inside shard_map, as the inputs vary
 
     def fetched(self, b, worker, step, order, counts):
-        """The block to have at hand: beyond the list its last one, which is there."""
+        """The block to fetch; beyond the list its last one, which is loaded already."""
         at = jnp.clip(worker * counts[2 * self.batch] + step, 0, counts[2 * b + 1] - 1)
         return order[b * self.blocks + jnp.maximum(at, 0)]
 
     def each_chunk(self, chunk, carry, masked):
-        """`chunk(lanes, carry)` over a group's rows of the block."""
+        """Run `chunk(lanes, carry)` over a group's rows of the block."""
         sub = self.sub[masked]
         size = math.gcd(CHUNK, sub)
 
@@ -149,13 +149,13 @@ class _Call:
         return part(0, carry) if parts == 1 else jax.lax.fori_loop(0, parts, part, carry)
 
     def tokens(self, x):
-        """`[B, 1 or K, S]`, a number a token."""
+        """The block spec of `[B, 1 or K, S]`, a number a token."""
         return x, pl.BlockSpec(
             (None, x.shape[1], self.width), lambda *at: (at[0], 0, self.fetched(*at))
         )
 
     def slots(self, x):
-        """The cache as it lies: this reshape moves nothing on a TPU."""
+        """Reshape the cache to rows, which moves nothing on a TPU; with its block spec."""
         x = tiles.pad_axis(x, self.slots_there, 1)
         x = x.reshape(self.batch, -1, x.shape[3])
         return x, pl.BlockSpec(
@@ -164,7 +164,7 @@ class _Call:
         )
 
     def rows_of(self, ref, g, rows, dtype):
-        """Of a block of the cache `rows` of group `g`, in `dtype`."""
+        """Load `rows` of group `g` from a block of the cache, in `dtype`."""
         if self.groups == 1 and ref.dtype.itemsize > 1:
             return ref[0, rows, :].astype(dtype)
         stored = ref.dtype
@@ -177,7 +177,7 @@ class _Call:
         return pltpu.bitcast(found, stored).astype(dtype)
 
     def queries(self, x):
-        """`[B, K, rows, H]` as K bands of rows."""
+        """Reshape `[B, K, rows, H]` to K bands of rows; with its block spec."""
         x = tiles.pad_axis(x, self.rows, 2).reshape(self.batch, -1, x.shape[3])
         return x, pl.BlockSpec((None, *x.shape[1:]), lambda b, *_: (b, 0, 0))
 
@@ -339,14 +339,14 @@ def _at(first, size):
 
 
 def _line(ref, g, lanes):
-    """`[1, lanes]` of group `g` of what `_lay_out` laid out."""
+    """Read `[1, lanes]` of group `g` from the lines of `_lay_out`."""
     first = lanes.start // LANES
     lines = [ref[g, pl.ds(first + i, 1), :] for i in range(lanes.size // LANES)]
     return jnp.concatenate(lines, axis=1)
 
 
 def _lay_out(sources, targets, call, unroll):
-    """Numbers of tokens, `[1 or K, tokens]`, as the rows of the cache lie, 128 of them a line.
+    """Lay out numbers of tokens, `[1 or K, tokens]`, like the rows of the cache, 128 a line.
 
     `[1, lines, 128]`, or `[groups, lines, 128]` where every head has its own.
     """
@@ -368,15 +368,15 @@ def _lay_out(sources, targets, call, unroll):
 
 
 def _repeat(x, k):
-    """Line `j` of `k`: each of the tokens `[j * 128 / k, ...)` of 128, k times."""
+    """Repeat each of 128 tokens k times, over k lines: line `j` begins at token `j * 128 / k`."""
     row, lane = (jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) for axis in (0, 1))
     return _gather(x, LANES // k * (row % k) + lane // k)
 
 
 def _interleave(x, k):
-    """`[K, 128]` of 128 tokens as `K` lines of tokens by heads: `[j, l]` is `x[l % K, ...]`.
+    """Turn `[K, 128]` of 128 tokens into `K` lines, token by token: `[j, l]` is `x[l % K, ...]`.
 
-    A permutation of the entries: within rows, then within columns, then within rows.
+    Permutes the entries within rows, then within columns, then within rows.
     """
     row, lane = (jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) for axis in (0, 1))
     token, turn = lane // k, lane % k
@@ -402,7 +402,7 @@ def _head(shape, kv_heads):
 
 
 def _own_bands(s, call):
-    """`[K * rows, R] -> [rows, R]`: of each column the band of its own head."""
+    """Take from each column the band of its own head: `[K * rows, R] -> [rows, R]`."""
     head = _head((call.rows, LANES), call.heads)
     kept = []
     for tile in _tiles(s):  # tile by tile: every one has the same masks
@@ -416,7 +416,7 @@ def _own_bands(s, call):
 def _spread(p, call, dtype):
     """Undo `_own_bands`, with zeros elsewhere, in `dtype`.
 
-    Masked as words of two bfloat16 rows each: one pack and one AND where a select needs three.
+    Masks words of two bfloat16 rows: one pack and one AND, where a select needs three.
     """
     if call.heads == 1:
         return p.astype(dtype)
@@ -441,5 +441,5 @@ def _over_heads(x, combine, kv_heads):
 
 
 def _bands(x, call):
-    """`[rows, 128]`, one number a head, as a column of K bands: `[K * rows, 1]`."""
+    """Turn `[rows, 128]`, one number a head, into a column of K bands: `[K * rows, 1]`."""
     return jnp.concatenate([x[:, i : i + 1] for i in range(call.heads)], axis=0)

@@ -30,8 +30,8 @@ from pallas_kernels.online_softmax import LOG2E, dot
 warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
 
 WIDEST = 128  # columns of a tile: more takes more registers for its addresses
-# The greatest score of a row that has seen nothing. Finite, so that exp2(-inf - LEAST) is 0 and
-# not NaN with no test for it, and below what any real score comes to.
+# The running maximum before the first visible key. It lies below every real score, and is finite:
+# exp2(-inf - LEAST) is 0, where exp2(-inf - -inf) would be NaN and need a test in the hot loop.
 LEAST = -(2.0**100)
 
 
@@ -206,7 +206,7 @@ class _Call:
         return _columns(rows, width, self.params.num_warps)
 
     def __call__(self, kernel, inputs, outs):
-        """`outs`: shape, dtype (None is float32) and block of each result."""
+        """Run the kernel; `outs`: shape, dtype (None is float32) and block of each result."""
         arrays, in_specs = zip(*self.plan, *inputs, strict=True)
         return pl.pallas_call(
             functools.partial(kernel, call=self),
@@ -227,7 +227,7 @@ GREATEST_CAP = 1024.0  # above it the differences that `_scores` forms would sho
 
 
 def _scores(qk, scale, soft_cap, call):
-    """`(s, unit, slope)`: scores in log2 units are `s * unit + _offset()`, and `unit` is positive.
+    """Return `(s, unit, slope)`: scores in log2 units are `s * unit + _offset()`, `unit` positive.
 
     Without a soft cap `s` is `qk`: the factor costs nothing where it meets a subtraction. With one
     and 16-bit inputs `s` is `-1 / (1 + exp(2 x))`, of which `tanh(x)` is `1 + 2 s`: four
@@ -247,7 +247,7 @@ def _offset(soft_cap, call):
 
 
 def _half_tanh(x, factor, interpret):
-    """`-1 / (1 + exp2(x * factor))`."""
+    """Compute `-1 / (1 + exp2(x * factor))`."""
     if interpret:
         return -1 / (1 + jnp.exp2(x * factor))
     bits = np.float32(factor).view(np.uint32)
@@ -263,7 +263,7 @@ def _half_tanh(x, factor, interpret):
 
 
 def _exp2(s, unit, shift, interpret):
-    """`exp2(s * unit - shift)`, two instructions an entry. Below 2**-126 it is 0.
+    """Compute `exp2(s * unit - shift)` in two instructions an entry; below 2**-126 it is 0.
 
     `jnp.exp2` becomes CUDA's, which brackets the instruction with a range check and two products,
     and XLA's Triton does not fuse the product with the subtraction by itself.
@@ -294,7 +294,7 @@ def _row(x):
 
 
 def _columns(rows, width, warps):
-    """`width` columns, in parts no wider than `rows` if the rows are enough for the warps.
+    """Cut `width` columns into parts no wider than `rows`, if the rows are enough for the warps.
 
     Triton lays the warps of a program along the longer side of one of its products and has the
     others follow. Softmax wants them along the rows: a row in one warp needs no shared memory.
@@ -309,7 +309,7 @@ def _parts(ref, columns, *at):
 
 
 def _product(a, b):
-    """`a @ b.T` of matrices that come as lists of parts, cut at the same columns."""
+    """Multiply `a @ b.T`, both lists of parts that are cut at the same columns."""
     return sum(dot(x, y, (1, 1)) for x, y in zip(a, b, strict=True))
 
 
@@ -322,7 +322,7 @@ def _block(order_ref, index, size):
 
 
 def _walk(counts_ref, step, carry):
-    """`step(masked)(index, carry)` over the blocks that need no mask, then over those that do."""
+    """Run `step(masked)(index, carry)` over the blocks that need no mask, then over the others."""
     full, some = counts_ref[0], counts_ref[1]
     carry = jax.lax.fori_loop(0, full, step(False), carry)
     return jax.lax.fori_loop(full, some, step(True), carry)
@@ -358,7 +358,7 @@ def _forward_kernel(
     total = jnp.zeros((call.q, 1), jnp.float32)
     m = jnp.full_like(total, LEAST)
     accs = [jnp.zeros((call.q, part.size), jnp.float32) for part in columns]
-    offset = _offset(soft_cap, call)  # which no difference in the loop needs
+    offset = _offset(soft_cap, call)  # cancels in the loop, which takes differences of scores
     if before:
         out, lse = before[0], _column(before[1][...])
         for i, part in enumerate(columns):

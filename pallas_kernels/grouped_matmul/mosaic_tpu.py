@@ -33,7 +33,7 @@ from pallas_kernels.online_softmax import dot
 
 LANES = 128
 SUBLANES = 16  # rows that bfloat16 packs into a register
-VMEM_MARGIN = 8 << 20  # what the compiler keeps beside the blocks
+VMEM_MARGIN = 8 << 20  # room for the compiler beside the blocks
 
 
 def matmul(lhs, rhs, group_sizes, *, transpose=False):
@@ -87,7 +87,7 @@ def outer(lhs, dout, group_sizes, dtype):
 
 
 def _products(op, lhs, weights, group_sizes, outs, finish, *, transpose=False):
-    """`finish` of the products of `lhs` with each of the weights, one kernel."""
+    """Multiply `lhs` with each of the weights and apply `finish`, in one kernel."""
     m, e, n = lhs.shape[0], weights[0].shape[0], weights[0].shape[1 if transpose else 2]
     if m == 0:
         return [_zeros(lhs, (0, n), lhs.dtype)] * outs
@@ -125,7 +125,7 @@ def _products(op, lhs, weights, group_sizes, outs, finish, *, transpose=False):
 
 
 def _fine_products(op, lhs, weights, group_sizes, outs, finish, block):
-    """As `_products`, of weights that are made whole piece by piece on their way in."""
+    """Do `_products` of weights that are widened piece by piece on their way in."""
     m, (e, _, n) = lhs.shape[0], weights[0].shape
     packed, group = weights[0].packed, weights[0].group
     if packed and packed not in (64, 128, PACKED):
@@ -165,12 +165,15 @@ def _fine_products(op, lhs, weights, group_sizes, outs, finish, block):
 
 
 def _tall(x, rows):
-    """Padded to so many rows, and whole lanes."""
+    """Pad to `rows` rows, and to whole lanes."""
     return _whole(jnp.pad(x, ((0, 0), (0, rows - x.shape[1]), (0, 0))), 1)
 
 
 def _grid(block, grid, groups_, weights, scales, outs, transpose, fine=None):
-    """`fine`: rows of values in a step, and of scales, which come after the others and whole."""
+    """Make the grid and its block specs.
+
+    `fine`: rows of values in a step, and of scales, which come last and whole.
+    """
     wide, visits, steps = grid
 
     def of_weights(n, v, k, group, *_):
@@ -204,7 +207,7 @@ def _grid(block, grid, groups_, weights, scales, outs, transpose, fine=None):
 
 
 def _vmem(block, itemsize, weights, outs, tall):
-    """Two of each block, what is summed, a column of weights in two more types, and a margin."""
+    """Bytes of VMEM: two of each block, sums, a column of weights in two more types, a margin."""
     matrices = 2 * block.k * block.n * weights[0].dtype.itemsize + block.k * block.columns * 8
     sums = 4 * block.m * block.n + 8 * tall * block.n
     rows = 2 * block.m * (block.k + outs * block.n) * itemsize
@@ -241,7 +244,7 @@ def _divisor(size, most):
 
 
 def _whole(x, rows):
-    """Padded with zeros to whole lanes and a multiple of `rows`: a copy only for odd shapes."""
+    """Pad with zeros to whole lanes and a multiple of `rows`: a copy only for odd shapes."""
     *_, m, k = x.shape
     sides = [(0, 0)] * (x.ndim - 2) + [(0, _round(m, rows) - m), (0, _round(k, LANES) - k)]
     return jnp.pad(x, sides) if any(high for _, high in sides) else x
@@ -265,7 +268,7 @@ def _gated(g, u, clamp):
 
 
 def _pieces(offsets_ref, group, tile, block, work):
-    """`work(rows of the tile, which of them belong to the group)` for the pieces that hold any."""
+    """Run `work(rows of the tile, mask of the group's rows)` for the pieces that have any."""
     low = jnp.maximum(offsets_ref[group] - tile * block.m, 0)
     high = jnp.minimum(offsets_ref[group + 1] - tile * block.m, block.m)
 
@@ -291,7 +294,7 @@ class _Fine(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """What is known of a kernel of products when it is traced.
+    """The facts about a kernel of products that are known when it is traced.
 
     `steps` parts of the summed dimension are visited one after the other. `scale_rows`: 0 without
     scales, 1 for one a channel, else one for each BLOCK of the summed dimension.
@@ -434,7 +437,7 @@ def _fine_product(r, plan, step, i, at, columns):
 
 
 def _unpacked(values, packed):
-    """Float32 `[2 R, C]`, 4 times the values, of bytes `[R, C]`."""
+    """Unpack bytes `[R, C]` to 4 times their values, float32 `[2 R, C]`."""
     both, half = values.astype(jnp.int32), packed // 2
     parts = [both[i : i + half] for i in range(0, both.shape[0], half)]
     return jnp.concatenate([four_times_e2m1(x, high=h) for x in parts for h in (False, True)])
