@@ -78,8 +78,8 @@ def medians(functions, arrays, rounds):
 def against_dense(tokens, rounds):
     arrays = inputs(tokens, HEADS, HEAD_DIM)
     compiled = [with_gradients(f).lower(*arrays).compile() for f in (ours, dense)]
-    mine, theirs = (c.memory_analysis().temp_size_in_bytes for c in compiled)
-    row = {"tokens": tokens, "temp_bytes": mine, "dense_temp_bytes": theirs}
+    blockwise, whole = (c.memory_analysis().temp_size_in_bytes for c in compiled)
+    row = {"tokens": tokens, "temp_bytes": blockwise, "dense_temp_bytes": whole}
     if theirs > 0.6 * available_bytes():
         (row["seconds"],) = medians(compiled[:1], arrays, rounds)
         return row | {"note": "the dense scores do not fit in this machine's memory: not run"}
@@ -102,23 +102,23 @@ def against_ringattention(rounds, tokens):
         sharding = NamedSharding(mesh, P(None, "seq"))
         order = jaxcp.Zigzag().order(tokens, RING["shards"])
         positions = jax.device_put(jnp.asarray(order, jnp.int32)[None], sharding)
-        mine = jax.device_put([x[:, order] for x in arrays], sharding)
+        laid_out = jax.device_put([x[:, order] for x in arrays], sharding)
         theirs = jax.device_put(arrays, sharding)
         ring = with_gradients(functools.partial(zigzag_ring, positions=positions))
         row = {"shards": RING["shards"], "tokens": tokens, "rounds": rounds}
         try:
             import_ringattention()
         except (ImportError, AttributeError) as error:
-            (row["seconds"],) = medians([ring], mine, rounds)
+            (row["seconds"],) = medians([ring], laid_out, rounds)
             return row | {"note": f"ringattention cannot be imported: {error}"}
         chunks = [c for c in (64, 128, 256, 512) if c <= tokens // RING["shards"]]
         others = {c: with_gradients(ringattention(c)) for c in chunks}
         expected = next(iter(others.values()))(*theirs)
-        for x, y in zip(expected, ring(*mine), strict=True):
+        for x, y in zip(expected, ring(*laid_out), strict=True):
             np.testing.assert_allclose(np.asarray(x)[:, order], y, atol=2e-5, rtol=2e-4)
         call = [lambda *_, f=f: f(*theirs) for f in others.values()]
-        row["seconds"], *found = medians([ring, *call], mine, rounds)
-    best = min(zip(found, others, strict=True))
+        row["seconds"], *seconds = medians([ring, *call], laid_out, rounds)
+    best = min(zip(seconds, others, strict=True))
     row |= {"their_seconds": best[0], "their_chunk": best[1]}
     return row | {"ratio": row["seconds"] / best[0]}
 
@@ -203,14 +203,14 @@ def markdown(report) -> str:
 
 
 def missed(report) -> list[str]:
-    found = [
+    lines = [
         f"{row['tokens']} tokens: {row['ratio']:.2f} of dense"
         for row in report["dense"]
         if row["tokens"] >= FROM and row.get("ratio", 0) > DENSE_BAR
     ]
     if (ring := report.get("ring")) and ring.get("ratio", RING_BAR + 1) > RING_BAR:
-        found.append(f"ring: {ring.get('ratio', 'not compared')}")
-    return found
+        lines.append(f"ring: {ring.get('ratio', 'not compared')}")
+    return lines
 
 
 def versions() -> dict:

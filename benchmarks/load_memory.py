@@ -51,25 +51,25 @@ def write(folder: pathlib.Path, layers: int) -> None:
     made = config(layers)
     state = nnx.to_flat_state(nnx.state(weights.abstract_model(made)))
     leaves = {".".join(map(str, keys)): leaf.shape for keys, leaf in state}
-    found = sources(models.family_of(made).table(made), leaves)
-    wanted = {name: source.shape for source in found.values() for name in source.names}
-    rng, weight_map, held, size = np.random.default_rng(0), {}, {}, 0
+    chosen = sources(models.family_of(made).table(made), leaves)
+    shapes = {name: source.shape for source in chosen.values() for name in source.names}
+    rng, weight_map, tensors, size = np.random.default_rng(0), {}, {}, 0
 
     def flush():
         file = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
-        save_file(held, folder / file)
-        weight_map.update(dict.fromkeys(held, file))
-        held.clear()
+        save_file(tensors, folder / file)
+        weight_map.update(dict.fromkeys(tensors, file))
+        tensors.clear()
 
-    for name, shape in wanted.items():
-        held[name] = rng.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16)
-        size += held[name].nbytes
-        if sum(x.nbytes for x in held.values()) > FILE_BYTES:
+    for name, shape in shapes.items():
+        tensors[name] = rng.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16)
+        size += tensors[name].nbytes
+        if sum(x.nbytes for x in tensors.values()) > FILE_BYTES:
             flush()
     flush()
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps(made.to_hf()))
+    (folder / "config.json").write_text(json.dumps(models.config_to_dict(made)))
 
 
 def status(field: str) -> int:
@@ -102,16 +102,16 @@ def measure(folder: pathlib.Path, axes: dict[str, int], way: str) -> dict:
         arrays = jax.block_until_ready(jax.tree.leaves(model))
         seconds, peak = time.monotonic() - start, status("VmHWM") - before
     shards = [s.data for x in arrays for s in x.addressable_shards]
-    held = sum({x.unsafe_buffer_pointer(): x.nbytes for x in shards}.values())
+    nbytes = sum({x.unsafe_buffer_pointer(): x.nbytes for x in shards}.values())
     checkpoint = open_checkpoint(folder)
     largest = max(checkpoint.read(name).nbytes for name in checkpoint.shapes)
-    row = {"mesh": axes, "way": way, "seconds": seconds, "peak": peak, "shards": held}
+    row = {"mesh": axes, "way": way, "seconds": seconds, "peak": peak, "shards": nbytes}
     row |= {"largest": largest, "chunk": streaming.CHUNK, "tensors": len(checkpoint.shapes)}
-    return row | {"over": (peak - held) / largest}
+    return row | {"over": (peak - nbytes) / largest}
 
 
 def whole(pieces, shape, dtype, sharding):
-    """As `streaming.stream`, from one array of the whole leaf on the host."""
+    """Put a leaf as `jaxcp.weights.stream.stream` does, but whole on the host first."""
     import collections
 
     import jax

@@ -123,17 +123,17 @@ def row(target: str, layers: int, program: str, args: Args) -> dict[str, Any]:
         fn, inputs = prefill_program(model_of(layers), mesh, **sizes, **options)
     else:
         fn, inputs = decode_program(model_of(layers), mesh, **options)
-    found: dict[str, Any] = {"target": target, "mesh": axes, "layers": layers, "program": program}
+    record: dict[str, Any] = {"target": target, "mesh": axes, "layers": layers, "program": program}
     versions = [f"{name} {importlib.metadata.version(name)}" for name in COMPILERS[mesh_kind(mesh)]]
-    found |= {"context": args.context, "new": new, "compiler": ", ".join(versions)}
+    record |= {"context": args.context, "new": new, "compiler": ", ".join(versions)}
     try:
         report = compile_for(fn, inputs, mesh)
     except jax.errors.JaxRuntimeError as error:
-        return found | {"refused": str(error).strip().splitlines()[0][:200]}
+        return record | {"refused": str(error).strip().splitlines()[0][:200]}
     sizes = ("argument_bytes", "output_bytes", "temp_bytes", "total_bytes", "hbm_bytes")
-    found |= {name: getattr(report, name) for name in sizes}
+    record |= {name: getattr(report, name) for name in sizes}
     sent = report.collectives
-    return found | {
+    return record | {
         "seconds": round(report.compile_seconds, 1),
         "collectives": None if sent is None else {c.kind: [c.count, c.bytes] for c in sent},
     }
@@ -177,16 +177,16 @@ def must_send(r: dict[str, Any]) -> dict[str, int] | None:
 
 def unexpected(r: dict[str, Any]) -> str:
     """Kinds that send more than `must_send` says: by over 1 % and a MiB a layer."""
-    wanted, kinds = must_send(r), r["collectives"]
-    if wanted is None or kinds is None:
+    expected, kinds = must_send(r), r["collectives"]
+    if expected is None or kinds is None:
         return "not compared"
-    over = {kind: size - wanted.get(kind, 0) for kind, (_, size) in kinds.items()}
-    found = [
+    over = {kind: size - expected.get(kind, 0) for kind, (_, size) in kinds.items()}
+    surplus = [
         f"{kind} {size / MIB:,.1f} MiB more"
         for kind, size in over.items()
-        if kind not in wanted or size > 0.01 * wanted[kind] + r["layers"] * MIB
+        if kind not in expected or size > 0.01 * expected[kind] + r["layers"] * MIB
     ]
-    return ", ".join(found) or "none"
+    return ", ".join(surplus) or "none"
 
 
 def whole(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -208,7 +208,7 @@ def markdown(head: list[str], lines: list[list[str]]) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """What was compiled."""
+    """Table of all that was compiled."""
     head = ["target", "mesh", "layers", "program", "arguments GiB", "temporaries GiB"]
     head += [
         "together GiB",
@@ -278,11 +278,11 @@ def in_order(r: dict[str, Any]) -> tuple:
 
 def main(args: Args) -> None:
     todo = [(t, n, p) for t in args.targets for n in args.layers for p in ("prefill", "decode")]
-    found = kept(args)
+    records = kept(args)
     for job in track(todo, description="compiling Hy3-295B"):
         r = row(*job, args)
-        found[tuple(r[k] for k in KEY)] = r
-        rows = sorted(found.values(), key=in_order)
+        records[tuple(r[k] for k in KEY)] = r
+        rows = sorted(records.values(), key=in_order)
         if args.out is not None:  # after each: a compilation may take minutes
             args.out.mkdir(parents=True, exist_ok=True)
             (args.out / "model_memory.md").write_text(report(rows, args))

@@ -16,15 +16,10 @@ import pathlib
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import testing, testing_decode, testing_grouped
-from pallas_kernels.grouped_matmul.block_scaled import (
-    FORMATS,
-    block_scaled,
-    grouped_matmul_block_scaled,
-)
+from pallas_kernels.grouped_matmul.quantized import FORMATS
+from pallas_kernels.testing import decode_attention, flash_attention, grouped_matmul
 
 IMPLEMENTATIONS = ("reference", "xla", "triton", "mosaic_tpu")
 BAR = 1.5
@@ -32,9 +27,11 @@ BAR = 1.5
 NOISE = 8 * float(np.finfo(np.float32).eps)
 CACHES = (None, "int8", "float8_e4m3fn")
 
-_flash = testing.Case(queries=256, keys=256, heads=4, kv_heads=2, head_dim=64, sinks=True)
-_decode = testing_decode.Case(batch=2, queries=4, slots=512, heads=16, kv_heads=2, dtype="bfloat16")
-_grouped = testing_grouped.Case(sizes=(0, 70, 3, 64, 29, 0), rows=170, summed=256, columns=256)
+_flash = flash_attention.Case(queries=256, keys=256, heads=4, kv_heads=2, head_dim=64, sinks=True)
+_decode = decode_attention.Case(
+    batch=2, queries=4, slots=512, heads=16, kv_heads=2, dtype="bfloat16"
+)
+_grouped = grouped_matmul.Case(sizes=(0, 70, 3, 64, 29, 0), rows=170, summed=256, columns=256)
 
 
 def _with(case, **more):
@@ -44,17 +41,17 @@ def _with(case, **more):
 # operation: suite, what a row is called, case
 CASES = {
     "flash_attention": (
-        testing,
+        flash_attention,
         {name: _with(_flash, dtype=name) for name in ("float32", "bfloat16", "float16")}
         | {"bfloat16, soft cap": _with(_flash, dtype="bfloat16", soft_cap=8.0)},
     ),
     "decode_attention": (
-        testing_decode,
+        decode_attention,
         {"float32": _with(_decode, dtype="float32"), "bfloat16": _decode}
         | {f"bfloat16, cache {cache}": _with(_decode, cache=cache) for cache in CACHES[1:]},
     ),
     "grouped_matmul": (
-        testing_grouped,
+        grouped_matmul,
         {name: _with(_grouped, dtype=name) for name in ("float32", "bfloat16")}
         | {
             f"bfloat16, weights {weights}{' by block' * block}": _with(
@@ -65,7 +62,7 @@ CASES = {
         },
     ),
     "grouped_swiglu": (
-        testing_grouped,
+        grouped_matmul,
         {name: _with(_grouped, dtype=name, swiglu=True) for name in ("float32", "bfloat16")},
     ),
 }
@@ -79,7 +76,7 @@ def rows(op: str, kinds=None, implementations=IMPLEMENTATIONS):
         reference: dict = {}
         for implementation in implementations:
             try:
-                found = results(suite, implementation, inputs)
+                runs = results(suite, implementation, inputs)
             except NotImplementedError as error:
                 yield {"op": op, "kind": kind, "backend": implementation, "not": str(error)}
                 continue
@@ -87,10 +84,10 @@ def rows(op: str, kinds=None, implementations=IMPLEMENTATIONS):
                 said = f"{type(error).__name__}: {str(error)[:200]}"
                 yield {"op": op, "kind": kind, "backend": implementation, "failed": said}
                 continue
-            reference = reference or found
+            reference = reference or runs
             for name, case in inputs.items():
                 for result, exact in suite.expected(case).items():
-                    got, again = (run[result] for run in found[name])
+                    got, again = (run[result] for run in runs[name])
                     yield {
                         "op": op, "kind": kind, "backend": implementation, "inputs": name,
                         "result": result, "error": relative(got, exact),
@@ -106,11 +103,11 @@ def results(suite, implementation, inputs) -> dict:
     """Two runs for each of the inputs, which differ in numbers only: compiled once."""
     fn, _ = suite.program(implementation, next(iter(inputs.values())))
     step = jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0})
-    found = {}
+    runs = {}
     for name, case in inputs.items():
         _, given = suite.program(implementation, case)
-        found[name] = [{k: np.asarray(x) for k, x in step(given).items()} for _ in range(2)]
-    return found
+        runs[name] = [{k: np.asarray(x) for k, x in step(given).items()} for _ in range(2)]
+    return runs
 
 
 def relative(got, exact) -> float:
@@ -124,36 +121,31 @@ def relative(got, exact) -> float:
 
 
 def rounding():
-    """What narrow values cost: the result's error against inputs that were not rounded to them."""
+    """Measure the cost of narrow values: the error against inputs that were not rounded to them."""
     for outliers in (False, True):
         inputs = INPUTS[outliers]
         for cache in CACHES[1:]:
             case = _with(_decode, dtype="float32", cache=cache, outliers=outliers)
-            exact = testing_decode.expected(_with(case, cache=None))["out"]
-            got = testing_decode.run("reference", case)[0]["out"]
+            exact = decode_attention.expected(_with(case, cache=None))["out"]
+            got = decode_attention.run("reference", case)[0]["out"]
             yield {"what": f"cache {cache}", "inputs": inputs, "error": relative(got, exact)}
         for weights in CACHES[1:]:
             for block in (False, True):
                 case = _with(_grouped, weights=weights, block=block, outliers=outliers)
-                exact = testing_grouped.expected(_with(case, weights=None))["out"]
-                got = testing_grouped.expected(case)["out"]
+                exact = grouped_matmul.expected(_with(case, weights=None))["out"]
+                got = grouped_matmul.expected(case)["out"]
                 what = f"weights {weights}, a scale for {'128 x 128' if block else 'a channel'}"
                 yield {"what": what, "inputs": inputs, "error": relative(got, exact)}
-        for format in FORMATS:
-            case = _with(_grouped, outliers=outliers)
-            given = {k: jnp.asarray(x) for k, x in testing_grouped.arrays(case).items()}
-            narrow = block_scaled(given["weights"].swapaxes(1, 2), format)
-            sizes = jnp.asarray(case.sizes)
-            got = grouped_matmul_block_scaled(
-                given["lhs"], narrow, sizes, implementation="emulated"
-            )
-            exact = testing_grouped.expected(case)["out"]
-            what = f"rows and weights {format} (emulated)"
+        for format, rows in FORMATS.items():
+            case = _with(_grouped, weights=format, outliers=outliers)
+            exact = grouped_matmul.expected(_with(case, weights=None))["out"]
+            got = grouped_matmul.expected(case)["out"]
+            what = f"weights {format}, a scale for {rows} rows"
             yield {"what": what, "inputs": inputs, "error": relative(got, exact)}
 
 
 def broken(row) -> str | None:
-    """What is wrong with a row, or None."""
+    """Say what is wrong with a row, or None."""
     if "not" in row:
         return None
     where = " ".join(row.get(name, "") for name in ("op", "kind", "backend", "inputs", "result"))
@@ -210,12 +202,12 @@ def main() -> int:
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_default_matmul_precision", "highest")
-    found = [row for op in args.op for row in rows(op)]
+    every = [row for op in args.op for row in rows(op)]
     report = {
         "versions": {"jax": jax.__version__, "jaxlib": jax.lib.__version__},
-        "rows": found,
+        "rows": every,
         "rounding": list(rounding()),
-        "broken": [line for row in found if (line := broken(row))],
+        "broken": [line for row in every if (line := broken(row))],
     }
     print(markdown(report))
     if args.out:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What quantized weights cost the shipped checkpoint: errors of logits, perplexity, answers.
+"""The cost of quantized weights to the shipped checkpoint: errors of logits, perplexity, answers.
 
 The texts are those that it was trained for: CPython's documentation with needles, of a seed that
 training did not see, and then every needle's question with its answer. Everything is computed in
@@ -38,7 +38,7 @@ class Args:
     """Bytes of a text, without the questions."""
     texts: int = 4
     needles: int = 16
-    """Of each text."""
+    """Needles of each text."""
 
 
 def texts(args: Args) -> tuple[np.ndarray, np.ndarray]:
@@ -77,7 +77,7 @@ def rows(args: Args) -> list[dict[str, Any]]:
     tokens, digits = texts(args)
     plain = measured(NEEDLE, tokens, digits)
     exact = plain.pop("logits")
-    found = [{"weights": "bfloat16", "only": "", **plain}]
+    results = [{"weights": "bfloat16", "only": "", **plain}]
     jobs = [(weights, only) for weights in get_args(Weights) for only in ("experts", "all")]
     for weights, only in track(jobs, description="quantized"):
         with tempfile.TemporaryDirectory() as folder:
@@ -87,9 +87,9 @@ def rows(args: Args) -> list[dict[str, Any]]:
         error = np.abs(one.pop("logits") - exact)
         size = {"error_max": float(error.max()), "error_mean": float(error.mean())}
         size["error_999"] = float(np.quantile(error, 0.999))
-        found.append({"weights": weights, "only": only, **size, **one})
-    found[0] |= {"logit_std": float(exact.std())}
-    return found
+        results.append({"weights": weights, "only": only, **size, **one})
+    results[0] |= {"logit_std": float(exact.std())}
+    return results
 
 
 HEAD = (
@@ -98,10 +98,10 @@ HEAD = (
 )  # fmt: skip
 
 
-def table(found: list[dict[str, Any]]) -> str:
-    plain = found[0]
+def table(results: list[dict[str, Any]]) -> str:
+    plain = results[0]
     lines: list[tuple[str, ...]] = [HEAD, ("---",) * len(HEAD)]
-    for r in found:
+    for r in results:
         errors = [
             f"{r[f'error_{x}']:.3f}" if f"error_{x}" in r else "" for x in ("max", "999", "mean")
         ]
@@ -113,20 +113,20 @@ def table(found: list[dict[str, Any]]) -> str:
 
 
 def main(args: Args) -> None:
-    found = rows(args)
+    results = rows(args)
     tokens, digits = texts(args)
     text = "# Quantized weights of the shipped checkpoint\n\n"
     text += "`python -m benchmarks.quantized --out benchmarks/results`, jax "
     text += f"{importlib.metadata.version('jax')} on CPU, {datetime.date.today()}: "
     text += f"{tokens.size:,} bytes of {args.texts} texts, {digits.sum() // DIGITS} questions. "
-    text += f"Logits have a standard deviation of {found[0]['logit_std']:.2f}. "
+    text += f"Logits have a standard deviation of {results[0]['logit_std']:.2f}. "
     text += "Computed in float32; KiB are those of all parameters in memory.\n\n"
-    text += table(found) + "\n"
+    text += table(results) + "\n"
     print(text)
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "quantized.md").write_text(text)
-        (args.out / "quantized.json").write_text(json.dumps(found, indent=1) + "\n")
+        (args.out / "quantized.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from jaxcp.mesh import MeshConfig as MeshConfig
     from jaxcp.mesh import emulate_devices as emulate_devices
     from jaxcp.mesh import make_mesh as make_mesh
+    from jaxcp.models.deepseek.v3.config import DeepSeekV3Config as DeepSeekV3Config
     from jaxcp.models.deepseek.v3.model import DeepSeekV3 as DeepSeekV3
-    from jaxcp.models.deepseek.v3.model import DeepSeekV3Config as DeepSeekV3Config
+    from jaxcp.models.deepseek.v4.config import DeepSeekV4Config as DeepSeekV4Config
     from jaxcp.models.deepseek.v4.model import DeepSeekV4 as DeepSeekV4
-    from jaxcp.models.deepseek.v4.model import DeepSeekV4Config as DeepSeekV4Config
+    from jaxcp.models.gpt.config import GPTConfig as GPTConfig
     from jaxcp.models.gpt.model import GPT as GPT
-    from jaxcp.models.gpt.model import GPTConfig as GPTConfig
+    from jaxcp.models.hybrid_moe.config import HybridMoEConfig as HybridMoEConfig
     from jaxcp.models.hybrid_moe.model import HybridMoE as HybridMoE
-    from jaxcp.models.hybrid_moe.model import HybridMoEConfig as HybridMoEConfig
     from jaxcp.training import LossConfig as LossConfig
     from jaxcp.training import OptimizerConfig as OptimizerConfig
     from jaxcp.training import TextSource as TextSource
@@ -57,10 +57,14 @@ _HOME = {
     "jaxcp.inference": ("Engine", "decode_step", "logits", "prefill"),
     "jaxcp.layout": ("Balanced", "Contiguous", "Striped", "Zigzag"),
     "jaxcp.mesh": ("MeshConfig", "emulate_devices", "make_mesh"),
-    "jaxcp.models.deepseek.v3.model": ("DeepSeekV3", "DeepSeekV3Config"),
-    "jaxcp.models.deepseek.v4.model": ("DeepSeekV4", "DeepSeekV4Config"),
-    "jaxcp.models.gpt.model": ("GPT", "GPTConfig"),
-    "jaxcp.models.hybrid_moe.model": ("HybridMoE", "HybridMoEConfig"),
+    "jaxcp.models.deepseek.v3.config": ("DeepSeekV3Config",),
+    "jaxcp.models.deepseek.v3.model": ("DeepSeekV3",),
+    "jaxcp.models.deepseek.v4.config": ("DeepSeekV4Config",),
+    "jaxcp.models.deepseek.v4.model": ("DeepSeekV4",),
+    "jaxcp.models.gpt.config": ("GPTConfig",),
+    "jaxcp.models.gpt.model": ("GPT",),
+    "jaxcp.models.hybrid_moe.config": ("HybridMoEConfig",),
+    "jaxcp.models.hybrid_moe.model": ("HybridMoE",),
     "jaxcp.training": (
         "LossConfig",
         "OptimizerConfig",

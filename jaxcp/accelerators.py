@@ -21,12 +21,12 @@ FILES = (
     "/dev/kfd",  # AMD
 )  # fmt: skip
 KNOWN = r"(.*\.)?(xla_cuda|xla_rocm|jax_cuda|jax_rocm)\w*"
-"""jax plugins whose device is one of `FILES`."""
+"""The jax plugins whose device is one of `FILES`."""
 SAID = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME", "PJRT_NAMES_AND_LIBRARY_PATHS")
 
 
 def device_files() -> list[str]:
-    """Files in /dev that the drivers of GPUs and TPUs make."""
+    """List the files in /dev that the drivers of GPUs and TPUs make."""
     return [path for pattern in FILES for path in glob.glob(pattern)]
 
 
@@ -38,13 +38,13 @@ def none_here() -> bool:
 
 
 def choose_cpu(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Before jax is imported: tell it to use CPUs where `none_here`, unless the user chose."""
+    """Tell jax, before it is imported, to use CPUs where `none_here`, unless the user chose."""
     if not any(map(environment.get, SAID)) and none_here():
         environment["JAX_PLATFORMS"] = "cpu"
 
 
 def _plugins() -> set[str]:
-    """The jax plugins that are installed, as jax itself finds them; none is imported."""
+    """List the installed jax plugins, as jax itself finds them, without importing any."""
     spec = importlib.util.find_spec("jax_plugins")
     folders = spec.submodule_search_locations if spec else None
     modules = {name for _, name, _ in pkgutil.iter_modules(folders or [])}

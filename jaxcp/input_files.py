@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that somebody else wrote, read within bounds. Knows no checkpoints.
+"""Reads files that somebody else wrote, within bounds. Knows no checkpoints.
 
 A file is opened only if it is a regular one (a pipe would block, a device may never end), read only
-up to a size, and believed only as strict JSON. Links are followed wherever they lead: the folders
-of the hub's cache are made of them. Errors name the file and say at which place it is wrong; they
-never show what is in it, for a link may lead to a file that is none of the reader's business.
+up to a size, and parsed as strict JSON. Links are followed wherever they lead: the folders of the
+hub's cache are made of them. Errors name the file and the place where it is wrong; they never show
+its contents, because a link may lead to a file that the reader of the error must not see.
 """
 
 import contextlib
@@ -16,19 +16,19 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 JSON_BYTES = 16 << 20
-"""A config.json has a few thousand."""
+"""Most bytes of a JSON file; a config.json has a few thousand."""
 LARGE_JSON_BYTES = 100_000_000
-"""Bytes of a list of tensors or a vocabulary; the limit of safetensors for its header."""
+"""Most bytes of a list of tensors or a vocabulary; safetensors' own limit for its header."""
 JSON_VALUES = 4_000_000
-"""Python takes up to 250 bytes for each; the tokenizer of Gemma 3, the largest known, has 1.9
-million, the header of a file with 100,000 tensors 0.8 million."""
+"""Most values of a JSON file; each takes Python up to 250 bytes. The tokenizer of Gemma 3, the
+largest known, has 1.9 million, the header of a file with 100,000 tensors 0.8 million."""
 JSON_DEPTH = 32
 INTEGERS = range(-(1 << 63), 1 << 64)
 
 
 @contextlib.contextmanager
 def open_regular(file: str | os.PathLike) -> Iterator[tuple[BinaryIO, int]]:
-    """A regular file and its size.
+    """Open a regular file; yield it and its size.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -43,14 +43,14 @@ def open_regular(file: str | os.PathLike) -> Iterator[tuple[BinaryIO, int]]:
     except OSError as error:  # a loop of links, a name that is too long, a folder that is a file
         raise ValueError(f"needed a file; {file} cannot be opened: {error.strerror}") from error
     with open(fd, "rb") as handle:
-        found = os.fstat(fd)
-        _check_regular(file, found)
-        yield handle, found.st_size
+        status = os.fstat(fd)
+        _check_regular(file, status)
+        yield handle, status.st_size
 
 
-def _check_regular(file: str | os.PathLike, found: os.stat_result) -> None:
-    if not stat.S_ISREG(found.st_mode):
-        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, a socket or a device"
+def _check_regular(file: str | os.PathLike, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, a socket or a device"
         raise ValueError(f"needed a regular file; {file} is {kind}. Copy the file there")
 
 
@@ -68,7 +68,7 @@ def read_bytes(file: str | os.PathLike, limit: int) -> bytes:
 
 
 def read_json(file: str | os.PathLike, limit: int = JSON_BYTES) -> dict[str, Any]:
-    """The object in a JSON file: UTF-8, no NaN or Infinity, no key twice, no deep nesting.
+    """Read the object in a JSON file: UTF-8, no NaN or Infinity, no key twice, no deep nesting.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -78,7 +78,7 @@ def read_json(file: str | os.PathLike, limit: int = JSON_BYTES) -> dict[str, Any
 
 
 def parse_json(data: bytes, file: str | os.PathLike) -> dict[str, Any]:
-    """The object that `data`, of `file`, is as JSON; `read_json` says what is refused."""
+    """Parse `data`, the contents of `file`, as a JSON object with the bounds of `read_json`."""
     try:
         fields = strict_json(data)
     except ValueError as error:
@@ -89,7 +89,7 @@ def parse_json(data: bytes, file: str | os.PathLike) -> dict[str, Any]:
 
 
 def strict_json(data: bytes) -> Any:
-    """The value that `data` is as JSON; errors say where it is not, and show nothing of it."""
+    """Parse `data` as JSON; errors say at which place it is wrong, and show nothing of it."""
     values = sum(map(data.count, (b",", b"[", b"{")))
     if values > JSON_VALUES:
         raise ValueError(f"it has up to {values:,} values; {JSON_VALUES:,} are read")

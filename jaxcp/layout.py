@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which token lies on which shard: a permutation at the edge, which nothing inside knows of.
+"""Orders of tokens over shards: a permutation at the edge, of which nothing inside knows.
 
 `permute` takes NumPy trees of `[B, T, ...]` in natural order and returns them in the order in
 which equal slices along axis 1 are what each shard holds. It pads any T; a pad masks itself by
@@ -18,24 +18,24 @@ import numpy as np
 from pallas_kernels import PAD_POSITION
 
 PAD_VALUES = {"positions": PAD_POSITION, "segment_ids": -1, "targets": -1}
-"""What pads hold, by the key of a leaf; every other leaf is padded with zeros."""
+"""The value of pads, by the key of a leaf; every other leaf is padded with zeros."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Order of tokens over shards. A subclass says which places a shard holds."""
+    """An order of tokens over shards. A subclass says which places a shard holds."""
 
     pieces: ClassVar[int] = 1
     """Pieces of equal length that a shard holds; the padded length is a multiple of them all."""
     by_segment: ClassVar[bool] = False
-    """Whether each row has an order of its own, which follows from its segment ids."""
+    """True where each row has an order of its own, which follows from its segment ids."""
 
     def places(self, padded: int, shards: int) -> np.ndarray:
-        """`[shards, padded / shards]`: what each shard holds of `0..padded - 1`."""
+        """The places that each shard holds, of `0..padded - 1`: `[shards, padded / shards]`."""
         raise NotImplementedError
 
     def padded_length(self, length: int, shards: int) -> int:
-        """Tokens after padding: the next multiple of the number of pieces."""
+        """Number of tokens after padding: the next multiple of the number of pieces."""
         count = self.pieces * shards
         return -(-length // count) * count
 
@@ -126,7 +126,7 @@ def _pads(key: str, value: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.n
 
 
 def _taken(x: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """`x [B, T, ...]` along axis 1 in one order for all rows, or in each row's own."""
+    """Take `x [B, T, ...]` along axis 1 in one order for all rows, or in each row's own."""
     if order.ndim == 1:
         return x[:, order]
     if order.shape[0] != x.shape[0]:
@@ -177,7 +177,7 @@ class Striped(Layout):
 
 @dataclasses.dataclass(frozen=True)
 class Balanced(Layout):
-    """Packed documents: every shard visits as many tiles, whatever the lengths of the documents.
+    """For packed documents: every shard visits equally many tiles, however long the documents are.
 
     Causal work is per document, so a zigzag over the row is not fair to packed rows: with one
     document of half of the row the busiest of eight shards has 1.5 to 3 times the mean. Here each
@@ -185,10 +185,10 @@ class Balanced(Layout):
     first, to the shard that has least. Then blocks are swapped with the busiest shard while that
     helps. Work is counted in tiles as kernels visit them, of several shapes at once, and in pairs.
 
-    `block`: tokens of a block, and of the longest tile of the kernels that run: 1024 on TPU, 128
-    on NVIDIA, 512 on CPU. A smaller one puts two places of the row into one tile: as balanced, and
-    more work (twice as much with half a tile, where documents are short). A greater one leaves
-    less to choose from.
+    `block`: tokens of a block; best the longest tile of the kernels that run: 1024 on TPU, 128 on
+    NVIDIA, 512 on CPU. A smaller block puts two places of the row into one tile: balance stays,
+    work grows (to twice as much with half a tile, where documents are short). A greater one leaves
+    fewer blocks to deal out.
 
     From 16 blocks a shard on the busiest has at most 1.02 of the mean (1.022 was the worst of 150
     packed rows on 8 shards) or, as a tile cannot be shared, the next whole tile: documents shorter
@@ -250,11 +250,13 @@ and dK/dV."""
 
 
 def _work(segments: np.ndarray, starts: np.ndarray, block: int) -> np.ndarray:
-    """`[blocks, measures]`: pairs that a block's queries see, and tiles of each shape."""
+    """Count pairs that a block's queries see, and its tiles of each shape: `[blocks, measures]`."""
     index = np.arange(segments.size)
     new = np.append(True, segments[1:] != segments[:-1])
-    first = np.maximum.accumulate(np.where(new, index, 0))  # of each token's document
-    found = [np.add.reduceat(index - first + 1.0, starts)]
+    first = np.maximum.accumulate(
+        np.where(new, index, 0)
+    )  # the first token of each token's document
+    measures = [np.add.reduceat(index - first + 1.0, starts)]
     ends = np.append(starts[1:], segments.size)
     for rows, columns in _TILES:
         height, width = max(1, block // rows), max(1, block // columns)
@@ -262,19 +264,19 @@ def _work(segments: np.ndarray, starts: np.ndarray, block: int) -> np.ndarray:
         tops = np.concatenate([np.arange(*ab, height) for ab in zip(starts, ends, strict=True)])
         last = np.minimum(tops + height, np.repeat(ends, -(-(ends - starts) // height))) - 1
         counts = last // width - first[tops] // width + 1
-        found.append(np.add.reduceat(counts * 1.0, np.searchsorted(tops, starts)))
-    return np.stack(found, axis=1)
+        measures.append(np.add.reduceat(counts * 1.0, np.searchsorted(tops, starts)))
+    return np.stack(measures, axis=1)
 
 
 NEAR = 1.01
-"""Of the mean: a shard with no more work is left alone."""
+"""A shard whose work is below this multiple of the mean is left alone."""
 
 
 def _dealt(work: np.ndarray, shards: int, each: int) -> np.ndarray:
-    """The shard of each block: `each` of the whole ones (they come first), one of the rest."""
+    """Deal blocks to shards: `each` of the whole blocks (they come first), one of the rest."""
     work = work / work.sum(0) * shards
     best = np.zeros(len(work), int), np.inf
-    for size in (work.max(1), *work.T):  # which blocks count as large: one order may get stuck
+    for size in (work.max(1), *work.T):  # orders of blocks, largest first: one order may get stuck
         owner, load = _greedy(work, size, shards, each)
         most = _swapped(work, owner, load, shards * each)
         if most < best[1]:
@@ -285,7 +287,7 @@ def _dealt(work: np.ndarray, shards: int, each: int) -> np.ndarray:
 
 
 def _greedy(work, size, shards, each):
-    """`(owner [blocks], load [shards, measures])`: large blocks first, to the least loaded."""
+    """Deal large blocks first, to the least loaded: `(owner [blocks], load [shards, measures])`."""
     whole = shards * each
     load, owner = np.zeros((shards, work.shape[1])), np.empty(len(work), int)
     for blocks, most in ((np.arange(whole), each), (np.arange(whole, len(work)), 1)):
@@ -299,19 +301,22 @@ def _greedy(work, size, shards, each):
 
 
 def _swapped(work, owner, load, whole) -> float:
-    """The greatest load, after swaps of whole blocks with the busiest shard. Changes both."""
+    """Swap whole blocks with the busiest shard while that helps; return the greatest load.
+
+    Changes `owner` and `load` in place.
+    """
     for _ in range(64 + 4 * len(load)):
         busiest = load.max(1).argmax()
-        mine = np.flatnonzero(owner[:whole] == busiest)
+        own = np.flatnonzero(owner[:whole] == busiest)
         others = np.flatnonzero(owner[:whole] != busiest)
         if load[busiest].max() <= NEAR or not others.size:
             break
-        gain = work[mine][:, None] - work[others]
+        gain = work[own][:, None] - work[others]
         after = np.maximum((load[busiest] - gain).max(-1), (load[owner[others]] + gain).max(-1))
         pair = np.unravel_index(after.argmin(), after.shape)
         if after[pair] >= load[busiest].max() - 1e-9:
             break
-        a, b = mine[pair[0]], others[pair[1]]
+        a, b = own[pair[0]], others[pair[1]]
         load[busiest] -= work[a] - work[b]
         load[owner[b]] += work[a] - work[b]
         owner[a], owner[b] = owner[b], owner[a]

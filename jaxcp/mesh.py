@@ -58,7 +58,7 @@ def make_mesh(
     expert: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """A mesh with explicit axes `data, seq, model, expert` over `devices` (default: all there are).
+    """Make a mesh with axes `data, seq, model, expert`, explicit, over `devices` (default: all).
 
     Enter it with `jax.set_mesh`. Neighbours along `seq` are neighbours in the device order that
     JAX finds best for the topology. Of more devices than the axes need the first ones are taken,

@@ -15,31 +15,31 @@ RULES: dict[str, str | None] = {
     "embed": None,  # the residual stream is whole on every device, so norms need no communication
     "head_dim": None,
     "latent": None,  # narrow, and all heads read it
-    "head_groups": "model",  # of an output projection through narrow middles: heads lie with theirs
+    "head_groups": "model",  # groups of an output projection: heads lie with theirs
     "group_heads": None,  # within such a group
-    "index_heads": None,  # of an indexer: small, and every device scores for all its queries
+    "index_heads": None,  # an indexer is small, and every device scores for all its queries
     "vocab": None,  # the loss and the sampler read whole rows
     "experts": "expert",  # or another axis, see `place`: tokens travel to their experts
     "choices": None,  # a router's columns: every device chooses among all experts
     "positions": None,
-    "window": None,  # of an n-gram embedding: small
+    "window": None,  # an n-gram embedding is small
     "ngram": None,
-    "layers": None,  # of a stack (`layers.stack`)
-    "parts": None,  # what an MTP layer joins: embedding and state
-    "places": None,  # of a token within its block
+    "layers": None,  # every device runs all layers (`layers.stack`)
+    "parts": None,  # embedding and state, which an MTP layer joins
+    "places": None,  # places of tokens within their block
     "mixes": None,  # coefficients of hyper-connections
 }
 
 
 def sharding_of(variable: nnx.Variable, experts: str = "expert") -> P:
-    """How a parameter lies on the mesh under `RULES`; replicated where it names no axes."""
+    """The `PartitionSpec` of a parameter under `RULES`; replicated if it names no axes."""
     rules = RULES | {"experts": experts}
     axes = variable.get_metadata().get("axes") or ()
     return P(*(None if axis is None else rules[axis] for axis in axes))
 
 
 def tokens_spec(x) -> P | None:
-    """How the leading `[B, T]` of an explicit array lies on the mesh; None without a mesh."""
+    """The `PartitionSpec` of the leading `[B, T]` of an explicit array; None without a mesh."""
     if jax.sharding.get_abstract_mesh().empty:
         return None
     spec = jax.typeof(x).sharding.spec

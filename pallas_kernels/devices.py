@@ -22,7 +22,7 @@ MIB = 1 << 20
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Nvidia:
-    """What a compiler must know of an NVIDIA GPU besides the numbers that every chip has."""
+    """An NVIDIA GPU for a compiler: the numbers beside those that every chip has."""
 
     capability: tuple[int, int]
     cores: int  # streaming multiprocessors
@@ -187,7 +187,7 @@ CHIPS = {chip.name: chip for chip in (V5E, V5P, V6E, TPU7X, RTX_PRO_6000, RTX_50
 
 
 def find(device_kind: str) -> Chip | None:
-    """The chip of a `jax.Device.device_kind`, or None for one that is not in the table.
+    """Find the chip of a `jax.Device.device_kind`; None for one that is not in the table.
 
     >>> find("TPU v6 lite").name
     'v6e'

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which implementation of an operation runs: a name the caller gave, or the platform's best."""
+"""Chooses the implementation of an operation: the caller's name, or the platform's best."""
 
 import importlib
 from types import ModuleType
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 INTERPRETED = "interpreted"
-"""In a table of block sizes, the kind of device that stands for the interpreter."""
+"""The kind of device that stands for the interpreter in a table of block sizes."""
 
 Row = TypeVar("Row")
 
@@ -18,7 +18,7 @@ _trial = jax.make_user_context(default_value=None)
 
 
 def trying(op: str, row):
-    """Inside `with`, `row` goes before the table that has `op`: block sizes under trial.
+    """Try block sizes: inside `with`, `row` goes before the table that has `op`.
 
     >>> with trying("triton_forward", Blocks(q=64, kv=64)):
     ...     jax.jit(attend)(q, k, v)
@@ -27,7 +27,7 @@ def trying(op: str, row):
 
 
 def target_platform() -> str:
-    """Platform that the code being traced is for: "cpu", "gpu" or "tpu".
+    """The platform that the code being traced is for: "cpu", "gpu" or "tpu".
 
     The mesh in scope knows it even when its devices are described and not there; without a mesh
     it is the default backend's.
@@ -55,7 +55,7 @@ def block_sizes(
     interpret: bool,
     what: str,
 ) -> Row:
-    """The first row of `table` for `op` on the device in scope.
+    """Look up the first row of `table` for `op` on the device in scope.
 
     A line of the table: operation, start of the device kind, most `size`, most bytes an element of
     `dtype`, row. `what` says in the error what `size` is.
@@ -76,7 +76,7 @@ def block_sizes(
 def resolve(
     op: str, implementation: str | None, names: tuple[str, ...], best: dict[str, str]
 ) -> ModuleType:
-    """The module of `pallas_kernels.<op>` that implements it.
+    """Import the module of `pallas_kernels.<op>` that implements it.
 
     Args:
       implementation: a name in `names`, or None for `best[target_platform()]`, else "xla".

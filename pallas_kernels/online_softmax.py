@@ -15,7 +15,7 @@ LOG2E = math.log2(math.e)
 
 
 def dot(a, b, contract):
-    """`a` and `b` contracted over one dimension of each, accumulated in float32.
+    """Contract `a` and `b` over one dimension of each, accumulated in float32.
 
     float32 means float32: a GPU would take TF32 and a TPU bfloat16, unless told.
     """
@@ -59,13 +59,13 @@ def finish(m, total):
 
 
 def backward_rows(lse, delta):
-    """`lse` in log2 units and `delta`, both finite where a row saw nothing: its p is 0 anyway."""
+    """Prepare `lse`, in log2 units, and `delta`: 0 where a row saw nothing, as its p is anyway."""
     dead = jnp.isneginf(lse)
     return jnp.where(dead, 0.0, lse * LOG2E), jnp.where(dead, 0.0, delta)
 
 
 def carried(out, lse):
-    """`(acc, m, total)` that rows start from, given what other keys made of them.
+    """The `(acc, m, total)` from which rows start, given their `(out, lse)` over other keys.
 
     `lse` is natural and keeps the reduced axis.
     """

@@ -38,26 +38,26 @@ TITLES = {
 
 
 def versions(part: str) -> str:
-    found = [f"python {platform.python_version()}"]
+    named = [f"python {platform.python_version()}"]
     for name in PACKAGES[part]:
         try:
-            found.append(f"{name} {metadata.version(name)}")
+            named.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
-            found.append(f"{name} not installed")
-    return ", ".join(found)
+            named.append(f"{name} not installed")
+    return ", ".join(named)
 
 
 def deviceless(args, progress: Callable) -> tuple[dict, Callable]:
     from benchmarks.cp import deviceless
 
-    found = []
+    compiled = []
     for path in args.counts or ():
         counts = json.loads(path.read_text())
-        found += counts if isinstance(counts, list) else counts["found"]
-    if not found or args.complete:
-        found = deviceless.compiled(args.chips or deviceless.CHIPS, found, progress)
-    rows = deviceless.predict(found, progress)
-    report = {"rows": rows, "bars": deviceless.bars(rows), "found": found}
+        compiled += counts if isinstance(counts, list) else counts["found"]
+    if not compiled or args.complete:
+        compiled = deviceless.compiled(args.chips or deviceless.CHIPS, compiled, progress)
+    rows = deviceless.predict(compiled, progress)
+    report = {"rows": rows, "bars": deviceless.bars(rows), "found": compiled}
     return report, deviceless.markdown
 
 
@@ -79,7 +79,7 @@ def emulation(args, progress: Callable) -> tuple[dict, Callable]:
     from benchmarks.cp import cpu
     from benchmarks.cp.emulation import DEVICES
 
-    found = []
+    tables = []
     for tokens in args.tokens:
         progress(f"{DEVICES} devices against 1, {tokens} tokens")
         command = [sys.executable, "-m", "benchmarks.cp.emulation", str(tokens), str(args.rounds)]
@@ -88,8 +88,8 @@ def emulation(args, progress: Callable) -> tuple[dict, Callable]:
         if done.returncode:
             raise RuntimeError(f"{shlex.join(command)}: {done.stderr[-3000:]}")
         rows = json.loads(done.stdout.splitlines()[-1])
-        found.append({"tokens": tokens, "rounds": args.rounds, "devices": DEVICES, "rows": rows})
-    return {"found": found}, lambda report: [
+        tables.append({"tokens": tokens, "rounds": args.rounds, "devices": DEVICES, "rows": rows})
+    return {"found": tables}, lambda report: [
         line for one in report["found"] for line in cpu.emulation_table(**one)
     ]
 

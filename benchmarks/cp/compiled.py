@@ -74,7 +74,7 @@ def count(compiler: Compiler, mesh: Mesh, program) -> dict:
         kernels = tpu_code.kernels(compiler.folder)
         skips = skipping.read(compiler.folder, kernels) if mesh.size == 1 else {}
         text = compiled.as_text()
-        found, sent = glue.read(text), collectives(text)
+        between, sent = glue.read(text), collectives(text)
     except Exception as error:  # one that fails is a line of the table
         return {"error": f"{type(error).__name__}: {str(error)[:300]}"}
     finally:
@@ -86,7 +86,7 @@ def count(compiler: Compiler, mesh: Mesh, program) -> dict:
         "skips": skips,
         "glue": {
             which: {part: dataclasses.asdict(value) for part, value in parts.items()}
-            for which, parts in found.items()
+            for which, parts in between.items()
         },
         "collectives": [dataclasses.asdict(x) for x in sent],
     }

@@ -16,19 +16,19 @@ COLUMNS = {
 
 
 def values(row: dict) -> dict[str, float]:
-    """What a row has in each column."""
+    """The numbers of a row, by column."""
     errors = row.get("errors", {})
-    found = {**row.get("ms", {}), "out": errors.get("out"), "differing": row.get("differing")}
+    columns = {**row.get("ms", {}), "out": errors.get("out"), "differing": row.get("differing")}
     if "both" in row.get("passes", ()):
-        found["gradients"] = max((x for name, x in errors.items() if name != "out"), default=None)
-    return {name: x for name, x in found.items() if x is not None}
+        columns["gradients"] = max((x for name, x in errors.items() if name != "out"), default=None)
+    return {name: x for name, x in columns.items() if x is not None}
 
 
 def wrong(row: dict) -> list[str]:
-    """What of a row is not what was asked for."""
+    """The columns of a row whose error is above the limit."""
     limits = dict(zip(("out", "gradients"), WRONG[row["dtype"]], strict=True))
-    found = values(row)
-    return [name for name, limit in limits.items() if not found.get(name, 0.0) <= limit]
+    measured = values(row)
+    return [name for name, limit in limits.items() if not measured.get(name, 0.0) <= limit]
 
 
 def winners(rows: list[dict]) -> dict[str, float]:
@@ -60,9 +60,9 @@ def race_table(tokens: int, rounds: int, rows: list[dict]) -> list[str]:
         f"|{'---|' * (len(COLUMNS) + 2)}",
     ]
     for dtype in WRONG:
-        mine = [row for row in rows if row.get("dtype") == dtype]
-        best = winners(mine)
-        for row in mine:
+        of_dtype = [row for row in rows if row.get("dtype") == dtype]
+        best = winners(of_dtype)
+        for row in of_dtype:
             lines.append(f"| {row['name']} | {' | '.join(cells(row, best))} |")
     for row in rows:
         if "dtype" not in row:
@@ -71,13 +71,13 @@ def race_table(tokens: int, rounds: int, rows: list[dict]) -> list[str]:
 
 
 def cells(row: dict, best: dict[str, float]) -> list[str]:
-    found, bad = values(row), wrong(row)
+    measured, bad = values(row), wrong(row)
     shown = []
     for column in COLUMNS:
-        if column not in found:
+        if column not in measured:
             shown.append("")
             continue
-        value = found[column]
+        value = measured[column]
         text = f"{value:.1f}" if column in ("forward", "both") else f"{value:.1e}"
         text = f"{value:.1%}" if column == "differing" else text
         out = "out" in bad or (bool(bad) and column in ("both", "gradients"))
@@ -93,18 +93,18 @@ def one_line(text: str) -> str:
 
 
 def verdicts(rows: list[dict]) -> list[str]:
-    """Where ours is first, and by how much it is not."""
+    """Say where ours is first, and where not, by how much."""
     lines = []
     for dtype in WRONG:
-        mine = [row for row in rows if row.get("dtype") == dtype]
-        best = winners(mine)
-        ours = winners([row for row in mine if row["group"] == "ours"])
+        of_dtype = [row for row in rows if row.get("dtype") == dtype]
+        best = winners(of_dtype)
+        ours = winners([row for row in of_dtype if row["group"] == "ours"])
         for column, title in COLUMNS.items():
             if column not in ours:
                 continue
             first = [
                 row["name"]
-                for row in mine
+                for row in of_dtype
                 if "error" not in row and values(row).get(column) == best[column]
             ]
             said = f"first: {', '.join(first)}"

@@ -32,7 +32,7 @@ SHOWN = {"forward": "forward", "both": "forward+backward"}
 def compiled(
     chips: tuple[str, ...], known: list[dict], progress: Callable = lambda _: None
 ) -> list[dict]:
-    """What `compiled.py` counts, each chip in a process of its own; `known` rows are kept."""
+    """Run `compiled.py`, each chip in a process of its own; `known` rows are kept."""
     rows = []
     for chip in chips:
         progress(f"{chip}: compile")
@@ -48,18 +48,18 @@ def compiled(
     return rows
 
 
-def predict(found: list[dict], progress: Callable = lambda _: None, cases=CASES) -> list[dict]:
+def predict(counts: list[dict], progress: Callable = lambda _: None, cases=CASES) -> list[dict]:
     """A row a slice, length, pass and contender, from what was compiled."""
     rows = []
     for name, length in cases:
         target = parse_target(name)
-        mine = [row for row in found if row["chip"] == target.kind]
-        if not mine:
+        of_chip = [row for row in counts if row["chip"] == target.kind]
+        if not of_chip:
             continue
         progress(f"{name}, {length // K}K")
         torus = Torus.of(target)
-        case = model.Case(torus, length // target.size, mine)
-        online = model.Case(torus, length // target.size, mine, bounded=False)
+        case = model.Case(torus, length // target.size, of_chip)
+        online = model.Case(torus, length // target.size, of_chip, bounded=False)
         other = {label: times for _, label, times in model.times(online)}
         for whose, label, times in model.times(case):
             row = {"slice": name, "length": length, "tokens": case.tokens}
@@ -80,29 +80,29 @@ def passes(times: dict) -> dict:
 
 def bars(rows: list[dict]) -> list[dict]:
     """Our best against tokamax's ring, and our ring against our all-gather, case by case."""
-    found = []
+    compared = []
     for name, length in CASES:
         for which in SHOWN:
-            mine = [
+            of_case = [
                 r for r in rows
                 if (r["slice"], r["length"], r.get("pass")) == (name, length, which)
             ]  # fmt: skip
-            ours = {r["label"]: r["total"] for r in mine if r["whose"] == "ours"}
+            ours = {r["label"]: r["total"] for r in of_case if r["whose"] == "ours"}
             if not ours:
                 continue
             what = f"{name}, {length // K}K, {SHOWN[which]}"
             best = min(ours, key=lambda label: ours[label])
-            theirs = [r["total"] for r in mine if r["whose"] == "tokamax"]
+            theirs = [r["total"] for r in of_case if r["whose"] == "tokamax"]
             said = f"{best} / tokamax's ring"
-            found.append(bar(what, said, ours[best] / theirs[0] if theirs else None, BEST_BAR))
+            compared.append(bar(what, said, ours[best] / theirs[0] if theirs else None, BEST_BAR))
             if length // parse_target(name).size >= FROM:
                 around, gathered = (
                     min((x for x in ours if x.startswith(kind)), key=lambda x: ours[x])
                     for kind in ("Ring", "AllGather")
                 )
                 ratio = ours[around] / ours[gathered]
-                found.append(bar(what, f"{around} / {gathered}", ratio, RING_BAR))
-    return found
+                compared.append(bar(what, f"{around} / {gathered}", ratio, RING_BAR))
+    return compared
 
 
 def bar(what: str, said: str, ratio: float | None, limit: float) -> dict:
@@ -131,9 +131,9 @@ def markdown(report: dict) -> list[str]:
         verdict = "reached" if x["reached"] else "**not reached**"
         lines.append(f"| {x['what']} | {x['ratio_of']} | {ratio} | {x['bar']:g} | {verdict} |")
     for name, length in CASES:
-        mine = [r for r in rows if (r["slice"], r["length"]) == (name, length)]
-        if mine:
-            lines += case_table(name, length, mine)
+        of_case = [r for r in rows if (r["slice"], r["length"]) == (name, length)]
+        if of_case:
+            lines += case_table(name, length, of_case)
     return [*lines, *compiled_table(report["found"])]
 
 
@@ -163,7 +163,7 @@ def case_table(name: str, length: int, rows: list[dict]) -> list[str]:
     return lines
 
 
-def compiled_table(found: list[dict]) -> list[str]:
+def compiled_table(counts: list[dict]) -> list[str]:
     lines = [
         "",
         "### What was compiled",
@@ -172,7 +172,7 @@ def compiled_table(found: list[dict]) -> list[str]:
         "pass or turn, MB | XLA expects, thousand cycles | sent a device, forward+backward |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in found:
+    for row in counts:
         about = f"{row['whose']} {row['strategy']}"
         if "error" in row:
             lines.append(f"| {row['chip']} | {about} | {row['error']} | | | | |")
@@ -200,6 +200,6 @@ def compiled_table(found: list[dict]) -> list[str]:
 
 
 def bundles(kernels: dict, *names: str) -> str:
-    """Of every hot region, as the code stands."""
+    """List the bundles of every hot region, in the order of the code."""
     hot = [k["hot"] for name, k in kernels.items() if any(x in name for x in names)]
     return ", ".join(f"{h['bundles']:,}" for k in hot for h in sorted(k, key=lambda h: h["first"]))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What emulation costs: the same attention on eight emulated CPU devices and on one.
+"""The cost of emulation: the same attention on eight emulated CPU devices and on one.
 
 python -m benchmarks.cp.emulation TOKENS ROUNDS     # prints a line of JSON; one process
 """
@@ -24,16 +24,16 @@ def main(tokens: int, rounds: int) -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES)
     arrays = problem.inputs(tokens)
-    found = {}
+    running = {}
     for strategy in (jaxcp.Ring(), jaxcp.AllGather()):
         for devices in (DEVICES, 1):
             order = strategy.layout.order(tokens, devices)
             mesh = Mesh(jax.devices()[:devices], ("seq",))
             name = label(strategy)
-            found[name, devices] = contender(name, layer_of(strategy, order), mesh, order, arrays)
+            running[name, devices] = contender(name, layer_of(strategy, order), mesh, order, arrays)
     seconds: dict[tuple[str, int, str], list[float]] = {}
     for _ in range(rounds + 1):  # the first one warms up
-        for (name, devices), one in found.items():
+        for (name, devices), one in running.items():
             for which in ("forward", "both"):
                 start = time.perf_counter()
                 getattr(one, which)()
@@ -45,7 +45,7 @@ def main(tokens: int, rounds: int) -> None:
             "ms": 1e3 * statistics.median(seconds[name, DEVICES, which][1:]),
             "ms_one": 1e3 * statistics.median(seconds[name, 1, which][1:]),
         }
-        for name in dict.fromkeys(name for name, _ in found)
+        for name in dict.fromkeys(name for name, _ in running)
         for which in ("forward", "both")
     ]
     print(json.dumps(rows))

@@ -26,10 +26,10 @@ def _flash_attn_backward(
     rng_state=None,
 ):  # fmt: skip
     heads_first = [x.transpose(1, 2) for x in (dout, q, k, v, out)]
-    found = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+    gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *heads_first, softmax_lse, dropout_p, causal, scale=softmax_scale
     )
-    for into, x in zip((dq, dk, dv), found, strict=True):
+    for into, x in zip((dq, dk, dv), gradients, strict=True):
         into.copy_(x.transpose(1, 2))
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What XLA does between the kernels of a compiled TPU program: copies, sums, casts.
+"""Counts the work of XLA between the kernels of a compiled TPU program: copies, sums, casts.
 
-A TensorCore runs one thing at a time, so this is added to the kernels. Counted are the bytes that
-each operation reads and writes in HBM (what lies in VMEM, `S(1)`, is free), and beside them the
-cycles that XLA itself expects (`estimated_cycles`). Both are ends of a range: HBM's full rate is
+A TensorCore runs one thing at a time, so this is added to the kernels. Counts the bytes that each
+operation reads and writes in HBM (arrays in VMEM, `S(1)`, are free), and beside them the cycles
+that XLA itself expects (`estimated_cycles`). The two are the ends of a range: HBM's full rate is
 the least time, and XLA's number is many times that for some reductions.
 """
 
@@ -20,7 +20,7 @@ TYPE_END = re.compile(r" ([a-z][a-z0-9\-]*)\(([^)]*)\)")
 
 @dataclasses.dataclass
 class Glue:
-    """Of one pass: `ops` operations, their bytes in HBM, and the cycles that XLA expects."""
+    """The work of one pass: `ops` operations, their bytes in HBM, the cycles that XLA expects."""
 
     ops: int = 0
     hbm_bytes: int = 0
@@ -33,7 +33,7 @@ def read(text: str) -> dict[str, dict[str, Glue]]:
     "turn" is one turn of the pass's loop, zero where it has none. The backward pass is what JAX
     calls a transpose; an operation without a name belongs to the kernel after it, or the last one.
     """
-    found = {p: {"once": Glue(), "turn": Glue()} for p in ("forward", "backward")}
+    passes = {p: {"once": Glue(), "turn": Glue()} for p in ("forward", "backward")}
     for name, lines in _computations(text).items():
         looped = re.search(rf"\bbody=%{re.escape(name)}\b", text) is not None
         if not looped and not lines[0].startswith("ENTRY"):
@@ -44,7 +44,7 @@ def read(text: str) -> dict[str, dict[str, Glue]]:
         for line in lines[1:]:
             direction = _direction(line)
             if any(f'custom_call_target="{x}' in line for x in KERNEL_TARGETS) and direction:
-                _add(found[direction][part], waiting)
+                _add(passes[direction][part], waiting)
                 waiting, last = [], direction
             cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
             if cycles is None:
@@ -53,19 +53,19 @@ def read(text: str) -> dict[str, dict[str, Glue]]:
             if direction is None:
                 waiting.append(glue)
             else:
-                _add(found[direction][part], [glue])
-        _add(found[last][part], waiting)
-    return found
+                _add(passes[direction][part], [glue])
+        _add(passes[last][part], waiting)
+    return passes
 
 
 def _computations(text):
-    found: dict[str, list[str]] = {}
+    bodies: dict[str, list[str]] = {}
     for line in text.splitlines():
         if header := HEADER.match(line):
-            lines = found.setdefault(header[2], [line])
-        elif found:
+            lines = bodies.setdefault(header[2], [line])
+        elif bodies:
             lines.append(line)
-    return found
+    return bodies
 
 
 def _direction(line):
@@ -92,7 +92,7 @@ def _hbm_bytes(line, types):
 
 
 def _bytes(type_text):
-    """Of the arrays of a type that lie in HBM."""
+    """Bytes of the arrays of a type that lie in HBM."""
     total = 0
     for dtype, dims, layout in SHAPE.findall(type_text):
         bits = 8 if dtype == "pred" else int((re.search(r"\d+", dtype) or ["0"])[0])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ours, every strategy, and `ringattention`, on emulated CPU devices of one process.
+"""Every strategy of ours, and `ringattention`, on emulated CPU devices of one process.
 
 python -m benchmarks.cp.jax_contenders ours|ringattention TOKENS     # then: commands on stdin
 """
@@ -27,7 +27,7 @@ def with_gradients(layer):
 
 
 def contender(name, layer, mesh, order, arrays, alone=None, dtype=jnp.float32, note=""):
-    """Of `layer(q, k, v)` on tokens that lie over the mesh in `order`."""
+    """Make a contender of `layer(q, k, v)`, on tokens that lie over the mesh in `order`."""
     with jax.set_mesh(mesh):
         spec = NamedSharding(mesh, P(None, "seq"))
         q, k, v, dout = (jax.device_put(x[:, order].astype(dtype), spec) for x in arrays.values())
@@ -36,8 +36,8 @@ def contender(name, layer, mesh, order, arrays, alone=None, dtype=jnp.float32, n
 
     def result():
         natural = np.argsort(order)
-        found = (np.asarray(x)[:, natural] for x in both(q, k, v, dout))
-        return dict(zip(problem.NAMES, found, strict=True))
+        results = (np.asarray(x)[:, natural] for x in both(q, k, v, dout))
+        return dict(zip(problem.NAMES, results, strict=True))
 
     return Contender(
         name=name,
@@ -54,7 +54,7 @@ def strategies():
     """Label and value of what is compared: every strategy that takes a causal mask alone."""
     import jaxcp
 
-    found = [
+    compared = [
         jaxcp.Ring(),
         jaxcp.Ring(bidirectional=True),
         jaxcp.AllGather(),
@@ -64,7 +64,7 @@ def strategies():
         jaxcp.RingPassQ(),
         jaxcp.Ring(reproducible=True),
     ]
-    return {label(value): value for value in found}
+    return {label(value): value for value in compared}
 
 
 def label(value) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long a transfer takes on a slice's links: bytes of the fullest link / its rate, and hops.
+"""Times a transfer on a slice's links: bytes of the fullest link / its rate, and hops.
 
 A transfer goes from chip to chip along the axes in order, each axis the shorter way round; where
 both ways are equally long half goes each way. All transfers of a step are on their way at once;
@@ -97,7 +97,7 @@ class Torus:
         )
 
     def gather(self, shard_bytes: float) -> float:
-        """Everybody gets every shard; a reduce-scatter takes as long."""
+        """Seconds in which every device gets every shard; a reduce-scatter takes as long."""
         away = len(self.devices) - self.chip.devices_per_chip
         far = sum(
             size // 2 if closed else size - 1

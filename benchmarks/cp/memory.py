@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each strategy holds beside its arguments, by the compiler's count; nothing is run.
+"""Measures what each strategy holds beside its arguments, by the compiler's count; runs nothing.
 
 python -m benchmarks.cp.memory --out benchmarks/results
 """

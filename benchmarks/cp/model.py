@@ -67,8 +67,8 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class Time:
-    """Seconds. Of the slowest rank: blocks worked on, the matrix units' part of that, blocks
-    skipped, glue; and `wire`, all that travels.
+    """Seconds of the slowest rank: blocks worked on, the matrix units' part of that, blocks
+    skipped, glue; and of `wire`, all transfers.
     """
 
     total: float
@@ -84,7 +84,7 @@ class Time:
 
     @property
     def limit(self) -> str:
-        """What most of the time goes to; wire counts where it is not hidden."""
+        """The part that takes most of the time; wire counts where it is not hidden."""
         shares = {
             "MXU" if self.matrix > 0.97 * self.works else "bundles": self.works,
             "skipping": self.skips,
@@ -136,7 +136,7 @@ class Case:
         return Zigzag().order(self.ranks * self.tokens, self.ranks).reshape(self.ranks, -1)
 
     def row(self, strategy: str, whose: str = "ours") -> dict:
-        """What was compiled: for as many devices if there is such a row."""
+        """The row that was compiled, for as many devices if there is one."""
         rows = [r for r in self.found if r["strategy"] == strategy and r["whose"] == whose]
         good = [r for r in rows if "kernels" in r]
         if not good:
@@ -166,20 +166,20 @@ class Case:
 
 def schedules(case: Case) -> dict:
     """`{label: function of "forward" or "backward"}`, every strategy that the heads allow."""
-    found = {
+    by_label = {
         "Ring()": functools.partial(ring, case),
         "Ring(bidirectional=True)": functools.partial(ring, case, both_ways=True),
         "AllGather()": functools.partial(all_gather, case),
         "AllGather(chunks=4)": functools.partial(all_gather, case, chunks=4),
     }
     if any(row["strategy"] == "Ring(fused=True)" for row in case.found):
-        found["Ring(fused=True)"] = functools.partial(fused, case)
+        by_label["Ring(fused=True)"] = functools.partial(fused, case)
     for u in (2, 4, 8, 16, 32):
         if u < case.ranks and case.ranks % u == 0 and HEADS % u == 0:
-            found[f"USP(ulysses={u})"] = functools.partial(usp, case, ulysses=u)
+            by_label[f"USP(ulysses={u})"] = functools.partial(usp, case, ulysses=u)
     if HEADS % case.ranks == 0:
-        found["Ulysses()"] = functools.partial(ulysses, case)
-    return found
+        by_label["Ulysses()"] = functools.partial(ulysses, case)
+    return by_label
 
 
 def ring(case: Case, what: str, *, both_ways: bool = False) -> Schedule:

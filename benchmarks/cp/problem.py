@@ -43,17 +43,17 @@ def inputs(tokens: int, dtype: str = "float32") -> dict[str, np.ndarray]:
     """
     random = np.random.default_rng(0)
     shape = 1, tokens, HEADS, HEAD_DIM
-    found = {x: random.standard_normal(shape, np.float32) for x in ("q", "k", "v", "dout")}
+    arrays = {x: random.standard_normal(shape, np.float32) for x in ("q", "k", "v", "dout")}
     if dtype == "float32":
-        return found
-    return {name: x.astype(ml_dtypes.bfloat16).astype(np.float32) for name, x in found.items()}
+        return arrays
+    return {name: x.astype(ml_dtypes.bfloat16).astype(np.float32) for name, x in arrays.items()}
 
 
 def exact(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """NAMES of causal attention, in float64."""
     q, k, v, dout = (arrays[x][0].astype(np.float64) for x in ("q", "k", "v", "dout"))
     tokens, heads, scale = *q.shape[:2], HEAD_DIM**-0.5
-    found = {name: np.empty((1, *q.shape)) for name in NAMES}
+    results = {name: np.empty((1, *q.shape)) for name in NAMES}
     later = np.triu(np.ones((tokens, tokens), bool), 1)
     for h in range(heads):
         s = scale * q[:, h] @ k[:, h].T
@@ -64,8 +64,8 @@ def exact(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         ds = p * (dp - (p * dp).sum(1, keepdims=True)) * scale
         parts = p @ v[:, h], ds @ k[:, h], ds.T @ q[:, h], p.T @ dout[:, h]
         for name, x in zip(NAMES, parts, strict=True):
-            found[name][0, :, h] = x
-    return found
+            results[name][0, :, h] = x
+    return results
 
 
 def differing(one: np.ndarray, other: np.ndarray) -> float:
@@ -79,22 +79,22 @@ def serve(contenders: Iterable[Contender], *, speaks=True, barrier: Callable = l
 
     Answers are lines of JSON, of the rank that `speaks`.
     """
-    found = {x.name: x for x in contenders}
+    by_name = {x.name: x for x in contenders}
 
     def say(**answer):
         if speaks:
             print(json.dumps(answer), flush=True, file=sys.__stdout__)
 
-    say(contenders=[x.about for x in found.values()])
+    say(contenders=[x.about for x in by_name.values()])
     for line in sys.stdin:
         command, name, *where = line.rstrip("\n").split("\t")
         try:
             if command == "result":
-                say(differing=_result(found[name], where[0] if speaks else None))
+                say(differing=_result(by_name[name], where[0] if speaks else None))
                 continue
             barrier()
             start = time.perf_counter()
-            getattr(found[name], command)()
+            getattr(by_name[name], command)()
             barrier()
             say(seconds=time.perf_counter() - start)
         except Exception as error:  # a contender that fails is a row that says why
@@ -103,8 +103,8 @@ def serve(contenders: Iterable[Contender], *, speaks=True, barrier: Callable = l
 
 def _result(one: Contender, path: str | None) -> float | None:
     """Write the result into a file; the share of bits that differ from one device's output."""
-    found = one.result()
+    result = one.result()
     if path is None:
         return None
-    np.savez(path, **{name: x.astype(np.float32) for name, x in found.items()})
-    return differing(found["out"], one.alone()) if one.alone else None
+    np.savez(path, **{name: x.astype(np.float32) for name, x in result.items()})
+    return differing(result["out"], one.alone()) if one.alone else None

@@ -55,7 +55,7 @@ def kernels(tokens=TOKENS):
 
 
 def tokamax_ring(mesh, tokens=TOKENS):
-    """The same of tokamax's ring, heads first. Its options are those of its own test."""
+    """`(fn, args)` of tokamax's ring, heads first. Its options are those of its own test."""
     from tokamax._src.ops.experimental.tpu.splash_attention import ring_attention_kernel as ring
     from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_kernel as splash
     from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_mask as masks

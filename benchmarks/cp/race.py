@@ -150,7 +150,7 @@ def race(
 
 @contextlib.contextmanager
 def failing(row: dict) -> Iterator[None]:
-    """What goes wrong in a contender is what its row says."""
+    """Put an error of a contender into its row."""
     try:
         yield
     except (RuntimeError, ValueError, OSError) as error:
@@ -159,8 +159,8 @@ def failing(row: dict) -> Iterator[None]:
 
 def checked(one: Group, name: str, exact: dict, path: pathlib.Path) -> dict:
     share = one.ask("result", name, str(path))["differing"]
-    with np.load(path) as found:
-        errors = {x: float(np.abs(found[x] - exact[x]).max()) for x in found}
+    with np.load(path) as result:
+        errors = {x: float(np.abs(result[x] - exact[x]).max()) for x in result}
     return {"errors": errors, "differing": share}
 
 
@@ -174,8 +174,8 @@ def timed(running, rounds: int, progress: Callable) -> dict[str, dict[str, float
                 with failing(row):
                     taken = one.ask(which, row["name"])["seconds"]
                     seconds.setdefault((row["name"], which), []).append(taken)
-    found: dict[str, dict[str, float]] = {}
+    medians: dict[str, dict[str, float]] = {}
     for (name, which), times in seconds.items():
         if len(times) > 1:
-            found.setdefault(name, {})[which] = 1e3 * statistics.median(times[1:])
-    return found
+            medians.setdefault(name, {})[which] = 1e3 * statistics.median(times[1:])
+    return medians

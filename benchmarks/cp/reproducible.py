@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `reproducible=True` costs: time, memory and bytes beside the plain strategies, on CPU.
+"""The cost of `reproducible=True`: time, memory and bytes beside the plain strategies, on CPU.
 
     python -m benchmarks.cp.reproducible --out benchmarks/results   # minutes, on a quiet machine
     python -m benchmarks.cp.reproducible --smoke                    # its times mean nothing
@@ -74,11 +74,11 @@ def seconds(functions, arrays, rounds: int) -> list[float]:
         jax.block_until_ready(function(*arrays))
     times: list[list[float]] = [[] for _ in functions]
     for _ in range(rounds):
-        for function, found in zip(functions, times, strict=True):
+        for function, samples in zip(functions, times, strict=True):
             start = time.perf_counter()
             jax.block_until_ready(function(*arrays))
-            found.append(time.perf_counter() - start)
-    return [statistics.median(found) for found in times]
+            samples.append(time.perf_counter() - start)
+    return [statistics.median(samples) for samples in times]
 
 
 def compare(kind, arrays, rounds: int) -> list[dict]:

@@ -17,7 +17,7 @@ DELAY = 4  # bundles after a branch that still run
 
 
 def bundles(program: str, kernel: Kernel) -> int:
-    """Of the loop that holds the kernel's hot code.
+    """Count the bundles of the shortest way round the hot code, through its loop.
 
     Raises:
       ValueError: there is no such way; the format changed.
@@ -51,10 +51,10 @@ def bundles(program: str, kernel: Kernel) -> int:
 
 
 def read(folder: pathlib.Path, kernels: dict[str, Kernel]) -> dict[str, int]:
-    """Of each kernel that was dumped into `folder`."""
-    found = {}
+    """Count for each kernel that was dumped into `folder`."""
+    by_name = {}
     for path in sorted(folder.glob("*-final_bundles.txt")):
         name = re.fullmatch(r"\d+-(.+?)(?:\.\d+)?-\d+-final_bundles\.txt", path.name)
         if name and name[1] in kernels:
-            found[name[1]] = bundles(path.read_text(), kernels[name[1]])
-    return found
+            by_name[name[1]] = bundles(path.read_text(), kernels[name[1]])
+    return by_name

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which blocks a kernel visits, and what they cost: counts x bundles.
+"""Counts the blocks that a kernel visits, and their cost: counts x bundles.
 
-Blocks are sorted out by the kernel's own rule (`pallas_kernels.flash_attention.blocks`) from the
+Blocks are sorted by the kernel's own rule (`pallas_kernels.flash_attention.blocks`) from the
 positions that each rank really holds.
 """
 
@@ -56,7 +56,7 @@ class Costs:
 
 
 def costs(chip: str, kernel: dict, what: str, q: int, kv: int, *, bounded=True, skip=0) -> Costs:
-    """Of a kernel as `compiled.py` wrote it down, of either project.
+    """Read the costs of a kernel, ours or tokamax's, from a row of `compiled.py`.
 
     `bounded`: ours looks for no maximum where no score can be large; else it does. `skip`: see
     `Costs`.

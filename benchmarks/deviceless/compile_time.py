@@ -23,8 +23,6 @@ def program(row: dict, chip: str):
         return flash.ours(row["op"].removeprefix("flash_"), row["head_dim"], backend)
     if row["op"] == "decode_attention":
         return moe_decode.decode(jnp.dtype(row["dtype"]), backend)
-    if row.get("dtype", "bfloat16") != "bfloat16":
-        return moe_decode.block_scaled(512, row["dtype"].lower())
     return moe_decode.matmul(row["tokens"], backend)
 
 

@@ -21,14 +21,14 @@ def ours(what, head_dim, implementation):
 
 
 def flops(what, head_dim):
-    """Of one query and key."""
+    """FLOPs of one query and key."""
     return attention_flops(f"mosaic_{what}", head_dim)
 
 
 def tile(what, head_dim):
     """Queries and keys a block of our kernel on the mesh's chip."""
-    found = tuning.blocks(f"mosaic_{what}", head_dim, jnp.bfloat16, interpret=False)
-    return found.q, found.kv
+    sizes = tuning.blocks(f"mosaic_{what}", head_dim, jnp.bfloat16, interpret=False)
+    return sizes.q, sizes.kv
 
 
 @dataclasses.dataclass(frozen=True)

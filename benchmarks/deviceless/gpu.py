@@ -23,8 +23,8 @@ def attempt(compiler: Compiler, program, *args) -> dict:
     """`{"seconds", "cpu_seconds", "kernels": [...]}` of `program(*args)`, or `{"error"}`."""
     try:
         done = compiler(*program(*args))
-        found = {"seconds": done.seconds, "cpu_seconds": done.cpu_seconds}
-        return found | {"kernels": [as_json(kernel) for kernel in done.kernels.values()]}
+        result = {"seconds": done.seconds, "cpu_seconds": done.cpu_seconds}
+        return result | {"kernels": [as_json(kernel) for kernel in done.kernels.values()]}
     except Exception as error:  # one that fails is a line of the table
         return {"error": f"{type(error).__name__}: {str(error)[:300]}"}
 
@@ -47,17 +47,14 @@ def rows(compiler: Compiler):
     for tokens in moe_decode.TOKENS_PER_EXPERT:
         row = {"op": "grouped_matmul", "dtype": "bfloat16", "tokens": tokens}
         yield row | attempt(compiler, moe_decode.matmul, tokens, "triton")
-    for name in ("MXFP8", "NVFP4"):
-        row = {"op": "grouped_matmul", "dtype": name}
-        yield row | attempt(compiler, moe_decode.block_scaled, 512, name.lower())
 
 
 def main(out: str) -> None:
     compiler = Compiler(CHIP)
-    found = []
+    rows = []
     for row in rows(compiler):
-        found.append({"chip": CHIP} | row)
-        pathlib.Path(out).write_text(json.dumps(found))
+        rows.append({"chip": CHIP} | row)
+        pathlib.Path(out).write_text(json.dumps(rows))
     compiler.close()
 
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The programs of grouped matmul and decode attention, and the cycles of their parts."""
 
-import jax
-
 from jaxcp.tune import programs, tpu_cost
 
 EXPERTS, EMBED, WIDTH = 192, 4096, 1536  # Hy3
@@ -20,16 +18,6 @@ def decode(cache, implementation):
     return programs.decode(implementation, cache=cache, **programs.DECODE)
 
 
-def block_scaled(tokens, format):
-    """`(fn, args)` of the product of rows and weights in "mxfp8" or "nvfp4"."""
-    from pallas_kernels.grouped_matmul import block_scaled as narrow
-
-    lhs, rhs, sizes = matmul(tokens, "mosaic_tpu")[1]
-    tall = jax.ShapeDtypeStruct((EXPERTS, WIDTH, EMBED), rhs.dtype)
-    weights = jax.eval_shape(lambda w: narrow.block_scaled(w, format), tall)
-    return narrow.grouped_matmul_block_scaled, (lhs, weights, sizes)
-
-
 def ragged_dot(tokens, chosen: list):
     """`(fn, args)` of tokamax's; the tile sizes that it chooses are put into `chosen`."""
     from tokamax._src.ops.gmm_v2 import gmm_v2 as kernel
@@ -45,7 +33,7 @@ def ragged_dot(tokens, chosen: list):
 
 
 def their_expert_cycles(chip: str, kernel, tokens: int, tile) -> float:
-    """Of tokamax's, which has code for several numbers of rows and picks the least that fits."""
+    """Cycles of tokamax's kernel, by its code for the least number of rows that fits."""
     rows = min(tokens, tile.tile_m)
     flops = 2 * rows * min(tile.tile_n, WIDTH) * min(tile.tile_k, EMBED)
     fitting = [h for h in kernel.hot if tpu_cost.holds(chip, h, flops)]

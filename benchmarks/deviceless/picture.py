@@ -29,11 +29,11 @@ def draw(report: dict, path: pathlib.Path) -> None:
     pyplot.close(figure)
 
 
-def tpu(axes, found):
+def tpu(axes, counts):
     labels = []
     for chip in TPUS:
         for head_dim in INSTRUCTIONS:
-            rows = pick(found, chip=chip, op="flash_forward", head_dim=head_dim)
+            rows = pick(counts, chip=chip, op="flash_forward", head_dim=head_dim)
             ours = [r for r in pick(rows, whose="ours") if "unmasked" in r]
             theirs = [r["unmasked"] for r in pick(rows, whose="tokamax") if "unmasked" in r]
             at = len(labels)
@@ -53,14 +53,14 @@ def tpu(axes, found):
 
 
 def gpu(axes, rows):
-    wanted = [row for row in rows if row["what"].startswith("SM120 flash forward")]
-    if not wanted:  # a run of some chips only
+    chosen = [row for row in rows if row["what"].startswith("SM120 flash forward")]
+    if not chosen:  # a run of some chips only
         axes.set_axis_off()
         return
-    for at, row in enumerate(wanted):
+    for at, row in enumerate(chosen):
         axes.bar(at, row["value"] or 0, 0.5, color=OURS)
         axes.hlines(row["bar"], at - 0.35, at + 0.35, color=BAR)
-    axes.set_xticks(range(len(wanted)), [f"D={d}" for d in INSTRUCTIONS], fontsize=8)
+    axes.set_xticks(range(len(chosen)), [f"D={d}" for d in INSTRUCTIONS], fontsize=8)
     axes.set_ylabel("instructions a matrix instruction")
     axes.set_title("SM120, hot loop (line: the bar)", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)

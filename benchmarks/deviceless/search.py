@@ -31,7 +31,7 @@ SIZES = {
 
 
 def candidates(what: str):
-    """Fewest changes from the first of each list first."""
+    """Yield sizes, those with fewest changes from the first of each list first."""
     lists = SIZES[what]
     every = itertools.product(*(range(len(values)) for values in lists.values()))
     for at in sorted(every, key=lambda at: (sum(i > 0 for i in at), at)):
@@ -48,16 +48,16 @@ def search(compiler: Compiler, what: str, head_dim: int, deadline: float) -> Non
         flops = flash.flops(what, head_dim)
         return per_tile(compiler.chip, kernel, (blocks.q, blocks.kv), flops)
 
-    found, left = [], list(candidates(what))
+    tried, left = [], list(candidates(what))
     while left and time.monotonic() < deadline:
         blocks = left.pop(0)
         row = attempt(compiler, flash.splash(head_dim, blocks, gradient=what == "backward"), count)
         said = f"{row['unmasked']:,.0f}" if "unmasked" in row else row["error"][:80]
         print(f"  {blocks}: {said} in {row.get('cpu_seconds', 0):.0f} s", flush=True)
         if "unmasked" in row:
-            found.append((row["unmasked"], str(blocks)))
+            tried.append((row["unmasked"], str(blocks)))
     print(f"{compiler.chip} {what} D={head_dim}, {len(left)} not tried; the best:")
-    for cycles, blocks in sorted(found)[:5]:
+    for cycles, blocks in sorted(tried)[:5]:
         print(f"  {cycles:,.0f} {blocks}")
 
 

@@ -22,10 +22,10 @@ def attempt(compiler: Compiler, program, count) -> dict:
     """`{"seconds", "cpu_seconds", "kernels"}` and what `count(kernels)` says; or `{"error"}`."""
     try:
         done = compiler(*program)
-        found = {"seconds": done.seconds, "cpu_seconds": done.cpu_seconds}
-        found["kernels"] = {name: dataclasses.asdict(x) for name, x in done.kernels.items()}
+        result = {"seconds": done.seconds, "cpu_seconds": done.cpu_seconds}
+        result["kernels"] = {name: dataclasses.asdict(x) for name, x in done.kernels.items()}
         with compiler.here():
-            return found | count(done.kernels)
+            return result | count(done.kernels)
     except Exception as error:  # one that fails is a line of the table
         return {"error": f"{type(error).__name__}: {str(error)[:300]}"}
 

@@ -8,7 +8,7 @@ SHARDS, TOKENS = 8, 4096  # a shard's
 
 
 def count(block_q: int, block_kv: int) -> dict:
-    """Over every pair of shards: visited, needed, masked and partial blocks, and what is wrong."""
+    """Count blocks over all pairs of shards: visited, needed, masked, partial and wrong ones."""
     from jaxcp.layout import Zigzag
     from pallas_kernels.flash_attention import NO_POSITION, PAD_POSITION, Mask, blocks
 
@@ -25,8 +25,8 @@ def count(block_q: int, block_kv: int) -> dict:
         for kv, kv_bounds in keys:
             listed, counts = blocks.block_lists(Mask(), q_bounds, kv_bounds, False, along="kv")
             full, partial = _sets(np.asarray(listed[0]), np.asarray(counts[0]))
-            seen = (kv[None] <= q[:, None]).reshape(-1, block_q, TOKENS // block_kv, block_kv)
-            some, every = seen.any((1, 3)), seen.all((1, 3))
+            visible = (kv[None] <= q[:, None]).reshape(-1, block_q, TOKENS // block_kv, block_kv)
+            some, every = visible.any((1, 3)), visible.all((1, 3))
             totals["visited"] += int(full.sum() + partial.sum())
             totals["masked"] += int(partial.sum())
             totals["needed"] += int(some.sum())

@@ -1,21 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is what the kernels compute right: fresh random inputs, float64 on the CPU, poisoned memory."""
+"""Checks the kernels' results: fresh random inputs, float64 on the CPU, poisoned memory."""
 
 import dataclasses
-import functools
 import secrets
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import testing, testing_decode, testing_grouped
-from pallas_kernels.grouped_matmul import block_scaled
-from pallas_kernels.testing import Case as Attention
-from pallas_kernels.testing_decode import Case as Decode
-from pallas_kernels.testing_grouped import Case as Grouped
+from pallas_kernels.testing import decode_attention, flash_attention, grouped_matmul
+from pallas_kernels.testing.decode_attention import Case as Decode
+from pallas_kernels.testing.flash_attention import Case as Attention
+from pallas_kernels.testing.grouped_matmul import Case as Grouped
 
-SUITES = {Attention: testing, Decode: testing_decode, Grouped: testing_grouped}
+SUITES = {Attention: flash_attention, Decode: decode_attention, Grouped: grouped_matmul}
 # Error allowed, relative in the 2-norm. A kernel that is wrong is off by far more; what bfloat16
 # rounds is about 4e-3 a result, and float32 means float32: no product is TF32.
 TOLERANCE = {"bfloat16": 1.5e-2, "float16": 3e-3, "float32": 2e-4}
@@ -114,9 +112,6 @@ def rows(part: str, smoke: bool):
     for case in (SMOKE if smoke else CASES)[part]:
         fresh = dataclasses.replace(case, seed=secrets.randbits(32))
         yield label(case), lambda case=fresh: check(case, POOL_BYTES >> 7 if smoke else POOL_BYTES)
-    if part == "check-grouped":
-        for format in block_scaled.FORMATS:
-            yield f"block-scaled {format}", functools.partial(check_block_scaled, format)
 
 
 def label(case) -> str:
@@ -134,10 +129,10 @@ def check(case, pool_bytes: int) -> dict:
     """Errors of every result against float64, and what is wrong with them."""
     suite = SUITES[type(case)]
     fn, given = suite.program("triton", case)
-    found, again = poisoned(fn, given, pool_bytes)
+    arrays, again = poisoned(fn, given, pool_bytes)
     problems, errors = [], {}
     for name, exact in suite.expected(case).items():
-        got = np.asarray(found[name], np.float64)
+        got = np.asarray(arrays[name], np.float64)
         if not np.array_equal(np.isneginf(exact), np.isneginf(got)) or np.isnan(got).any():
             problems.append(f"{name}: NaN, or rows with nothing to see differ")
             continue
@@ -146,31 +141,9 @@ def check(case, pool_bytes: int) -> dict:
         errors[name] = float(np.linalg.norm(got - exact) / (norm if norm > 0 else 1.0))
         if not errors[name] <= TOLERANCE[case.dtype]:
             problems.append(f"{name}: relative error {errors[name]:.2e}")
-        if np.asarray(found[name]).tobytes() != np.asarray(again[name]).tobytes():
+        if np.asarray(arrays[name]).tobytes() != np.asarray(again[name]).tobytes():
             problems.append(f"{name}: two runs differ")
     return {"seed": case.seed, "errors": errors, "problems": problems}
-
-
-def check_block_scaled(format: str) -> dict:
-    """The matrix instructions of sm_120, against the same values and scales in float64."""
-    case = CASES["check-grouped"][0]
-    seed = secrets.randbits(32)
-    found = testing_grouped.arrays(dataclasses.replace(case, seed=seed))
-    rhs = jnp.asarray(found["weights"]).swapaxes(1, 2)
-    lhs, weights = jnp.asarray(found["lhs"]), block_scaled.block_scaled(rhs, format)
-    try:
-        out = block_scaled.grouped_matmul_block_scaled(
-            lhs, weights, jnp.asarray(case.sizes), implementation="triton"
-        )
-    except NotImplementedError as error:
-        return {"errors": {}, "problems": [], "skipped": str(error)}
-    rounded = block_scaled.block_scaled(lhs, format)
-    a, b = (np.asarray(block_scaled.exact(x), np.float64) for x in (rounded, weights))
-    exact = testing_grouped.product(a, b.swapaxes(1, 2), case.sizes)
-    off = np.linalg.norm(np.asarray(out, np.float64) - exact) / np.linalg.norm(exact)
-    right = off <= TOLERANCE[case.dtype]
-    problems = [] if right else [f"out: relative error {off:.2e}"]
-    return {"seed": seed, "errors": {"out": float(off)}, "problems": problems}
 
 
 def poisoned(fn, given, pool_bytes: int) -> list[dict]:

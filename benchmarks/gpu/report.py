@@ -29,14 +29,14 @@ def read(out: pathlib.Path) -> list[dict]:
     """The last that was written of each row."""
     path = out / "rows.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    found: dict = {}
+    latest: dict = {}
     for row in map(json.loads, lines):
-        found[row["part"], row["name"]] = row
-    return list(found.values())
+        latest[row["part"], row["name"]] = row
+    return list(latest.values())
 
 
 def line(row: dict) -> str:
-    """What came of a row, in a few words."""
+    """Summarize a row in a few words."""
     if "failed" in row:
         return f"{row['name']}: FAILED {row['failed'].splitlines()[0][:120]}"
     if "ms" in row:
@@ -54,12 +54,12 @@ def goals(rows: list[dict]) -> list[dict]:
             return None
         return parts[0] - sum(parts[1:])
 
-    found = []
+    ratios = []
     for name, case, less, other, least in GOALS:
         ours, theirs = (took(case, less, contender) for contender in ("ours", other))
         ratio = theirs / ours if ours and theirs else None
-        found.append({"goal": name, "least": least, "ratio": ratio})
-    return found
+        ratios.append({"goal": name, "least": least, "ratio": ratio})
+    return ratios
 
 
 def wrong(rows: list[dict]) -> list[str]:
@@ -72,29 +72,29 @@ def write(out: pathlib.Path) -> list[str]:
     """report.json and report.md from the rows so far; what is wrong."""
     rows = read(out)
     about = json.loads((out / "about.json").read_text())
-    found = about | {"goals": goals(rows), "rows": rows, "wrong": wrong(rows)}
-    (out / "report.json").write_text(json.dumps(found, indent=1) + "\n")
-    (out / "report.md").write_text(markdown(found) + "\n")
-    return found["wrong"]
+    report = about | {"goals": goals(rows), "rows": rows, "wrong": wrong(rows)}
+    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    (out / "report.md").write_text(markdown(report) + "\n")
+    return report["wrong"]
 
 
-def markdown(found: dict) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    lines = [f"# The Triton kernels on {found['device']}, {found['date']}", "", versions, ""]
-    lines += [found["note"], ""] if found["note"] else []
+def markdown(report: dict) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    lines = [f"# The Triton kernels on {report['device']}, {report['date']}", "", versions, ""]
+    lines += [report["note"], ""] if report["note"] else []
     lines += ["| goal | at least | found |", "|---|---|---|"]
-    for goal in found["goals"]:
+    for goal in report["goals"]:
         ratio = "not measured" if goal["ratio"] is None else f"{goal['ratio']:.2f}"
         lines.append(f"| {goal['goal']} | {goal['least']} | {ratio} |")
     lines += ["", "Against float64; the error is of the worst result, relative in the 2-norm.", ""]
     lines += ["| part | case | error | |", "|---|---|---|---|"]
-    for row in (row for row in found["rows"] if row["part"].startswith("check")):
+    for row in (row for row in report["rows"] if row["part"].startswith("check")):
         worst = max(row.get("errors", {}).values(), default=None)
         error = "" if worst is None else f"{worst:.1e}"
         lines.append(f"| {row['part']} | {row['name']} | {error} | {_verdict(row)} |")
     lines += ["", "| case | contender | median ms (min, max) | TFLOP/s | GB/s | of the limit |"]
     lines += ["|---|---|---|---|---|---|"]
-    for row in (row for row in found["rows"] if row["part"].startswith("time")):
+    for row in (row for row in report["rows"] if row["part"].startswith("time")):
         case, contender = row["name"].split(" | ")
         if "failed" in row:
             lines.append(f"| {case} | {contender} | {_verdict(row)} | | | |")
@@ -107,6 +107,6 @@ def markdown(found: dict) -> str:
 
 
 def _verdict(row: dict) -> str:
-    said = row.get("failed"), "; ".join(row.get("problems", [])), row.get("skipped"), "right"
+    said = row.get("failed"), "; ".join(row.get("problems", [])), "right"
     text = next(text for text in said if text)
     return text.splitlines()[0][:120].replace("|", "/")

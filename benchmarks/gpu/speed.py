@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast: medians beside cuDNN, Pallas' own kernel, `lax.ragged_dot` and what memory allows.
+"""Times the kernels: medians beside cuDNN, Pallas' own, `lax.ragged_dot` and the memory's limit.
 
 The inputs of successive calls differ and together exceed the L2 cache; a figure is the median of
 rounds. FLOPs are those of visible pairs, and 3.5 times as many with the backward pass.
@@ -17,9 +17,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import decode_attention, flash_attention, grouped_matmul, quantize_cache
+from pallas_kernels import (
+    decode_attention,
+    flash_attention,
+    grouped_matmul,
+    quantize,
+    quantize_cache,
+)
 from pallas_kernels.devices import find
-from pallas_kernels.grouped_matmul import quantize
 
 
 @dataclasses.dataclass(frozen=True)

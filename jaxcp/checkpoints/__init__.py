@@ -4,4 +4,4 @@
 import pathlib
 
 NEEDLE = pathlib.Path(__file__).parent / "needle"
-"""0.8 M parameters, byte-level; finds needles at 128K. Made by `jaxcp/configs/needle.py`."""
+"""926,360 parameters, byte-level; finds needles at 128K. Made by `jaxcp/configs/needle.py`."""

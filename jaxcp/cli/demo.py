@@ -21,14 +21,14 @@ from jaxcp.context_parallel import Ring
 from jaxcp.evaluate.needle import Result, evaluate_needle, plot_heat_map
 from jaxcp.evaluate.pictures import draw_if_possible
 from jaxcp.mesh import MeshConfig, emulate_devices, make_mesh
-from jaxcp.models.gpt.model import GPTConfig
+from jaxcp.models.gpt.config import GPTConfig
 from jaxcp.training import OptimizerConfig, TextSource, TrainConfig, plot_loss, train
 from jaxcp.training.loop import Result as Trained
 from jaxcp.training.metrics import read_metrics
 from jaxcp.weights import load
 
 DEVICES = 8
-ROWS, ROW = 8, 256  # of a training batch
+ROWS, ROW = 8, 256  # rows of a training batch, tokens of a row
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Size:
     lengths: tuple[int, ...]
     needles: int
     train_steps: int
-    """Even: training stops half-way, and a fresh call goes on."""
+    """Steps of training, an even number: it stops half-way, and a fresh call goes on."""
 
 
 FULL = Size(lengths=(32_768, 131_072), needles=10, train_steps=60)
@@ -50,12 +50,12 @@ def run(out: pathlib.Path, *, smoke: bool = False) -> None:
     begin = time.perf_counter()
     emulate_devices(DEVICES)
     console.print(f"[bold]jaxcp demo[/bold]: {DEVICES} emulated devices, jax {jax.__version__}")
-    found = _find_needles(console, size)
-    pictures = [draw_if_possible(plot_heat_map, found, out / "needle.png")]
+    result = _find_needles(console, size)
+    pictures = [draw_if_possible(plot_heat_map, result, out / "needle.png")]
     first, resumed = _train(console, size, out)
     pictures += [draw_if_possible(plot_loss, resumed.metrics_path, out / "loss.png")]
-    console.print(_table(found, first, resumed))
-    measured = found.as_json() | {"final_loss": resumed.final_loss}
+    console.print(_table(result, first, resumed))
+    measured = result.as_json() | {"final_loss": resumed.final_loss}
     (out / "demo.json").write_text(json.dumps(measured, indent=1))
     console.print(
         f"pictures: {', '.join(dict.fromkeys(pictures))}   "
@@ -114,7 +114,7 @@ def _evaluate(model, tokenizer, size: Size, length: int, bar: Progress, task) ->
 
 
 def _train(console: Console, size: Size, out: pathlib.Path) -> tuple[Trained, Trained]:
-    """Half of the steps, then a fresh call that resumes and takes the others."""
+    """Train half of the steps, then resume in a fresh call for the others."""
     steps, half = size.train_steps, size.train_steps // 2
     console.print(
         f"\n[bold]2. Training[/bold]: a GPT on the same text, seq=4 x data=2: {steps} steps of "
@@ -150,7 +150,7 @@ def _train(console: Console, size: Size, out: pathlib.Path) -> tuple[Trained, Tr
 
 
 def _fresh(folder: pathlib.Path) -> pathlib.Path:
-    """A folder name that holds no earlier run, so that every demo trains from the start."""
+    """Name a folder that does not exist yet, so that every demo trains from the start."""
     number = 1
     while (numbered := folder.with_name(f"{folder.name}-{number}")).exists():
         number += 1
@@ -168,12 +168,12 @@ COLUMNS = (
 )
 
 
-def _table(found: Result, first: Trained, resumed: Trained) -> Table:
+def _table(result: Result, first: Trained, resumed: Trained) -> Table:
     caption = "train: loss; MiB/dev: cache of a device; reused: tokens; dec/s: decoded tokens"
     table = Table("", title="measured in this run", caption=caption, box=box.SIMPLE_HEAD)
     for name in COLUMNS:
         table.add_column(name, justify="right")
-    for read in found.reads:
+    for read in result.reads:
         table.add_row(
             f"{read.length // 1024}K bytes",
             f"{read.tokens:,}",
@@ -182,7 +182,7 @@ def _table(found: Result, first: Trained, resumed: Trained) -> Table:
             f"{read.cache_bytes_per_device / 2**20:.1f}",
             f"{read.reused:,}",
             f"{read.decode_tokens_per_second:.1f}",
-            f"{100 * found.accuracy(read.length):.0f} %",
+            f"{100 * result.accuracy(read.length):.0f} %",
         )
     tokens, seconds = resumed.steps * ROWS * ROW, first.seconds + resumed.seconds
     trained = (f"{tokens:,}", f"{seconds:.1f}", f"{tokens / seconds:,.0f}")

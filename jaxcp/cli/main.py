@@ -29,7 +29,7 @@ MOST_EMULATED = 512
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Devices:
-    """How the devices are used. On a machine with CPUs only, as many are emulated as it takes."""
+    """Shards over the devices. On a machine with CPUs only, as many are emulated as it takes."""
 
     seq: int = 1
     """Shards of the sequence."""
@@ -39,7 +39,7 @@ class Devices:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen. Greedy unless the temperature is positive."""
+    """Options of sampling. Greedy unless the temperature is positive."""
 
     max_new_tokens: int | None = None
     """Default: 256 (chat: 128), or as many as there is room for."""
@@ -217,15 +217,15 @@ def tune(
     from jaxcp.tune.show import progress, show
 
     with progress() as step:
-        found = search(
+        result = search(
             op, target, part=part, shape=_sizes(shape), dtype=dtype, max_seconds=max_seconds,
             progress=step,
         )  # fmt: skip
-    show(found)
+    show(result)
     if json_file is not None:
-        json_file.write_text(json.dumps(found.as_json(), indent=1) + "\n")
+        json_file.write_text(json.dumps(result.as_json(), indent=1) + "\n")
     if write:
-        print("written" if found.row.write() else "the table has it")
+        print("written" if result.row.write() else "the table has it")
 
 
 def _sizes(shape: tuple[str, ...]) -> dict[str, int]:
@@ -256,10 +256,10 @@ def quantize(
     """
     from jaxcp.weights.quantizing import quantize as write_quantized
 
-    found = write_quantized(source, out, weights=weights, only=only)
+    result = write_quantized(source, out, weights=weights, only=only)
     print(
-        f"{len(found.quantized)} tensors in {weights}, {len(found.skipped)} could not be; "
-        f"{found.bytes_before / 2**20:,.2f} -> {found.bytes_after / 2**20:,.2f} MiB: {out}"
+        f"{len(result.quantized)} tensors in {weights}, {len(result.skipped)} could not be; "
+        f"{result.bytes_before / 2**20:,.2f} -> {result.bytes_after / 2**20:,.2f} MiB: {out}"
     )
 
 
@@ -310,7 +310,7 @@ def eval_needle(
 
 @contextlib.contextmanager
 def _loaded(checkpoint: pathlib.Path, devices: Devices):
-    """The model and tokenizer of a checkpoint, on a mesh over the devices asked for."""
+    """Load a checkpoint's model and tokenizer on a mesh over the devices asked for."""
     from jaxcp.mesh import MeshConfig
 
     config = MeshConfig(seq=devices.seq, model=devices.model)
@@ -327,7 +327,7 @@ def _loaded(checkpoint: pathlib.Path, devices: Devices):
 
 
 def _want_devices(count: int) -> None:
-    """Where there are only CPUs, emulate `count` devices; accelerators stay as they are."""
+    """Emulate `count` devices where there are only CPUs; accelerators stay as they are."""
     import jax
 
     try:
@@ -341,7 +341,7 @@ def _want_devices(count: int) -> None:
 
 
 def _positions(model, at_most: int) -> int:
-    """`at_most` tokens, or as many as the model has positions."""
+    """The positions of the model, or `at_most`, whichever is less."""
     return min(at_most, getattr(model.config, "max_positions", at_most))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Between the commands and the shell: standard input, prompts, errors in a line, exit codes."""
+"""The commands' side of the shell: standard input, prompts, errors in a line, exit codes."""
 
 import contextlib
 import os
@@ -18,8 +18,9 @@ LONGEST = 300
 
 
 def read_prompt(prompt: str | None, file: pathlib.Path | None) -> str:
-    """The text of the file, then the prompt; `-` is standard input, and so is neither of them
-    where something is piped in.
+    """Read the text of the file, then the prompt; `-` is standard input.
+
+    With neither of them, what is piped in is the prompt.
 
     Raises:
       ValueError: no prompt, an empty one, standard input asked for twice, or text not in UTF-8.
@@ -44,7 +45,7 @@ WAYS = "give --prompt TEXT, --prompt-file FILE, or pipe text in (-: standard inp
 
 
 def read_stdin() -> str:
-    """All of standard input as UTF-8 text, line endings as they are."""
+    """Read all of standard input as UTF-8 text, line endings as they are."""
     data = sys.stdin.buffer.read()
     try:
         return data.decode("utf-8")
@@ -56,8 +57,10 @@ def read_stdin() -> str:
 
 
 def read_lines() -> Iterator[str]:
-    """Lines of standard input up to an empty one. A prompt stands before each where both ends are
-    a terminal: what is piped on holds answers only."""
+    """Yield lines of standard input up to an empty one.
+
+    Shows a prompt before each if both ends are a terminal: what is piped on holds answers only.
+    """
     person = sys.stdin.isatty() and sys.stdout.isatty()
     while True:
         try:
@@ -81,7 +84,7 @@ def one_line_errors() -> Iterator[None]:
         print("\njaxcp: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
-        # what is still buffered would raise again as Python ends
+        # the rest of the buffer would raise again as Python ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(BROKEN_PIPE)
     except Exception as error:

@@ -33,7 +33,7 @@ MATRIX = re.compile(r"[A-Z]*MMA$")  # HMMA, IMMA, QMMA, OMMA, HGMMA ...
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """Instructions of a loop body; `opcodes` counts them without their modifiers."""
+    """A loop body; `opcodes` counts its instructions, without their modifiers."""
 
     opcodes: dict[str, int]
 
@@ -59,17 +59,17 @@ class Kernel:
     registers: int
     spilled_bytes: int
     shared_bytes: int  # static; what a launch adds is not in the machine code
-    matrix_names: tuple[str, ...]  # of the PTX: mma.sync.aligned.m16n8k16...
+    matrix_names: tuple[str, ...]  # names in the PTX: mma.sync.aligned.m16n8k16...
     loops: tuple[Loop, ...]
 
 
 def kernels(folder: pathlib.Path) -> dict[str, Kernel]:
-    """Every kernel with matrix instructions that XLA wrote into `folder`, by its name."""
-    found: dict[str, Kernel] = {}
+    """Read the kernels with matrix instructions that XLA wrote into `folder`, by name."""
+    by_name: dict[str, Kernel] = {}
     for path in sorted(folder.rglob("*.ptx")):
         if "mma." in path.read_text():
-            found |= {kernel.name: kernel for kernel in _assemble(path) if kernel.matrix_names}
-    return found
+            by_name |= {kernel.name: kernel for kernel in _assemble(path) if kernel.matrix_names}
+    return by_name
 
 
 def _assemble(path: pathlib.Path) -> list[Kernel]:
@@ -79,21 +79,21 @@ def _assemble(path: pathlib.Path) -> list[Kernel]:
         raise ValueError(f"{path} names no .target; is it PTX?")
     with tempfile.TemporaryDirectory() as scratch:
         cubin = f"{scratch}/kernel.cubin"
-        told = _run("ptxas", "-v", f"-arch={target[1]}", str(path), "-o", cubin).stderr
+        report = _run("ptxas", "-v", f"-arch={target[1]}", str(path), "-o", cubin).stderr
         code = _run("nvdisasm", "-c", cubin).stdout
     bodies = dict(re.findall(r"^\.entry\s+([\w$]+)(.*?)^\}", _entries(ptx), re.S | re.M))
-    found = []
+    kernels = []
     for section in re.split(r"(?=^\s*\.section\s+\.text\.)", code, flags=re.M)[1:]:
         titled = re.match(r"\s*\.section\s+\.text\.([\w$]+)", section)
         assert titled is not None  # the split left it
         name = titled[1]
         about = re.search(
-            rf"entry function '{re.escape(name)}'.*?(?=Compiling entry|\Z)", told, re.S
+            rf"entry function '{re.escape(name)}'.*?(?=Compiling entry|\Z)", report, re.S
         )
         if about is None:
             continue  # a device function
         spills = [int(n) for n in re.findall(r"(\d+) bytes spill", about[0])]
-        found.append(
+        kernels.append(
             Kernel(
                 name=name,
                 arch=target[1],
@@ -104,7 +104,7 @@ def _assemble(path: pathlib.Path) -> list[Kernel]:
                 loops=tuple(_matrix_loops(section)),
             )
         )
-    return found
+    return kernels
 
 
 def _entries(ptx: str) -> str:
@@ -121,7 +121,7 @@ def _number(pattern: str, text: str) -> int:
 
 
 def _matrix_loops(section: str) -> list[Loop]:
-    """Innermost loops with matrix instructions: a label up to the last branch back to it."""
+    """Find innermost loops with matrix instructions: a label up to the last branch back to it."""
     opcodes: list[str] = []
     labels: dict[str, int] = {}
     ends: dict[int, int] = {}
@@ -156,7 +156,7 @@ def _run(tool: str, *args: str) -> subprocess.CompletedProcess:
 
 @functools.cache
 def find_tool(name: str) -> str:
-    """Path of a CUDA tool: in the wheels of this environment, or on PATH.
+    """Find a CUDA tool in the wheels of this environment, or on PATH.
 
     Raises:
       FileNotFoundError: it is in neither.
@@ -165,8 +165,8 @@ def find_tool(name: str) -> str:
         for path in sorted(pathlib.Path(root, "nvidia").glob(f"**/bin/{name}")):
             if os.access(path, os.X_OK):
                 return str(path)
-    if found := shutil.which(name):
-        return found
+    if on_path := shutil.which(name):
+        return on_path
     raise FileNotFoundError(
         f"reading a GPU's machine code needs {name}, which is not installed: "
         "pip install jaxcp[tune]  (nvidia-cuda-nvcc and nvidia-cuda-nvdisasm)"
@@ -174,6 +174,6 @@ def find_tool(name: str) -> str:
 
 
 def tool_version(name: str) -> str:
-    told = _run(name, "--version").stdout
-    match = re.search(r"release ([\d.]+), V([\d.]+)", told)
-    return match[2] if match else told.strip().splitlines()[-1]
+    text = _run(name, "--version").stdout
+    match = re.search(r"release ([\d.]+), V([\d.]+)", text)
+    return match[2] if match else text.strip().splitlines()[-1]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a compiled program sends and which kernels it calls, read from its HLO text.
+"""Reads from the HLO text of a compiled program what it sends and which kernels it calls.
 
 Knows the text that XLA prints for CPU, CUDA and TPU in jax 0.10 to 0.12. Counts are executions:
 an instruction in a loop counts once a turn where the number of turns is in the text.
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 KINDS = ("collective-permute", "all-gather", "reduce-scatter", "all-reduce", "all-to-all")
 MOVES = ("copy", "reshape", "transpose", "slice", "dynamic-slice", "concatenate", "gather", "pad")
-"""What changes no value. A reshape that is left in a compiled program lays its bytes out anew."""
+"""Opcodes that change no value. A reshape that is left in a compiled program moves bytes."""
 FREE = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element")
 KERNEL_TARGETS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "triton_kernel_call", "mosaic_gpu")
 
@@ -21,8 +21,8 @@ KERNEL_TARGETS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "triton_kernel_call
 class Collective:
     """All executions of one kind of collective.
 
-    `bytes` is summed over them, per device: what is sent by a permute, else the larger of operand
-    and result (the gathered, reduced or exchanged array). `note` says what loops were counted.
+    `bytes` is summed over them, per device: a permute counts what it sends, any other the larger of
+    operand and result (the gathered, reduced or exchanged array). `note` names the loops counted.
     """
 
     kind: str
@@ -35,7 +35,7 @@ class Collective:
 class Transfer:
     """One collective of the schedule, run `count` times with `bytes` (as in `Collective`) each.
 
-    `kernels`: Mosaic and Triton kernels that run between its start and its done: what hides it.
+    `kernels`: Mosaic and Triton kernels that run between its start and its done, and so hide it.
     """
 
     kind: str
@@ -78,7 +78,7 @@ class _Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class _Use:
-    """An instruction as the program runs it: how often, and in what loops (None: not known)."""
+    """An instruction, how often the program runs it, and the turns of its loops (None: unknown)."""
 
     instruction: _Instruction
     operand_bytes: int
@@ -87,46 +87,46 @@ class _Use:
 
 
 def collectives(hlo_text: str) -> list[Collective]:
-    """One row a kind of collective that the program executes, in the order of `KINDS`.
+    """Count the collectives that the program executes, one row a kind, in the order of `KINDS`.
 
     A start and its done are one. A loop whose number of turns is not in the text counts as one
     turn and is named in `note`; every branch of a conditional counts.
 
     >>> [c.count for c in collectives(compiled.as_text()) if c.kind == "collective-permute"]
     """
-    found: dict[str, list[_Use]] = {}
+    uses: dict[str, list[_Use]] = {}
     for use in _uses(hlo_text):
         if kind := _kind(use.instruction):
-            found.setdefault(kind, []).append(use)
+            uses.setdefault(kind, []).append(use)
     return [
         Collective(
             kind=kind,
-            count=sum(use.count for use in found[kind]),
-            bytes=sum(use.count * _payload(use) for use in found[kind]),
-            note=_note(found[kind]),
+            count=sum(use.count for use in uses[kind]),
+            bytes=sum(use.count * _payload(use) for use in uses[kind]),
+            note=_note(uses[kind]),
         )
         for kind in KINDS
-        if kind in found
+        if kind in uses
     ]
 
 
 def kernel_calls(hlo_text: str) -> int:
-    """Executions of Mosaic and Triton kernels, counted as `collectives` counts."""
+    """Count the executions of Mosaic and Triton kernels, as `collectives` counts."""
     return sum(use.count for use in _uses(hlo_text) if _is_kernel(use.instruction))
 
 
 def transfers(hlo_text: str) -> list[Transfer]:
-    """Every collective in the order of the schedule (`is_scheduled=true`), a loop's body once.
+    """List the collectives in the order of the schedule (`is_scheduled=true`), a loop's body once.
 
     Combined collectives are one. A start that XLA marks synchronous hides behind nothing.
 
     >>> all(t.kernels for t in transfers(compiled.as_text()) if t.kind == "collective-permute")
     """
     computations, entry = _parse(hlo_text)
-    found: list[Transfer] = []
+    schedule: list[Transfer] = []
     for name, count, loops in _sequences(computations, entry):
         body, kernels = computations[name], 0
-        begun: dict[str, tuple[int, int]] = {}  # where in `found`, and kernels before
+        begun: dict[str, tuple[int, int]] = {}  # index in `schedule`, and kernels before
         for instruction in body.values():
             kernels += _kernels_in(computations, instruction)
             # a start of another kind wraps the collective in a computation
@@ -138,25 +138,25 @@ def transfers(hlo_text: str) -> list[Transfer]:
             if instruction.opcode.endswith("-done") and instruction.inputs:
                 if start := begun.pop(_origin(body, instruction), None):
                     index, before = start
-                    found[index] = dataclasses.replace(found[index], kernels=kernels - before)
+                    schedule[index] = dataclasses.replace(schedule[index], kernels=kernels - before)
             elif inner and instruction.opcode not in ("while", "conditional", "call"):
                 if instruction.opcode.endswith("-start") and '"is_sync":true' not in (
                     instruction.attributes
                 ):
-                    begun[instruction.name] = len(found), kernels
+                    begun[instruction.name] = len(schedule), kernels
                 kind = inner[0].instruction.opcode.removesuffix("-start")
                 size = sum(_payload(use) for use in inner)
-                found.append(Transfer(kind=kind, bytes=size, count=count, kernels=0))
-    return found
+                schedule.append(Transfer(kind=kind, bytes=size, count=count, kernels=0))
+    return schedule
 
 
 def copies(hlo_text: str, least: int) -> list[Copy]:
-    """Instructions that move `least` bytes or more and compute nothing, in the schedule's order.
+    """List instructions that move `least` bytes or more and compute nothing, as scheduled.
 
-    Not those between memories (a TPU's prefetching into its vector memory), nor a collective's.
+    Leaves out moves between memories (a TPU's prefetching into its vector memory) and collectives.
     """
     computations, entry = _parse(hlo_text)
-    found = []
+    moved = []
     for name, count, _ in _sequences(computations, entry):
         for x in computations[name].values():
             opcode = x.opcode.removesuffix("-start")
@@ -169,8 +169,8 @@ def copies(hlo_text: str, least: int) -> list[Copy]:
                 wrapped = opcode in ("fusion", "async") and bool(codes) and codes <= set(MOVES)
                 moves, size = opcode in MOVES or wrapped, _bytes(x.type)
             if moves and size >= least:
-                found.append(Copy(opcode=opcode, bytes=size, count=count))
-    return found
+                moved.append(Copy(opcode=opcode, bytes=size, count=count))
+    return moved
 
 
 def _kind(instruction: _Instruction) -> str | None:
@@ -195,11 +195,11 @@ def _kernels_in(computations, instruction: _Instruction) -> int:
 
 
 def _origin(body, done: _Instruction) -> str:
-    """The start that a done belongs to, through what was put between."""
-    found = body.get(done.inputs[0])
-    while found and found.inputs and found.opcode.endswith(("-update", "get-tuple-element")):
-        found = body.get(found.inputs[0])
-    return found.name if found else ""
+    """The name of the start that a done belongs to, past the updates between them."""
+    start = body.get(done.inputs[0])
+    while start and start.inputs and start.opcode.endswith(("-update", "get-tuple-element")):
+        start = body.get(start.inputs[0])
+    return start.name if start else ""
 
 
 def _payload(use: _Use) -> int:
@@ -228,13 +228,13 @@ def _bytes(type_text: str) -> int:
 
 
 def _uses(hlo_text: str) -> Iterator[_Use]:
-    """Every collective and custom call that is reached from the entry computation."""
+    """Walk all collectives and custom calls that are reached from the entry computation."""
     computations, entry = _parse(hlo_text)
     return _walk(computations, computations[entry], 1, ())
 
 
 def _walk(computations, body, count, loops, around=None) -> Iterator[_Use]:
-    """Collectives and custom calls of `body`, whose operands are in it or in `around`."""
+    """Walk the collectives and custom calls of `body`, with operands from it or from `around`."""
     known = body if around is None else around
     for instruction in body.values():
         if _scatters(computations, instruction):
@@ -255,14 +255,14 @@ def _walk(computations, body, count, loops, around=None) -> Iterator[_Use]:
 
 
 def _scatters(computations, instruction: _Instruction) -> bool:
-    """Whether a fusion sums everywhere and keeps its part: a TPU's reduce-scatter."""
+    """Tell whether a fusion is a TPU's reduce-scatter: it sums everywhere and keeps its part."""
     bodies = [computations.get(callee, {}) for callee in instruction.callees()]
     codes = {x.opcode for body in bodies for x in body.values()}
     return instruction.opcode == "fusion" and {"all-reduce", "dynamic-slice"} <= codes
 
 
 def _sequences(computations, name, count=1, loops=()):
-    """`(computation, count, loops)`: the entry, and the bodies of the loops and branches in it."""
+    """Walk the entry, and the bodies of loops and branches in it: `(computation, count, loops)`."""
     yield name, count, loops
     for instruction in computations[name].values():
         if instruction.opcode == "while":
@@ -312,12 +312,12 @@ def _closing(text: str, opening: int) -> int:
 
 
 def _attribute(instruction: _Instruction, name: str) -> str:
-    found = re.search(rf"\b{name}=%([\w.\-]+)", instruction.attributes)
-    return found[1] if found else ""
+    match = re.search(rf"\b{name}=%([\w.\-]+)", instruction.attributes)
+    return match[1] if match else ""
 
 
 def _turns(computations, body, loop: _Instruction) -> int | None:
-    """Turns of a while loop: what XLA notes, else `i < n` from 0, as JAX writes its loops.
+    """Turns of a while loop: XLA's note of them, else read from `i < n` from 0, as JAX writes it.
 
     libtpu drops XLA's note, so on TPU only the second way is left.
     """
@@ -336,8 +336,8 @@ def _turns(computations, body, loop: _Instruction) -> int | None:
         return None
 
     def initial(element):
-        found = _element_or_constant(body, before.inputs[element.index])
-        return found if isinstance(found, int) else None
+        value = _element_or_constant(body, before.inputs[element.index])
+        return value if isinstance(value, int) else None
 
     limit = initial(limit) if isinstance(limit, _Element) else limit
     first, step = initial(index), _step(inside, index)

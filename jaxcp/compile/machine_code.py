@@ -27,7 +27,7 @@ SLICES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """`seconds` on the clock and of CPU, in all threads, and the kernels by name."""
+    """A program's kernels by name; seconds of compiling, on the clock and of CPU in all threads."""
 
     seconds: float
     cpu_seconds: float
@@ -63,11 +63,11 @@ class Compiler:
         self._clean()
 
     def __call__(self, fn: Callable, args: tuple) -> Compiled:
-        """What the compiler makes of `fn(*args)`.
+        """Compile `fn(*args)` and read its kernels.
 
-          Raises:
-            jax.errors.JaxRuntimeError: it refuses, for memory on the chip for instance.
-        ValueError: the machine code is written in another way than this version knows.
+        Raises:
+          jax.errors.JaxRuntimeError: the compiler refuses, for memory on the chip for instance.
+          ValueError: the machine code is in another format than this version knows.
         """
         try:
             cpu, start = time.process_time(), time.perf_counter()

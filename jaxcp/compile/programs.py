@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The programs that an `Engine` runs, with shapes in the place of arrays: for `compile_for`."""
+"""Makes the programs that an `Engine` runs, with shapes instead of arrays, for `compile_for`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,14 +28,14 @@ def prefill_program(
     strategy: Strategy | None = None,
     experts: str = "expert",
 ) -> tuple[Callable, tuple]:
-    """What `jaxcp.prefill` runs on `[batch_size, tokens]` and a cache that holds `held` tokens.
+    """The program of `jaxcp.prefill` for `[batch_size, tokens]` and a cache of `held` tokens.
 
-    Where it runs more than one piece (see `jaxcp.inference.turns`), the first and largest.
+    If the turn has several pieces (see `jaxcp.inference.turns`): that of the first and largest.
 
     Args:
       model: `jaxcp.abstract_model(config)`.
-      held: a turn of up to 64 tokens on a filled cache runs another program, and raises here.
-      max_len: what the cache is made for; default `held + tokens`.
+      held: tokens in the cache. With any, `tokens` must be over 64: fewer run another program.
+      max_len: tokens that the cache is made for; default `held + tokens`.
       experts: the mesh axis over which experts lie, as in `jaxcp.load`.
 
     >>> fn, args = prefill_program(jaxcp.abstract_model(config), mesh, tokens=131_072)
@@ -63,7 +63,7 @@ def prefill_program(
 def decode_program(
     model: Any, mesh: Mesh, *, max_len: int, batch_size: int = 1, experts: str = "expert"
 ) -> tuple[Callable, tuple]:
-    """What `jaxcp.decode_step` runs with a cache for `max_len` tokens."""
+    """The program of `jaxcp.decode_step` with a cache for `max_len` tokens."""
     cache = _cache(model, mesh, batch_size, max_len)
     token = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
     return steps._jitted(steps._decode, True), (_model(model, mesh, experts), cache, token)

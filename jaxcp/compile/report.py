@@ -20,11 +20,11 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """What the compiler says of one program. Bytes are per device, and exact.
+    """The compiler's account of one program. Bytes are per device, and exact.
 
-    `total_bytes` is what must be there at once: arguments, outputs and temporaries, less what is
-    donated. `hbm_bytes` is the device's memory, None for one that is not in the table.
-    `collectives` and `kernels` are None where this jaxlib cannot read what the compiler wrote.
+    `total_bytes` are needed at once: arguments, outputs and temporaries, less donated arguments.
+    `hbm_bytes` is the device's memory, None for one that is not in the table.
+    `collectives` and `kernels` are None where this jaxlib cannot read the compiled program.
     """
 
     target: str
@@ -69,7 +69,7 @@ def compile_for(
     """Compile `fn(*args)` for the devices of `target_mesh` and read the result; run nothing.
 
     Args:
-      fn: a function, or what `jax.jit` made of one (its donation and static arguments hold).
+      fn: a function, jitted or not; the donation and static arguments of `jax.jit` hold.
       args: arrays or `jax.ShapeDtypeStruct`s, in any trees. A leaf keeps the `PartitionSpec` of
         its sharding; a leaf without one is replicated.
       target_mesh: `parse_target(...).mesh(...)`, or a mesh of devices that are there.
@@ -126,7 +126,7 @@ def _text(compiled: jax.stages.Compiled) -> str | None:
 
 
 def on_mesh(tree: Any, mesh: Mesh) -> Any:
-    """`jax.ShapeDtypeStruct`s of the tree's arrays, sharded over `mesh` by the specs they have.
+    """Describe a tree's arrays as `jax.ShapeDtypeStruct`s, sharded over `mesh` by their specs.
 
     A leaf whose sharding has no spec is replicated; a leaf that is no array stays.
     """

@@ -27,7 +27,7 @@ FORMS = {0: "GPUs, or hosts x GPUs: rtx-pro-6000:8, h200:2x8", 2: "v6e:2x4", 3: 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A kind of chip and how many. `shape`: a TPU slice in chips, or `(GPUs,)`, `(hosts, GPUs)`.
+    """A kind of chip and a number. `shape`: a TPU slice in chips, or `(GPUs,)`, `(hosts, GPUs)`.
 
     Raises:
       ValueError: a kind that `pallas_kernels.devices` does not list, or a shape it cannot have.
@@ -84,7 +84,7 @@ class Target:
 
 
 def parse_target(text: str) -> Target:
-    """`"v6e:2x4"`, `"v5p:4x4x4"`, `"tpu7x:2x2x1"`, `"rtx-pro-6000:8"`, `"h200:2x8"` -> `Target`.
+    """Parse `"v6e:2x4"`, `"v5p:4x4x4"`, `"tpu7x:2x2x1"`, `"rtx-pro-6000:8"` or `"h200:2x8"`.
 
     A TPU's shape counts chips along the axes of its torus; a GPU's counts GPUs, or hosts x GPUs.
 
@@ -104,7 +104,7 @@ def parse_target(text: str) -> Target:
 
 
 def topology(target: Target) -> topologies.TopologyDescription:
-    """The target's devices, for compiling only.
+    """Describe the target's devices, for compiling only.
 
     Raises:
       ImportError: libtpu or the CUDA plugin is not installed.
@@ -131,7 +131,7 @@ def topology(target: Target) -> topologies.TopologyDescription:
 
 
 def target_config(chip: Chip) -> str:
-    """The GPU as XLA wants it described: a `GpuTargetConfigProto` in text form."""
+    """Describe a GPU to XLA: a `GpuTargetConfigProto` in text form."""
     gpu = chip.nvidia
     if gpu is None:
         raise ValueError(f"{chip.name} is no GPU; it has no GpuTargetConfigProto")
@@ -181,10 +181,10 @@ def _compile_kind(chip: Chip, gpu: Nvidia) -> str:
 
 def _need(module: str, target: Target) -> None:
     try:
-        found = importlib.util.find_spec(module) is not None
+        installed = importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # no parent package
-        found = False
-    if not found:
+        installed = False
+    if not installed:
         raise ImportError(
             f"compiling for {target} needs {module.split('.')[-1]}, which is not installed: "
             "pip install jaxcp[aot]  (Linux on x86-64)"

@@ -54,8 +54,8 @@ class Region:
 class Hot:
     """A piece of straight-line code that does a kernel's matrix work, from bundle `first` on.
 
-    `floors`: the bundles that each unit alone would need. The greatest is what holds it back,
-    where it is near `bundles`; else dependences do. `matmuls`: instructions that multiply.
+    `floors`: the bundles that each unit alone would need. If the greatest is near `bundles`, that
+    unit is the bottleneck; else dependences are. `matmuls`: instructions that multiply.
     """
 
     first: int
@@ -67,9 +67,10 @@ class Hot:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """`hot`: those of fewest bundles first. `around`: bundles of loops outside of them.
+    """A kernel's `hot` pieces, those of fewest bundles first.
 
-    `windows`: dtype, shape and bytes of what a grid step fetches, one for each blocked input.
+    `around`: bundles of loops outside of them. `windows`: dtype, shape and bytes that a grid step
+    fetches, one for each blocked input.
     """
 
     hot: list[Hot]
@@ -78,8 +79,8 @@ class Kernel:
 
 
 def kernels(folder: pathlib.Path) -> dict[str, Kernel]:
-    """Every kernel with matrix work that the folder holds, by its name."""
-    found = {}
+    """Read the kernels with matrix work in `folder`, by name."""
+    by_name = {}
     for path in sorted(folder.glob("*-final_bundles.txt")):
         name = re.fullmatch(r"\d+-(.+)-\d+-final_bundles\.txt", path.name)
         tables = list(folder.glob(f"{path.name.split('-')[0]}-*per-bundle-utilization.txt"))
@@ -88,27 +89,27 @@ def kernels(folder: pathlib.Path) -> dict[str, Kernel]:
             regions, capacity = read(program, tables[0].read_text(), path.name)
             leaves = _leaves(regions)
             if leaves:
-                found[re.sub(r"\.\d+$", "", name[1])] = Kernel(
+                by_name[re.sub(r"\.\d+$", "", name[1])] = Kernel(
                     hot=_hot(leaves, capacity),
                     around=_around(program, leaves),
                     windows=_windows(program),
                 )
-    return found
+    return by_name
 
 
 def _windows(program):
-    """What the compiler notes of each input window in the first bundle."""
+    """Read the compiler's notes on the input windows, in the first bundle: dtype, shape, bytes."""
     entry = next((line for line in program.splitlines() if BUNDLE.match(line)), "")
     pattern = r"operator input \d+\. The window shape is ([a-z]+)(\d+)\w*\[([\d,]*)\]"
-    found = []
+    windows = []
     for kind, bits, shape in re.findall(pattern, entry):
         sizes = tuple(int(n) for n in shape.split(",") if n)
-        found.append((kind + bits, sizes, math.prod(sizes) * int(bits) // 8))
-    return found
+        windows.append((kind + bits, sizes, math.prod(sizes) * int(bits) // 8))
+    return windows
 
 
 def _around(program, leaves):
-    """Bundles inside a loop that belong to no leaf, all branches taken: an upper bound."""
+    """Count bundles in a loop that belong to no leaf, all branches taken: an upper bound."""
     looped = {
         int(m[1] or "0", 16) for m in map(BUNDLE.match, program.splitlines()) if m and m[2].strip()
     }
@@ -126,7 +127,7 @@ def _leaves(regions):
         return region.matrix - sum(r.matrix for r in region.inside)
 
     busy = [r for r in working if r.matrix > 0.02 * most and own(r) > r.matrix / 2]
-    # regions overlap where the compiler merged blocks: what holds another is no leaf
+    # regions overlap where the compiler merged blocks: one that contains another is no leaf
     return [
         r for r in busy if not any(r.first <= x.first and x.last <= r.last for x in busy if x != r)
     ]
@@ -136,14 +137,14 @@ def _hot(leaves, capacity):
     floors = [
         {unit: -(-n // capacity[unit]) for unit, n in sorted(r.slots.items()) if n} for r in leaves
     ]
-    found = [
+    hot = [
         Hot(r.first, r.bundles, r.loops, r.matmuls, f) for r, f in zip(leaves, floors, strict=True)
     ]
-    return sorted(found, key=lambda h: h.bundles)
+    return sorted(hot, key=lambda h: h.bundles)
 
 
 def read(program: str, table: str, name: str) -> tuple[list[Region], dict[str, int]]:
-    """Every region of a program, and slots a bundle of each unit."""
+    """Read the regions of a program, and the slots that a bundle has for each unit."""
     units, capacity, rows = _table(table, name)
     regions: dict[int, Region] = {}
     stack: list[Region] = []

@@ -6,7 +6,7 @@ nanoGPT's data/openwebtext/prepare.py writes them.
 """
 
 import jaxcp
-from jaxcp.models.gpt.model import GPTConfig
+from jaxcp.models.gpt.config import GPTConfig
 from jaxcp.training import OptimizerConfig, TokenFiles, TrainConfig
 
 

@@ -2,7 +2,7 @@
 """A nanoGPT-sized model on the text that every CPython has; eight emulated devices, or one."""
 
 import jaxcp
-from jaxcp.models.gpt.model import GPTConfig
+from jaxcp.models.gpt.config import GPTConfig
 from jaxcp.training import OptimizerConfig, TextSource, TrainConfig
 
 

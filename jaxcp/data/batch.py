@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Defines a batch, and checks that an object from outside is one: as it came, before a cast."""
+"""Defines a batch, and checks a source's batch before any of it is cast."""
 
 from collections.abc import Callable, Mapping
 
@@ -23,14 +23,14 @@ def checked(
     max_positions: int | None = None,
     locate: Callable[[int, int], str] | None = None,
 ) -> Batch:
-    """The batch with its optional leaves filled in, known to be in range, and only then cast.
+    """Check a batch, fill in its optional leaves, then cast to int32 and float32.
 
     Args:
-      max_positions: how many the model has, where there is a limit.
+      max_positions: positions that the model has; None for no limit.
       locate: says where the token at `(row, place)` was read, as `TokenFiles.locate` does.
     Raises:
       ValueError: a leaf missing or unknown, shapes that differ, anything but integers, a token or
-        position that the model does not have (devices clamp such an index without a word), or
+        position that the model does not have (on a device such an index is clamped silently), or
         positions that do not ascend within a segment (tokens would see later ones).
     """
     arrays = _arrays(batch)
@@ -56,7 +56,7 @@ def consecutive(batch: Batch) -> bool:
 
 
 def _arrays(batch: Batch) -> dict[str, np.ndarray]:
-    """The leaves as NumPy arrays `[B, T]` of whatever dtype, positions filled in."""
+    """Take the leaves as NumPy arrays `[B, T]` of any dtype, and fill in positions."""
     if not isinstance(batch, Mapping) or not {"tokens", "targets"} <= batch.keys() <= set(LEAVES):
         got = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
         raise ValueError(f"a batch needs tokens and targets and may have {LEAVES}; got {got}")
@@ -71,7 +71,7 @@ def _arrays(batch: Batch) -> dict[str, np.ndarray]:
 
 
 def _weights(weights: np.ndarray | None, targets: np.ndarray) -> np.ndarray:
-    """Float32; a target below 0 is none, whatever weight came with it."""
+    """Cast weights to float32, with 0 for targets below 0, which are none."""
     if weights is None:
         return (targets >= 0).astype(np.float32)
     if not (weights.dtype.kind in "biu" or jnp.issubdtype(weights.dtype, jnp.floating)):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Needles in real text: `\\n[key 4831 is 902714]\\n` among near-identical distractors.
 
-The text is what CPython ships (`pydoc_data.topics`, 465 KB of English). One place says what a
-needle looks like, for the evaluation and for the run that trains the shipped checkpoint.
+The text is CPython's documentation (`pydoc_data.topics`, 465 KB of English). Both the evaluation
+and the run that trains the shipped checkpoint take the form of a needle from here.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import math
 import numpy as np
 
 QUESTION = "\n[key {key:04d} is "
-"""Asked at the end of the haystack; the six digits of the answer follow."""
+"""The question at the end of a haystack; the six digits of the answer follow."""
 NEEDLE = QUESTION + "{value:06d}]\n"
 DIGITS = 6
 HELD_OUT = 0.1  # the end of the text, which training does not see
@@ -35,11 +35,11 @@ class Haystack:
     keys: tuple[int, ...]
     values: tuple[int, ...]
     depths: tuple[float, ...]
-    """Where each needle begins, as a fraction of the text."""
+    """The start of each needle, as a fraction of the text."""
 
 
 def make_haystack(length: int, needles: int, seed: int) -> Haystack:
-    """`length` bytes of real text with `needles` needles at evenly spread depths.
+    """Hide `needles` needles at evenly spread depths in real text, `length` bytes in all.
 
     Half of the keys differ from another one in a single digit.
 
@@ -82,7 +82,7 @@ def _circular_text(rng: np.random.Generator, length: int) -> bytes:
 
 
 def _new_key(rng: np.random.Generator, keys: list[int], *, similar: bool) -> int:
-    """A key that is not there yet; a `similar` one has one digit changed from one that is."""
+    """Draw a key that is not in `keys`; a `similar` one is one of them with one digit changed."""
     while True:
         key = int(rng.integers(10_000))
         if similar and keys:
@@ -95,7 +95,10 @@ def _new_key(rng: np.random.Generator, keys: list[int], *, similar: bool) -> int
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
-    """From step `start` on: bytes of a document, and of text between two lines (log-uniform)."""
+    """The documents from step `start` on: their bytes, and the bytes of text between two needles.
+
+    `spacing`: bounds of the latter, which are drawn log-uniformly.
+    """
 
     start: int = 0
     document_length: int = 256
@@ -112,7 +115,7 @@ class NeedleSource:
     """
 
     stages: tuple[Stage, ...] = (Stage(),)
-    """In order of `start`; the first starts at 0."""
+    """Stages in order of `start`; the first starts at 0."""
     seed: int = 0
     repeat: float = 0.6
     """Chance that a line repeats an earlier key and its value."""
@@ -130,7 +133,7 @@ class NeedleSource:
         return next(stage for stage in reversed(self.stages) if step >= stage.start)
 
     def batch(self, step: int, rows: int, length: int) -> dict[str, np.ndarray]:
-        """A pure function of the step; every leaf is `[rows, length]`."""
+        """The batch of a step, a pure function of it; every leaf is `[rows, length]`."""
         stage = self.stage(step)
         size = min(stage.document_length, length)
         count = -(-length // size)
@@ -154,7 +157,7 @@ class NeedleSource:
     def _document(
         self, rng: np.random.Generator, size: int, spacing
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Bytes and their loss weights."""
+        """Make a document of `size` bytes, and the loss weight of each."""
         text = corpus()
         text = text[: int(len(text) * (1 - HELD_OUT))]
         start = int(rng.integers(len(text) - size))

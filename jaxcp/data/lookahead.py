@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokens that come after a token, for layers that draft (MTP).
 
-They are known on the host, in natural order, so they are put beside each token before tokens are
-sharded, and no device asks another for its first one.
+The host knows them in natural order and puts them beside each token before tokens are sharded, so
+no device has to ask another for its first one.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 
 NONE = 0
-"""Where there is no such token: after the end, or in another document. Its draft means nothing."""
+"""The id where no token follows: at the end of a row or document. No loss sees its draft."""
 
 
 def following(tokens: np.ndarray, n: int = 1, *, segment_ids=None) -> np.ndarray:
@@ -30,11 +30,10 @@ def following(tokens: np.ndarray, n: int = 1, *, segment_ids=None) -> np.ndarray
 
 
 def draft_batch(batch: Mapping[str, np.ndarray], depth: int) -> dict[str, np.ndarray]:
-    """What MTP layers are trained on, `[B, T, depth]` each, of a batch in natural order.
+    """The leaves that MTP layers are trained on, `[B, T, depth]` each, of a batch in natural order.
 
-    `following`; and `draft_targets` and `draft_weights`, the targets and weights of the token that
-    lies 1, 2, ... places on. Where that is another document, or after the end, there is no target
-    (-1, of weight 0).
+    `following`, and the targets and weights of the token 1, 2, ... places on, `draft_targets` and
+    `draft_weights`. In another document, or after the end, there is no target (-1, of weight 0).
     """
     segments = batch.get("segment_ids")
     after = following(batch["tokens"], depth, segment_ids=segments)

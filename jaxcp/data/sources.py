@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @runtime_checkable
 class BatchSource(Protocol):
-    """What a run may bring instead of the sources here; `batch` depends on its arguments only."""
+    """A source of batches that a run may bring; `batch` depends on its arguments only."""
 
     def batch(self, step: int, rows: int, length: int) -> Batch:
         """The batch of one optimizer step, in natural order, targets already shifted.
@@ -163,7 +163,7 @@ class TextSource:
 
 
 def as_source(data: str | BatchSource, seed: int = 0) -> BatchSource:
-    """A glob of `.bin` files becomes `TokenFiles`; a source stays what it is."""
+    """Make `TokenFiles` of a glob of `.bin` files; return a source as it is."""
     return TokenFiles(pattern=data, seed=seed) if isinstance(data, str) else data
 
 
@@ -174,7 +174,7 @@ def _looks_wider(piece: np.ndarray) -> bool:
 
 
 def _files(pattern: str) -> list[str]:
-    """The files, no folders, that a glob matches, by name."""
+    """List the files (no folders) that a glob matches, sorted by name."""
     paths = glob.glob(pattern, recursive=True)
     return sorted(path for path in paths if not pathlib.Path(path).is_dir())
 
@@ -203,7 +203,7 @@ def _window_batch(
 
 
 def _starts(total: int, seed: int, step: int, rows: int, length: int) -> np.ndarray:
-    """`[rows]`: where in the stream of `total` tokens each row of a batch begins."""
+    """The places `[rows]` in the stream of `total` tokens at which the rows of a batch begin."""
     if total < length + 1:
         raise ValueError(
             f"a row needs {length + 1} tokens (one more for the target); the data has {total}"
@@ -225,8 +225,11 @@ def _epoch(seed: int, epoch: int, total: int, windows: int) -> tuple[int, np.nda
 
 
 def _circular(pieces: list[np.ndarray], total: int, start: int, count: int) -> np.ndarray:
-    """`count` tokens from `start` of the pieces end to end and around, int32, or int64 where the
-    files hold wider ones: what is outside the vocabulary must still be so when it is checked."""
+    """Read `count` tokens from `start`, the pieces end to end and around, as int32.
+
+    As int64 where the files hold wider ids: one outside the vocabulary must still be outside of it
+    when it is checked.
+    """
     out: list[np.ndarray] = []
     while count:
         offset = start % total
@@ -245,7 +248,7 @@ def _circular(pieces: list[np.ndarray], total: int, start: int, count: int) -> n
 
 
 def put(batch: Batch, *, mesh: Mesh, layout: Layout, accumulate: int = 1) -> dict[str, jax.Array]:
-    """Host batch `[B, T]` -> device batch `[accumulate, B / accumulate, padded T]`: rows over
+    """Put a host batch `[B, T]` on the mesh as `[accumulate, B / accumulate, padded T]`: rows over
     `data`; tokens, in the order of `layout`, over `seq`."""
     rows, shards = batch["tokens"].shape[0], mesh.shape["seq"]
     if rows % (accumulate * mesh.shape["data"]):
@@ -262,7 +265,7 @@ def put(batch: Batch, *, mesh: Mesh, layout: Layout, accumulate: int = 1) -> dic
 
 
 def prefetch(make, start: int, stop: int) -> Iterator[Any]:
-    """`make(step)` for each step, one step ahead in a thread."""
+    """Yield `make(step)` for each step; a thread makes the next one meanwhile."""
     with ThreadPoolExecutor(1, thread_name_prefix="jaxcp-data") as pool:
         future = pool.submit(make, start)
         for step in range(start, stop):

@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Windows of token ids, for embeddings that see the tokens before.
 
-What came before a token is known on the host, in natural order, so windows are made before tokens
-are sharded and no device asks another for a neighbour.
+The host knows the tokens before each one in natural order and makes windows before tokens are
+sharded, so no device has to ask another for a neighbour.
 """
 
 import numpy as np
 
 NONE = -1
-"""In a window, where there is no such token: before the start, or in another document."""
+"""The id in a window where there is no token: before the start, or in another document."""
 
 
 def windows(tokens: np.ndarray, width: int, *, before=None, segment_ids=None) -> np.ndarray:
-    """`[B, T, width]`: each token and the `width - 1` before it, newest first.
+    """Put each token beside the `width - 1` before it, newest first: `[B, T, width]`.
 
     Width 1 is the tokens themselves, `[B, T]`.
 
     Args:
-      before: `[B, width - 1]`, what came before the first token, newest first.
+      before: `[B, width - 1]`, the tokens before the first one, newest first.
       segment_ids: `[B, T]`; a window ends where its document begins.
     """
     if width == 1:

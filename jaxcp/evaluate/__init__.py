@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint can do, measured."""
+"""Measures what a checkpoint can do."""
 
 from jaxcp.evaluate.needle import evaluate_needle, plot_heat_map
 

@@ -2,8 +2,8 @@
 """Needle in a haystack, on any checkpoint: exact match by context length and depth.
 
 A haystack is prefilled once; its questions are turns of one conversation, so each prefills only
-itself. Answers are greedy. A question differs from the needle's line by nothing, and half of the
-keys differ from another one in a single digit.
+itself. Answers are greedy. A question is the beginning of its needle's line, letter for letter,
+and half of the keys differ from another key in a single digit.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ DEPTH_BINS = 10
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Answer:
-    """One question. `depth` is where its needle begins, 0 (first byte) to 1."""
+    """One question and its answer. `depth` is the place of the needle, from 0 (first byte) to 1."""
 
     length: int
     depth: float
@@ -38,7 +38,7 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Read:
-    """One haystack: bytes of text, the first turn's tokens and seconds, what later turns cost."""
+    """One haystack: bytes of text, tokens and seconds of the first turn, cost of later turns."""
 
     length: int
     tokens: int
@@ -47,7 +47,7 @@ class Read:
     later_prefilled: int
     """Tokens that the last question prefilled."""
     reused: int
-    """Tokens that the last question found in the cache."""
+    """Tokens of the last question that were in the cache."""
     decode_tokens_per_second: float
 
 

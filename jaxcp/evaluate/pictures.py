@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures are an extra: matplotlib and what it needs are 97 MB, and nothing else needs them."""
+"""Draws pictures where matplotlib is installed: an extra, of 97 MB with its own dependencies."""
 
 import importlib.util
 import pathlib

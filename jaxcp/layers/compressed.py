@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """DeepSeek-V4's attention: a window of tokens, and blocks of tokens compressed to one entry each.
 
-One head of keys serves all query heads and is the values too. It carries rotary positions, so what
-is read out is turned back by the query's position. Kinds differ in the entries they add to the
+One head of keys serves all query heads and is the values too. It carries rotary positions, so the
+output is turned back by the query's position. Layers differ in the entries that they add to the
 window: none; one for every block (long blocks); or, of short overlapping blocks, those that an
 index selects for each query.
 
@@ -49,7 +49,10 @@ class SharedHeadDims:
 
 
 class CompressedAttention(nnx.Module):
-    """`ratio` 0: the window alone. Blocks overlap where there is an `index` to select them."""
+    """Attention to a window and to compressed blocks of `ratio` tokens; 0: to the window alone.
+
+    Blocks overlap where there is an `index` to select them.
+    """
 
     def __init__(
         self,
@@ -75,7 +78,7 @@ class CompressedAttention(nnx.Module):
         self.kv = normal(rngs, (embed_dim, d.head_dim), ("embed", "head_dim"), std, summed=1)
         self.kv_norm = norm(d.head_dim, axis="head_dim")
         self.sinks = constant((d.num_heads,), ("heads",), 0.0, keep_float32=True)
-        # A group of heads lies on one device, as its heads do. A product for each: not quantized.
+        # A group lies on one device with all its heads. A product for each group: not quantized.
         o_down = d.out_groups, d.num_heads // d.out_groups, d.head_dim, d.out_rank
         o_std = (d.num_heads // d.out_groups * d.head_dim) ** -0.5
         o_down_axes = "head_groups", "group_heads", "head_dim", "latent"
@@ -122,7 +125,7 @@ class CompressedAttention(nnx.Module):
         return self._projected(out)
 
     def _projected(self, out):
-        """Heads to the residual stream, group by group through a narrow middle."""
+        """Project heads to the residual stream, group by group through a narrow middle."""
         b, t, n, h = out.shape
         groups = self.dims.out_groups
         out = out.reshape(b, t, groups, n // groups, h)
@@ -131,9 +134,9 @@ class CompressedAttention(nnx.Module):
 
 
 class Compressor(nnx.Module):
-    """Projections of every token, of which the weighted sum over a block is its entry.
+    """Projects every token, and sums the projections of a block, with weights, to its entry.
 
-    In float32: a softmax over long blocks tells tokens apart by small differences.
+    Computes in float32: a softmax over long blocks tells tokens apart by small differences.
     """
 
     def __init__(self, embed_dim, size, ratio, overlap, rope: Rope, rope_dim, norm_eps, std, rngs):
@@ -146,7 +149,7 @@ class Compressor(nnx.Module):
         self.rope, self.rope_dim = rope, rope_dim
 
     def __call__(self, x, positions, attend, *, name):
-        """Entries in x's dtype, rotated by the position where their block begins; their blocks."""
+        """Compute entries in x's dtype, turned by the first position of their block; and blocks."""
         exact = x.astype(jnp.float32)
         values = jnp.einsum("btd,dc->btc", exact, self.value.astype(jnp.float32))
         gates = jnp.einsum("btd,dc->btc", exact, self.gate.astype(jnp.float32))
@@ -182,20 +185,20 @@ class BlockIndex(nnx.Module):
 
 
 def rotate_last(x, positions, rope: Rope, rope_dim: int, *, sign: int = 1):
-    """The last `rope_dim` channels of `x [B, T, N, H]` turned, in float32."""
+    """Turn the last `rope_dim` channels of `x [B, T, N, H]`, in float32."""
     still, turning = x[..., :-rope_dim], x[..., -rope_dim:].astype(jnp.float32)
     turned = rotate(turning, positions, rope, sign=sign).astype(x.dtype)
     return jnp.concatenate([still, turned], axis=-1)
 
 
 def unit_rms(x, eps: float):
-    """x over its root mean square along the last axis; no weight."""
+    """Divide x by its root mean square along the last axis; no weight."""
     y = x.astype(jnp.float32)
     return (y * jnp.reciprocal(jnp.sqrt(jnp.mean(y * y, -1, keepdims=True) + eps))).astype(x.dtype)
 
 
 def _rows(table, index):
-    """`table[index]`, laid out as `index [B, T]` is."""
+    """Take `table[index]`, laid out as `index [B, T]` is."""
     spec = tokens_spec(index)
     return table.at[index].get(
         mode="clip", out_sharding=None if spec is None else type(spec)(*spec, None)

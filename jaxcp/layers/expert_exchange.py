@@ -25,19 +25,19 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 SLACK = 1.25
-"""Room for uneven choices in one round."""
+"""Rows of a round over those of an even choice: room for uneven ones."""
 
 
 def capacity(rows: int, shards: int) -> int:
-    """Rows that a device sends to each other one in a round."""
+    """The number of rows that a device sends to each other one in a round."""
     return max(1, -(-int(rows * SLACK) // shards))
 
 
 def zeros_after(count: Int[Array, ""], shape: tuple[int, ...], dtype: Any) -> Array:
-    """Zeros that can only be made once `count`, which is not negative, is known.
+    """Make zeros that depend on `count`, which is not negative, so that XLA cannot make them early.
 
-    XLA makes plain zeros of all layers at once and holds them from the first layer to the last:
-    at 16,384 tokens of Hy3 1 GiB a layer, seen on GPU.
+    XLA makes the plain zeros of all layers at once and keeps them from the first layer to the
+    last: 1 GiB a layer at 16,384 tokens of Hy3, seen on GPU.
     """
     return jnp.full(shape, jnp.minimum(count, 0).astype(dtype))
 
@@ -51,12 +51,12 @@ def exchanged(
     axis_name: str,
     num_experts: int,
 ) -> Float[Array, "M k D"]:
-    """What each choice's expert makes of its row. Inside shard_map, over devices of `axis_name`.
+    """Run each choice's expert on its row, inside shard_map, over the devices of `axis_name`.
 
     Args:
       chosen: experts, of all `num_experts`; device i holds the i-th E / n of them.
       compute: `compute(weights, rows, expert, sizes)` with rows sorted by local expert, which
-        `expert` names (E / n for rows of none) and `sizes [E / n]` count; those of none give 0.
+        `expert` names and `sizes [E / n]` count. A row of no local expert has E / n, and gives 0.
     """
     shards, choices = lax.axis_size(axis_name), chosen.size
     each = num_experts // shards
@@ -75,7 +75,7 @@ def exchanged(
 
     @jax.checkpoint
     def there_and_back(rows, weights, index):
-        """`index [n * C]`: which choices go, those for each device together."""
+        """Exchange the choices `index [n * C]`, which are grouped by device."""
         sent = rows.at[index // chosen.shape[1]].get(mode="fill", fill_value=0)
         local = (expert - owner * each).at[index].get(mode="fill", fill_value=each)
         arrived, number = swap(sent), swap(local)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows in tiles of one shape, one after the other: a row's bits depend on no other row's.
+"""Computes rows in tiles of one shape, so that a row's bits do not depend on the mesh.
 
-How a product of matrices adds up may depend on the shapes, and those of a device's part depend on
-the mesh. Here every product has 128 rows, whatever the mesh, at the cost of running one after the
-other and of padding.
+The order of a matrix product's sums may depend on its shape, and the shape of a device's part
+depends on the mesh. Here every product has 128 rows. The cost: tiles run one after the other, and
+the last one is padded.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ ROWS = 128
 
 
 def in_tiles(compute: Callable[..., Any], *arrays: Array) -> Any:
-    """`compute(*arrays)`, in which row i of the result depends on row i of `arrays [M, ...]`."""
+    """Run `compute` on `arrays [M, ...]` tile by tile; its row i must depend on their rows i."""
     rows = arrays[0].shape[0]
     count = -(-rows // ROWS)
 
@@ -36,12 +36,13 @@ def experts_in_tiles(
     rows: Float[Array, "M D"],
     sizes: Int[Array, "E"],
 ) -> Float[Array, "M D"]:
-    """`compute(weights, rows, expert, sizes)` for one expert and a tile of its rows at a time.
+    """Run `compute(weights, rows, expert, sizes)` for one expert and a tile of its rows at a time.
 
-    `rows` lie sorted by expert, `sizes` of each; those of none give 0, and so does no tile.
+    `rows` are sorted by expert, `sizes` of each. Rows behind the last expert's give 0; a tile that
+    no expert has is not computed.
     """
     count, experts = rows.shape[0], sizes.shape[0]
-    tiles = count // ROWS + experts  # no choice fills more
+    tiles = count // ROWS + experts  # the most that can be needed: each expert pads one tile
     ends = jnp.cumsum(sizes)
     tile_ends = jnp.cumsum(-(-sizes // ROWS))
     expert = jnp.searchsorted(ends, jnp.arange(count), side="right")

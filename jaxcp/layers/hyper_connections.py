@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several residual streams, mixed by a doubly stochastic matrix: hyper-connections.
 
-Token by token, so nothing travels; the residual between layers is `streams` times as wide. All in
-float32, whatever the model computes in. Sources: Zhu et al. (arXiv 2409.19606), and their mixing
-matrix made doubly stochastic by Sinkhorn's iteration, Xie et al. (arXiv 2512.24880).
+Works token by token, so nothing travels; the residual between layers is `streams` times as wide.
+Computes in float32, whatever the model's dtype.
+
+Sources: Zhu et al. (arXiv 2409.19606); Xie et al. (arXiv 2512.24880), who make the mixing matrix
+doubly stochastic by Sinkhorn's iteration.
 """
 
 import jax
@@ -16,7 +18,7 @@ from jaxcp.sharding import tokens_spec
 
 
 class HyperConnection(nnx.Module):
-    """Before a sub-layer, one input is drawn from the streams; after it, all are renewed."""
+    """Draws the input of a sub-layer from the streams, and renews all streams after it."""
 
     def __init__(
         self,
@@ -35,7 +37,7 @@ class HyperConnection(nnx.Module):
         self.streams, self.iterations, self.eps, self.norm_eps = streams, iterations, eps, norm_eps
 
     def __call__(self, x):
-        """`x [B, T, S, D]` -> the sub-layer's input `[B, T, D]`, and what `renew` takes."""
+        """Collapse streams `x [B, T, S, D]` to an input `[B, T, D]`; return `renew`'s `how` too."""
         n = self.streams
         u = _projected(x, self.mix, self.norm_eps)
         scale, base = self.scale.astype(jnp.float32), self.base.astype(jnp.float32)
@@ -46,14 +48,14 @@ class HyperConnection(nnx.Module):
         return _collapse(pre, x), (post, sinkhorn(square, self.iterations, self.eps))
 
     def renew(self, x, y, how):
-        """The streams `[B, T, S, D]` after the sub-layer answered `y [B, T, D]`."""
+        """Renew the streams `x [B, T, S, D]` by the sub-layer's output `y [B, T, D]`."""
         post, mixing = how
         kept = jnp.einsum("btjk,btjd->btkd", mixing, x.astype(jnp.float32))
         return (kept + post[..., None] * y.astype(jnp.float32)[:, :, None]).astype(x.dtype)
 
 
 class StreamsToOne(nnx.Module):
-    """After the last layer: one hidden state, a weighted sum of the streams."""
+    """Sums the streams after the last layer into one hidden state, with weights."""
 
     def __init__(
         self, embed_dim: int, streams: int, *, eps: float, norm_eps: float, rngs: nnx.Rngs
@@ -70,7 +72,7 @@ class StreamsToOne(nnx.Module):
 
 
 def sinkhorn(logits, iterations: int, eps: float):
-    """Rows (last axis) and columns of `exp(logits) [..., n, n]` divided by their sums in turn.
+    """Divide rows (last axis) and columns of `exp(logits) [..., n, n]` by their sums in turn.
 
     The first pass is a softmax over rows, plus eps, then columns; each further pass rows, columns.
     """
@@ -89,7 +91,7 @@ def _mix(width, inputs, rngs):
 
 
 def _projected(x, mix, eps):
-    """All streams of a token as one vector of unit RMS, through `mix [width, S * D]`."""
+    """Project all streams of a token, one vector of unit RMS, through `mix [width, S * D]`."""
     x = x.astype(jnp.float32)
     x = x * lax.rsqrt(jnp.mean(x * x, axis=(-2, -1), keepdims=True) + eps)
     mix = mix.astype(jnp.float32).reshape(-1, *x.shape[-2:])

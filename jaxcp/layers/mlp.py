@@ -50,8 +50,8 @@ class MLP(nnx.Module):
 class SwiGLU:
     """`(up + shift) * gate * sigmoid(alpha * gate)`. Source: arXiv 2002.05202.
 
-    `limit` first cuts gate to at most that and up to within it. Hy3 and Qwen3 have the defaults,
-    DeepSeek-V4 a limit, gpt-oss all three.
+    `limit` first clips the gate from above and `up` on both sides. Hy3 and Qwen3 have the
+    defaults, DeepSeek-V4 a limit, gpt-oss all three.
     """
 
     limit: float | None = None
@@ -64,7 +64,7 @@ class SwiGLU:
 
     @property
     def is_silu(self) -> bool:
-        """Whether it is `silu(gate) * up` but for the limit, as kernels have it."""
+        """True for `silu(gate) * up`, with or without a limit: the form that kernels have."""
         return self.alpha == 1 and self.shift == 0
 
     def __call__(self, gate, up):

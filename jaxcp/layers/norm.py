@@ -11,7 +11,7 @@ from jaxcp.layers.parameter import constant
 class RMSNorm(nnx.Module):
     """`x / rms(x) * scale`.
 
-    Rounded to x's dtype before the scale, as Llama and Hy3 do; `float32_scale`: after it, as
+    Rounds to x's dtype before the scale, as Llama and Hy3 do; with `float32_scale` after it, as
     gpt-oss and DeepSeek-V4 do.
     """
 
@@ -36,7 +36,7 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Mean and variance removed, then scale and bias."""
+    """Takes out mean and variance, then applies scale and bias."""
 
     def __init__(self, size: int, *, eps: float):
         self.scale = constant((size,), ("embed",), 1.0)

@@ -11,7 +11,7 @@ class RouterBias(nnx.Variable):
 
 
 class RouterTable(nnx.Variable):
-    """Which experts a token id goes to, int32 `[vocab, k]`: made once, never changed."""
+    """A table of the experts of each token id, int32 `[vocab, k]`: made once, never changed."""
 
 
 def normal(
@@ -19,7 +19,7 @@ def normal(
 ) -> nnx.Param:
     """A float32 parameter drawn from a normal distribution.
 
-    `summed=n`: it may be quantized, see `jaxcp.layers.quantized`.
+    `summed=n`: the parameter may be quantized, see `jaxcp.layers.quantized`.
     """
     value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
     return nnx.Param(value, axes=axes, **metadata)
@@ -28,5 +28,5 @@ def normal(
 def constant(
     shape: tuple[int, ...], axes: tuple[str | None, ...], value: float, **metadata
 ) -> nnx.Param:
-    """A float32 parameter. `keep_float32=True` says so to whoever casts a model's parameters."""
+    """A float32 parameter. With `keep_float32=True` no cast of a model's parameters touches it."""
     return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes, **metadata)

@@ -21,7 +21,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from jaxcp.layers.stack import axes_of, is_stacked, of_one_layer
-from pallas_kernels.grouped_matmul.quantized import BLOCK, Quantized, dequantize, quantize
+from pallas_kernels import Quantized, dequantize, quantize
+from pallas_kernels.grouped_matmul.quantized import BLOCK
 
 
 @jax.tree_util.register_dataclass

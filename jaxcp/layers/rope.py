@@ -22,10 +22,10 @@ HF_KEYS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class YaRN:
-    """Longer contexts: slow channels turn `factor` times slower. Source: arXiv 2309.00071.
+    """Extends the context: slow channels turn `factor` times slower. Source: arXiv 2309.00071.
 
-    Channels that turn more than `beta_fast` times over `original_max_positions` stay, those that
-    turn less than `beta_slow` times are slowed, those between are blended. `truncate` rounds the
+    A channel that turns more than `beta_fast` times over `original_max_positions` stays; one that
+    turns less than `beta_slow` times is slowed; one between is blended. `truncate` rounds the
     borders to whole channels. cos and sin are multiplied by `attention_factor`; None is the
     paper's `0.1 ln(factor) + 1`.
     """
@@ -44,7 +44,7 @@ class YaRN:
             raise ValueError(f"yarn needs positive numbers; got {self}")
 
     def slowed(self, frequencies: np.ndarray, theta: float) -> np.ndarray:
-        """`frequencies [H / 2]` of base `theta`, blended."""
+        """Slow `frequencies [H / 2]` of base `theta`, each as far as its channel is."""
         half = len(frequencies)
 
         def channel(turns):  # the one that turns so often
@@ -60,7 +60,7 @@ class YaRN:
 
     @property
     def gain(self) -> float:
-        """What cos and sin are multiplied by."""
+        """The factor of cos and sin."""
         if self.attention_factor is not None:
             return self.attention_factor
         return 0.1 * math.log(self.factor) + 1 if self.factor > 1 else 1.0
@@ -77,7 +77,7 @@ class Rope:
             raise ValueError(f"theta must be above 1, and finite; got theta={self.theta}")
 
     def frequencies(self, size: int) -> np.ndarray:
-        """Radians a position, of each of the `size / 2` pairs; float64."""
+        """The radians that each of the `size / 2` pairs turns in a position; float64."""
         frequencies = self.theta ** (-np.arange(0, size, 2) / size)
         return frequencies if self.yarn is None else self.yarn.slowed(frequencies, self.theta)
 
@@ -90,10 +90,10 @@ class Rope:
         theta: float = 10_000.0,
         default: Mapping[str, Any] | None = None,
     ) -> "Rope":
-        """From a config.json: `rope_parameters`, or `rope_theta` and `rope_scaling` before that.
+        """Read a config.json: `rope_parameters`, or the older `rope_theta` and `rope_scaling`.
 
-        Where both are there they are one set (`merged`). `theta` and `default`, a set of
-        `rope_parameters`, are what a family takes where the file says nothing.
+        If both are there they are one set (`merged`). `theta` and `default`, a set of
+        `rope_parameters`, are the family's values for fields that the file does not have.
 
         Raises:
           NotImplementedError: a `rope_type` other than default and yarn, a partial rotation, or
@@ -140,9 +140,9 @@ class Rope:
 def rotate(
     x: Float[Array, "B T N H"], positions: Int[Array, "B T"], rope: Rope, *, sign: int = 1
 ) -> Float[Array, "B T N H"]:
-    """Every pair of x's channels, turned by its position; `sign=-1` turns back.
+    """Turn every pair of x's channels by its position; `sign=-1` turns back.
 
-    Angles are float32, the rotation is in x's dtype. Rotate a slice where only some channels turn.
+    Angles are float32, the rotation is in x's dtype. If only some channels turn, rotate a slice.
     """
     frequencies = jnp.asarray(rope.frequencies(x.shape[-1]), jnp.float32)
     angle = positions[..., None, None].astype(jnp.float32) * frequencies
@@ -160,10 +160,10 @@ def rotate(
 
 
 def merged(fields: Mapping[str, Any]) -> dict[str, Any] | None:
-    """`rope_parameters` and `rope_scaling` of a config.json as one set, None without either.
+    """Merge `rope_parameters` and `rope_scaling` of a config.json into one set; None without both.
 
-    Either may say what the other does not: a `rope_scaling` that was added to a file with
-    `rope_parameters` brings its type and leaves the theta. transformers 5 forgets that theta.
+    A field may be in one alone: a `rope_scaling` that was added to a file with `rope_parameters`
+    brings its type, and the theta stays. transformers 5 forgets that theta.
 
     Raises:
       ValueError: they contradict each other.
@@ -183,8 +183,10 @@ def merged(fields: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _one_type(part):
-    """`part` with `rope_type` alone, which was `type` before; without it where it is default, so
-    that another one beside it contradicts nothing."""
+    """Rename `type`, the older name, to `rope_type`.
+
+    Drops a type of default, which then contradicts no other type in the set beside it.
+    """
     part = dict(part)
     kinds = [part.pop(key) for key in ("type", "rope_type") if key in part]
     if kinds and kinds[0] != kinds[-1]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What routers did with the tokens of a batch, over all devices: for losses, balance and records.
+"""Statistics of routers over a batch, on all devices, for losses, balance and records.
 
-Pads do not count. What nobody reads is not computed: under jit it is dead code.
+Pads do not count. A statistic that nobody reads is dead code under jit, and is not computed.
 """
 
 from collections.abc import Sequence
@@ -17,21 +17,21 @@ from pallas_kernels import PAD_POSITION
 
 
 class RouterStats(NamedTuple):
-    """Of one router `[...]`, or of every MoE layer of a model `[L, ...]`, the MTP layers' last.
+    """Statistics of one router `[...]`, or of a model's MoE layers `[L, ...]`, MTP layers last.
 
     Choices are counted in integers, which sum to the same on every mesh and in any number of
     pieces, as long as a batch has less than 2**31 tokens. `probabilities` and `z` have a gradient.
     """
 
     counts: Int[Array, "*L E"]
-    """Counts of the choices that fell on each expert."""
+    """Choices that fell on each expert."""
     probabilities: Float[Array, "*L E"]
     """The mean over tokens of `Routing.probabilities`."""
     z: Float[Array, "*L"]
     """The mean over tokens of `logsumexp(logits) ** 2`."""
     flips: Int[Array, "*L"]
-    """The number of choices with an expert that is none of the k that the token would have chosen
-    without the selection bias, its scores being what they are; 0 where there is no such bias."""
+    """Choices of an expert that the same scores without the selection bias would not have chosen;
+    0 where there is no such bias."""
 
     @property
     def load(self) -> Float[Array, "*L E"]:
@@ -42,8 +42,8 @@ class RouterStats(NamedTuple):
     def balance_loss(self) -> Float[Array, ""]:
         """`E * sum_e load_e * probabilities_e`, the mean over layers: 1 where both are even.
 
-        The gradient goes through the probabilities. Experts that something else than the router
-        has selected count in the value and have no gradient. Source: Switch Transformers (arXiv
+        The gradient goes through the probabilities. Experts that a table of token ids has chosen
+        count in the value and have no gradient. Source: Switch Transformers (arXiv
         2101.03961), over the whole batch. transformers' Qwen3-MoE lets the load sum to k, so its
         value is k times this one, and takes the means over all layers together.
         """
@@ -56,13 +56,13 @@ class RouterStats(NamedTuple):
 
 
 def stacked(layers: Sequence[RouterStats | None]) -> RouterStats | None:
-    """Of the layers that have a router; None of a model without one."""
+    """Stack the statistics of the layers that have a router; None without any."""
     found = [stats for stats in layers if stats is not None]
     return jax.tree.map(lambda *x: jnp.stack(x), *found) if found else None
 
 
 def joined(first: RouterStats | None, then: RouterStats | None) -> RouterStats | None:
-    """Of two stacks of layers, one after the other."""
+    """Join two stacks of layers, one after the other."""
     if first is None or then is None:
         return then if first is None else first
     return jax.tree.map(lambda *x: jnp.concatenate(x), first, then)
@@ -76,9 +76,10 @@ def router_stats(
     routing: Routing,
     axes: tuple[str, ...],
 ) -> RouterStats:
-    """Of local tokens and those of all devices along `axes` (inside shard_map, where not empty).
+    """Compute the statistics of local tokens, summed over the devices along `axes`.
 
-    `unbiased`: the choice without the selection bias, None where it is `chosen`.
+    With `axes`, runs inside shard_map. `unbiased`: the choice without the selection bias; None if
+    it is `chosen`.
     """
     m, experts = logits.shape
     real = jnp.ones((m,), bool) if positions is None else positions.reshape(m) != PAD_POSITION

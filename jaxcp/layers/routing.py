@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which experts a token goes to, and how much each of them counts.
+"""Chooses the experts of a token, and weighs them.
 
 A new way to score is an entry of `SCORES`; a new way to select is a field of `Routing` that
-`select` reads. Experts that something else names (a table of token ids) are `weigh`ed alike.
+`select` reads. Experts that a table of token ids names are weighed by `weigh` just the same.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 def _sqrt_softplus(x):
     y = jax.nn.softplus(x)
-    some = y > 0  # it ends at 0, near -90, where the slope of a root is infinite
+    some = y > 0  # below about -90 y is 0, where the slope of a root is infinite
     return jnp.where(some, jnp.sqrt(jnp.where(some, y, 1.0)), 0.0)
 
 
@@ -28,7 +28,7 @@ SCORES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Routing:
-    """Scores over all experts, the highest of which are chosen and weigh.
+    """The rule by which a router scores all experts, chooses the highest scores and weighs them.
 
     `selection_bias`: a float32 bias that balances load; it selects and does not weigh.
     `linear_bias`: the router's projection has a bias, which does both.
@@ -54,8 +54,8 @@ class Routing:
             )
 
     def check(self, experts: int, k: int) -> None:
-        """Raises ValueError where `k` of these `experts` cannot be chosen so: `num_groups` does not
-        divide them into groups of two and more, or the open groups hold fewer than `k`."""
+        """Raise ValueError unless `num_groups` divides `experts` into groups of two and more, and
+        the open groups hold `k` or more."""
         size = experts // self.num_groups
         if self.num_groups > 1 and (
             size * self.num_groups != experts or size < 2 or size * self.top_groups < k
@@ -69,7 +69,7 @@ class Routing:
     def select(
         self, scores: Float[Array, "M E"], k: int, bias: Float[Array, "E"] | None = None
     ) -> Int[Array, "M k"]:
-        """The `k` experts of each token; the lower index where scores are equal.
+        """Choose `k` experts for each token; of equal scores the lower index.
 
         Raises:
           ValueError: groups that `check` refuses.
@@ -81,7 +81,7 @@ class Routing:
         return lax.top_k(wanted, k)[1]
 
     def probabilities(self, logits: Float[Array, "M E"]) -> Float[Array, "M E"]:
-        """Scores that sum to one over all experts, whatever was chosen: softmax as it is, sigmoid
+        """Score all experts, chosen or not, with scores that sum to one: softmax as it is, sigmoid
         and sqrt_softplus over their sum, as DeepSeek-V3's balance loss has it."""
         scores = SCORES[self.scores](logits)
         if self.scores == "softmax":
@@ -89,7 +89,7 @@ class Routing:
         return _over_their_sum(scores)
 
     def weigh(self, scores: Float[Array, "M E"], chosen: Int[Array, "M k"]) -> Float[Array, "M k"]:
-        """What each of the `chosen` counts: its score without the selection bias."""
+        """Weigh each of the `chosen` by its score without the selection bias."""
         weights = jnp.take_along_axis(scores, chosen, axis=-1)
         if self.normalise:
             weights = _over_their_sum(weights)
@@ -107,5 +107,5 @@ class Routing:
 
 def _over_their_sum(scores):
     total = scores.sum(-1, keepdims=True) + 1e-20
-    # of scores that have all vanished: the gradient has 0 / total**2, and that square is 0
+    # where all scores have vanished: the gradient has 0 / total**2, and that square is 0
     return scores / jnp.where(total > 1e-19, total, lax.stop_gradient(total))

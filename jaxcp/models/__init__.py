@@ -19,7 +19,7 @@ from jaxcp.models.weight_table import Row
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """Where a family lives: `<package>.model` has the classes, `<package>.weights` the names."""
+    """A family's package: `config`, `hf` (the config.json), `model` and `weights` (the names)."""
 
     package: str
     config: str
@@ -27,11 +27,19 @@ class Family:
 
     @property
     def config_class(self) -> Any:
-        return getattr(importlib.import_module(f"{self.package}.model"), self.config)
+        return getattr(importlib.import_module(f"{self.package}.config"), self.config)
 
     @property
     def model_class(self) -> Any:
         return getattr(importlib.import_module(f"{self.package}.model"), self.model)
+
+    def read(self, fields: Mapping[str, Any]) -> Any:
+        """Make a config of a config.json's fields."""
+        return importlib.import_module(f"{self.package}.hf").read(fields)
+
+    def write(self, config: Any) -> dict[str, Any]:
+        """Make the config.json's fields of a config."""
+        return importlib.import_module(f"{self.package}.hf").write(config)
 
     @property
     def weights(self) -> ModuleType:
@@ -109,11 +117,23 @@ def config_from_dict(fields: Mapping[str, Any]) -> Any:
             "A new family is a folder in jaxcp/models and a line in jaxcp/models/__init__.py"
         )
     try:
-        return FAMILIES[model_type].config_class.from_hf({**fields, "model_type": model_type})
+        return FAMILIES[model_type].read({**fields, "model_type": model_type})
     except KeyError as error:
         raise ValueError(
             f"a {model_type} config needs the field {error}; it is not there"
         ) from error
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """The contents of a config.json that `config_from_dict` reads as `config`.
+
+    `remat` and `reproducible_experts`, which say how and not what to compute, are not in it.
+
+    Raises:
+      ValueError: a config of no family that jaxcp knows.
+      NotImplementedError: the format of its family cannot express it.
+    """
+    return family_of(config).write(config)
 
 
 def _by_architecture(names: Any) -> str | None:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The text of tokens in pieces, as they come. Knows the decoders of the `tokenizers` library.
+"""Decodes tokens to text piece by piece, as they come, with a decoder of the `tokenizers` library.
 
-A decoder is a list of steps. Up to the first that joins all tokens (`Fuse`, `ByteLevel`) a step
-looks at a token and the one before it, or at a run of bytes; after that there is one text, of which
-only the beginning may still change. So nothing is looked at twice, and a piece that is given out
-stays. Steps in another order, or unknown, give their text when all tokens are there.
+A decoder is a list of steps. Up to the first step that joins all tokens (`Fuse`, `ByteLevel`), a
+step looks at a token and the one before it, or at a run of bytes; after it there is one text, of
+which only the beginning may still change. So no token is decoded again later, and a piece that was
+yielded stays as it is. Unknown steps, or steps in another order, wait for all tokens.
 """
 
 import codecs
@@ -16,7 +16,7 @@ from typing import Any
 
 from tokenizers import decoders
 
-PER_TOKEN = {"Replace", "Strip"}  # of a token by itself
+PER_TOKEN = {"Replace", "Strip"}  # steps that look at one token
 BY_NEIGHBOUR = {"BPEDecoder", "ByteFallback", "CTC", "Metaspace", "WordPiece"}
 JOINING = {"ByteLevel", "Fuse"}
 BYTE = re.compile(r"<0x[0-9A-Fa-f+][0-9A-Fa-f]>")
@@ -38,10 +38,10 @@ BYTE_OF = _byte_of()
 
 
 def pieces(decoder: Any, tokens: Iterable[str]) -> Iterator[str]:
-    """Pieces that joined are what `decoder` (None: words with spaces) makes of all `tokens`.
+    """Yield pieces that, joined, are `decoder`'s text of all `tokens` (None: words with spaces).
 
-    A piece comes with its token, unless it depends on tokens to come: a character of several
-    bytes, or a run of bytes, of which the library gives none if one is wrong.
+    A piece is yielded with its token, unless later tokens decide about it: a character of several
+    bytes, or a run of byte tokens, all of which the library drops if one is wrong.
     """
     if decoder is None:
         return filter(None, _with_the_one_before(" ".join, _alone(tokens)))
@@ -76,7 +76,7 @@ def _flat(step: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _decoder(steps: list[dict[str, Any]]) -> Any:
-    made = decoders.Fuse()  # of whatever class, it becomes what it is told
+    made = decoders.Fuse()  # any class will do: its state replaces it
     made.__setstate__(json.dumps({"type": "Sequence", "decoders": steps}).encode())
     return made
 
@@ -102,7 +102,7 @@ def _alone(tokens: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _groups(steps: list[dict[str, Any]], tokens: Iterable[str]) -> Iterator[list[str]]:
-    """Tokens that are decoded together: each alone, but bytes with those beside them."""
+    """Group tokens that are decoded together: a run of byte tokens; any other token alone."""
     kinds = [step["type"] for step in steps]
     if "ByteFallback" not in kinds:
         return _alone(tokens)
@@ -135,7 +135,7 @@ def _with_the_one_before(
 
 
 def _of_bytes(tokens: Iterable[str]) -> Iterator[str]:
-    """ByteLevel: a token that is not all characters of its table is itself."""
+    """Decode as `ByteLevel` does: a token with characters outside its table stands for itself."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token in tokens:
         known = all(character in BYTE_OF for character in token)
@@ -144,7 +144,7 @@ def _of_bytes(tokens: Iterable[str]) -> Iterator[str]:
 
 
 def _stripped(text: Iterable[str], content: str, most: int) -> Iterator[str]:
-    """The text less up to `most` of this character at its beginning."""
+    """Strip up to `most` of this character from the beginning of the text."""
     for piece in text:
         while most and piece.startswith(content):
             piece, most = piece[1:], most - 1

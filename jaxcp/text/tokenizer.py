@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text to token ids and back, over the `tokenizers` library. Knows no models, no templates."""
+"""Turns text into token ids and back, by the `tokenizers` library. Knows no model, no template."""
 
 import operator
 import os
@@ -23,9 +23,9 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike) -> "Tokenizer":
-        """Reads a `tokenizer.json`.
+        """Read a `tokenizer.json`.
 
-        What it says of cutting and padding is passed over: a text becomes all of its tokens.
+        Its truncation and padding are switched off: a text becomes all of its tokens.
 
         Raises:
           FileNotFoundError: there is no such file.
@@ -49,7 +49,7 @@ class Tokenizer:
         return cls(backend)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes a `tokenizer.json` that `from_file` reads."""
+        """Write a `tokenizer.json` that `from_file` reads."""
         Path(path).write_text(self.backend.to_str(), encoding="utf-8")
 
     @property
@@ -58,7 +58,7 @@ class Tokenizer:
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str) -> Int32[np.ndarray, " T"]:
-        """The ids of `text`. Special tokens written out in the text become their ids."""
+        """Encode `text` to ids. Special tokens written out in the text become their ids."""
         try:
             encoded = self.backend.encode(text, add_special_tokens=False)
         except Exception as error:  # a bare one, such as for a character without an unknown token
@@ -66,13 +66,13 @@ class Tokenizer:
         return np.asarray(encoded.ids, np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`, without special tokens; bytes that are not UTF-8 become U+FFFD."""
+        """Decode `ids` to text, without special tokens; bytes that are not UTF-8 become U+FFFD."""
         return self.backend.decode([_id(i) for i in ids], skip_special_tokens=True)
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Yields printable pieces as `ids` arrive; joined they are `decode(ids)`.
+        """Yield printable pieces as `ids` arrive; joined they are `decode(ids)`.
 
-        A character whose bytes are spread over several tokens is held back until it is whole, and
+        A character whose bytes are spread over several tokens is kept back until it is whole, and
         a run of byte tokens (of Llama's kind) until it ends.
         """
         added = self.backend.get_added_tokens_decoder().values()
@@ -84,13 +84,13 @@ class Tokenizer:
 
 
 def _check_ids(vocab: dict[str, int] | list) -> None:
-    """A list has no ids: they are its places."""
+    """Raise ValueError for an id of more than 31 bits; the ids of a list are its indices."""
     if isinstance(vocab, dict) and max(vocab.values(), default=0) >= 1 << 31:
         raise ValueError("it has an id of more than 31 bits")
 
 
 def byte_level() -> Tokenizer:
-    """A tokenizer of 256 ids: the id of a byte of the UTF-8 text is its value."""
+    """Make a tokenizer of 256 ids, the values of the bytes of UTF-8 text."""
     backend = tokenizers.Tokenizer(models.BPE(vocab=BYTE_OF, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
@@ -108,7 +108,7 @@ def _id(value: int) -> int:
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """The text of a UTF-8 file, line endings as they are.
+    """Read the text of a UTF-8 file, line endings as they are.
 
     Raises:
       FileNotFoundError: there is no such file.

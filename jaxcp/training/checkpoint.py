@@ -3,7 +3,7 @@
 
 Orbax writes into a temporary directory and renames it; then `files.json`, the sizes of its files,
 makes it count. A process that dies while saving leaves nothing that counts. A directory that was
-damaged later is found out when it is read, and the one before it is used.
+damaged later is noticed when it is read, and the one before it is used.
 """
 
 import json
@@ -28,7 +28,7 @@ class Restored(NamedTuple):
 
 
 def steps(folder: pathlib.Path) -> list[int]:
-    """The steps that were saved completely, oldest first."""
+    """List the steps that were saved completely, oldest first."""
     if not folder.is_dir():
         return []
     names = (path.parent.name for path in folder.glob(f"*/{FILES}"))
@@ -37,7 +37,7 @@ def steps(folder: pathlib.Path) -> list[int]:
 
 def save(folder: pathlib.Path, step: int, state: Any, *, keep: int) -> pathlib.Path:
     """Write a tree of arrays as `folder/<step>`, then delete all but the newest `keep`
-    and what dead processes left.
+    and the remains of dead processes.
 
     Returns when the files are in place: the caller may donate `state` to the next step.
     """
@@ -56,7 +56,7 @@ def save(folder: pathlib.Path, step: int, state: Any, *, keep: int) -> pathlib.P
 
 
 def restore(folder: pathlib.Path, like: Any) -> Restored | None:
-    """The newest state that can be read, on the shardings of `like`; None where none was saved.
+    """Read the newest state that is whole, on the shardings of `like`; None where none was saved.
 
     `like` is a tree of arrays or of `ShapeDtypeStruct` with shardings; the mesh that saved may have
     been another one. Directories that cannot be read are set aside as `<step>.unreadable` once an
@@ -104,11 +104,11 @@ def _sizes(folder: pathlib.Path) -> dict[str, int]:
 
 def _check_sizes(folder: pathlib.Path) -> None:
     # Before orbax: on a file that is missing or cut off it fails in threads that nobody waits for.
-    needed, found = read_json(folder / FILES), _sizes(folder)
+    expected, actual = read_json(folder / FILES), _sizes(folder)
     wrong = [
-        f"{name} has {found.get(name, 0)} of {size} bytes"
-        for name, size in needed.items()
-        if found.get(name) != size
+        f"{name} has {actual.get(name, 0)} of {size} bytes"
+        for name, size in expected.items()
+        if actual.get(name) != size
     ]
     if wrong:
         raise ValueError("; ".join(wrong))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training run is: frozen values, checked when they are made; a run is a Python file."""
+"""Configuration of a training run: frozen values, checked when made; a run is a Python file."""
 
 import dataclasses
 import importlib.util
@@ -48,11 +48,11 @@ class OptimizerConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     momentum: float = 0.95
-    """Of Muon."""
+    """Momentum of Muon."""
     weight_decay: float = 0.1
     clip_norm: float | None = 1.0
     router_bias_rate: float = 1e-3
-    """What a step adds to (or takes from) the selection bias of an expert that is chosen too
+    """The amount by which a step raises (lowers) the selection bias of an expert that is chosen too
     seldom (too often). Source: DeepSeek-V3 (arXiv 2412.19437)."""
 
     def __post_init__(self):
@@ -73,8 +73,9 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """What is minimised beside the loss of next tokens, times these weights; 0 leaves a loss out of
-    the program. None depends on the mesh. Records show the losses without their weights.
+    """Weights of the losses beside that of next tokens; 0 leaves a loss out of the program.
+
+    No loss depends on the mesh. Records show the losses without their weights.
 
     With `accumulate`, the load and mean probabilities of the balance loss are those of a piece, and
     the routers' losses are the mean over pieces, weighted as their targets are. The MTP loss is
@@ -82,12 +83,12 @@ class LossConfig:
     """
 
     balance_loss_weight: float = 0.0
-    """Of `RouterStats.balance_loss`; Switch has 0.01, Qwen3-MoE 0.001 times k."""
+    """Weight of `RouterStats.balance_loss`; Switch has 0.01, Qwen3-MoE 0.001 times k."""
     z_loss_weight: float = 0.0
-    """Of `RouterStats.z_loss`; ST-MoE has 0.001."""
+    """Weight of `RouterStats.z_loss`; ST-MoE has 0.001."""
     mtp_loss_weight: float = 0.3
-    """Of the mean cross-entropy of drafts, in a model with an MTP layer. DeepSeek-V3 has 0.3 and
-    0.1 in the last third. Source: arXiv 2412.19437."""
+    """Weight of the mean cross-entropy of drafts, in a model with an MTP layer. DeepSeek-V3 has
+    0.3, and 0.1 in the last third. Source: arXiv 2412.19437."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -99,8 +100,8 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One training run. Compute runs in `model.dtype`, recomputes layers where `model.remat` says
-    so; parameters and optimizer state are float32.
+    """One training run. The model computes in `model.dtype` and recomputes layers in the backward
+    pass where `model.remat` is set; parameters and optimizer state are float32.
 
     Raises:
       ValueError: a size below 1; rows that `accumulate` x `mesh.data` does not divide; rows longer
@@ -172,10 +173,13 @@ class TrainConfig:
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:
-    """What decides the numbers of a run, as JSON values: a checkpoint may only be continued by a
-    config that agrees on these. Mesh, strategy, logging and saving may change."""
-    how = ("remat", "reproducible_experts")
-    model = {key: value for key, value in _plain(config.model).items() if key not in how}
+    """The fields that decide the numbers of a run, as JSON values.
+
+    A config may continue a checkpoint only if it agrees on these; mesh, strategy, logging and
+    saving may change.
+    """
+    excluded = ("remat", "reproducible_experts")
+    model = {key: value for key, value in _plain(config.model).items() if key not in excluded}
     names = ["seq_len", "batch_size", "steps", "data", "optimizer", "seed"]
     if config.losses != LossConfig():  # runs from before there were any may go on
         names.append("losses")
@@ -183,7 +187,7 @@ def identity(config: TrainConfig) -> dict[str, Any]:
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """`field: old -> new` for each leaf on which two identities differ."""
+    """List `field: old -> new` for each leaf on which two identities differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(old.keys() | new.keys())
         return [
@@ -195,8 +199,10 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 
 def load_run(path_or_name: str | pathlib.Path) -> TrainConfig:
-    """The run in a Python file with `def config() -> TrainConfig`: a path, or the name of a file in
-    `configs/` of the working directory or, where that has none, of those that jaxcp ships.
+    """Load the run of a Python file with `def config() -> TrainConfig`.
+
+    Takes a path, or the name of a file in `configs/` of the working directory or, if there is none,
+    among the runs that jaxcp ships.
 
     Raises:
       ValueError: no such file, naming those that exist; or a file without `config()`.
@@ -225,7 +231,7 @@ def load_run(path_or_name: str | pathlib.Path) -> TrainConfig:
 
 
 def _plain(value: Any) -> Any:
-    """JSON values: dataclasses by their fields and type, the rest by repr without addresses."""
+    """Convert to JSON values: dataclasses by fields and type, others by repr less addresses."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {"type": type(value).__name__} | fields

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a finished run to a checkpoint folder that `jaxcp.load` reads."""
+"""Writes the model of a finished run as a checkpoint folder that `jaxcp.load` reads."""
 
 import pathlib
 

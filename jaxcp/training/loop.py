@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a run left: `model` holds the final parameters on the mesh of the run."""
+    """The result of a run; `model` has the final parameters, on the mesh of the run."""
 
     final_loss: float
     steps: int
@@ -60,7 +60,7 @@ def train(
 
 
 def claim(config: TrainConfig) -> None:
-    """Write into `out_dir/config.json` whose checkpoints these are, or check that they are ours."""
+    """Write the run's `identity` into `out_dir/config.json`, or check that the one there agrees."""
     out_dir = pathlib.Path(config.out_dir)
     path, ours = out_dir / "config.json", identity(config)
     if path.exists() and checkpoint.steps(out_dir / CHECKPOINTS):
@@ -174,13 +174,13 @@ class _Run:
 
     def batch(self, step: int):
         config = self.config
-        wanted = step, config.batch_size, config.seq_len
+        arguments = step, config.batch_size, config.seq_len
         locate = getattr(self.source, "locate", None)
         host = checked(
-            self.source.batch(*wanted),
+            self.source.batch(*arguments),
             vocab_size=config.model.vocab_size,
             max_positions=getattr(config.model, "max_positions", None),
-            locate=locate and functools.partial(locate, *wanted),
+            locate=locate and functools.partial(locate, *arguments),
         )
         count = host["tokens"].size
         if depth := getattr(config.model, "num_mtp_layers", 0):
@@ -193,7 +193,7 @@ class _Run:
 
 
 class _Meter:
-    """Tokens, and tokens a second since the last mark."""
+    """Counts tokens, and tokens a second since the last mark."""
 
     def __init__(self, tokens: int):
         self.tokens = tokens

@@ -17,7 +17,7 @@ def chunked_cross_entropy(
     *,
     chunk: int = 1024,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Sum of weighted losses (nats) and sum of weights, both float32; divide them for the mean.
+    """Sum the weighted losses (nats) and the weights, both in float32; divide them for the mean.
 
     Each shard of `data` and `seq` walks over its own tokens, `chunk` at a time, and computes the
     logits of a chunk again in the backward pass: `chunk x V` floats live at once instead of

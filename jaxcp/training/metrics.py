@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run reports: a line of JSON a logged step, a progress bar, a picture of the loss."""
+"""Reports of a run: a line of JSON for each logged step, a progress bar, a picture of the loss."""
 
 import json
 import os
@@ -14,8 +14,8 @@ from jaxcp.evaluate.pictures import new_figure
 from jaxcp.input_files import open_regular
 
 Record = dict[str, Any]
-"""`step, loss` (nats), `lr, grad_norm, tokens` (since step 0), `tokens_per_second` (None until
-there are two steps to time), `seconds` (of this process); of a model with experts also
+"""A logged step: `step, loss` (nats), `lr, grad_norm, tokens` (since step 0), `tokens_per_second`
+(None until there are two steps to time), `seconds` (of this process); of a model with experts also
 `router_load` (per cent of an even load, by MoE layer and expert, the MTP layer's last),
 `router_load_max, router_entropy, router_idle, router_flips` (`training.step.routing_health`); where
 they are minimised, `mtp_loss, router_balance_loss, router_z_loss` without their weights. A
@@ -26,7 +26,7 @@ LOADS = 4096
 
 
 def as_json(out: Mapping[str, jax.Array], *, whole: bool) -> Record:
-    """What a step returned, as numbers and lists; `whole`: with `router_load` of any size."""
+    """Convert what a step returned to numbers and lists; `whole`: `router_load` of any size too."""
     record: Record = {name: float(x) for name, x in out.items() if x.ndim == 0}
     load = out.get("router_load")
     if load is not None and (whole or load.size <= LOADS):
@@ -35,7 +35,7 @@ def as_json(out: Mapping[str, jax.Array], *, whole: bool) -> Record:
 
 
 class Callback(Protocol):
-    """What `train` tells a caller, after each step that it logs."""
+    """An observer of `train`, which calls it before, after and at each step that it logs."""
 
     def start(self, *, step: int, steps: int) -> None: ...
 
@@ -45,7 +45,7 @@ class Callback(Protocol):
 
 
 def read_metrics(path: str | pathlib.Path) -> list[Record]:
-    """The records of a metrics file; a last line that a killed process left torn is passed over.
+    """Read the records of a metrics file; a torn last line, left by a killed process, is skipped.
 
     Raises:
       ValueError: another line is no JSON object; or the file is no regular one.
@@ -72,7 +72,7 @@ def _record(line: str) -> Record:
 
 
 class MetricsFile:
-    """Appends records to a JSONL file, from which steps after `resumed_at` are taken out first."""
+    """Appends records to a JSONL file, after deleting those of steps after `resumed_at`."""
 
     def __init__(self, path: pathlib.Path, *, resumed_at: int):
         self.path = path

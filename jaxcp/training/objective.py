@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step minimises: next tokens, and by `LossConfig` drafts and the routers' losses."""
+"""The objective of a step: the loss of next tokens, and by `LossConfig` of drafts and routers."""
 
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from jaxcp.training.loss import chunked_cross_entropy
 
 
 class Totals(NamedTuple):
-    """Of a piece of a batch; pieces add up."""
+    """Sums over a piece of a batch; those of several pieces add up."""
 
     weight: Float[Array, ""]
     parts: dict[str, Float[Array, ""]]
@@ -25,7 +25,7 @@ class Totals(NamedTuple):
 def objective(
     model: Any, piece: Any, losses: LossConfig, *, draft_scale: Any, chunk: int, **options: Any
 ) -> tuple[Float[Array, ""], Totals]:
-    """What to minimise, times the piece's weight, and its parts.
+    """Compute the objective times the piece's weight, and its parts.
 
     Args:
       draft_scale: the whole batch's weight of next tokens over that of drafts.
@@ -48,27 +48,27 @@ def objective(
         x, stats = model.hidden(tokens, positions, **options)
     head = model.head_kernel()
     total, weight = chunked_cross_entropy(x, head, piece["targets"], piece["weights"], chunk=chunk)
-    parts, wanted = {"loss": total}, total
+    parts, minimized = {"loss": total}, total
     if drafts:
-        found = [
+        draft_losses = [
             chunked_cross_entropy(
                 x, head, piece["draft_targets"][..., i], piece["draft_weights"][..., i], chunk=chunk
             )[0]
             for i, x in enumerate(drafts)
         ]
-        parts["mtp_loss"] = draft_scale * sum(found)
-        wanted = wanted + losses.mtp_loss_weight * parts["mtp_loss"]
+        parts["mtp_loss"] = draft_scale * sum(draft_losses)
+        minimized = minimized + losses.mtp_loss_weight * parts["mtp_loss"]
     if stats is not None and losses.balance_loss_weight:
         parts["router_balance_loss"] = weight * stats.balance_loss()
-        wanted = wanted + losses.balance_loss_weight * parts["router_balance_loss"]
+        minimized = minimized + losses.balance_loss_weight * parts["router_balance_loss"]
     if stats is not None and losses.z_loss_weight:
         parts["router_z_loss"] = weight * stats.z_loss()
-        wanted = wanted + losses.z_loss_weight * parts["router_z_loss"]
-    return wanted, Totals(weight, parts, stats)
+        minimized = minimized + losses.z_loss_weight * parts["router_z_loss"]
+    return minimized, Totals(weight, parts, stats)
 
 
 def draft_scale(batch: Any) -> Any:
-    """`objective`'s, of all pieces together; the weight of drafts is that of every depth."""
+    """The `draft_scale` of `objective`, over all pieces and all depths of drafts."""
     if "draft_weights" not in batch:
         return None
     return batch["weights"].sum() / jnp.maximum(batch["draft_weights"].sum(), 1e-9)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """AdamW, or Muon for the matrices inside layers and AdamW for the rest.
 
-Parameters are a flat dict from names (`layers.0.attention.q`) to arrays. What a weight is, its
-logical axes say: neither its shape does (`q` and an expert's `gate` both have three axes), nor its
-name (the `k` of an indexer has two, that of an attention three).
+Parameters are a flat dict from names (`layers.0.attention.q`) to arrays. Logical axes decide which
+matrix a weight is: its shape cannot (`q` and an expert's `gate` both have three axes), nor its name
+(the `k` of an indexer has two axes, the `k` of attention three).
 """
 
 import math
@@ -28,20 +28,22 @@ SIDES = (
     ("window", "ngram"),  # the projection of an n-gram embedding, [W, C, D], is [W*C, D]
     ("parts", "embed"),
 )
-"""Axes that are one side of a matrix together; every other axis is a side by itself."""
+"""Pairs of axes that make one side of a matrix; every other axis is a side by itself."""
 
 NUMBERED = ("experts", "choices", "head_groups", "vocab", "positions", "places", "mixes")
 """First axes that number matrices or vectors: `gate [E, D, F]` is a matrix for each expert."""
 
 TABLES = ("vocab", "positions", "mixes")
-"""Axes among them that number vectors which decay; the others number biases."""
+"""Axes of `NUMBERED` whose vectors decay; those of the others are biases."""
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def sides(axes: Axes) -> tuple[int, list[int]]:
-    """Count the axes that number what a weight holds, and those of each side of it: one side of a
-    vector, two of a matrix, what is summed over and what is written."""
+    """Count the leading axes that number matrices or vectors, and the axes of each side.
+
+    A vector has one side, a matrix two, of which a product sums over the first.
+    """
     if axes[:1] == ("layers",):
         numbered, lengths = sides(axes[1:])
         return numbered + 1, lengths
@@ -70,7 +72,7 @@ def decays(axes: Axes) -> bool:
 
 
 def schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.Schedule:
-    """Linear warm-up to `peak`, level, then down to `final_fraction * peak` after `steps`."""
+    """Make the schedule: up to `peak`, level, down to `final_fraction * peak` after `steps`."""
     warmup = min(config.warmup_steps, steps)
     decay = min(max(1, round(config.decay_fraction * steps)), max(1, steps - warmup))
     if config.decay == "cosine":
@@ -86,7 +88,7 @@ def schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.Schedule
 def make_optimizer(
     config: OptimizerConfig, steps: int, axes: Mapping[str, Axes]
 ) -> optax.GradientTransformation:
-    """Gradient clipping, then AdamW or Muon.
+    """Make the optimizer: gradient clipping, then AdamW or Muon.
 
     Args:
       steps: length of the schedule.
@@ -135,7 +137,7 @@ def _check_view(name: str, axes: Axes) -> None:
 
 
 def orthogonalize(updates: Params, axes: Mapping[str, Axes]) -> Params:
-    """Each matrix with its singular values near 1, times sqrt(max(1, out / in)).
+    """Bring the singular values of each matrix near 1, and multiply by sqrt(max(1, out / in)).
 
     Matrices of one shape go through Newton-Schulz in one batch, which is spread over all devices
     of the mesh in scope: parameters are replicated over `data` and `seq`, and without that every
@@ -168,7 +170,7 @@ def _newton_schulz_spread(stack: jax.Array, mesh) -> jax.Array:
 
 
 def _newton_schulz(x: jax.Array) -> jax.Array:
-    """Five steps of the quintic iteration on `[M, R, C]` with R <= C."""
+    """Run five steps of the quintic iteration on `[M, R, C]` with R <= C."""
     a, b, c = NEWTON_SCHULZ
     x = x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-7)
     for _ in range(5):

@@ -29,16 +29,18 @@ DRAFT_DTYPES = {
     "draft_targets": jnp.int32,
     "draft_weights": jnp.float32,
 }
-"""What a batch has for MTP layers, `[accumulate, B, T, depth]` (`layers.lookahead.draft_batch`)."""
+"""Leaves of a batch for MTP layers, `[accumulate, B, T, depth]` (`data.lookahead.draft_batch`)."""
 
 NEXT_TOKENS = LossConfig()
 
 ROUNDING = 1e-6
-"""A part of the mean: how far from it fractions that were summed in float32 may lie and be even."""
+"""Bound on the distance from the mean, as a part of it, within which fractions summed in float32
+count as even."""
 
 State = dict[str, Any]
-"""`params` and `others` (variables without a gradient), flat dicts by name; `opt_state`; `step`,
-which is the position in the data too; `rng`, the key of the run (no layer draws from it yet)."""
+"""State of a run: `params` and `others` (variables without a gradient), flat dicts by name;
+`opt_state`; `step`, which is the position in the data too; `rng`, the key of the run (no layer
+draws from it yet)."""
 
 
 class Skeleton(NamedTuple):
@@ -47,7 +49,7 @@ class Skeleton(NamedTuple):
     names: tuple[str, ...]
     learnt: frozenset[str]
     axes: dict[str, tuple[str | None, ...]]
-    """Logical axes of what is learnt."""
+    """Logical axes of the learnt variables."""
     structure: jax.tree_util.PyTreeDef
 
 
@@ -63,14 +65,14 @@ def skeleton(model_config: Any) -> Skeleton:
 
 
 def join(model_config: Any, state: State) -> Any:
-    """The model with the arrays of a state."""
+    """Build the model with the arrays of a state."""
     bones = skeleton(model_config)
     arrays = state["params"] | state["others"]
     return jax.tree.unflatten(bones.structure, [arrays[name] for name in bones.names])
 
 
 def init_state(config: TrainConfig) -> State:
-    """A fresh state on the mesh in scope."""
+    """Make a fresh state on the mesh in scope."""
     learnt, axes = skeleton(config.model).learnt, skeleton(config.model).axes
     arrays = {
         name: v.get_value()
@@ -90,8 +92,10 @@ def init_state(config: TrainConfig) -> State:
 
 
 def abstract_inputs(config: TrainConfig, mesh: Mesh) -> tuple[State, dict[str, Any]]:
-    """Shapes and shardings of a state and a batch on `mesh`, whose devices need not be there:
-    with `make_step`, what `jaxcp.compile.compile_for` takes."""
+    """The shapes and shardings of a state and a batch on `mesh`, whose devices need not be there.
+
+    `jaxcp.compile.compile_for` takes these and `make_step`'s function.
+    """
     abstract_mesh = mesh.abstract_mesh
 
     def leaf(shape, dtype, spec) -> jax.ShapeDtypeStruct:
@@ -148,7 +152,7 @@ def _axes(variable: nnx.Variable) -> tuple[str | None, ...]:
 
 
 def _on_mesh(x: jax.Array) -> jax.Array:
-    """What was made on one device becomes replicated; what has a sharding keeps it."""
+    """Replicate an array that lies on one device; one on the mesh keeps its sharding."""
     mesh = jax.sharding.get_mesh()
     if isinstance(x.sharding, NamedSharding) and x.sharding.mesh == mesh:
         return x
@@ -165,13 +169,14 @@ def make_step(
     consecutive: bool = False,
     losses: LossConfig = NEXT_TOKENS,
 ) -> Callable[[State, Any], tuple[State, dict]]:
-    """`train_step(state, batch) -> (state, record)`, jitted; donates `state`. The record holds
-    "loss" (of next tokens), "lr", "grad_norm", the other `losses` under their names in
-    `objective` and, of a model with experts, what `routing_health` says.
+    """Make `train_step(state, batch) -> (state, record)`, jitted, which donates `state`.
 
-    `batch` leaves are `[accumulate, B, T]` as `data.put` makes them; `consecutive`: what
-    `data.consecutive` says of them. Kept by its arguments, so that
-    a run which goes on in the same process does not compile again.
+    The record has "loss" (of next tokens), "lr", "grad_norm", the other `losses` under their names
+    in `objective` and, for a model with experts, the entries of `routing_health`.
+
+    `batch` leaves are `[accumulate, B, T]` as `data.sources.put` makes them, and `consecutive` is
+    the answer of `data.sources.consecutive`. The function is cached by its arguments, so a run that
+    goes on in the same process does not compile again.
     """
     optimizer = make_optimizer(optimizer_config, steps, skeleton(model_config).axes)
     rate = schedule(optimizer_config, optimizer_config.learning_rate, steps)
@@ -179,7 +184,7 @@ def make_step(
     options = {"strategy": strategy, "consecutive": consecutive, "chunk": loss_chunk}
 
     def sums(state, batch):
-        """`Totals` and gradient, summed over the pieces."""
+        """Sum the gradient and the `Totals` over the pieces."""
         scale = draft_scale(batch)
 
         def loss(params, state, piece):
@@ -220,15 +225,15 @@ def make_step(
 
 
 def routing_health(stats: RouterStats) -> dict[str, jax.Array]:
-    """How evenly experts are used; `stats` of all MoE layers, summed over the pieces of a batch.
+    """Measure how evenly experts are used, from `stats` of all MoE layers and pieces of a batch.
 
     `router_load`: `[moe layers, experts]`, the load over the mean one (1: even).
 
     `router_load_max`: the busiest expert's load over the mean one, in the layer where it is
-    largest (1: even). `router_entropy`: of the choices, over that of even ones, in the layer where
-    it is smallest (1: even, 0: one expert takes all). `router_idle`: the fraction of experts, of
-    all layers, that no token chose. `router_flips`: the fraction of choices that the selection bias
-    made, over all layers (`RouterStats.flips`).
+    largest (1: even). `router_entropy`: entropy of the choices over that of even ones, in the layer
+    where it is smallest (1: even, 0: one expert takes all). `router_idle`: the fraction of experts
+    in all layers that no token chose. `router_flips`: the fraction of choices in all layers that
+    the selection bias made (`RouterStats.flips`).
     """
     share, experts = stats.load, stats.counts.shape[-1]
     flips, choices = (jnp.asarray(x, jnp.float32).sum() for x in (stats.flips, stats.counts))
@@ -262,7 +267,7 @@ def balance(others: dict[str, jax.Array], counts: jax.Array, rate: float) -> dic
 
 
 def _below_mean(counts: jax.Array) -> jax.Array:
-    """1, 0 or -1 for each of `counts [E]`: below, at or above their mean. Exact for integers."""
+    """Compare `counts [E]` with their mean: 1 below, 0 at, -1 above it. Exact for integers."""
     if not jnp.issubdtype(counts.dtype, jnp.integer):
         mean = counts.mean()
         even = jnp.abs(mean - counts) <= ROUNDING * mean
@@ -276,5 +281,5 @@ def _below_mean(counts: jax.Array) -> jax.Array:
 
 
 def _layers_by_number(name: str) -> list[str]:
-    """A dict that went through jit has its keys in alphabetical order: layer 10 before layer 2."""
+    """A sort key by layer number: jit orders a dict by the alphabet, layer 10 before layer 2."""
     return [part.zfill(8) if part.isdigit() else part for part in name.split(".")]

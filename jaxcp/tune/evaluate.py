@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a candidate costs: timed on the device that is here, or read off its machine code.
+"""Evaluates a candidate: times it on the device that is here, or reads its machine code.
 
-The machine code comes from a process of its own a chip (`python -m jaxcp.tune.evaluate`), which
-takes candidates as lines of JSON and answers with one each: compilers take their flags once, and
-one that dies takes nothing with it.
+Each chip has a process of its own for the machine code (`python -m jaxcp.tune.evaluate`), which
+reads candidates as lines of JSON and answers each with a line: a compiler reads its flags only
+once, and one that dies ends its own process alone.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ ROUNDS = 20
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What is tuned: a part for a target at a shape and dtype."""
+    """A part to tune, for a target, at a shape and dtype."""
 
     op: str
     target: str
@@ -54,9 +54,9 @@ class OutOfTime(Exception):
 
 
 def present(target: str) -> str | None:
-    """Kind of the target's device on this machine, or None.
+    """The kind of the target's device on this machine, or None.
 
-    jax is asked only where there are devices at all: where libtpu finds none it looks for long.
+    Asks jax only where /dev has devices: without any, libtpu searches for a long time.
     """
     if os.environ.get("JAX_PLATFORMS") == "cpu" or not device_files():
         return None
@@ -66,7 +66,7 @@ def present(target: str) -> str | None:
 
 
 class Timed:
-    """Medians of a part's program on the default device, in milliseconds."""
+    """Times a part's program on the default device: medians in milliseconds."""
 
     by, unit = "time", "ms"
 
@@ -100,7 +100,7 @@ class Timed:
 
 
 class Coded:
-    """Cost of a part's machine code for a chip that need not be there."""
+    """Costs a part's machine code for a chip that need not be there."""
 
     by = "code"
 
@@ -109,7 +109,7 @@ class Coded:
         self._start(deadline)
 
     def _start(self, deadline):
-        # what the compilers write goes with it, however the process ends
+        # the compilers' files go with it, however the process ends
         self._folder = tempfile.TemporaryDirectory(prefix="jaxcp-tune-")
         self._errors = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
@@ -163,17 +163,17 @@ class Coded:
 
 
 def versions() -> dict[str, str]:
-    found = {}
+    installed = {}
     for name in ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin"):
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "not there"
-    return found
+            installed[name] = "not there"
+    return installed
 
 
 def code_cost(problem: Problem, compiler: machine_code.Compiler, blocks: Any) -> dict:
-    """`{"cost", "tie", "detail"}` of the blocks, or `{"refused"}`."""
+    """Cost the blocks: `{"cost", "tie", "detail"}`, or `{"refused"}`."""
     part = problem.about
     try:
         with trying(part.name, blocks):
@@ -200,7 +200,7 @@ def _said(error: Exception) -> str:
 def main(request: str) -> None:
     """Answer the candidates on stdin, one line each."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a compiler prints must not come between the answers
+    os.dup2(2, 1)  # a compiler's output must not come between the answers
 
     def answer(**said):
         print(json.dumps(said), file=answers, flush=True)
@@ -213,10 +213,10 @@ def main(request: str) -> None:
             shipped = part.shipped(problem.shape, jnp.dtype(problem.dtype))
     except Exception as error:
         return answer(failed=str(error), kind=type(error).__name__)
-    found = versions()
+    tools = versions()
     if part.implementation == "triton":
-        found |= {tool: gpu_code.tool_version(tool) for tool in gpu_code.TOOLS}
-    answer(shipped=dataclasses.asdict(shipped), versions=found)
+        tools |= {tool: gpu_code.tool_version(tool) for tool in gpu_code.TOOLS}
+    answer(shipped=dataclasses.asdict(shipped), versions=tools)
     try:
         for line in sys.stdin:
             blocks = dataclasses.replace(shipped, **json.loads(line))

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an NVIDIA kernel costs, from its machine code: issue slots for a unit of work.
+"""Costs an NVIDIA kernel from its machine code: issue slots for a unit of work.
 
 A scheduler of a multiprocessor issues one instruction of one warp a cycle, so a loop's instructions
-times its warps are the slots that a tile takes; fewer for the same tile is better. What a turn
-fetches comes from L2 at 64 B a cycle at most, in which four schedulers issue: a tile takes no fewer
-slots than that. A kernel that spills, or whose blocks do not fit into shared memory (the compiler
-then refuses), has no cost.
+times its warps are the slots that a tile takes; fewer for the same tile is better. The bytes that
+a turn fetches come from L2 at 64 a cycle at most, during which four schedulers issue: a tile takes
+no fewer slots than that. A kernel that spills, or whose blocks do not fit into shared memory (the
+compiler then refuses), has no cost.
 
-It is a necessary condition and no time. Not seen: latency that too few resident warps do not hide,
-bank conflicts, the rate of the matrix units (the same for every tile of a shape, so no help in
-choosing), HBM. Between two rows within some 10 % only the device decides.
+A low cost is necessary for a fast kernel, and no time. It leaves out latency that too few resident
+warps do not hide, bank conflicts, the rate of the matrix units (the same for every tile of a
+shape, so no help in choosing), HBM. Between two rows within some 10 % only the device decides.
 """
 
 import re
@@ -20,7 +20,7 @@ L2_BYTES = 16  # an issue slot; 64 a cycle of a multiprocessor (A100 and H100 wh
 
 
 def refused(kernel: Kernel) -> str | None:
-    """Why the kernel is not to be used, or None."""
+    """The reason not to use the kernel, or None."""
     if kernel.spilled_bytes:
         return f"spills {kernel.spilled_bytes} B"
     if not kernel.loops:
@@ -31,7 +31,7 @@ def refused(kernel: Kernel) -> str | None:
 def tile_slots(kernel: Kernel, warps: int, flops: float, nbytes: float) -> tuple[float, float]:
     """Issue slots of an unmasked tile that takes `flops`, and of one under a mask.
 
-    `nbytes` is what a turn of the loop fetches.
+    `nbytes`: bytes that a turn of the loop fetches.
 
     Raises:
       ValueError: a turn of a loop does less than a tile.
@@ -44,7 +44,7 @@ def tile_slots(kernel: Kernel, warps: int, flops: float, nbytes: float) -> tuple
 
 
 def _does(kernel: Kernel, loop: Loop, warps: int, flops: float) -> None:
-    """Raise where the matrix instructions are too few. They may be more: warps that repeat work."""
+    """Raise where matrix instructions are too few for a tile; more are fine: warps repeat work."""
     shapes = {re.search(r"m(\d+)n(\d+)k(\d+)", name) for name in kernel.matrix_names}
     sizes = {tuple(int(n) for n in shape.groups()) for shape in shapes if shape}
     if len(sizes) != 1 or kernel.matrix_names[0].startswith("wgmma"):

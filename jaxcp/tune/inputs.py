@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers for a program's arguments, so that it can be timed on a device that is there."""
+"""Fills the arguments of a program, so that it can be timed on a device that is there."""
 
 import inspect
 import math
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def fill(fn, args: tuple, seed: int = 0) -> list[jax.Array]:
-    """Arrays of the shapes and types of `args`, by the names of `fn`'s parameters.
+    """Make arrays of the shapes and dtypes of `args`, by the names of `fn`'s parameters.
 
     Positions count up, a query of the decode program stands at the cache's end, there is one
     segment, every group has as many rows; all else is random.

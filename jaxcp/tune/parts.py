@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of each operation that have block sizes, what may be tried for them, and their cost.
+"""The parts of each operation that have block sizes, with the values to try and their cost.
 
-A part is a name in the first column of an operation's `tuning.py`. `values` are what a field may
-take; the others stay as they ship.
+A part is a name in the first column of an operation's `tuning.py`. `values` lists the values to try
+for a field; other fields stay as they ship.
 """
 
 import dataclasses
@@ -45,11 +45,12 @@ IMPLEMENTATION = {"triton": "triton", "mosaic": "mosaic_tpu"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
-    """`cost(part, chip, kernel, blocks, shape, itemsize)`: `(what counts, what breaks a tie)`.
+    """A part of an operation.
 
-    `kernel`: how its machine code is called. `size`: the field of the shape that the third column
-    of the table bounds; a row bounds it by its own value if `exact`, else as the row that it goes
-    in front of.
+    `cost(part, chip, kernel, blocks, shape, itemsize)` returns the cost and what decides a draw.
+    `kernel`: the start of its name in machine code. `size`: the field of the shape that the third
+    column of the table bounds; a new row bounds it by the shape's value if `exact`, else by the
+    bound of the row that it goes in front of.
     """
 
     op: str
@@ -72,7 +73,7 @@ class Part:
         return IMPLEMENTATION[self.name.split("_")[0]]
 
     def sized(self, given: Mapping[str, int]) -> dict[str, int]:
-        """The default shape with what was given.
+        """The default shape with the sizes in `given`.
 
         Raises:
           ValueError: a name that the part does not have, or a size below 1.
@@ -90,9 +91,9 @@ class Part:
         return self.tuning.blocks(self.name, shape[self.size], dtype, interpret=False)
 
     def candidates(self, shipped: Any, shape: Mapping[str, int]) -> Iterator[Any]:
-        """`shipped`, then every combination of `values` that the shape can have, the nearest first.
+        """Yield `shipped`, then all combinations of `values` that fit the shape, the nearest first.
 
-        A search that a limit cuts short has then tried what is likely, not the corners.
+        A search that a time limit cuts short has then tried the likely ones, not the corners.
         """
         products = itertools.product(*self.values.values())
         fields = (dict(zip(self.values, chosen, strict=True)) for chosen in products)
@@ -112,7 +113,7 @@ class Part:
 
 
 def fits(part: Part, blocks: Any, shape: Mapping[str, int]) -> bool:
-    """Whether the kernel would take these blocks as they are."""
+    """Tell whether the kernel takes these blocks as they are."""
     triton = part.implementation == "triton"
     if part.op == "flash_attention":
         inside = triton or (blocks.sub <= blocks.kv and blocks.strip <= blocks.q)
@@ -139,16 +140,16 @@ def part_of(op: str, target: str, name: str | None = None) -> Part:
     if target not in TARGETS:
         raise ValueError(f"target must be one of {', '.join(TARGETS)}; got {target!r}")
     platform = TARGETS[target].platform
-    mine = {
+    candidates = {
         part.name: part for part in PARTS if part.op == op and part.name.split("_")[0] == platform
     }
-    if name is not None and name not in mine:
-        raise ValueError(f"{op} on {target} has the parts {', '.join(mine)}; got {name!r}")
-    return mine[name or next(iter(mine))]
+    if name is not None and name not in candidates:
+        raise ValueError(f"{op} on {target} has the parts {', '.join(candidates)}; got {name!r}")
+    return candidates[name or next(iter(candidates))]
 
 
 def causal_tiles(tokens: int, q: int, kv: int) -> tuple[int, int]:
-    """Tiles of a causal pass that are seen whole, and in part."""
+    """Count the tiles of a causal pass that are seen whole, and those seen in part."""
     whole = some = 0
     for first in range(0, tokens, q):
         last = min(first + q, tokens) - 1
@@ -164,7 +165,7 @@ def attention_flops(part: str, head_dim: int) -> int:
 
 
 def attention_cost(part, chip, kernel, blocks, shape, itemsize):
-    """A causal pass of one head over the shape's tokens: whole tiles, and those under the mask."""
+    """Cost a causal pass of one head over the shape's tokens: whole tiles, and masked ones."""
     whole, partly = causal_tiles(shape["tokens"], blocks.q, blocks.kv)
     flops = attention_flops(part.name, shape["head_dim"])
     if isinstance(kernel, tpu_code.Kernel):
@@ -177,7 +178,7 @@ def attention_cost(part, chip, kernel, blocks, shape, itemsize):
 
 
 def decode_cost(part, chip, kernel, blocks, shape, itemsize):
-    """All slots once, for one sequence: the slower of bundles and HBM, then the bundles."""
+    """Cost a pass over all slots of one sequence: the slower of bundles and HBM, then bundles."""
     if isinstance(kernel, tpu_code.Kernel):
         steps = shape["slots"] * shape["kv_heads"] / tpu_cost.step_rows(kernel)
         flops = 4 * shape["heads"] // shape["kv_heads"] * shape["head_dim"]
@@ -194,9 +195,9 @@ def decode_cost(part, chip, kernel, blocks, shape, itemsize):
 
 
 def expert_cost(part, chip, kernel, blocks, shape, itemsize, *, products=1):
-    """One expert: the slower of the work and of bringing its matrices, then the work.
+    """Cost one expert: the slower of its work and of fetching its matrices, then its work.
 
-    On a TPU its rows begin anywhere in a block, as in a model.
+    On a TPU its rows begin anywhere in a block, as they do in a model.
     """
     sizes = shape["tokens"], shape["embed"], shape["width"]
     if isinstance(kernel, tpu_code.Kernel):
@@ -215,10 +216,10 @@ def expert_cost(part, chip, kernel, blocks, shape, itemsize, *, products=1):
     return slots * tiles, kernel.registers * blocks.warps
 
 
-def _flash(name, kernel, values, unit, **wanted):
+def _flash(name, kernel, values, unit, **results):
     program = programs.flash_forward
-    if wanted:
-        program = functools.partial(programs.flash_backward, **wanted)
+    if results:
+        program = functools.partial(programs.flash_backward, **results)
     return Part(
         op="flash_attention", name=name, kernel=f"flash_attention_{kernel}", program=program,
         shape=programs.FLASH, size="head_dim", exact=True, values=values, cost=attention_cost,
@@ -283,7 +284,7 @@ def kernel_of(part: Part, kernels: Mapping[str, tpu_code.Kernel | gpu_code.Kerne
     Raises:
       ValueError: it is not there, or not alone.
     """
-    mine = [kernel for name, kernel in kernels.items() if name.startswith(part.kernel)]
-    if len(mine) != 1:
+    fitting = [kernel for name, kernel in kernels.items() if name.startswith(part.kernel)]
+    if len(fitting) != 1:
         raise ValueError(f"expected one kernel {part.kernel}; got {', '.join(kernels)}")
-    return mine[0]
+    return fitting[0]

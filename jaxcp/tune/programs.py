@@ -45,14 +45,14 @@ def flash_backward(
     head_dim,
     wanted=("dq", "dk", "dv"),
 ):
-    """Its gradients; a kernel none of whose results are `wanted` is left out by the compiler."""
+    """Gradients of `flash_forward`; the compiler drops a kernel with no result in `wanted`."""
 
     def run(q, k, v, positions, segments, lse, dout, delta):
-        found = attention_backward(
+        gradients = attention_backward(
             q, k, v, positions, positions, segments, segments, lse, dout, delta, mask=Mask(),
             soft_cap=None, scale=head_dim**-0.5, implementation=implementation,
         )  # fmt: skip
-        return [x for name, x in zip(("dq", "dk", "dv"), found, strict=True) if name in wanted]
+        return [x for name, x in zip(("dq", "dk", "dv"), gradients, strict=True) if name in wanted]
 
     q, kv = (array((1, tokens, n, head_dim), dtype) for n in (heads, kv_heads))
     row, ids = array((1, tokens, heads), jnp.float32), array((1, tokens), jnp.int32)

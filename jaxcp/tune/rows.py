@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A row of an operation's `tuning.py`: as text, and put where it takes effect."""
+"""Writes a row of an operation's `tuning.py` as text, at the place where it takes effect."""
 
 import ast
 import dataclasses
@@ -11,11 +11,11 @@ import jax.numpy as jnp
 
 from jaxcp.tune.evaluate import Problem
 
-WIDTH = 100  # of a line
+WIDTH = 100  # characters of a line
 
 
 class _Line(NamedTuple):
-    """A row that a table has: its cells, its lines in the file, and how it writes its limit."""
+    """A row of a table: its cells, its lines in the file, and the text of its limit."""
 
     cells: tuple
     first: int
@@ -42,10 +42,10 @@ class Row:
         return self._text(_lines(self.path.read_text()))
 
     def write(self, path: pathlib.Path | None = None) -> bool:
-        """Put the row into the table of `path` (default: the installed one); False if it gives it.
+        """Put the row into the table of `path` (default: the installed one); False if it is there.
 
-        It replaces a row of the same operation, kind and limits, else it goes above the first row
-        that would shadow it. The table then gives it for the problem, or nothing is written.
+        It replaces a row of the same operation, kind and limits, or goes above the first row that
+        would shadow it. Nothing is written unless the table then gives these blocks.
 
         Raises:
           PermissionError: the file cannot be written, as in an installed package.
@@ -76,7 +76,7 @@ class Row:
         return True
 
     def _shadow(self, lines: list[_Line]) -> _Line | None:
-        """The first row that every device of this one's kind would be given."""
+        """The first row of the table that matches every device of this row's kind, or None."""
         size = self.problem.shape[self.problem.about.size]
         itemsize = jnp.dtype(self.problem.dtype).itemsize
         for line in lines:
@@ -110,7 +110,7 @@ class Row:
 
 
 def _lines(source: str) -> list[_Line]:
-    """The rows of a table, which is run for their values and parsed for their places."""
+    """The rows of a table: run the source for their values, parse it for their places."""
     module = types.ModuleType("tuning")
     exec(compile(source, "tuning.py", "exec"), module.__dict__)
     for node in ast.parse(source).body:

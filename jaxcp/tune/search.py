@@ -13,12 +13,12 @@ from jaxcp.tune import evaluate, rows
 from jaxcp.tune.parts import TARGETS, part_of
 
 MARGIN = 1.02
-"""What a candidate has to gain over the row that ships."""
+"""The factor by which a candidate must beat the row that ships."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tried:
-    """One candidate: a cost in the result's unit, or why it is refused; `tie` decides a draw."""
+    """One candidate: a cost in the result's unit, or why it was refused; `tie` decides a draw."""
 
     blocks: Any
     cost: float | None = None
@@ -31,7 +31,7 @@ class Tried:
 class Result:
     """`tried` in the order of trial, the shipped row first; `by` is "time" or "code".
 
-    `not_tried` is what the time limit cut off: another run may then find another best.
+    `not_tried`: candidates that the time limit cut off; another run may then name another best.
     """
 
     problem: evaluate.Problem
@@ -45,13 +45,13 @@ class Result:
 
     @property
     def ranked(self) -> tuple[Tried, ...]:
-        """Those with a cost, the best first; equal to four digits goes by `tie`, then by order."""
+        """Candidates with a cost, best first; draws to four digits go by `tie`, then by order."""
         good = [x for x in self.tried if x.cost is not None]
         return tuple(sorted(good, key=lambda x: (_round(x.cost or 0.0), x.tie)))
 
     @property
     def best(self) -> Tried:
-        """The first of `ranked`, unless what ships is within 2 % of it: a cost says no more."""
+        """The first of `ranked`, or the shipped row if it is within 2 %: a cost says no more."""
         first, shipped = self.ranked[0], self.shipped
         close = shipped.cost is not None and shipped.cost <= MARGIN * (first.cost or 0.0)
         return shipped if close else first
@@ -66,7 +66,7 @@ class Result:
 
     @property
     def row(self) -> rows.Row:
-        """The best as a row of the operation's table."""
+        """The best candidate as a row of the operation's table."""
         kind = TARGETS[self.problem.target].kind if self.by == "code" else self.device
         return rows.Row(problem=self.problem, kind=kind, blocks=self.best.blocks)
 
@@ -98,11 +98,11 @@ def search(
     values: Mapping[str, tuple[int, ...]] | None = None,
     progress: Callable[[int, int, Tried | None], None] = lambda done, total, last: None,
 ) -> Result:
-    """The best block sizes for one part of `op`, of those that it is worth trying.
+    """Search the best block sizes for one part of `op`.
 
-    By time when the target's device is here, else by what the machine code costs (`tpu_cost`,
-    `gpu_cost` say how far to trust that); then two searches give the same answer, unless the
-    limit cuts one (`Result.complete`).
+    Compares times when the target's device is here, else the cost of the machine code (`tpu_cost`
+    and `gpu_cost` say how far to trust it). Costs are the same in every search, so its answer is,
+    unless the time limit cuts it short (`Result.complete`).
 
     Args:
       op: "flash_attention", "grouped_matmul" or "decode_attention".
@@ -110,14 +110,14 @@ def search(
       part: a name in the first column of the op's table; default: its forward pass.
       shape: sizes to change, such as `{"head_dim": 64}`.
       max_seconds: no candidate is begun, and none is waited for, after so long.
-      values: what each field may take, in place of the part's own list.
+      values: values to try for each field, in place of the part's own.
       progress: called before the first candidate and after each: done, all, the last one.
     Raises:
       ValueError: names or sizes that the op does not have; no candidate could be compiled.
       ImportError, FileNotFoundError: a compiler, ptxas or nvdisasm is not installed.
 
-    >>> found = search("flash_attention", "sm_120", shape={"head_dim": 128})
-    >>> print(found.row.text, found.complete)
+    >>> result = search("flash_attention", "sm_120", shape={"head_dim": 128})
+    >>> print(result.row.text, result.complete)
     """
     about = part_of(op, target, part)
     if not 0 < max_seconds < math.inf:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A search on the terminal: a progress bar, and its result as a table."""
+"""Shows a search on the terminal: a progress bar, and its result as a table."""
 
 import collections
 import contextlib
@@ -17,7 +17,7 @@ LONGEST = 12  # rows of the table; JSON has them all
 
 @contextlib.contextmanager
 def progress() -> Iterator[Callable[[int, int, Tried | None], None]]:
-    """What `search` takes as `progress`, drawn on stderr."""
+    """Draw a bar on stderr; yields the `progress` argument of `search`."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     )  # fmt: skip
@@ -40,10 +40,12 @@ def show(result: Result, console: Console | None = None) -> None:
     console = console or Console()
     problem, searched = result.problem, tuple(result.problem.about.values)
     shape = ", ".join(f"{name} {size:,}" for name, size in problem.shape.items())
-    how = f"measured on {result.device}" if result.by == "time" else f"compiled for {result.device}"
+    source = (
+        f"measured on {result.device}" if result.by == "time" else f"compiled for {result.device}"
+    )
     console.print(
         f"{problem.part} for {problem.target}, {problem.dtype}; {shape}\n"
-        f"Cost: {result.unit}, {how}",
+        f"Cost: {result.unit}, {source}",
         highlight=False,
     )
     table = Table()

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a TPU kernel costs, from the bundles of its machine code.
+"""Costs a TPU kernel from the bundles of its machine code.
 
 A bundle issues in one cycle of a TensorCore, so bundles of the hot regions, times how often each
 runs, are cycles where DMA is hidden. Two things keep a count honest:
 
-* how often a region runs is checked against the multiplications in it (`matmuls`): a region that
-  holds too few for what it is said to compute is an error;
+* the number of runs of a region is checked against its multiplications (`matmuls`): a region with
+  too few for the FLOPs that it should do is an error;
 * matrix instructions may issue faster than the unit works them off (its queue then stalls the
   core, which no bundle shows), so a region takes at least its FLOPs over the chip's peak.
 
-Not seen: DMA that is not hidden, the fixed cost of a grid step, stalls of other units.
+The count leaves out DMA that is not hidden, the fixed cost of a grid step, stalls of other units.
 """
 
 import math
@@ -20,8 +20,8 @@ from pallas_kernels.devices import CHIPS
 # bfloat16 FLOPs a cycle of one TensorCore: matrix units x rows a cycle x side^2 x 2. Times the
 # clock that is the chip's peak in pallas_kernels.devices: 1.5, 1.75, 1.75 and 2.2 GHz.
 PEAK = {"v5e": 1 << 17, "v5p": 1 << 17, "v6e": 1 << 19, "tpu7x": 1 << 19}
-SIDE = {"v5e": 128, "v5p": 128, "v6e": 256, "tpu7x": 256}  # of a matrix unit
-ROWS = 16  # of bfloat16 that one instruction multiplies
+SIDE = {"v5e": 128, "v5p": 128, "v6e": 256, "tpu7x": 256}  # rows and columns of a matrix unit
+ROWS = 16  # bfloat16 rows that one instruction multiplies
 
 # GHz that the medians published in tokamax 0.0.17's autotuning data imply for its own kernels
 # (cycles counted here / milliseconds there), the lowest of each chip; v5e: its peak's.
@@ -30,20 +30,20 @@ CORES = {"v5e": 1, "v5p": 2, "v6e": 1, "tpu7x": 2}  # TensorCores that share a c
 
 
 def hbm_cycles(chip: str, nbytes: float) -> float:
-    """Core cycles in which one core's share of the HBM bandwidth brings `nbytes`."""
+    """Core cycles to fetch `nbytes` with one core's share of the HBM bandwidth."""
     return nbytes * CORES[chip] / CHIPS[chip].hbm_bytes_per_second * CLOCK[chip] * 1e9
 
 
 def holds(chip: str, hot: Hot, flops: float) -> bool:
-    """Whether the multiplications of a region are as many as `flops` in bfloat16 take."""
+    """Tell whether a region has the multiplications that `flops` in bfloat16 take."""
     return hot.matmuls * 2 * ROWS * SIDE[chip] ** 2 >= 0.99 * flops
 
 
 def cycles(chip: str, hot: Hot, flops: float) -> float:
-    """One run of a region that is said to do `flops` in bfloat16: its bundles, or the peak's.
+    """Cycles of a region that does `flops` in bfloat16: its bundles, or those at the chip's peak.
 
     Raises:
-      ValueError: it holds fewer multiplications than that.
+      ValueError: it has fewer multiplications than that.
     """
     if not holds(chip, hot, flops):
         raise ValueError(
@@ -72,7 +72,7 @@ def attention_tile(chip: str, kernel: Kernel, tile, flops: float) -> tuple[float
 
 
 def parts_of(tokens: int, size: int, *, aligned: bool) -> float:
-    """Parts of `size` rows that `tokens` rows touch: from a border, or the mean from anywhere."""
+    """Parts of `size` rows that `tokens` rows touch: from a border, or from anywhere on average."""
     return math.ceil(tokens / size) if aligned else (tokens + size - 1) / size
 
 

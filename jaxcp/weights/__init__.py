@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint: its files, their formats, what streams into a model and what is written back."""
+"""Checkpoint folders: their files and formats, loading a model from one and saving one."""
 
 import jaxcp.flax_version  # noqa: F401  (before flax)
 

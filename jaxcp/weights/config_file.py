@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""config.json of a checkpoint folder: what bounds work is checked before any is done."""
+"""Reads the config.json of a checkpoint folder, and checks its sizes before they are used."""
 
 import contextlib
 import dataclasses
@@ -18,12 +18,13 @@ from jaxcp.weights.files import CONFIG, read_json
 from jaxcp.weights.stored_dtype import stored_dtype
 
 MOST_LAYERS = 10_000
-"""That a config.json may speak of; no model has a fiftieth."""
+"""Bound on the layers that a config.json may ask for; no model has a fiftieth of it."""
 COUNTS_LAYERS = re.compile("layer|dense")
 LISTED_LAYERS = 256
-"""Layers of which a checkpoint may lack all tensors and still have every one listed as missing."""
+"""A config of at most so many layers is tried whatever tensors there are: all missing ones are
+then listed."""
 MOST_TENSORS = 1 << 17
-"""One for each expert of each layer, unless a checkpoint has more."""
+"""Bound on layers times experts, for a checkpoint that has fewer tensors than that."""
 SIZES = range(1 << 31)
 RANGES = {
     **dict.fromkeys(("num_experts", "experts.count"), range(1, 1 << 16)),
@@ -67,11 +68,11 @@ def load_config(path: str | os.PathLike) -> Any:
 
 
 def fitted(path: str | os.PathLike, config: Any, names: Collection[str]) -> Any:
-    """`config`, less what a checkpoint with these tensors may lack.
+    """Return `config` without the optional parts that a checkpoint with these tensors lacks.
 
     Raises:
-      ValueError: it speaks of far more layers, or experts, than there are tensors of. A module of
-        so many would take all memory before anybody could say what is missing.
+      ValueError: it has far more layers, or experts, than there are tensors. A module of that size
+        would take all memory before anybody could say what is missing.
     """
     config = models.family_of(config).fit(config, names)
     numbers = (next(filter(str.isdecimal, name.split(".")), None) for name in names)
@@ -89,7 +90,7 @@ def fitted(path: str | os.PathLike, config: Any, names: Collection[str]) -> Any:
 
 @contextlib.contextmanager
 def naming(file: str | os.PathLike) -> Iterator[None]:
-    """Lets what cannot be made of the values in `file` be a ValueError that says so.
+    """Turn an error that values of `file` cause inside the `with` into a ValueError that names it.
 
     Nobody can check every value before it is used; one of a wrong type fails anywhere.
     """
@@ -109,14 +110,15 @@ def _said(error: Exception) -> str:
 
 
 def _check_layers(fields: Mapping[str, Any]) -> None:
-    """Before a family reads them: it may make a list of as many."""
+    """Bound the counts of layers before a family reads them: it may make lists of that length."""
     for key, value in fields.items():
         if isinstance(value, int) and value > MOST_LAYERS and COUNTS_LAYERS.search(key):
             raise ValueError(f"needed at most {MOST_LAYERS:,} layers; got {key:.50}={value}")
 
 
 def _misfits(config: Any, path: str = "") -> Iterator[str]:
-    """The fields of a configuration that are not what they are declared as, or out of range."""
+    """Describe the fields of a configuration that have another type than declared, or are out of
+    range."""
     kinds = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         name, value = f"{path}{field.name}", getattr(config, field.name)
@@ -124,10 +126,10 @@ def _misfits(config: Any, path: str = "") -> Iterator[str]:
         if dataclasses.is_dataclass(value):
             yield from _misfits(value, f"{name}.")
         elif not any(_is(value, kind, name) for kind in options):
-            wanted = " or ".join(kind.__name__ for kind in options)
+            expected = " or ".join(kind.__name__ for kind in options)
             limits = RANGES.get(name, SIZES) if int in options else None
             within = f" from {limits[0]} to {limits[-1]}" if limits else ""
-            yield f"{name}={value!r:.50} (needed {wanted}{within})"
+            yield f"{name}={value!r:.50} (needed {expected}{within})"
 
 
 def _is(value: Any, kind: Any, name: str) -> bool:

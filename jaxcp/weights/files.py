@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxcp.input_files import LARGE_JSON_BYTES, open_regular, read_json, strict_json
-from jaxcp.weights import formats, mxfp4
+from jaxcp.weights import formats
 from jaxcp.weights.formats import Packed
 
 log = logging.getLogger(__name__)
@@ -27,9 +27,9 @@ FORMATS = {
     "BOOL": np.bool_, "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
     "F8_E8M0": ml_dtypes.float8_e8m0fnu,
 }  # fmt: skip
-"""What safetensors calls a format; its own numpy reader has none of 8 bits."""
+"""NumPy dtypes by their names in safetensors, whose own NumPy reader has none of 8 bits."""
 NAME_LENGTH = 500
-"""Names of tensors and files are no longer; they are printed where something is wrong."""
+"""Longest name of a tensor or file that is taken: names are printed where something is wrong."""
 AXES = 8
 LISTED = 50
 
@@ -40,7 +40,7 @@ class CheckpointFileError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies: `start` bytes from the beginning of `file`."""
+    """A tensor's place: `start` bytes from the beginning of `file`."""
 
     file: Path
     start: int
@@ -49,7 +49,7 @@ class Stored:
     nbytes: int
 
     def view(self) -> np.ndarray:
-        """The file's own pages; nothing is read before it is used."""
+        """Map the tensor's part of the file; nothing is read before it is used."""
         if self.dtype not in FORMATS:
             raise CheckpointFileError(
                 f"needed tensors in {', '.join(FORMATS)}; {self.file} has one in {self.dtype:.20}"
@@ -72,50 +72,50 @@ class Checkpoint:
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, str]
     packed: Mapping[str, Packed]
-    """Those that are quantized; `shapes` has the shape of the weights, `dtypes` their format."""
+    """The quantized tensors; `shapes` has the shape of their weights, `dtypes` their format."""
     lacking: Mapping[str, str]
-    """What is missing of quantized tensors that are not whole."""
+    """Quantized tensors that are not whole, and what each lacks."""
     turned: Mapping[str, Packed]
-    """Of gpt-oss's in MXFP4, which lie as `[..., out, in]` where `shapes` has `[..., in, out]`."""
+    """MXFP4 tensors as gpt-oss has them: `[..., out, in]` where `shapes` has `[..., in, out]`."""
     _unpacked: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
 
     def raw(self, name: str) -> np.ndarray:
-        """What the file has under this name, as a view of it."""
+        """View the tensor that the file has under this name, whatever it is part of."""
         return self.stored[name].view()
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor, as a view of its file; one in MXFP4 as the bfloat16 that it stands for,
-        and one quantized in another way as float32."""
+        """View the tensor in its file; a quantized one is widened, MXFP4 to bfloat16 (exact), any
+        other format to float32."""
         if name in self.packed:
             return self.packed[name].unpacked(self.raw)
         if name in self.stored:
             return self.stored[name].view()
         if name not in self._unpacked:  # leaves that share a tensor are read one after the other
             self._unpacked.clear()  # first: the host holds one
-            parts = (self.stored[f"{name}{suffix}"].view() for suffix in mxfp4.SUFFIXES)
-            self._unpacked[name] = mxfp4.unpack(*parts)
+            parts = (self.stored[f"{name}{suffix}"].view() for suffix in formats.GPT_OSS_PARTS)
+            self._unpacked[name] = formats.gpt_oss_unpacked(*parts)
         return self._unpacked[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor, or of a part of a quantized one."""
+        """The shape of a tensor, or of a part of a quantized one."""
         return self.shapes[name] if name in self.shapes else self.stored[name].shape
 
     def dtype(self, name: str) -> np.dtype:
-        """Of what `read` gives."""
+        """The dtype of the array that `read` returns."""
         if name in self.packed:
             return np.dtype(np.float32)
-        is_packed = self.dtypes[name] == mxfp4.NAME
+        is_packed = self.dtypes[name] == formats.GPT_OSS
         return np.dtype(ml_dtypes.bfloat16 if is_packed else FORMATS[self.dtypes[name]])
 
 
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
-    """What is in `model.safetensors`, or the shards that `model.safetensors.index.json` names.
+    """Open `model.safetensors`, or the shards that `model.safetensors.index.json` names.
 
-    Reads headers; tensors are read when they are used. Nothing in the folder is trusted: the index
-    names files of this folder or of folders in it. That holds for the names as they are written;
-    a link that lies in the folder is followed wherever it leads, as the hub's cache needs
-    (`snapshots/*/model.safetensors` leads to `../../blobs/`), and what is no whole safetensors
-    file there is refused without a word of what is in it.
+    Reads headers alone; tensors are read when they are used. Nothing in the folder is trusted: the
+    names in the index must be of files in this folder or in folders of it. A link in the folder is
+    followed wherever it leads, because the hub's cache is made of them
+    (`snapshots/*/model.safetensors` leads to `../../blobs/`); if it leads to anything but a whole
+    safetensors file, the error shows nothing of its contents.
 
     Raises:
       FileNotFoundError: a file is not there.
@@ -126,13 +126,13 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     shapes = {name: at.shape for name, at in stored.items()}
     dtypes = {name: at.dtype for name, at in stored.items()}
     turned = {}
-    for name in mxfp4.packed(dtypes):
-        blocks, scales = (f"{name}{suffix}" for suffix in mxfp4.SUFFIXES)
+    for name in formats.gpt_oss_packed(dtypes):
+        blocks, scales = (f"{name}{suffix}" for suffix in formats.GPT_OSS_PARTS)
         try:
-            shapes[name] = mxfp4.shape(shapes[blocks], shapes[scales])
+            shapes[name] = formats.gpt_oss_shape(shapes[blocks], shapes[scales])
         except ValueError as error:
             raise CheckpointFileError(f"{stored[blocks].file}: {name}: {error}") from error
-        dtypes[name] = mxfp4.NAME
+        dtypes[name] = formats.GPT_OSS
         experts, size, out = shapes[name]
         turned[name] = Packed("mxfp4", blocks, (experts, out, size), (1, 32), scales)
         for part in (blocks, scales):
@@ -172,7 +172,7 @@ def _stored_tensors(folder: Path) -> dict[str, Stored]:
 
 
 def _tensors(file: Path) -> dict[str, Stored]:
-    """From the header: its length in 8 bytes, then JSON."""
+    """Read the header of a file: its length in 8 bytes, then JSON."""
     size = None
     try:
         with open_regular(file) as (handle, size):
@@ -185,8 +185,8 @@ def _tensors(file: Path) -> dict[str, Stored]:
         if not isinstance(header, dict):
             raise ValueError("its header is no JSON object")
         header.pop("__metadata__", None)
-        found = {name: _stored(file, 8 + length, name, x) for name, x in header.items()}
-        _check_extents(found, size)
+        tensors = {name: _stored(file, 8 + length, name, x) for name, x in header.items()}
+        _check_extents(tensors, size)
     except ValueError as error:
         if size is None:  # it was not opened, and the error says so
             raise
@@ -194,7 +194,7 @@ def _tensors(file: Path) -> dict[str, Stored]:
             f"needed a whole safetensors file; got {file} ({size} bytes), which is truncated or "
             f"no safetensors: {error}. Copy it again"
         ) from error
-    return found
+    return tensors
 
 
 def _stored(file: Path, begin: int, name: str, fields: Any) -> Stored:
@@ -220,10 +220,10 @@ def _are_integers(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int for value in values)
 
 
-def _check_extents(found: Mapping[str, Stored], size: int) -> None:
-    """Raises where a tensor ends behind the file, or two share bytes."""
+def _check_extents(tensors: Mapping[str, Stored], size: int) -> None:
+    """Raise ValueError where a tensor ends behind the file, or two share bytes."""
     end, last = 0, ""
-    for name, at in sorted(found.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+    for name, at in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)):
         if at.nbytes and at.start < end:
             raise ValueError(f"{last} and {name} lie on the same bytes")
         if at.start + at.nbytes > size:
@@ -233,7 +233,7 @@ def _check_extents(found: Mapping[str, Stored], size: int) -> None:
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
-    """The file of each tensor, as the index has it."""
+    """Read from the index which file has which tensor."""
     if not Path(folder, INDEX).exists():
         raise FileNotFoundError(
             f"needed {WEIGHTS} or {INDEX} beside {folder / CONFIG}; neither is there"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads a checkpoint folder: config.json, *.safetensors and, where there is one, tokenizer.json.
 
-Knows files and placement. Which tensor is which leaf is the family's table, models/*/weights.py.
+Knows files and placement; the tables of models/*/weights.py say which tensor is which leaf.
 """
 
 import collections
@@ -25,10 +25,9 @@ from jaxcp.models.base import LanguageModel
 from jaxcp.models.weight_table import Piece, Source, in_layers, sources, spelling_of
 from jaxcp.sharding import sharding_of
 from jaxcp.text.tokenizer import Tokenizer
-from jaxcp.weights import mxfp4
 from jaxcp.weights.config_file import fitted, load_config, naming
 from jaxcp.weights.files import CONFIG, TOKENIZER, Checkpoint, open_checkpoint
-from jaxcp.weights.formats import FORMATS
+from jaxcp.weights.formats import FORMATS, GPT_OSS
 from jaxcp.weights.placement import indivisible
 from jaxcp.weights.quantized import QuantizedSource, quantized_source, stackable, stream_quantized
 from jaxcp.weights.stop_tokens import read_stop_tokens
@@ -36,9 +35,9 @@ from jaxcp.weights.stream import counted, progress_bar, stream
 
 log = logging.getLogger(__name__)
 
-DTYPES = ("F32", "BF16", "F16", mxfp4.NAME, *FORMATS)
+DTYPES = ("F32", "BF16", "F16", GPT_OSS, *FORMATS)
 INTEGERS = ("I64", "I32")
-LISTED = 50  # of each kind of problem: a wrong checkpoint of 47,000 tensors must stay readable
+LISTED = 50  # a kind of problem: the error about 47,000 wrong tensors must stay readable
 
 
 def load(
@@ -50,22 +49,25 @@ def load(
     progress: bool | None = None,
     widen: bool = False,
 ) -> tuple[LanguageModel, Tokenizer | None]:
-    """The model and the tokenizer (None when there is no tokenizer.json) of a checkpoint folder.
+    """Load the model and the tokenizer (None without a tokenizer.json) of a checkpoint folder.
 
-    Tensors stream into their shards: the host holds what its devices will, and a bounded piece.
-    `progress` shows a bar; None does so for a big checkpoint on a terminal.
+    Tensors stream into their shards: the host holds the shards of its devices, and a bounded piece
+    of one tensor. Under `jax.set_mesh` every leaf is put on the mesh with the model's own sharding.
 
-    Quantized weights (see `jaxcp.weights.formats`) stay so in memory wherever the layer can use
-    them as they are; those of the others, which a log line names, and all with `widen`, get the
-    model's dtype. `dtype` is then that of the computation and of what is not quantized.
-
-    Under `jax.set_mesh` every leaf is put on the mesh with the model's own sharding. `dtype` is
-    that of the parameters and of the computation; None keeps each tensor's own. The router's
-    selection bias stays float32, and so does what a model computes in float32 whatever its dtype.
-    `experts`: the mesh axis over which experts lie, see `jaxcp.weights.placement.place`.
+    Quantized weights (see `jaxcp.weights.formats`) stay quantized in memory where their layer has
+    a product for them. Where it has none, which a log line says, they are widened to the model's
+    dtype.
 
     `model.stop_tokens` are the ids that end an answer (`eos_token_id`).
 
+    Args:
+      dtype: of parameters and computation; None keeps each tensor's own. Quantized weights stay as
+        they are. The router's selection bias stays float32, and so do the parameters with which a
+        model computes in float32 whatever its dtype.
+      experts: the mesh axis over which experts lie, see `jaxcp.weights.placement.place`.
+      allow_nonfinite: take NaN and Inf in tensors.
+      progress: show a bar; None shows one for a big checkpoint on a terminal.
+      widen: widen all quantized weights.
     Raises:
       FileNotFoundError: config.json, the safetensors or a shard that the index names is not there.
       ValueError: a file cannot be read, the model_type is unknown, or tensors are missing, left
@@ -87,20 +89,20 @@ def load(
         raise ValueError(f"needed a mesh that divides {problem}")
     layers = {name: members(name) for name, _, _ in flat}
     shapes = {member: of_one_layer(leaf).shape for name, _, leaf in flat for member in layers[name]}
-    found = sources(family.table(config), shapes, checkpoint.shapes)
+    chosen = sources(family.table(config), shapes, checkpoint.shapes)
     ignored = family.weights.left_out(checkpoint.shapes.keys(), config)
     if ignored:
         log.info("%s: left out %d tensors, such as %s", path, len(ignored), min(ignored))
     copies = family.copies(config)
-    _check(path, checkpoint, found, ignored, copies)
-    of_leaf = {name: [found[member] for member in layers[name]] for name in layers}
+    _check(path, checkpoint, chosen, ignored, copies)
+    of_leaf = {name: [chosen[member] for member in layers[name]] for name in layers}
     dtypes = {n: _final_dtype(leaf, of_leaf[n], checkpoint, config, dtype) for n, _, leaf in flat}
-    kept = {} if widen else _quantized(flat, found, checkpoint, experts)
+    kept = {} if widen else _quantized(flat, chosen, checkpoint, experts)
     _log_widened(path, of_leaf, checkpoint, kept)
     sizes = {n: math.prod(leaf.shape) * dtypes[n].itemsize for n, _, leaf in flat}
     total = sum((sizes | {n: sum(x.nbytes for x in kept[n]) for n in kept}).values())
     read: dict = {}
-    strange: collections.Counter = collections.Counter()
+    nonfinite: collections.Counter = collections.Counter()
     with progress_bar(total, progress) as advance:
         for name, keys, leaf in flat:
             final, stacked = dtypes[name], is_stacked(leaf)
@@ -108,29 +110,29 @@ def load(
                 of_bytes = functools.partial(counted, advance=advance)
                 value, odd = stream_quantized(kept[name], of_bytes, stacked=stacked)
             else:
-                pieces = (found[x].pieces(x, checkpoint.read) for x in layers[name])
+                pieces = (chosen[x].pieces(x, checkpoint.read) for x in layers[name])
                 joined = in_layers(pieces) if stacked else next(pieces)
                 joined = counted(joined, final.itemsize, advance)
                 value, odd = _stream(name, joined, leaf, final, experts)
-            strange.update({(tensor, final): n for tensor, n in odd.items()})
+            nonfinite.update({(tensor, final): n for tensor, n in odd.items()})
             read[keys] = leaf.replace(value)
     if not allow_nonfinite:
-        _check_finite(path, checkpoint, strange)
+        _check_finite(path, checkpoint, nonfinite)
     model = nnx.merge(graph, nnx.from_flat_state(list(read.items())))
     again = copies.keys() & checkpoint.shapes.keys() - family.weights.COPIES.keys()
-    model.spelling = tuple(sorted({*spelling_of(found), *again}))
+    model.spelling = tuple(sorted({*spelling_of(chosen), *again}))
     model.stop_tokens = stop_tokens
     tokenizer = Path(path, TOKENIZER)
     return model, Tokenizer.from_file(tokenizer) if tokenizer.exists() else None
 
 
-def _check_finite(path, checkpoint: Checkpoint, strange: Mapping[tuple[str, Any], int]) -> None:
-    """Raise ValueError for `strange`: how many numbers of a tensor, as a dtype, are NaN or Inf."""
-    if not strange:
+def _check_finite(path, checkpoint: Checkpoint, nonfinite: Mapping[tuple[str, Any], int]) -> None:
+    """Raise ValueError if `nonfinite` counts any NaN or Inf: `{(tensor, dtype): count}`."""
+    if not nonfinite:
         return
     lines = [
         f"{name} {checkpoint.shape(name)}: {count} of them, as {final}"
-        for (name, final), count in strange.items()
+        for (name, final), count in nonfinite.items()
     ]
     raise ValueError(
         f"needed finite weights; {path} has {_listed('tensors with NaN or Inf', lines)}\n"
@@ -140,7 +142,7 @@ def _check_finite(path, checkpoint: Checkpoint, strange: Mapping[tuple[str, Any]
 
 
 def _quantized(
-    flat, found: Mapping[str, Source], checkpoint: Checkpoint, experts: str
+    flat, chosen: Mapping[str, Source], checkpoint: Checkpoint, experts: str
 ) -> dict[str, list[QuantizedSource]]:
     """The sources of the leaves that stay quantized, by name: one, or one for each layer."""
     if not checkpoint.packed and not checkpoint.turned:
@@ -149,7 +151,7 @@ def _quantized(
     for name, _, leaf in flat:
         one = of_one_layer(leaf)
         every = (
-            quantized_source(one, member, found[member], checkpoint, experts)
+            quantized_source(one, member, chosen[member], checkpoint, experts)
             for member in members(name)
         )
         if fitting := stackable(every):
@@ -157,11 +159,11 @@ def _quantized(
     return kept
 
 
-def _log_widened(path, found: Mapping[str, list[Source]], checkpoint: Checkpoint, kept) -> None:
+def _log_widened(path, chosen: Mapping[str, list[Source]], checkpoint: Checkpoint, kept) -> None:
     packed = {**checkpoint.packed, **checkpoint.turned}
     wide = [
         name
-        for name, every in found.items()
+        for name, every in chosen.items()
         if name not in kept and any(source.names[0] in packed for source in every)
     ]
     if wide:
@@ -193,31 +195,31 @@ def _stream(name: str, pieces: Iterable[Piece], leaf: nnx.Variable, dtype: Any, 
 def _check(
     path: str | os.PathLike,
     checkpoint: Checkpoint,
-    found: Mapping[str, Source],
-    ignored: frozenset[str],
+    chosen: Mapping[str, Source],
+    left_out: frozenset[str],
     copies: Mapping[str, str],
 ) -> None:
-    """Raises one ValueError that lists everything wrong with the tensors of a checkpoint."""
-    wanted = {name: source.shape for source in found.values() for name in source.names}
-    tables = {name for x in found.values() if x.row.stored_as for name in x.names}
-    have = checkpoint.shapes
+    """Raise one ValueError that lists everything wrong with the tensors of a checkpoint."""
+    expected = {name: source.shape for source in chosen.values() for name in source.names}
+    tables = {name for x in chosen.values() if x.row.stored_as for name in x.names}
+    present = checkpoint.shapes
     problems = {
-        "missing": [f"{name} {shape}" for name, shape in wanted.items() if name not in have],
+        "missing": [f"{name} {shape}" for name, shape in expected.items() if name not in present],
         "left over": [
             f"{name} {shape}"
-            for name, shape in have.items()
-            if name not in wanted and name not in ignored and name not in copies
+            for name, shape in present.items()
+            if name not in expected and name not in left_out and name not in copies
         ],
         "of a wrong shape": [
-            f"{name}: expected {shape}, got {have[name]}"
-            for name, shape in wanted.items()
-            if name in have and have[name] != shape
+            f"{name}: expected {shape}, got {present[name]}"
+            for name, shape in expected.items()
+            if name in present and present[name] != shape
         ],
         "of a quantized tensor, not whole": [f"{n}: {x}" for n, x in checkpoint.lacking.items()],
         f"not in {', '.join(DTYPES)}": [
             f"{name}: {checkpoint.dtypes[name]}"
-            for name in wanted
-            if name in have
+            for name in expected
+            if name in present
             and name not in tables
             and name not in checkpoint.lacking
             and checkpoint.dtypes[name] not in DTYPES
@@ -225,15 +227,15 @@ def _check(
         f"not in {', '.join(INTEGERS)}": [
             f"{name}: {checkpoint.dtypes[name]}"
             for name in sorted(tables)
-            if name in have and checkpoint.dtypes[name] not in INTEGERS
+            if name in present and checkpoint.dtypes[name] not in INTEGERS
         ],
     }
     if not any(problems.values()):
         problems["not the tensor that the model ties it to"] = [
-            f"{name} (is not {found[leaf].names[0]})"
+            f"{name} (is not {chosen[leaf].names[0]})"
             for name, leaf in copies.items()
-            if name in have
-            and not np.array_equal(checkpoint.read(name), checkpoint.read(found[leaf].names[0]))
+            if name in present
+            and not np.array_equal(checkpoint.read(name), checkpoint.read(chosen[leaf].names[0]))
         ]
     lines = [f"  {_listed(kind, items)}" for kind, items in problems.items() if items]
     if lines:
@@ -245,7 +247,7 @@ def _check(
 
 
 def _listed(kind: str, items: list[str]) -> str:
-    """`3 missing:` and the names, or as many as can be read."""
+    """Format `3 missing:` and the names, `LISTED` of them at most."""
     return "\n    ".join(
         [f"{len(items)} {kind}:", *items[:LISTED], *["..."][: len(items) > LISTED]]
     )

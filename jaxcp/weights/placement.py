@@ -15,7 +15,7 @@ from jaxcp.sharding import sharding_of
 
 
 def parts_of(variable: nnx.Variable, experts: str = "expert") -> Any:
-    """`sharding_of`, of each part of what the parameter holds where that is quantized."""
+    """`sharding_of` a parameter; of each of its parts where it is quantized."""
     one = of_one_layer(variable)
     parts = partition(one.get_value(), sharding_of(one, experts))
     return jax.tree.map(lambda spec: P(None, *spec), parts) if is_stacked(variable) else parts
@@ -48,14 +48,14 @@ def indivisible(leaves: Iterable[tuple[str, nnx.Variable]], experts: str = "expe
 
 
 def place(model: Any, *, experts: str = "expert") -> Any:
-    """The model with every parameter on the mesh in scope (unchanged where there is none).
+    """Put every parameter of the model on the mesh in scope; without a mesh, return it unchanged.
 
     Args:
       experts: the mesh axis over which the experts of MoE layers are spread. With "seq" (or
         "data") they lie on the devices that hold the sequence, and tokens travel to them.
     Raises:
-      ValueError: a width that its mesh axis does not divide, and which sizes of the axis would;
-        or an axis that cuts through what shares a scale, all of those listed.
+      ValueError: a mesh axis does not divide a width (the error says which sizes would), or cuts
+        through values that share a scale (the error lists all of them).
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -66,8 +66,8 @@ def place(model: Any, *, experts: str = "expert") -> Any:
     named = [(jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
     if problem := indivisible(named, experts):
         raise ValueError(f"the mesh does not divide: {problem}")
-    found = [_misfit(name, leaf, mesh, experts) for name, leaf in named]
-    problems = [problem for problem in found if problem]
+    misfits = [_misfit(name, leaf, mesh, experts) for name, leaf in named]
+    problems = [problem for problem in misfits if problem]
     if problems:
         raise ValueError("the mesh does not divide: " + "; ".join(problems))
     placed = [jax.device_put(leaf.get_value(), parts_of(leaf, experts)) for _, leaf in leaves]

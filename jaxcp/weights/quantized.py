@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the quantized tensors of a checkpoint to quantized leaves, which stay so in memory."""
+"""Makes quantized leaves of a checkpoint's quantized tensors; they stay quantized in memory."""
 
 import jaxcp.flax_version  # noqa: F401  (before flax)
 
@@ -28,9 +28,10 @@ from jaxcp.layers.quantized import (
 from jaxcp.models.weight_table import Piece, Row, Source, in_layers
 from jaxcp.sharding import sharding_of
 from jaxcp.weights.files import Checkpoint
-from jaxcp.weights.formats import Packed
+from jaxcp.weights.formats import Packed, halves
 from jaxcp.weights.stream import stream
-from pallas_kernels.grouped_matmul.quantized import BLOCK, PACKED, Quantized, pack
+from pallas_kernels import Quantized
+from pallas_kernels.grouped_matmul.quantized import BLOCK, PACKED, pack
 
 E8M0 = ml_dtypes.float8_e8m0fnu
 
@@ -39,7 +40,7 @@ Make = Callable[[Packed, Callable[[str], np.ndarray]], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """A field of `Quantized`: what `make` takes out of the tensor that `name` says."""
+    """A field of `Quantized`: its shape, and `make`, which computes it from the tensor `name`."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -49,7 +50,7 @@ class _Part:
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedSource:
-    """Where the parts of a quantized leaf are, and with which shapes they will lie on the mesh."""
+    """The tensors of a quantized leaf, and the parts that they become on the mesh."""
 
     variable: nnx.Variable
     spec: P
@@ -84,7 +85,7 @@ class QuantizedSource:
             yield Piece(part.name(tensor), (i, 0, 0), shape, make)
 
     def _matrices(self) -> Iterator[tuple[Packed, Callable[[str], np.ndarray]]]:
-        """One at a time, also those that lie in one tensor."""
+        """Yield the matrices one at a time, also those that are stacked in one tensor."""
         for tensor in self.tensors:
             if len(tensor.shape) == 2:
                 yield tensor, self.read
@@ -97,14 +98,14 @@ class QuantizedSource:
 def quantized_source(
     variable: nnx.Variable, path: str, source: Source, checkpoint: Checkpoint, experts: str
 ) -> QuantizedSource | None:
-    """None where the leaf's tensors are plain, or its layer has no product for quantized ones.
+    """The source of a quantized leaf; None if its tensors are plain or its layer cannot use them.
 
     Raises:
       ValueError: some of the leaf's tensors are quantized and others not, or in another format;
-        or the mesh in scope does not divide the leaf, or cuts through what shares a scale.
+        or the mesh in scope does not divide the leaf, or cuts through values that share a scale.
     """
-    held = {**checkpoint.packed, **checkpoint.turned}
-    packed = [held.get(name) for name in source.names]
+    stored = {**checkpoint.packed, **checkpoint.turned}
+    packed = [stored.get(name) for name in source.names]
     kinds = {x and (x.format, x.block) for x in packed}
     if len(kinds) > 1:
         raise ValueError(
@@ -112,10 +113,10 @@ def quantized_source(
             f"{', '.join(sorted(str(kind and kind[0]) for kind in kinds))}"
         )
     tensors = tuple(x for x in packed if x is not None)
-    how = _Layout.of(variable, path, source)
-    if how is not None and source.names[0] in checkpoint.turned:
-        how = dataclasses.replace(how, flip=not how.flip)
-    if not tensors or how is None or (tensors[0].is_halves and not how.flip):
+    layout = _Layout.of(variable, path, source)
+    if layout is not None and source.names[0] in checkpoint.turned:
+        layout = dataclasses.replace(layout, flip=not layout.flip)
+    if not tensors or layout is None or (tensors[0].is_halves and not layout.flip):
         return None
     spec, mesh = sharding_of(variable, experts), jax.sharding.get_abstract_mesh().shape
     e, d, f = matrix_shape(variable)
@@ -124,37 +125,37 @@ def quantized_source(
     )  # fmt: skip
     tall, wide = (mesh.get(axis, 1) for axis in axes)
     halves = math.gcd(d // tall, PACKED) if tensors[0].is_halves else 0
-    parts = _parts(tensors[0], how, (e, d, f), halves, f // wide, checkpoint)
-    found = QuantizedSource(variable, spec, tensors, parts, halves, checkpoint.raw)
-    if problem := misfit(found.abstract, spec, dict(mesh)):
+    parts = _parts(tensors[0], layout, (e, d, f), halves, f // wide, checkpoint)
+    result = QuantizedSource(variable, spec, tensors, parts, halves, checkpoint.raw)
+    if problem := misfit(result.abstract, spec, dict(mesh)):
         raise ValueError(f"needed a mesh that divides {path} {problem}")
-    return found
+    return result
 
 
-def _parts(first: Packed, how, shape, halves: int, width: int, checkpoint) -> dict[str, _Part]:
-    """The fields of a leaf of matrices `shape`, of which a device has `width` columns."""
+def _parts(first: Packed, layout, shape, halves: int, width: int, checkpoint) -> dict[str, _Part]:
+    """The fields of a leaf of matrices `shape [E, D, F]`, of which a device has `width` columns."""
     e, d, f = shape
-    rows = -(-d // how.of_rows(first.block))
+    rows = -(-d // layout.of_rows(first.block))
     name, scale = (lambda x: x.name), (lambda x: x.scale)
     stored = checkpoint.raw(first.name).dtype
     if halves:
-        repacked = functools.partial(how.repacked, halves)
+        repacked = functools.partial(layout.repacked, halves)
         parts = {"values": _Part((e, d // 2, f), np.dtype(np.uint8), name, repacked)}
     else:
-        parts = {"values": _Part(shape, stored, name, how.values)}
+        parts = {"values": _Part(shape, stored, name, layout.values)}
     in_blocks = first.format == "fp8_block"
     if in_blocks and (d % BLOCK or width == f or width % BLOCK == 0):
-        columns = -(-f // how.of_columns(first.block))
-        parts["scales"] = _Part((e, rows, columns), np.dtype(np.float32), scale, how.blocks)
+        columns = -(-f // layout.of_columns(first.block))
+        parts["scales"] = _Part((e, rows, columns), np.dtype(np.float32), scale, layout.blocks)
     elif in_blocks or first.format in ("int8", "fp8"):
-        parts["scales"] = _Part((e, rows, f), np.dtype(np.float32), scale, how.scales)
+        parts["scales"] = _Part((e, rows, f), np.dtype(np.float32), scale, layout.scales)
     else:
         kind = checkpoint.raw(first.scale).dtype
         kind = np.dtype(np.uint8) if kind == E8M0 else kind
-        parts["scales"] = _Part((e, rows, f), kind, scale, how.raw_scales)
+        parts["scales"] = _Part((e, rows, f), kind, scale, layout.raw_scales)
     if first.second is not None:
         parts["channel_scales"] = _Part(
-            (e, 1, f), np.dtype(np.float32), lambda x: x.second or x.scale, how.whole
+            (e, 1, f), np.dtype(np.float32), lambda x: x.second or x.scale, layout.whole
         )
     return parts
 
@@ -164,12 +165,12 @@ def _at(read, whole, e, name):
 
 
 def summed_axis(variable: nnx.Variable, path: str, source: Source) -> int | None:
-    """Which of the last two axes of a leaf's tensors is summed over, -2 or -1.
+    """The axis of a leaf's tensors that a product sums over, -2 or -1.
 
     None where the leaf cannot be quantized from such tensors.
     """
-    how = _Layout.of(variable, path, source)
-    return None if how is None else -1 if how.flip else -2
+    layout = _Layout.of(variable, path, source)
+    return None if layout is None else -1 if layout.flip else -2
 
 
 def matrix_shape(variable: nnx.Variable) -> tuple[int, int, int]:
@@ -182,10 +183,10 @@ def matrix_shape(variable: nnx.Variable) -> tuple[int, int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-    """How the last two axes of a tensor are the D and F of a leaf."""
+    """The order of a leaf's axes D and F in a tensor, and the leaf's part of it."""
 
     flip: bool  # [out, in], as torch has it
-    cut: slice  # of the outputs: the leaf's part of the tensor
+    cut: slice  # the leaf's part of the tensor, along the outputs
 
     @classmethod
     def of(cls, variable: nnx.Variable, path: str, source: Source) -> "_Layout | None":
@@ -216,16 +217,15 @@ class _Layout:
 
     def repacked(self, packed: int, tensor: Packed, read):
         """Halves of bytes as `Quantized` has them."""
-        raw = read(tensor.name).view(np.uint8)
-        codes = np.stack([raw & 15, raw >> 4], axis=-1).reshape(tensor.shape)
+        codes = halves(read(tensor.name)).reshape(tensor.shape)
         return pack(self._leaf(codes), packed)
 
     def blocks(self, tensor: Packed, read):
         return self._leaf(tensor.scales(read))
 
     def raw_scales(self, tensor: Packed, read):
-        found = read(tensor.scale)
-        return self._leaf(found.view(np.uint8) if found.dtype == E8M0 else found)
+        scales = read(tensor.scale)
+        return self._leaf(scales.view(np.uint8) if scales.dtype == E8M0 else scales)
 
     def whole(self, tensor: Packed, read):
         e, f = tensor.shape[:-2], tensor.shape[-2 if self.flip else -1]
@@ -233,14 +233,14 @@ class _Layout:
         return self._leaf(np.broadcast_to(scale, (*e, f, 1) if self.flip else (*e, 1, f)))
 
     def scales(self, tensor: Packed, read):
-        """One for each column."""
-        found, outputs = tensor.scales(read), -2 if self.flip else -1
+        """The scales, one for each column."""
+        scales, outputs = tensor.scales(read), -2 if self.flip else -1
         size, block = tensor.shape[outputs], self.of_columns(tensor.block)
-        return self._leaf(found.repeat(block, outputs).take(range(size), outputs))
+        return self._leaf(scales.repeat(block, outputs).take(range(size), outputs))
 
 
 def _outputs(row: Row, variable: nnx.Variable) -> int | None:
-    """Which axis of a tensor is F, where D is the other one."""
+    """The index of a tensor's axis F, where D is its other one; None if its axes are others."""
     axes, first = row.leaf_axes.split(), int(of_experts(variable))
     middle = first + variable.get_metadata()["summed"]
     groups = row.groups[row.per_expert :]
@@ -266,7 +266,7 @@ def stream_quantized(
     *,
     stacked: bool,
 ) -> tuple[Any, collections.Counter]:
-    """The leaf on the mesh in scope, and how many values of which tensor are NaN or Inf.
+    """Read the leaf onto the mesh in scope, and count the NaN and Inf of each tensor.
 
     `sources`: of each layer where the leaf is `stacked`, else one.
     """
@@ -274,7 +274,7 @@ def stream_quantized(
     specs = partition(first.abstract, first.spec)
     specs = specs if of_experts(first.variable) else specs.matrix
     arrays: dict[str, Any] = {}
-    strange: collections.Counter = collections.Counter()
+    nonfinite: collections.Counter = collections.Counter()
     for name, part in first.parts.items():
         spec, shape = getattr(specs, name), part.shape
         pieces = (source.pieces(name) for source in sources)
@@ -287,10 +287,10 @@ def stream_quantized(
         arrays[name], of_part = stream(
             counted(joined, part.dtype.itemsize), shape, part.dtype, sharding
         )
-        strange.update(of_part)
+        nonfinite.update(of_part)
         if name == "scales" and part.dtype == np.uint8:
             for source in sources:
                 for tensor in source.tensors:
                     exponents = source.read(tensor.scale).view(np.uint8)
-                    strange[tensor.scale] += int((exponents == 255).sum())
-    return first.leaf(arrays), +strange
+                    nonfinite[tensor.scale] += int((exponents == 255).sum())
+    return first.leaf(arrays), +nonfinite

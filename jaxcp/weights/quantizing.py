@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`jaxcp quantize`: a checkpoint with the weights of its experts, or of all layers, quantized.
 
-One tensor at a time, into files cut as those of the source. Names and number formats are in
-`jaxcp.weights.formats`; what rounds is in numpy here, so that no device is needed.
+Takes one tensor at a time and writes files cut as those of the source. Names and number formats
+are in `jaxcp.weights.formats`; rounding is done in NumPy, so no device is needed.
 """
 
 import jaxcp.flax_version  # noqa: F401  (before flax)
@@ -37,9 +37,17 @@ from jaxcp.weights.files import (
     open_checkpoint,
     read_json,
 )
-from jaxcp.weights.mxfp4 import MAGNITUDES
+from jaxcp.weights.formats import joined, powers
 from jaxcp.weights.quantized import summed_axis
 from jaxcp.weights.stream import progress_bar
+from pallas_kernels.number_formats import (
+    E2M1_LARGEST,
+    E4M3_LARGEST,
+    INT8_LARGEST,
+    LEAST,
+    to_e2m1,
+    to_ue8m0,
+)
 
 log = logging.getLogger(__name__)
 
@@ -52,18 +60,18 @@ COPIED = (".json", ".jinja", ".txt", ".model")
 
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """What became of a checkpoint: bytes of its tensors, and which stayed as they were."""
+    """The result of `quantize`: bytes before and after, tensors quantized and not."""
 
     bytes_before: int
     bytes_after: int
     quantized: tuple[str, ...]
     skipped: tuple[str, ...]
-    """Wanted, but their rows are no multiple of what shares a scale."""
+    """Tensors left as they were: their rows are no multiple of the values that share a scale."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
-    """One that the new checkpoint has: `make` gives its values."""
+    """A tensor of the new checkpoint; `make` computes its values."""
 
     name: str
     dtype: np.dtype
@@ -125,7 +133,7 @@ def quantize(
 
 
 def _wanted(path: Path, checkpoint: Checkpoint, only: Only) -> dict[str, int]:
-    """Tensors to quantize, and which of their last two axes is summed over."""
+    """The tensors to quantize, and the axis of each that a product sums over."""
     if checkpoint.packed or checkpoint.lacking:
         name = next(iter([*checkpoint.packed, *checkpoint.lacking]))
         raise ValueError(f"needed plain weights; {path} is quantized already, such as {name}")
@@ -135,9 +143,9 @@ def _wanted(path: Path, checkpoint: Checkpoint, only: Only) -> dict[str, int]:
     with naming(path / CONFIG):
         leaves = of_each_layer(abstract_model(config))
     shapes = {name: leaf.shape for name, leaf in leaves.items()}
-    found = sources(family.table(config), shapes, checkpoint.shapes)
+    chosen = sources(family.table(config), shapes, checkpoint.shapes)
     axes: dict[str, int] = {}
-    for path_, source in found.items():
+    for path_, source in chosen.items():
         variable = leaves[path_]
         axis = summed_axis(variable, path_, source)
         if axis is not None and (only == "all" or of_experts(variable)):
@@ -152,7 +160,7 @@ _PLAIN = ("F32", "BF16", "F16")
 def _planned(
     checkpoint: Checkpoint, axes: dict[str, int], weights: Weights
 ) -> tuple[dict[str, list[_Tensor]], list[str]]:
-    """What each new file holds, by its name."""
+    """The tensors of each new file, by its name, and the names that cannot be quantized."""
     files: dict[str, list[_Tensor]] = {}
     skipped = []
     for name, at in checkpoint.stored.items():
@@ -171,7 +179,7 @@ def _planned(
 
 
 def _parts(name, shape, axis, weights: Weights, view) -> Iterator[_Tensor]:
-    """The tensors in place of one; none where it cannot be."""
+    """The tensors that take the place of one; none where it cannot be quantized."""
     group = GROUPS.get(weights, shape[axis])
     packs = weights == "nvfp4"
     # halves of a byte lie along the last axis, so that one must be summed over
@@ -207,7 +215,7 @@ def _made(name, tensor: np.ndarray, axis: int, weights: Weights) -> dict[str, np
 
 
 def quantized(rows: np.ndarray, weights: Weights) -> dict[str, np.ndarray]:
-    """`values`, `scales` and, of nvfp4, `whole` of float32 `[..., in]`, the sums over the last.
+    """Quantize float32 `[..., in]`, summed over `in`: `values`, `scales` and, of nvfp4, `whole`.
 
     >>> {k: v.shape for k, v in quantized(np.ones((4, 64), np.float32), "nvfp4").items()}
     {'values': (4, 32), 'scales': (4, 4), 'whole': ()}
@@ -216,38 +224,29 @@ def quantized(rows: np.ndarray, weights: Weights) -> dict[str, np.ndarray]:
     grouped = rows.reshape((*rows.shape[:-1], -1, group))
     greatest = np.abs(grouped).max(-1, keepdims=True)
     if weights in ("int8", "fp8"):
-        largest = 127 if weights == "int8" else 448
+        largest = INT8_LARGEST if weights == "int8" else E4M3_LARGEST
         scale = np.where(greatest > 0, greatest / np.float32(largest), np.float32(1))
         scaled = np.clip(grouped / scale, -largest, largest).reshape(rows.shape)
         values = np.rint(scaled).astype(np.int8) if weights == "int8" else _e4m3(scaled)
         return {"values": values, "scales": scale[..., 0]}
     if weights == "mxfp8":
-        # the least power of two that leaves nothing above the greatest e4m3
-        least = np.maximum(greatest / 448, np.float32(2.0**-126))
-        scale = np.exp2(np.ceil(np.log2(least))).astype(np.float32)
-        scaled = np.clip(grouped / scale, -448, 448).reshape(rows.shape)
-        return {"values": _e4m3(scaled), "scales": scale[..., 0].astype(ml_dtypes.float8_e8m0fnu)}
-    whole = np.float32(max(float(greatest.max()) / (448 * 6), 2.0**-126))
-    scales = _e4m3(greatest[..., 0] / 6 / whole)
+        codes = to_ue8m0(greatest / E4M3_LARGEST)
+        scaled = np.clip(grouped / powers(codes), -E4M3_LARGEST, E4M3_LARGEST)
+        values = _e4m3(scaled).reshape(rows.shape)
+        return {"values": values, "scales": codes[..., 0].view(ml_dtypes.float8_e8m0fnu)}
+    whole = np.float32(max(float(greatest.max()) / (E4M3_LARGEST * E2M1_LARGEST), LEAST))
+    scales = _e4m3(greatest[..., 0] / E2M1_LARGEST / whole)
     unit = scales.astype(np.float32)[..., None] * whole
     scaled = (grouped / np.where(unit > 0, unit, 1)).reshape(rows.shape)
-    return {"values": _halves(scaled), "scales": scales, "whole": np.asarray(whole)}
+    return {"values": joined(to_e2m1(scaled)), "scales": scales, "whole": np.asarray(whole)}
 
 
 def _e4m3(x):
     return x.astype(ml_dtypes.float8_e4m3fn)
 
 
-def _halves(x):
-    """The nearest e2m1, two in a byte, the first in its lower half."""
-    middles = np.convolve(MAGNITUDES, [0.5, 0.5], "valid")
-    codes = np.searchsorted(middles, np.abs(x)).astype(np.uint8)
-    codes |= (np.signbit(x) & (codes > 0)).astype(np.uint8) << 3
-    return codes[..., ::2] | codes[..., 1::2] << 4
-
-
 def _write_rest(source: Path, folder: Path, weights: Weights, only: Only) -> None:
-    """config.json, which says so, and the files of the tokenizer as they are."""
+    """Write config.json with the format in it, and copy the files of the tokenizer."""
     for file in source.iterdir():
         if file.suffix in COPIED and file.name not in (CONFIG, INDEX) and not file.is_dir():
             _check_link(file, source)
@@ -259,9 +258,9 @@ def _write_rest(source: Path, folder: Path, weights: Weights, only: Only) -> Non
 
 
 def _check_link(file: Path, source: Path) -> None:
-    """Raises where copying would put a file of somewhere else into a folder to be handed on.
+    """Raise ValueError for a link out of the folder: its target would be copied and handed on.
 
-    Links to the `blobs` of the hub's cache, beside its `snapshots`, are the hub's own.
+    Links to `blobs` beside the `snapshots` of the hub's cache are followed.
     """
     target, folder = file.resolve(), source.resolve()
     if not any(target.is_relative_to(x) for x in (folder, folder.parent.parent / "blobs")):
@@ -272,7 +271,7 @@ def _check_link(file: Path, source: Path) -> None:
 
 
 def _write_file(path: Path, tensors: list[_Tensor], advance: Callable[[int], None]) -> None:
-    """A safetensors file: the length of a header in 8 bytes, the header, the tensors."""
+    """Write a safetensors file: the length of the header in 8 bytes, the header, the tensors."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:

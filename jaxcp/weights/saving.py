@@ -34,9 +34,9 @@ def save(
     *,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes config.json, safetensors and tokenizer.json, under the names they were loaded from.
+    """Write config.json, safetensors and tokenizer.json, tensors under the names that were loaded.
 
-    And generation_config.json, where config.json does not say which tokens end an answer.
+    Writes generation_config.json too, where config.json does not say which tokens end an answer.
 
     Weights of more than `shard_bytes` become several files of about as many bytes, and an index;
     the host holds one at a time.
@@ -66,7 +66,7 @@ def save(
     staging.mkdir(parents=True)
     try:
         if not keep_config:
-            _write_json(staging / CONFIG, model.config.to_hf())
+            _write_json(staging / CONFIG, models.config_to_dict(model.config))
         if stops is not None:
             _write_json(staging / GENERATION, stops)
         if tokenizer is not None:
@@ -86,7 +86,7 @@ def save(
 
 
 def _check_target(out: Path, config: Any) -> bool:
-    """Whether `out` already has this config.json. Raises where saving would destroy something."""
+    """Tell whether `out` has this config.json; raise where saving would destroy something."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"needed a folder to save to; {out} is a file. Name another")
     if Path(out, INDEX).exists():
@@ -98,7 +98,8 @@ def _check_target(out: Path, config: Any) -> bool:
     there = load_config(out)
     if Path(out, WEIGHTS).exists():
         there = fitted(out, there, open_checkpoint(out).shapes.keys())
-    if there.to_hf() != config.to_hf():  # remat and the like are not in the file
+    there, saved = models.config_to_dict(there), models.config_to_dict(config)
+    if there != saved:  # remat and the like are not in the file
         raise ValueError(
             f"needed a folder without a checkpoint of another configuration; {out}/{CONFIG} "
             "differs from the model's config. Name another folder, or remove this one first"
@@ -149,18 +150,18 @@ def _shards(model: Any, leaves: Mapping[str, _Leaf], shard_bytes: int) -> list[l
     family = models.family_of(model.config)
     table = family.table(model.config)
     shapes = {path: leaf.shape for path, leaf in leaves.items()}
-    found = sources(table, shapes, spelling=getattr(model, "spelling", ()))
+    chosen = sources(table, shapes, spelling=getattr(model, "spelling", ()))
     for name, leaf in family.copies(model.config).items():
         if name in model.spelling:
-            found[name] = dataclasses.replace(found[leaf], pattern=name, names=(name,))
+            chosen[name] = dataclasses.replace(chosen[leaf], pattern=name, names=(name,))
     shards: list[list[Source]] = [[]]
-    held = 0
-    for source in {source.names[0]: source for source in found.values()}.values():
+    nbytes = 0
+    for source in {source.names[0]: source for source in chosen.values()}.values():
         size = sum(leaves[path].nbytes for path, _ in source.leaves)
-        if shards[-1] and held + size > shard_bytes:
-            shards, held = [*shards, []], 0
+        if shards[-1] and nbytes + size > shard_bytes:
+            shards, nbytes = [*shards, []], 0
         shards[-1].append(source)
-        held += size
+        nbytes += size
     return shards
 
 

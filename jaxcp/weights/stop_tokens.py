@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tokens that end an answer, by a checkpoint: `eos_token_id`, one, a list or null.
+"""Reads which tokens end an answer, `eos_token_id`: one id, a list or null.
 
-generation_config.json is asked first, config.json where that does not speak of them.
+Reads generation_config.json first, and config.json where that has no such field.
 """
 
 import logging
@@ -19,9 +19,9 @@ FIELD = "eos_token_id"
 
 
 def read_stop_tokens(path: str | os.PathLike, vocab_size: int) -> tuple[int, ...]:
-    """The ids that end an answer, by the files of a checkpoint folder; none where none says so.
+    """Read the ids that end an answer from a checkpoint folder; none where its files name none.
 
-    Ids that the model has no logit for are passed over, with a warning: they never come.
+    An id beyond the vocabulary is dropped with a warning: it can never be sampled.
 
     Raises:
       ValueError: a file says something else than ids; the message names it.
@@ -36,9 +36,9 @@ def read_stop_tokens(path: str | os.PathLike, vocab_size: int) -> tuple[int, ...
 def generation_config(
     path: str | os.PathLike, stop_tokens: Sequence[int], vocab_size: int
 ) -> dict[str, Any] | None:
-    """The generation_config.json with which a folder speaks of these; None where it already does.
+    """The generation_config.json that names these ids; None where the folder already does.
 
-    What else stands in a file that is there is kept.
+    Keeps the other fields of a file that is there.
     """
     if set(read_stop_tokens(path, vocab_size)) == set(stop_tokens):
         return None

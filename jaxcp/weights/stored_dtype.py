@@ -11,9 +11,9 @@ NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 def stored_dtype(path: str | os.PathLike) -> str | None:
-    """The format of most numbers that are not quantized; None where there are no tensors.
+    """The dtype of most numbers that are not quantized; None where there are no tensors.
 
-    Most, because a published model in bfloat16 has selection biases in float32.
+    Not of all: a published model in bfloat16 has selection biases in float32.
 
     Raises:
       ValueError: a file cannot be read.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the files of a checkpoint into the shards of an array, a bounded piece at a time.
+"""Streams tensors from files into the shards of an array, a bounded piece at a time.
 
-The host holds what its devices will hold, and `CHUNK` bytes of one tensor: each byte of a file is
+The host holds the shards of its devices and `CHUNK` bytes of one tensor: each byte of a file is
 read once, however many shards it goes to, and its pages are given back at once.
 """
 
@@ -29,43 +29,43 @@ Box = tuple[tuple[int, int], ...]  # first and end on each axis
 def stream(
     pieces: Iterable[Piece], shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding | None
 ) -> tuple[jax.Array, collections.Counter]:
-    """The array, and how many values of which tensor are NaN or Inf in `dtype`.
+    """Assemble an array of pieces, and count each tensor's values that are NaN or Inf in `dtype`.
 
     Args:
-      pieces: they cover `shape` and do not overlap. What no device of this host holds is not read.
+      pieces: cover `shape` and do not overlap. Pieces for other hosts' devices are not read.
       sharding: None puts the array where JAX puts arrays by default.
     Raises:
       ValueError: `sharding` does not divide `shape`.
     """
     holders = _holders(shape, sharding)
     shards = {box: _empty([end - first for first, end in box], dtype) for box in holders}
-    strange: collections.Counter = collections.Counter()
+    nonfinite: collections.Counter = collections.Counter()
     for piece in pieces:
         if not any(_overlap(_box(piece.start, piece.shape), box) for box in shards):
             continue
         for start, values in _chunks(piece):
-            strange[piece.name] += _scatter(start, values, shards)
+            nonfinite[piece.name] += _scatter(start, values, shards)
             _give_back(values)
     if sharding is None:
         (only,) = shards.values()
-        return jax.device_put(only), +strange
+        return jax.device_put(only), +nonfinite
     arrays = [
         jax.device_put(shards[box], device)
         for box, devices in holders.items()
         for device in devices
     ]
-    return jax.make_array_from_single_device_arrays(shape, sharding, arrays), +strange
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays), +nonfinite
 
 
 def _holders(shape, sharding) -> dict[Box, list]:
-    """The devices of this host that hold each part."""
+    """The devices of this host that hold each part of an array, by the part."""
     if sharding is None:
         return {_box((0,) * len(shape), shape): []}
-    found: dict[Box, list] = {}
+    holders: dict[Box, list] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         ends = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
-        found.setdefault(tuple(ends), []).append(device)
-    return found
+        holders.setdefault(tuple(ends), []).append(device)
+    return holders
 
 
 def _empty(shape, dtype):
@@ -77,7 +77,7 @@ def _empty(shape, dtype):
 
 
 def _chunks(piece: Piece) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
-    """Parts of at most about CHUNK bytes, cut along the axis that is outermost in the file."""
+    """Cut a piece into parts of about CHUNK bytes, along the axis that is outermost in the file."""
     values = piece.values()
     if values.nbytes <= CHUNK:
         yield piece.start, values
@@ -93,21 +93,23 @@ def _chunks(piece: Piece) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
 
 
 def _scatter(start, values, shards) -> int:
-    """Copies `values` to where they belong; how many of them are not finite there."""
-    strange = 0
+    """Copy `values` into the shards that hold them; return how many are not finite there."""
+    nonfinite = 0
     for box, shard in shards.items():
         overlap = _overlap(_box(start, values.shape), box)
         if overlap is None:
             continue
         to = shard[_index(overlap, [first for first, _ in box])]
-        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is reported by name
+        with np.errstate(
+            over="ignore", invalid="ignore"
+        ):  # overflow is counted and reported by name
             to[...] = values[_index(overlap, start)]
-        strange += to.size - int(np.isfinite(to).sum())
-    return strange
+        nonfinite += to.size - int(np.isfinite(to).sum())
+    return nonfinite
 
 
 def _give_back(values):
-    """Pages of a mapped file count as this process's memory until then."""
+    """Give back the pages of a mapped file: until then they count as this process's memory."""
     pages = getattr(values, "_mmap", None)
     if pages is not None and hasattr(pages, "madvise"):
         pages.madvise(mmap.MADV_DONTNEED)
@@ -128,12 +130,15 @@ def _overlap(one: Box, other: Box) -> Box | None:
 
 @contextlib.contextmanager
 def progress_bar(
-    total: int, wanted: bool | None, label: str = "loading"
+    total: int, shown: bool | None, label: str = "loading"
 ) -> Iterator[Callable[[int], None]]:
-    """A bar of bytes on stderr, and what moves it; None: for a big total on a terminal."""
-    if wanted is None:
-        wanted = total >= BIG and sys.stderr.isatty()
-    if not wanted:
+    """Draw a bar of bytes on stderr and yield the function that advances it.
+
+    `shown`: None draws it for a big total on a terminal.
+    """
+    if shown is None:
+        shown = total >= BIG and sys.stderr.isatty()
+    if not shown:
         yield lambda nbytes: None
         return
     from rich.console import Console
@@ -156,7 +161,7 @@ def progress_bar(
 def counted(
     pieces: Iterable[Piece], itemsize: int, advance: Callable[[int], None]
 ) -> Iterator[Piece]:
-    """The pieces; `advance` learns of the bytes of each when the next one is asked for."""
+    """Yield the pieces; call `advance` with the bytes of one when the next is asked for."""
     for piece in pieces:
         yield piece
         advance(math.prod(piece.shape) * itemsize)

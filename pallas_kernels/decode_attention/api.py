@@ -20,12 +20,12 @@ from pallas_kernels.flash_attention.api import (
     hide_pads,
 )
 from pallas_kernels.flash_attention.mask import Mask
+from pallas_kernels.number_formats import LARGEST
 
 IMPLEMENTATIONS = ("reference", "xla", "triton", "mosaic_tpu")
 BEST = {"cpu": "xla", "gpu": "triton", "tpu": "mosaic_tpu"}
 MAX_QUERIES = 16
 """Query rows a sequence. Beyond, a row of the cache is read for enough work: `flash_attention`."""
-QUANTIZED = {"int8": 127.0, "float8_e4m3fn": 448.0}  # the greatest value each can hold
 
 
 def decode_attention(
@@ -103,7 +103,7 @@ def decode_attention(
 def quantize_cache(
     x: Float[Array, "B S K H"], dtype: DTypeLike
 ) -> tuple[Num[Array, "B S K H"], Float[Array, "B K S"]]:
-    """Keys or values as int8 or float8_e4m3fn, and the float32 scale of each token's head.
+    """Quantize keys or values to int8 or float8_e4m3fn, with a float32 scale for each token's head.
 
     `x` is about `values * scales.swapaxes(1, 2)[..., None]`. The scale is the greatest magnitude
     over the head dim divided by 127 (int8) or 448 (e4m3), so nothing saturates. With `a` that
@@ -115,9 +115,9 @@ def quantize_cache(
       ValueError: another dtype.
     """
     name = jnp.dtype(dtype).name
-    if name not in QUANTIZED:
-        raise ValueError(f"dtype must be one of {tuple(QUANTIZED)}; got {name}")
-    most = QUANTIZED[name]
+    if name not in LARGEST:
+        raise ValueError(f"dtype must be one of {tuple(LARGEST)}; got {name}")
+    most = LARGEST[name]
     x = x.astype(jnp.float32)
     greatest = jnp.max(jnp.abs(x), axis=-1)
     scales = jnp.where(greatest > 0, greatest / most, 1.0)
@@ -157,12 +157,12 @@ def _check_dtypes(q, k, v, k_scale, v_scale):
     if not jnp.issubdtype(q.dtype, jnp.floating):
         raise ValueError(f"q must be floating; got {q.dtype}")
     floating = jnp.issubdtype(k.dtype, jnp.floating)
-    if k.dtype != v.dtype or not (floating or k.dtype.name in QUANTIZED):
+    if k.dtype != v.dtype or not (floating or k.dtype.name in LARGEST):
         raise ValueError(
-            f"k and v must share one dtype, floating or of {tuple(QUANTIZED)}; "
+            f"k and v must share one dtype, floating or of {tuple(LARGEST)}; "
             f"got {k.dtype} and {v.dtype}"
         )
-    if (k_scale is None) != (v_scale is None) or (k_scale is None and k.dtype.name in QUANTIZED):
+    if (k_scale is None) != (v_scale is None) or (k_scale is None and k.dtype.name in LARGEST):
         raise ValueError(
             f"give both k_scale and v_scale, or for a cache of floats neither; k, v are {k.dtype}, "
             f"and of the scales {sum(x is not None for x in (k_scale, v_scale))} came"

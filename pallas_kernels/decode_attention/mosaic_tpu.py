@@ -8,7 +8,15 @@ bfloat16, four of 8 bits. One product scores a group's query heads against its r
 fill one dense array `[rows, R]` in which lane `l` is of head `l % K`. A maximum or sum per head is
 one over lanes that are K apart: a few rotations. On the way back the weights are spread over K
 bands, zero elsewhere, and one product with the values yields every head. The matrix unit
-multiplies K times what it must and has the time: a decode step waits for memory.
+multiplies K times what it must and has the time: a decode step waits for memory. For K = 2 heads h
+with a query each, and two tokens t:
+
+    rows of the cache              t0h0 t0h1 t1h0 t1h1
+    product         band of h0      a    .    c    .
+                    band of h1      .    b    .    d
+    `_own_bands`                    a    b    c    d       one row; lane l is of head l % 2
+    `_spread`       band of h0      a    0    c    0
+                    band of h1      0    b    0    d
 
 Positions and scales, a number a token, are laid out along the same lanes at the start of a step.
 
@@ -19,6 +27,7 @@ not fetched. Interpreted on CPU; inside `shard_map` the interpreter needs the ca
 
 import functools
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,9 +44,9 @@ from pallas_kernels.online_softmax import dot
 LANES = 128
 SUBLANES = 8
 CHUNK = 512
-"""Rows of the cache in one product: more scores than these spill."""
+"""Rows of the cache in one product; the scores of more rows would spill."""
 MASKED = 2048
-"""Rows of the cache in a loop's body under a mask: most blocks need none."""
+"""Rows of the cache in the body of a loop with a mask, which few blocks need."""
 SCORES_BYTES = 8 << 20
 VMEM_BYTES = 48 << 20
 
@@ -83,8 +92,8 @@ def forward(q, k, v, k_scale, v_scale, q_pos, kv_pos, *, mask, soft_cap, scale):
 class _Call:
     """The kernel on one set of shapes: block sizes, padding, index maps and the list of blocks.
 
-    `rows` are queries of one KV head; `width` tokens are `block` rows of the cache, `sub` of them
-    of a group of heads those of a loop's body, without and with a mask.
+    `rows` are queries of one KV head; `width` tokens are `block` rows of the cache. `sub`: rows of
+    a group of heads in the body of a loop, without and with a mask.
     """
 
     def __init__(self, q, k, v, k_scale, q_pos, kv_pos, mask):
@@ -114,7 +123,7 @@ class _Call:
         self.sub = tuple(math.gcd(n, self.block) for n in (whole, min(whole, MASKED)))
         self.blocks = pl.cdiv(self.slots_there, tokens)
         self.ragged = self.slots_there % tokens * self.heads  # rows of the last block, or 0
-        self.scales = 0 if k_scale is None else 2
+        self.scaled = k_scale is not None
         self.order, self.counts = rows.block_list(mask, q_pos, kv_pos, tokens)
         self.workers = min(tuned.splits, self.blocks)
         # the longest list, dealt evenly; at least one step, which writes the results
@@ -122,12 +131,12 @@ class _Call:
         self.varies = jax.typeof(q).manual_axis_type  # inside shard_map, as the inputs vary
 
     def fetched(self, b, worker, step, order, counts):
-        """The block to have at hand: beyond the list its last one, which is there."""
+        """The block to fetch; beyond the list its last one, which is loaded already."""
         at = jnp.clip(worker * counts[2 * self.batch] + step, 0, counts[2 * b + 1] - 1)
         return order[b * self.blocks + jnp.maximum(at, 0)]
 
     def each_chunk(self, chunk, carry, masked):
-        """`chunk(lanes, carry)` over a group's rows of the block."""
+        """Run `chunk(lanes, carry)` over a group's rows of the block."""
         sub = self.sub[masked]
         size = math.gcd(CHUNK, sub)
 
@@ -140,13 +149,13 @@ class _Call:
         return part(0, carry) if parts == 1 else jax.lax.fori_loop(0, parts, part, carry)
 
     def tokens(self, x):
-        """`[B, 1 or K, S]`, a number a token."""
+        """The block spec of `[B, 1 or K, S]`, a number a token."""
         return x, pl.BlockSpec(
             (None, x.shape[1], self.width), lambda *at: (at[0], 0, self.fetched(*at))
         )
 
     def slots(self, x):
-        """The cache as it lies: this reshape moves nothing on a TPU."""
+        """Reshape the cache to rows, which moves nothing on a TPU; with its block spec."""
         x = tiles.pad_axis(x, self.slots_there, 1)
         x = x.reshape(self.batch, -1, x.shape[3])
         return x, pl.BlockSpec(
@@ -155,7 +164,7 @@ class _Call:
         )
 
     def rows_of(self, ref, g, rows, dtype):
-        """Of a block of the cache `rows` of group `g`, in `dtype`."""
+        """Load `rows` of group `g` from a block of the cache, in `dtype`."""
         if self.groups == 1 and ref.dtype.itemsize > 1:
             return ref[0, rows, :].astype(dtype)
         stored = ref.dtype
@@ -168,7 +177,7 @@ class _Call:
         return pltpu.bitcast(found, stored).astype(dtype)
 
     def queries(self, x):
-        """`[B, K, rows, H]` as K bands of rows."""
+        """Reshape `[B, K, rows, H]` to K bands of rows; with its block spec."""
         x = tiles.pad_axis(x, self.rows, 2).reshape(self.batch, -1, x.shape[3])
         return x, pl.BlockSpec((None, *x.shape[1:]), lambda b, *_: (b, 0, 0))
 
@@ -193,7 +202,7 @@ class _Call:
                         for shape in (*shapes, shapes[1], (shapes[1][0], self.block))
                     ),
                     pltpu.VMEM((1, *lines), jnp.int32),
-                    *[pltpu.VMEM((self.groups, *lines), jnp.float32)] * self.scales,
+                    *[pltpu.VMEM((self.groups, *lines), jnp.float32)] * 2 * self.scaled,
                 ],
             ),
             out_shape=[
@@ -211,72 +220,107 @@ class _Call:
         )(self.order.reshape(-1), counts, *arrays)
 
 
-def _kernel(order, counts, q_pos, kv_pos, q, k, v, *refs, call, mask, soft_cap, scale):
-    scales, refs = refs[: call.scales], refs[call.scales :]
-    out, lse, acc, high, total, s_ref, pos_lanes, *scale_lanes = refs
+class _Refs(NamedTuple):
+    """The kernel's arguments in their order: scalars, inputs, results, scratch.
+
+    `k_scale`, `v_scale`, `k_lanes` and `v_lanes` are None where the cache has no scales. What ends
+    in `lanes` holds a number a token as `_lay_out` puts it.
+    """
+
+    order: jax.Ref
+    counts: jax.Ref
+    q_pos: jax.Ref
+    kv_pos: jax.Ref
+    q: jax.Ref
+    k: jax.Ref
+    v: jax.Ref
+    k_scale: jax.Ref | None
+    v_scale: jax.Ref | None
+    out: jax.Ref
+    lse: jax.Ref
+    acc: jax.Ref
+    high: jax.Ref
+    total: jax.Ref
+    scores: jax.Ref
+    pos_lanes: jax.Ref
+    k_lanes: jax.Ref | None
+    v_lanes: jax.Ref | None
+
+    @classmethod
+    def of(cls, refs, scaled):
+        of_scales = ("k_scale", "v_scale", "k_lanes", "v_lanes")
+        names = [name for name in cls._fields if scaled or name not in of_scales]
+        fields: dict[str, Any] = dict.fromkeys(cls._fields)
+        return cls(**fields | dict(zip(names, refs, strict=True)))
+
+
+def _kernel(*refs, call, mask, soft_cap, scale):
+    r = _Refs.of(refs, call.scaled)
     b, worker, step = (pl.program_id(axis) for axis in range(3))
-    at = worker * counts[2 * call.batch] + step
-    some = at < counts[2 * b + 1]
-    every = at < counts[2 * b]
+    at = worker * r.counts[2 * call.batch] + step
+    some = at < r.counts[2 * b + 1]
+    every = at < r.counts[2 * b]
     # the rows of a group of heads in what holds a number a head, and those of its bands
     stats = [pl.ds(g * call.rows, call.rows) for g in range(call.groups)]
     bands = [pl.ds(g * call.bands, call.bands) for g in range(call.groups)]
 
     @pl.when(step == 0)
     def start():
-        acc[...] = jnp.zeros(acc.shape, jnp.float32)
-        high[...] = jnp.full(high.shape, -jnp.inf, jnp.float32)
-        total[...] = jnp.zeros(total.shape, jnp.float32)
+        r.acc[...] = jnp.zeros(r.acc.shape, jnp.float32)
+        r.high[...] = jnp.full(r.high.shape, -jnp.inf, jnp.float32)
+        r.total[...] = jnp.zeros(r.total.shape, jnp.float32)
 
     def score(g, masked):
         def chunk(lanes, most):
-            s = dot(q[bands[g], :], call.rows_of(k, g, lanes, q.dtype), (1, 1))
+            s = dot(r.q[bands[g], :], call.rows_of(r.k, g, lanes, r.q.dtype), (1, 1))
             s = _own_bands(s, call)
-            if scales:
-                s *= _line(scale_lanes[0], g, lanes)
+            if call.scaled:
+                s *= _line(r.k_lanes, g, lanes)
             s, _ = online_softmax.scores(s, scale, soft_cap)
             if masked:
-                seen = tiles.visible(mask, [q_pos[...]], [_line(pos_lanes, 0, lanes)])
+                seen = tiles.visible(mask, [r.q_pos[...]], [_line(r.pos_lanes, 0, lanes)])
                 s = jnp.where(seen, s, -jnp.inf)
-            s_ref[stats[g], lanes] = s
+            r.scores[stats[g], lanes] = s
             return functools.reduce(jnp.maximum, _tiles(s), most)
 
-        most = call.each_chunk(chunk, high[stats[g], :], masked)
+        most = call.each_chunk(chunk, r.high[stats[g], :], masked)
         return _over_heads(most, jnp.maximum, call.heads)
 
     def weigh(g, masked, shift, carry):
         def chunk(lanes, carry):
             sums, added = carry
-            parts = [jnp.exp2(tile - shift) for tile in _tiles(s_ref[stats[g], lanes])]
+            parts = [jnp.exp2(tile - shift) for tile in _tiles(r.scores[stats[g], lanes])]
             sums = functools.reduce(jnp.add, parts, sums)
             p = jnp.concatenate(parts, axis=1)
-            if scales:
-                weighed = p * _line(scale_lanes[1], g, lanes)
+            if call.scaled:
+                weighed = p * _line(r.v_lanes, g, lanes)
                 # what lies behind the cache may be NaN, here and below
                 p = jnp.where(p > 0, weighed, 0.0) if masked else weighed
-            values = call.rows_of(v, g, lanes, q.dtype)
+            values = call.rows_of(r.v, g, lanes, r.q.dtype)
             if masked and call.ragged:
                 row = jax.lax.broadcasted_iota(jnp.int32, values.shape, 0) + lanes.start
-                last = order[b * call.blocks + at] == call.blocks - 1
+                last = r.order[b * call.blocks + at] == call.blocks - 1
                 values = jnp.where((row < call.ragged) | ~last, values, jnp.zeros_like(values))
-            return sums, added + dot(_spread(p, call, q.dtype), values, (1, 0))
+            return sums, added + dot(_spread(p, call, r.q.dtype), values, (1, 0))
 
         return call.each_chunk(chunk, carry, masked)
 
     def work(masked):
-        _lay_out(scales, scale_lanes, call, unroll=not masked)
+        if call.scaled:
+            scales, lanes = (r.k_scale, r.v_scale), (r.k_lanes, r.v_lanes)
+            _lay_out(scales, lanes, call, unroll=not masked)
         if masked:
-            _lay_out([kv_pos], [pos_lanes], call, unroll=False)
+            _lay_out([r.kv_pos], [r.pos_lanes], call, unroll=False)
         ahead = score(0, masked)
         for g in range(call.groups):
             m = ahead
             if g + 1 < call.groups:  # the matrix unit has the next scores to do meanwhile
                 ahead = score(g + 1, masked)
             shift = jnp.where(m == -jnp.inf, 0.0, m)
-            alpha = jnp.exp2(high[stats[g], :] - shift)
-            high[stats[g], :] = m
-            carry = total[stats[g], :] * alpha, acc[bands[g], :] * _bands(alpha, call)
-            total[stats[g], :], acc[bands[g], :] = weigh(g, masked, shift, carry)
+            alpha = jnp.exp2(r.high[stats[g], :] - shift)
+            r.high[stats[g], :] = m
+            carry = r.total[stats[g], :] * alpha, r.acc[bands[g], :] * _bands(alpha, call)
+            r.total[stats[g], :], r.acc[bands[g], :] = weigh(g, masked, shift, carry)
 
     pl.when(every)(lambda: work(False))
     pl.when(some & ~every)(lambda: work(True))
@@ -284,9 +328,9 @@ def _kernel(order, counts, q_pos, kv_pos, q, k, v, *refs, call, mask, soft_cap, 
     @pl.when(step == pl.num_programs(2) - 1)
     def finish():
         for g in range(call.groups):
-            whole = _over_heads(total[stats[g], :], jnp.add, call.heads)
-            inverse, lse[stats[g], :] = online_softmax.finish(high[stats[g], :], whole)
-            out[bands[g], :] = acc[bands[g], :] * _bands(inverse, call)
+            whole = _over_heads(r.total[stats[g], :], jnp.add, call.heads)
+            inverse, r.lse[stats[g], :] = online_softmax.finish(r.high[stats[g], :], whole)
+            r.out[bands[g], :] = r.acc[bands[g], :] * _bands(inverse, call)
 
 
 def _at(first, size):
@@ -295,14 +339,14 @@ def _at(first, size):
 
 
 def _line(ref, g, lanes):
-    """`[1, lanes]` of group `g` of what `_lay_out` laid out."""
+    """Read `[1, lanes]` of group `g` from the lines of `_lay_out`."""
     first = lanes.start // LANES
     lines = [ref[g, pl.ds(first + i, 1), :] for i in range(lanes.size // LANES)]
     return jnp.concatenate(lines, axis=1)
 
 
 def _lay_out(sources, targets, call, unroll):
-    """Numbers of tokens, `[1 or K, tokens]`, as the rows of the cache lie, 128 of them a line.
+    """Lay out numbers of tokens, `[1 or K, tokens]`, like the rows of the cache, 128 a line.
 
     `[1, lines, 128]`, or `[groups, lines, 128]` where every head has its own.
     """
@@ -324,15 +368,15 @@ def _lay_out(sources, targets, call, unroll):
 
 
 def _repeat(x, k):
-    """Line `j` of `k`: each of the tokens `[j * 128 / k, ...)` of 128, k times."""
+    """Repeat each of 128 tokens k times, over k lines: line `j` begins at token `j * 128 / k`."""
     row, lane = (jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) for axis in (0, 1))
     return _gather(x, LANES // k * (row % k) + lane // k)
 
 
 def _interleave(x, k):
-    """`[K, 128]` of 128 tokens as `K` lines of tokens by heads: `[j, l]` is `x[l % K, ...]`.
+    """Turn `[K, 128]` of 128 tokens into `K` lines, token by token: `[j, l]` is `x[l % K, ...]`.
 
-    A permutation of the entries: within rows, then within columns, then within rows.
+    Permutes the entries within rows, then within columns, then within rows.
     """
     row, lane = (jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) for axis in (0, 1))
     token, turn = lane // k, lane % k
@@ -358,7 +402,7 @@ def _head(shape, kv_heads):
 
 
 def _own_bands(s, call):
-    """`[K * rows, R] -> [rows, R]`: of each column the band of its own head."""
+    """Take from each column the band of its own head: `[K * rows, R] -> [rows, R]`."""
     head = _head((call.rows, LANES), call.heads)
     kept = []
     for tile in _tiles(s):  # tile by tile: every one has the same masks
@@ -372,7 +416,7 @@ def _own_bands(s, call):
 def _spread(p, call, dtype):
     """Undo `_own_bands`, with zeros elsewhere, in `dtype`.
 
-    Masked as words of two bfloat16 rows each: one pack and one AND where a select needs three.
+    Masks words of two bfloat16 rows: one pack and one AND, where a select needs three.
     """
     if call.heads == 1:
         return p.astype(dtype)
@@ -397,5 +441,5 @@ def _over_heads(x, combine, kv_heads):
 
 
 def _bands(x, call):
-    """`[rows, 128]`, one number a head, as a column of K bands: `[K * rows, 1]`."""
+    """Turn `[rows, 128]`, one number a head, into a column of K bands: `[K * rows, 1]`."""
     return jnp.concatenate([x[:, i : i + 1] for i in range(call.heads)], axis=0)

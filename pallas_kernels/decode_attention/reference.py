@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of a few queries over a cache as it is written in a paper, every score in memory.
+"""Attention of a few queries over a cache as a paper writes it: every score in memory.
 
 A quantized entry is `value * scale`, one scale a token and head: it multiplies the score of a key
 and the weight of a value, so that the products are of the stored values, which bfloat16 holds.
@@ -11,7 +11,7 @@ import numpy as np
 
 
 def forward(q, k, v, k_scale, v_scale, q_pos, kv_pos, *, mask, soft_cap, scale):
-    """`(out, lse)` in float32 (float64 for float64)."""
+    """Compute `(out, lse)` in float32 (float64 for float64)."""
     b, t, n, h = q.shape
     kv_heads = k.shape[2]
     acc = np.promote_types(q.dtype, np.float32)
@@ -33,5 +33,5 @@ def forward(q, k, v, k_scale, v_scale, q_pos, kv_pos, *, mask, soft_cap, scale):
 
 
 def _per_key(x, dtype):
-    """`[B, K, S] -> [B, K, 1, 1, S]`."""
+    """Broadcast over queries: `[B, K, S] -> [B, K, 1, 1, S]`."""
     return x.astype(dtype)[:, :, None, None]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Queries of a KV head as the rows of one matrix, and which blocks of slots they need."""
+"""Lays out the queries of a KV head as rows of one matrix, and lists the blocks they need."""
 
 import jax.numpy as jnp
 
@@ -8,7 +8,7 @@ from pallas_kernels.flash_attention.mask import NO_POSITION, PAD_POSITION
 
 
 def together(q, kv_heads):
-    """`[B, T, N, H] -> [B, K, T * G, H]`: the queries that read one KV head, token by token."""
+    """Group the queries that read one KV head: `[B, T, N, H] -> [B, K, T * G, H]`, by token."""
     b, t, n, h = q.shape
     q = q.reshape(b, t, kv_heads, n // kv_heads, h).swapaxes(1, 2)
     return q.reshape(b, kv_heads, -1, h)
@@ -22,15 +22,15 @@ def apart(x, queries):
 
 
 def positions(q_pos, group):
-    """`[B, T] -> [B, T * G]`."""
+    """Repeat positions for the rows of `together`: `[B, T] -> [B, T * G]`."""
     return jnp.repeat(q_pos, group, axis=1)
 
 
 def block_list(mask, q_pos, kv_pos, block):
-    """`order [B, blocks]` and `counts [B, 2]` of slots `[j * block, (j + 1) * block)`.
+    """List blocks of slots `[j * block, (j + 1) * block)`: `order [B, blocks]`, `counts [B, 2]`.
 
-    Entries `[0, counts[0])` are seen by every query whole, `[counts[0], counts[1])` need the mask,
-    the rest is not to be touched. A last block that is not full needs the mask.
+    Every query sees all of the blocks `[0, counts[0])`; `[counts[0], counts[1])` need the mask; the
+    rest must be skipped. A last block that is not full needs the mask.
     """
     size = -(-kv_pos.shape[1] // block) * block
     q = tiles.token_ids(q_pos, None, q_pos.shape[1], NO_POSITION)

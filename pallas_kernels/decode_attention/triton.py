@@ -27,7 +27,7 @@ from pallas_kernels.online_softmax import dot
 warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
 
 CORES = 128
-"""Multiprocessors of a GPU that `devices` does not list."""
+"""The number of multiprocessors assumed for a GPU that `devices` does not list."""
 
 
 def forward(q, k, v, k_scale, v_scale, q_pos, kv_pos, *, mask, soft_cap, scale):
@@ -90,7 +90,7 @@ def forward(q, k, v, k_scale, v_scale, q_pos, kv_pos, *, mask, soft_cap, scale):
 
 
 def _addressable(*cache):
-    """Pallas counts elements in 32 bits until an array has more than 2^32 bytes."""
+    """Refuse arrays of 2^31 to 2^32 entries of 8 bits, which Pallas counts in 32 bits."""
     for x in cache:
         if x.dtype.itemsize == 1 and 2**31 < math.prod(x.shape) <= 2**32:
             raise NotImplementedError(
@@ -101,12 +101,12 @@ def _addressable(*cache):
 
 
 def _whole(x):
-    """Head dim grown to a power of two, at least 16."""
+    """Pad the head dim to a power of two, at least 16."""
     return tiles.pad_axis(x, max(16, pl.next_power_of_2(x.shape[3])), 3)
 
 
 def _splits(programs):
-    """As many workers a sequence and KV head as fill the GPU twice."""
+    """The workers for a sequence and KV head that fill the GPU twice."""
     chip = devices.find(device_kind())
     cores = chip.nvidia.cores if chip is not None and chip.nvidia is not None else CORES
     return pl.cdiv(2 * cores, programs)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes of a decode kernel's blocks, one table: the first row that matches is taken."""
+"""Block sizes of the decode kernels in one table: the first row that matches is taken."""
 
 import dataclasses
 
@@ -10,12 +10,12 @@ from pallas_kernels.dispatch import INTERPRETED, block_sizes
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Blocks:
-    """How a cache is cut.
+    """The cuts of a cache.
 
-    `rows` is what one step of a kernel reads: of one KV head in Triton, so tokens; of all KV heads
-    on a TPU, so tokens times KV heads, of which a loop's body takes `sub` (for 8 query rows of a
-    KV head; fewer for more). `splits` workers share a
-    sequence; 0 is as many as fill the GPU twice. `warps` and `stages` are Triton's.
+    `rows`: rows that one step of a kernel reads; of one KV head in Triton, that is tokens; of all
+    KV heads on a TPU, that is tokens times KV heads, of which the body of a loop takes `sub` (with
+    8 query rows a KV head; fewer with more). `splits` workers share a sequence; 0: as many as fill
+    the GPU twice. `warps` and `stages` are Triton's.
     """
 
     rows: int
@@ -41,7 +41,7 @@ TABLE: tuple[tuple[str, str, int, int, Blocks], ...] = (
 
 
 def blocks(op: str, head_dim: int, dtype, *, interpret: bool) -> Blocks:
-    """The row for `op` on the device in scope; `head_dim` is the wider one of keys and values."""
+    """Look up the row for `op` on the device in scope; `head_dim`: the wider of keys and values."""
     return block_sizes(TABLE, op, head_dim, dtype, interpret=interpret, what="head_dim")
 
 

@@ -66,7 +66,7 @@ def forward(q, k, v, k_scale, v_scale, q_pos, kv_pos, *, mask, soft_cap, scale):
 
 
 def _needed(mask, q_pos, kv_pos, block):
-    """The blocks that any sequence needs, in order, and how many they are."""
+    """List the blocks that any sequence needs, in order, and their number."""
     order, counts = rows.block_list(mask, q_pos, kv_pos, block)
     column = jnp.arange(order.shape[1], dtype=jnp.int32)
     listed = column < counts[:, 1:]
@@ -76,7 +76,7 @@ def _needed(mask, q_pos, kv_pos, block):
 
 
 def _per_key(x, dtype):
-    """`[B, K, block] -> [B, K, 1, block]`."""
+    """Broadcast over queries: `[B, K, block] -> [B, K, 1, block]`."""
     return x.astype(dtype)[:, :, None]
 
 

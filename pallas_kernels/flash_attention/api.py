@@ -109,10 +109,10 @@ def attention_forward(
     out_dtype=None,
     implementation=None,
 ):
-    """The forward pass alone, for callers that write their own gradient (a ring).
+    """Run the forward pass alone, for callers that write their own gradient (a ring).
 
-    Same arrays as `flash_attention`, positions given. `out_dtype` (default q's) lets partial
-    results be carried on in float32.
+    Takes the arrays of `flash_attention`, positions included. `out_dtype` (default q's) keeps
+    partial results in float32.
     """
     backend = resolve("flash_attention", implementation, IMPLEMENTATIONS, BEST)
     return backend.forward(
@@ -148,7 +148,7 @@ def attention_backward(
     scale,
     implementation=None,
 ):
-    """`(dq, dk, dv)` in float32 (float64 for float64), from the saved `lse` of the whole row.
+    """Compute `(dq, dk, dv)` in float32 (float64 for float64) from the saved `lse` of whole rows.
 
     `delta[b,t,n] = sum_h(dout * out) - dlse`. With the lse of a row's full softmax and only part
     of its keys this is that part's exact contribution, which is what a ring adds up.
@@ -172,7 +172,7 @@ def attention_backward(
 
 
 def apply_sinks(out, lse, sinks):
-    """Let each head's sink into the denominator of finished rows. Once, after the last merge.
+    """Let each head's sink into the denominator of finished rows, once, after the last merge.
 
     `-inf` is no sink, and `+inf` leaves `out = 0, lse = inf`; their gradient is 0.
     """
@@ -222,7 +222,7 @@ def _attend_bwd(backend, out_dtype, options, saved, grads):
 
 
 def _carry_gradient(carry, total, dout, delta):
-    """What is carried in counts like one more key, of score `lse` and value `out`."""
+    """The gradient of a carry, which counts like one more key of score `lse` and value `out`."""
     out, lse = carry
     p = jnp.where(jnp.isneginf(lse), 0.0, jnp.exp(lse - total))
     dout = dout.astype(p.dtype)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which block of keys a block of queries needs: none of it, all of it, or under a mask.
+"""Sorts pairs of blocks, queries against keys: to skip, to see whole, or to see under a mask.
 
 Plain `jax.numpy` that runs before a kernel, on arrays of one number a block.
 """
@@ -24,7 +24,7 @@ class Bounds(NamedTuple):
 
 
 def pad_axis(x, size, axis, value=0):
-    """`x` with `axis` grown to `size`; `value="edge"` repeats the last entry."""
+    """Pad `axis` of `x` to `size`; `value="edge"` repeats the last entry."""
     if x.shape[axis] == size:
         return x
     widths = [(0, size - n if i == axis else 0) for i, n in enumerate(x.shape)]
@@ -36,7 +36,7 @@ def pad_axis(x, size, axis, value=0):
 
 
 def token_ids(positions, segment_ids, size, pad):
-    """`[B, 1 or 2, size]`: positions, padded with `pad`, and segment ids where there are any."""
+    """Stack positions, padded with `pad`, and segment ids if there are any: `[B, 1 or 2, size]`."""
     ids = [pad_axis(positions, size, 1, pad)]
     if segment_ids is not None:
         ids.append(pad_axis(segment_ids, size, 1, "edge"))
@@ -44,7 +44,7 @@ def token_ids(positions, segment_ids, size, pad):
 
 
 def block_bounds(ids, block, pad):
-    """`Bounds` of `[B, blocks]` from `token_ids`; `pad` is the position that means no token."""
+    """Make `Bounds` of `[B, blocks]` from `token_ids`; `pad`: the position that means no token."""
     split = ids.reshape(*ids.shape[:2], -1, block)
     positions, segments = split[:, 0], split[:, -1]
     real_min, real_max = bounds(positions, pad=pad)
@@ -53,7 +53,7 @@ def block_bounds(ids, block, pad):
 
 
 def visibility(mask: Mask, q: Bounds, kv: Bounds, segmented: bool):
-    """`(some, all)`: may any query of the block see any key, does every query see every key."""
+    """Tell whether any query may see any key, and whether all see all: `(some, every)`."""
     some = mask.may_see(q.real_min, q.real_max, kv.real_min, kv.real_max)
     every = mask.sees_all(q.min, q.max, kv.min, kv.max)
     if segmented:
@@ -63,21 +63,21 @@ def visibility(mask: Mask, q: Bounds, kv: Bounds, segmented: bool):
 
 
 def visible(mask: Mask, q, kv):
-    """The rule on ids that broadcast: lists `[positions]` or `[positions, segment ids]`."""
-    seen = mask.sees_all(q[0], q[0], kv[0], kv[0])  # of a block of one query and one key
+    """Apply the mask to ids that broadcast: lists `[positions]` or `[positions, segment ids]`."""
+    seen = mask.sees_all(q[0], q[0], kv[0], kv[0])  # a pair is a block of one query and one key
     return seen & (q[1] == kv[1]) if len(q) == 2 else seen
 
 
-MOST_PAIRS = 1 << 22  # of blocks that are sorted out at once; more take turns, row by row
+MOST_PAIRS = 1 << 22  # pairs of blocks sorted at once; of more, some rows at a time
 
 
 def block_lists(mask: Mask, q: Bounds, kv: Bounds, segmented: bool, *, along: str):
-    """The blocks that matter, those that need no mask first.
+    """List the blocks that each block needs, those that need no mask first.
 
     Returns `order [B, rows, columns]` and `counts [B, rows, 2]`: entries `[0, counts[0])` of a row
-    see everything, `[counts[0], counts[1])` need the mask, the rest is not to be touched. A row is
-    a query block and lists key blocks (`along="kv"`), or the other way round (`along="q"`). Where
-    rows take turns `order` is int16 if that holds it: of 1M x 1M tokens it is large.
+    see everything, `[counts[0], counts[1])` need the mask, the rest must be skipped. A row is a
+    query block and lists key blocks (`along="kv"`), or the other way round (`along="q"`). Beyond
+    `MOST_PAIRS` `order` is int16 if its numbers fit: for 1M x 1M tokens it is large.
     """
     row_side, column_side = (q, kv) if along == "kv" else (kv, q)
 
@@ -105,7 +105,7 @@ def block_lists(mask: Mask, q: Bounds, kv: Bounds, segmented: bool, *, along: st
 
 
 def _partition(some, every):
-    """`block_lists` of booleans `[B, rows, columns]`."""
+    """Make the `block_lists` of booleans `[B, rows, columns]`."""
     partly = some & ~every
     before = jnp.stack([jnp.cumsum(x, axis=-1) for x in (every, partly, ~some)]) - 1
     full, seen = every.sum(-1, keepdims=True), some.sum(-1, keepdims=True)

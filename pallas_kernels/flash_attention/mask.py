@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may see whom: the one rule that every backend implements.
+"""The mask: one rule, which every backend implements, on who may see whom.
 
 A key is visible to a query when both hold real tokens, both are of one segment, and the key's
 position is not after the query's (causal) and inside the window. Nothing else masks: padding,
@@ -14,12 +14,12 @@ PAD_POSITION = 2**31 - 1
 """The position of a pad token or an empty cache slot: after every query, so no query sees it."""
 
 NO_POSITION = -1
-"""What the API turns a pad query's position into: before every key, so it sees nothing."""
+"""The position that the API gives a pad query: before every key, so it sees nothing."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mask:
-    """The static part of the rule. The arrays (positions, segment ids) travel beside it.
+    """The static part of the rule; its arrays (positions, segment ids) are passed beside it.
 
     `window` counts the query's own position: `window=1` sees only itself. With `causal=False`
     the window reaches as far to the right as to the left.
@@ -33,7 +33,7 @@ class Mask:
             raise ValueError(f"window must be at least 1 or None; got window={self.window}")
 
     def visible(self, q_positions, kv_positions, q_segment_ids=None, kv_segment_ids=None):
-        """Boolean `[..., T, S]` from int32 `[..., T]` and `[..., S]`."""
+        """Compute the mask, boolean `[..., T, S]`, from int32 `[..., T]` and `[..., S]`."""
         q, kv = q_positions[..., :, None], kv_positions[..., None, :]
         seen = (kv <= q) if self.causal else (kv != PAD_POSITION) & (q != NO_POSITION)
         if self.window is not None:
@@ -45,7 +45,7 @@ class Mask:
         return seen
 
     def may_see(self, q_min, q_max, kv_min, kv_max):
-        """False only when no query in `[q_min, q_max]` can see a key in `[kv_min, kv_max]`.
+        """Return False only if no query in `[q_min, q_max]` can see a key in `[kv_min, kv_max]`.
 
         The bounds are of real positions only; see `bounds`.
         """
@@ -59,7 +59,7 @@ class Mask:
         return seen
 
     def sees_all(self, q_min, q_max, kv_min, kv_max):
-        """True only when every query of the block sees every key (segments aside).
+        """Return True only if every query of the block sees every key (segments aside).
 
         The bounds are plain minimum and maximum, pads included.
         """
@@ -74,7 +74,7 @@ class Mask:
 
 
 def bounds(positions, *, pad):
-    """Per-block `(min, max)` over the last axis, leaving out `pad` entries.
+    """Compute the `(min, max)` of each block over the last axis, without `pad` entries.
 
     A block of nothing but pads gives `(PAD_POSITION, NO_POSITION)`, which `may_see` rejects.
     """

@@ -28,7 +28,7 @@ from pallas_kernels.flash_attention.mosaic_tpu_tile import (
     side_by_side,
 )
 
-DQ_BYTES = 24 << 20  # of VMEM for the queries' gradient; the smallest chip has 64 MiB
+DQ_BYTES = 24 << 20  # VMEM for the queries' gradient; the smallest chip has 64 MiB
 
 
 def forward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, mask, soft_cap, scale, carry, out_dtype):
@@ -182,14 +182,14 @@ class _Call(tile.Tile):
         )
 
     def _last_turn(self, b, kv_head, j, g, i, *_):
-        """The queries' block, standing still until the last keys: nothing is written before."""
+        """The index of the queries' block, constant until the last keys: none is written before."""
         last = j == self.nk - 1
         return b, jnp.where(last, i, 0), kv_head * self.group + jnp.where(last, g, 0)
 
     def at(self, index, scalars, *, fetch=False):
-        """Where a grid step works.
+        """Locate a grid step: batch, heads and blocks.
 
-        With `fetch`, a step to be skipped asks for a block that is there or soon needed instead.
+        With `fetch`, a step that is skipped names a block that is loaded already or needed soon.
         """
         if self.queries_inner:
             b, kv_head, j, g, i = index
@@ -211,7 +211,10 @@ class _Call(tile.Tile):
         return [ref[(b * rows + row) * blocks + block] for row in range(rows)]
 
     def __call__(self, kernel, inputs, outs, scratch):
-        """`outs`: shape, dtype (None is float32) and block of each; `scratch`: float32 shapes."""
+        """Run the kernel.
+
+        `outs`: shape, dtype (None is float32) and block of each; `scratch`: float32 shapes.
+        """
         c = self.q_ids.shape[1]
         ids = [
             (self.q_ids, self._spec((None, c, self.q), lambda at: (at.b, 0, at.i))),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One tile of attention on a TPU: its masks, and the code of its scores, forward and backward.
 
-What `flash_attention` and `ring_attention` share. Everything inside a kernel is transposed,
+`flash_attention` and `ring_attention` share it. Everything inside a kernel is transposed,
 keys x queries: a query is a lane, so its maximum, sum, lse and delta are rows of one sublane and
 reductions run down the sublanes. Heads lie side by side in the minor axis, `[B, T, N * H]` with H
 padded to whole lanes.
@@ -38,17 +38,17 @@ EDGE = 256  # queries of a block on the diagonal that share their keys
 
 
 def longest(x, hidden):
-    """`[B, heads]`: the greatest squared length of a vector of `[B, T, heads, H]` not `hidden`."""
-    flat = x.reshape(*x.shape[:2], -1)  # as the kernel takes it: a second layout is a copy
+    """The greatest squared length of `[B, T, heads, H]` over tokens not `hidden`: `[B, heads]`."""
+    flat = x.reshape(*x.shape[:2], -1)  # the kernel's layout: a second one would be a copy
     heads = jnp.split(flat, x.shape[2], axis=2)
     square = [jnp.sum(jnp.square(head.astype(jnp.float32)), axis=-1) for head in heads]
     return jnp.where(hidden[..., None], 0, jnp.stack(square, axis=-1)).max(1)
 
 
 def safe(queries, keys, lse, soft_cap, scale):
-    """int32 `[B, N]`: 1 for a head none of whose scores, in log2 units, can exceed SAFE.
+    """Mark the heads, int32 `[B, N]`, none of whose scores can exceed SAFE in log2 units.
 
-    `queries [B, N]` and `keys [B, K]` are squared lengths; `lse [B, T, N]` what is carried in.
+    `queries [B, N]` and `keys [B, K]` are squared lengths; `lse [B, T, N]` is that of the carry.
     """
     keys = jnp.repeat(keys, queries.shape[1] // keys.shape[1], axis=1)
     most = jnp.sqrt(queries) * jnp.sqrt(keys) * abs(scale)
@@ -78,7 +78,7 @@ class Tile:
         self.mask, self.segmented, self.queries_inner = mask, segmented, queries_inner
 
     def visibility(self, q, kv):
-        """Whether any pair of a block is visible, every pair, exactly its lower triangle.
+        """Tell whether a block has any visible pair, all pairs, or exactly its lower triangle.
 
         `q` and `kv` are rows of `block_scalars`, of a block each or of many that broadcast.
         """
@@ -87,19 +87,20 @@ class Tile:
         some, every = tiles.visibility(self.mask, q, kv, self.segmented)
         if not self.mask.causal or self.q != self.kv:
             return some, every, None
-        # as if every query stood where the last does: what is left of the mask is the triangle
+        # with every query at the last one's position only the triangle is left of the mask
         _, lower = tiles.visibility(self.mask, q._replace(min=q.max), kv, self.segmented)
         return some, every, lower & (q.min == kv.min) & (q_run & kv_run == 1) & ~every
 
     def columns(self):
-        """The shape of the scratch that `work` keeps the ids of a block's keys in."""
+        """The shape of the scratch in which `work` keeps the ids of a block's keys."""
         return 1 + self.segmented, self.kv, LANES
 
 
 class At(NamedTuple):
     """One grid step: batch, heads, blocks, and which pairs in it are visible.
 
-    Any pair, every pair, the lower triangle (queries and keys at the same consecutive positions).
+    `some`: any pair is; `every`: all are; `diagonal`: the lower triangle is, because queries and
+    keys have the same consecutive positions.
     """
 
     b: jax.Array
@@ -113,8 +114,8 @@ class At(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Queries and keys of a block that are worked on at a time, and `mask(scores, queries, keys)`
-    that hides what is not to be seen; scores are keys x queries."""
+    """A part of a block that is worked on at a time, and `mask(scores, queries, keys)`, which hides
+    the invisible pairs; scores are keys x queries."""
 
     queries: pl.Slice
     keys: pl.Slice
@@ -122,10 +123,10 @@ class Piece(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """Where the accumulators stand: `first` and `last` step of what the inner grid axes sum up.
+    """The state of the accumulators: `first` and `last` step of a sum over the inner grid axes.
 
-    In the backward kernel that is a block of keys, and `first_keys`, `last_keys` are the turns of
-    a block of queries, the `queries`-th of its KV head.
+    In the backward kernel that sum belongs to a block of keys; `first_keys` and `last_keys` are the
+    first and last step for a block of queries, the `queries`-th of its KV head.
     """
 
     first: jax.Array
@@ -140,7 +141,7 @@ def lanes(size):
 
 
 def exactly(*arrays):
-    """The arrays in a type that the chip's units take."""
+    """Cast arrays to a dtype that the chip's units take."""
     return [x.astype(jnp.float32) if x.dtype == jnp.float16 else x for x in arrays]
 
 
@@ -154,15 +155,15 @@ def apart(x, heads, tokens, h):
 
 
 def block_scalars(ids, block, pad):
-    """Rows of `[B, blocks]`: the bounds of each block, and 1 for consecutive positions."""
+    """Compute rows of `[B, blocks]`: the bounds of blocks, and 1 for consecutive positions."""
     positions = ids[:, 0].reshape(ids.shape[0], -1, block)
     run = jnp.all(positions[..., 1:] - positions[..., :-1] == 1, axis=-1).astype(jnp.int32)
     return [*tiles.block_bounds(ids, block, pad), run]
 
 
 def work(tile, at, parts, q_ids_ref, kv_ids_ref, columns_ref):
-    """One grid step of a kernel's `parts`: start the accumulators, work on the block as its mask
-    asks, write them at the end."""
+    """Run one grid step of a kernel's `parts`: start the accumulators, work on the block under its
+    mask, write the results at the end."""
 
     def masked(s, queries, keys):
         lanes = min(LANES, queries.size)
@@ -216,7 +217,7 @@ def _pieces(tile, mask):
 
 
 def _triangle(tile):
-    """Keys up to each strip of queries, and under the mask only those beside it."""
+    """Cut the lower triangle: all keys before a strip of queries, then those beside it, masked."""
     pieces = []
     for queries in _cut(tile.q, tile.edge):
         pieces += [Piece(queries, keys, _unmasked) for keys in _cut(queries.start, tile.sub)]
@@ -229,16 +230,16 @@ def _cut(size, most):
 
 
 def _columns(x, ref):
-    """`x` transposed for `ref`, which is whole lanes wide."""
+    """Transpose `x` for `ref`, which is whole lanes wide."""
     return tiles.pad_axis(x.T.astype(ref.dtype), ref.shape[1], 1)
 
 
-# A kernel gives what to do before and when, what to do with the pieces of a block (and when, and
-# whether a block on the diagonal gets code of its own), and what to do after it and when.
+# A kernel returns `before, steps, after`: pairs `(when, do)` before and after a block, and triples
+# `(when, step, triangle)` over its pieces; `triangle` asks for code of its own on the diagonal.
 
 
 def forward_kernel(turn, safe, q_ref, k_ref, v_ref, *refs, soft_cap, scale):
-    """`refs`: what is carried in, `(out, lse)`, if anything; results; accumulators."""
+    """Build the forward kernel; `refs`: the carry `(out, lse)`, if any; results; accumulators."""
     *before, out_ref, lse_ref, acc_ref, m_ref, total_ref = refs
 
     def start():
@@ -264,7 +265,7 @@ def forward_kernel(turn, safe, q_ref, k_ref, v_ref, *refs, soft_cap, scale):
 
 
 def forward_steps(safe, q_ref, k_ref, v_ref, acc_ref, m_ref, total_ref, *, soft_cap, scale):
-    """What to do with a block, with and without a maximum: `acc` is `[V, queries]`."""
+    """Build the steps over a block, with and without a maximum: `acc` is `[V, queries]`."""
 
     def scores(piece):
         qk = dot(k_ref[piece.keys, :], q_ref[piece.queries, :], (1, 1))
@@ -300,7 +301,7 @@ def forward_steps(safe, q_ref, k_ref, v_ref, acc_ref, m_ref, total_ref, *, soft_
 
 
 def _gradients(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, piece, soft_cap, scale):
-    """Issue the products of some keys; what comes back finishes `(p, ds)`, keys x queries.
+    """Issue the products of some keys; return the function that finishes `(p, ds)`, keys x queries.
 
     `ds` still lacks the scale.
     """
@@ -321,9 +322,9 @@ def _gradients(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, piece, soft_ca
 def backward_kernel(
     turn, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, *refs, soft_cap, scale, fresh=None,
 ):  # fmt: skip
-    """`refs`: the gradients so far, if `fresh` is given; gradients; accumulators.
+    """Build the backward kernel; `refs`: gradients so far, if `fresh`; gradients; accumulators.
 
-    `fresh`: whether dq, and whether dk and dv, hold nothing yet.
+    `fresh`: two flags, true while dq, and while dk and dv, hold nothing yet.
     """
     *before, dq_ref, dk_ref, dv_ref, dq_acc, dk_acc, dv_acc = refs
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention as it is written in a paper: the whole score matrix in memory.
+"""Attention as a paper writes it: the whole score matrix in memory.
 
 A first-class implementation: what every other backend is tested against, in float64 where the
 caller enables it, and the fastest one for short sequences on CPU.
@@ -13,7 +13,7 @@ from pallas_kernels.online_softmax import merge
 
 
 def _scores(q, k, soft_cap, scale):
-    """`[B, K, G, T, S]` from q `[B, T, N, H]` and k `[B, S, K, H]`, N = K * G."""
+    """Score q `[B, T, N, H]` against k `[B, S, K, H]`, N = K * G: `[B, K, G, T, S]`."""
     b, t, n, h = q.shape
     q = q.reshape(b, t, k.shape[2], n // k.shape[2], h)
     acc = np.promote_types(q.dtype, np.float32)

@@ -10,6 +10,7 @@ Knows nothing of TMA, warp specialisation and fp8: Pallas' Triton offers none.
 
 import functools
 import warnings
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +29,9 @@ from pallas_kernels.online_softmax import LOG2E, dot
 # the pallas_call has returned, so it cannot be silenced around the call. It works through jax 0.12.
 warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
 
-# The greatest score of a row that has seen nothing. Finite, so that exp2(-inf - LEAST) is 0 and
-# not NaN with no test for it, and below what any real score comes to.
 WIDEST = 128  # columns of a tile: more takes more registers for its addresses
+# The running maximum before the first visible key. It lies below every real score, and is finite:
+# exp2(-inf - LEAST) is 0, where exp2(-inf - -inf) would be NaN and need a test in the hot loop.
 LEAST = -(2.0**100)
 
 
@@ -50,8 +51,8 @@ def forward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, mask, soft_cap, scale, car
         functools.partial(_forward_kernel, soft_cap=soft_cap, scale=scale),
         [call.queries(q), call.keys(k), call.values(v), *before],
         [
-            ((b, call.t, n, call.hv), out_dtype, call.out_spec),
-            ((b, n, call.t), None, call.row_spec),
+            ((b, call.t, n, call.hv), out_dtype, call.specs.outs),
+            ((b, n, call.t), None, call.specs.rows),
         ],
     )
     return out[:, :t, :, : v.shape[3]], lse[:, :, :t].swapaxes(1, 2)
@@ -73,18 +74,36 @@ def backward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, lse, dout, delta, *, mask, s
         "triton_dq",
         _dq_kernel,
         "kv",
-        lambda call: [((b, call.t, n, call.h), None, call.q_spec)],
+        lambda call: [((b, call.t, n, call.h), None, call.specs.queries)],
     )
     dk, dv = run(
         "triton_dkv",
         _dkv_kernel,
         "q",
         lambda call: [
-            ((b, call.s, kv_heads, call.h), None, call.kv_spec),
-            ((b, call.s, kv_heads, call.hv), None, call.v_spec),
+            ((b, call.s, kv_heads, call.h), None, call.specs.keys),
+            ((b, call.s, kv_heads, call.hv), None, call.specs.values),
         ],
     )
     return dq[:, :t, :, :h], dk[:, :s, :, :h], dv[:, :s, :, : v.shape[3]]
+
+
+class _Specs(NamedTuple):
+    """The grid, and the block that a program has of each array.
+
+    queries, keys, values, outs   [B, tokens, heads, width]
+    rows                          [B, heads, tokens]
+    q_ids, kv_ids                 [B, 1 or 2, tokens]
+    """
+
+    grid: tuple
+    queries: pl.BlockSpec
+    keys: pl.BlockSpec
+    values: pl.BlockSpec
+    outs: pl.BlockSpec
+    rows: pl.BlockSpec
+    q_ids: pl.BlockSpec
+    kv_ids: pl.BlockSpec
 
 
 class _Call:
@@ -99,81 +118,99 @@ class _Call:
         self.interpret = target_platform() == "cpu"
         widest = max(q.shape[3], v.shape[3])
         tuned = tuning.blocks(op, widest, q.dtype, interpret=self.interpret)
-        (batch, tokens, heads, h), (_, keys, kv_heads, _) = q.shape, k.shape
+        (self.batch, tokens, self.heads, h), (_, keys, self.kv_heads, _) = q.shape, k.shape
         self.q = min(tuned.q, max(16, pl.next_power_of_2(tokens)))
         self.kv = min(tuned.kv, max(16, pl.next_power_of_2(keys)))
         self.t, self.s = pl.cdiv(tokens, self.q) * self.q, pl.cdiv(keys, self.kv) * self.kv
         self.h, self.hv = (max(16, pl.next_power_of_2(width)) for width in (h, v.shape[3]))
-        self.group, self.mask = heads // kv_heads, mask
+        self.group, self.mask = self.heads // self.kv_heads, mask
         self.exact = q.dtype.itemsize > 2
         self.params = plgpu.CompilerParams(num_warps=tuned.warps, num_stages=tuned.stages)
         # inside shard_map an output varies over the axes that the inputs vary over
         self.varies = jax.typeof(q).manual_axis_type
-
         q_ids = tiles.token_ids(q_pos, q_seg, self.t, NO_POSITION)
         kv_ids = tiles.token_ids(kv_pos, kv_seg, self.s, PAD_POSITION)
         q_bounds = tiles.block_bounds(q_ids, self.q, NO_POSITION)
         kv_bounds = tiles.block_bounds(kv_ids, self.kv, PAD_POSITION)
         segmented = q_seg is not None
         order, counts = tiles.block_lists(mask, q_bounds, kv_bounds, segmented, along=along)
-        c, group, spec = q_ids.shape[1], self.group, pl.BlockSpec
-        if along == "kv":
-            self.grid = (self.t // self.q, heads, batch)
-            self.q_spec, self.out_spec = (
-                spec((None, self.q, None, width), lambda i, n, b: (b, i, n, 0))
-                for width in (self.h, self.hv)
-            )
-            self.kv_spec, self.v_spec = (
-                spec((None, self.s, None, width), lambda i, n, b: (b, 0, n // group, 0))
-                for width in (self.h, self.hv)
-            )
-            self.row_spec = spec((None, None, self.q), lambda i, n, b: (b, n, i))
-            q_ids_spec = spec((None, c, self.q), lambda i, n, b: (b, 0, i))
-            kv_ids_spec = spec((None, c, self.s), lambda i, n, b: (b, 0, 0))
-        else:
-            self.grid = (self.s // self.kv, kv_heads, batch)
-            self.q_spec, self.out_spec = (
-                spec((None, self.t, group, width), lambda j, n, b: (b, 0, n, 0))
-                for width in (self.h, self.hv)
-            )
-            self.kv_spec, self.v_spec = (
-                spec((None, self.kv, None, width), lambda j, n, b: (b, j, n, 0))
-                for width in (self.h, self.hv)
-            )
-            self.row_spec = spec((None, group, self.t), lambda j, n, b: (b, n, 0))
-            q_ids_spec = spec((None, c, self.t), lambda j, n, b: (b, 0, 0))
-            kv_ids_spec = spec((None, c, self.kv), lambda j, n, b: (b, 0, j))
+        specs = self._along_keys if along == "kv" else self._along_queries
+        self.specs = specs(ids=q_ids.shape[1])
         self.plan = [
-            (q_ids, q_ids_spec),
-            (kv_ids, kv_ids_spec),
-            (order, spec((None, None, order.shape[2]), lambda block, n, b: (b, block, 0))),
-            (counts, spec((None, None, 2), lambda block, n, b: (b, block, 0))),
+            (q_ids, self.specs.q_ids),
+            (kv_ids, self.specs.kv_ids),
+            *[
+                (x, pl.BlockSpec((None, None, x.shape[2]), lambda block, n, b: (b, block, 0)))
+                for x in (order, counts)
+            ],
         ]
 
+    def _along_keys(self, ids):
+        """A program has block `i` of the queries of head `n`, and all keys of its KV head."""
+        spec, group = pl.BlockSpec, self.group
+
+        def block_of_queries(width):
+            return spec((None, self.q, None, width), lambda i, n, b: (b, i, n, 0))
+
+        def all_keys(width):
+            return spec((None, self.s, None, width), lambda i, n, b: (b, 0, n // group, 0))
+
+        return _Specs(
+            grid=(self.t // self.q, self.heads, self.batch),
+            queries=block_of_queries(self.h),
+            keys=all_keys(self.h),
+            values=all_keys(self.hv),
+            outs=block_of_queries(self.hv),
+            rows=spec((None, None, self.q), lambda i, n, b: (b, n, i)),
+            q_ids=spec((None, ids, self.q), lambda i, n, b: (b, 0, i)),
+            kv_ids=spec((None, ids, self.s), lambda i, n, b: (b, 0, 0)),
+        )
+
+    def _along_queries(self, ids):
+        """A program has block `j` of the keys of KV head `n`, and all queries of its group."""
+        spec, group = pl.BlockSpec, self.group
+
+        def all_queries(width):
+            return spec((None, self.t, group, width), lambda j, n, b: (b, 0, n, 0))
+
+        def block_of_keys(width):
+            return spec((None, self.kv, None, width), lambda j, n, b: (b, j, n, 0))
+
+        return _Specs(
+            grid=(self.s // self.kv, self.kv_heads, self.batch),
+            queries=all_queries(self.h),
+            keys=block_of_keys(self.h),
+            values=block_of_keys(self.hv),
+            outs=all_queries(self.hv),
+            rows=spec((None, group, self.t), lambda j, n, b: (b, n, 0)),
+            q_ids=spec((None, ids, self.t), lambda j, n, b: (b, 0, 0)),
+            kv_ids=spec((None, ids, self.kv), lambda j, n, b: (b, 0, j)),
+        )
+
     def queries(self, x):
-        return tiles.pad_axis(tiles.pad_axis(x, self.t, 1), self.h, 3), self.q_spec
+        return tiles.pad_axis(tiles.pad_axis(x, self.t, 1), self.h, 3), self.specs.queries
 
     def keys(self, x):
-        return tiles.pad_axis(tiles.pad_axis(x, self.s, 1), self.h, 3), self.kv_spec
+        return tiles.pad_axis(tiles.pad_axis(x, self.s, 1), self.h, 3), self.specs.keys
 
     def values(self, x):
-        return tiles.pad_axis(tiles.pad_axis(x, self.s, 1), self.hv, 3), self.v_spec
+        return tiles.pad_axis(tiles.pad_axis(x, self.s, 1), self.hv, 3), self.specs.values
 
     def outs(self, x):
-        return tiles.pad_axis(tiles.pad_axis(x, self.t, 1), self.hv, 3), self.out_spec
+        return tiles.pad_axis(tiles.pad_axis(x, self.t, 1), self.hv, 3), self.specs.outs
 
     def rows(self, x):
-        return tiles.pad_axis(x.swapaxes(1, 2), self.t, 2), self.row_spec
+        return tiles.pad_axis(x.swapaxes(1, 2), self.t, 2), self.specs.rows
 
     def columns(self, rows, width):
         return _columns(rows, width, self.params.num_warps)
 
     def __call__(self, kernel, inputs, outs):
-        """`outs`: shape, dtype (None is float32) and block of each result."""
+        """Run the kernel; `outs`: shape, dtype (None is float32) and block of each result."""
         arrays, in_specs = zip(*self.plan, *inputs, strict=True)
         return pl.pallas_call(
             functools.partial(kernel, call=self),
-            grid=self.grid,
+            grid=self.specs.grid,
             in_specs=in_specs,
             out_specs=[block for _, _, block in outs],
             out_shape=[
@@ -190,7 +227,7 @@ GREATEST_CAP = 1024.0  # above it the differences that `_scores` forms would sho
 
 
 def _scores(qk, scale, soft_cap, call):
-    """`(s, unit, slope)`: scores in log2 units are `s * unit + _offset()`, and `unit` is positive.
+    """Return `(s, unit, slope)`: scores in log2 units are `s * unit + _offset()`, `unit` positive.
 
     Without a soft cap `s` is `qk`: the factor costs nothing where it meets a subtraction. With one
     and 16-bit inputs `s` is `-1 / (1 + exp(2 x))`, of which `tanh(x)` is `1 + 2 s`: four
@@ -210,7 +247,7 @@ def _offset(soft_cap, call):
 
 
 def _half_tanh(x, factor, interpret):
-    """`-1 / (1 + exp2(x * factor))`."""
+    """Compute `-1 / (1 + exp2(x * factor))`."""
     if interpret:
         return -1 / (1 + jnp.exp2(x * factor))
     bits = np.float32(factor).view(np.uint32)
@@ -226,7 +263,7 @@ def _half_tanh(x, factor, interpret):
 
 
 def _exp2(s, unit, shift, interpret):
-    """`exp2(s * unit - shift)`, two instructions an entry. Below 2**-126 it is 0.
+    """Compute `exp2(s * unit - shift)` in two instructions an entry; below 2**-126 it is 0.
 
     `jnp.exp2` becomes CUDA's, which brackets the instruction with a range check and two products,
     and XLA's Triton does not fuse the product with the subtraction by itself.
@@ -257,7 +294,7 @@ def _row(x):
 
 
 def _columns(rows, width, warps):
-    """`width` columns, in parts no wider than `rows` if the rows are enough for the warps.
+    """Cut `width` columns into parts no wider than `rows`, if the rows are enough for the warps.
 
     Triton lays the warps of a program along the longer side of one of its products and has the
     others follow. Softmax wants them along the rows: a row in one warp needs no shared memory.
@@ -272,7 +309,7 @@ def _parts(ref, columns, *at):
 
 
 def _product(a, b):
-    """`a @ b.T` of matrices that come as lists of parts, cut at the same columns."""
+    """Multiply `a @ b.T`, both lists of parts that are cut at the same columns."""
     return sum(dot(x, y, (1, 1)) for x, y in zip(a, b, strict=True))
 
 
@@ -285,7 +322,7 @@ def _block(order_ref, index, size):
 
 
 def _walk(counts_ref, step, carry):
-    """`step(masked)(index, carry)` over the blocks that need no mask, then over those that do."""
+    """Run `step(masked)(index, carry)` over the blocks that need no mask, then over the others."""
     full, some = counts_ref[0], counts_ref[1]
     carry = jax.lax.fori_loop(0, full, step(False), carry)
     return jax.lax.fori_loop(full, some, step(True), carry)
@@ -321,7 +358,7 @@ def _forward_kernel(
     total = jnp.zeros((call.q, 1), jnp.float32)
     m = jnp.full_like(total, LEAST)
     accs = [jnp.zeros((call.q, part.size), jnp.float32) for part in columns]
-    offset = _offset(soft_cap, call)  # which no difference in the loop needs
+    offset = _offset(soft_cap, call)  # cancels in the loop, which takes differences of scores
     if before:
         out, lse = before[0], _column(before[1][...])
         for i, part in enumerate(columns):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block sizes, one table: a chip, head dim or dtype that needs others gets a row further up."""
+"""Block sizes in one table: a chip, head dim or dtype that needs others gets a row further up."""
 
 import dataclasses
 
@@ -74,5 +74,5 @@ TABLE: tuple[tuple[str, str, int, int, Blocks], ...] = (
 
 
 def blocks(op: str, head_dim: int, dtype, *, interpret: bool) -> Blocks:
-    """The row for `op` on the device in scope; `head_dim` is the wider one of keys and values."""
+    """Look up the row for `op` on the device in scope; `head_dim`: the wider of keys and values."""
     return block_sizes(TABLE, op, head_dim, dtype, interpret=interpret, what="head_dim")

@@ -88,7 +88,7 @@ def backward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, lse, dout, delta, *, mask, s
 
 
 def _start(query, rows, width, dtype):
-    """`(high, total, acc)` before the first key: nothing, or what is carried in."""
+    """The `(high, total, acc)` before the first key: empty, or the carry."""
     if "lse" not in query:
         empty = jnp.full(rows, -jnp.inf, dtype), jnp.zeros(rows, dtype)
         return *empty, jnp.zeros((*rows, width), dtype)

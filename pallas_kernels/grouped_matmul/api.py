@@ -96,7 +96,7 @@ def grouped_swiglu(
 
 
 def _form(weights):
-    """Shapes and dtypes; of quantized weights the packing too."""
+    """The shapes and dtypes of arguments; of quantized weights the packing too."""
     if not isinstance(weights, Quantized):
         return weights.shape
     form = jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", weights)

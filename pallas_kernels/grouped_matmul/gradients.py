@@ -16,7 +16,7 @@ from pallas_kernels.grouped_matmul.quantized import Quantized, channel_scales
 
 
 def alike(*trees):
-    """Inside `shard_map`: everything varies over the axes that anything varies over.
+    """Let all arrays vary over the axes that any varies over, inside `shard_map`.
 
     The weights' gradient is then summed over the axes that only the rows vary over.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which rows a tile works on. Plain `jax.numpy` on arrays of one number a group or tile.
+"""Assigns rows to tiles. Plain `jax.numpy` on arrays of one number a group or tile.
 
 Rows past the last group form one group more, which has no weights and whose results are 0.
 """
@@ -11,13 +11,13 @@ import jax.numpy as jnp
 
 
 def of_rows(group_sizes, rows):
-    """Group of every row; `E` for rows past the last group."""
+    """The group of every row; `E` for rows past the last group."""
     ends = jnp.cumsum(group_sizes.astype(jnp.int32))
     return jnp.searchsorted(ends, jnp.arange(rows, dtype=jnp.int32), side="right")
 
 
 def with_rest(group_sizes, rows):
-    """Sizes of `E + 1` groups: the last one is what is left of the rows."""
+    """Sizes of `E + 1` groups: the last one has the rest of the rows."""
     sizes = group_sizes.astype(jnp.int32)
     return jnp.concatenate([sizes, (rows - sizes.sum())[None]])
 
@@ -31,7 +31,7 @@ class Tiles(NamedTuple):
 
 
 def tiles(group_sizes, rows, tile):
-    """As many as any sizes can need; those left over are empty."""
+    """Make as many tiles as any sizes can need; those left over are empty."""
     sizes = with_rest(group_sizes, rows)
     groups = sizes.shape[0]
     ends, tile_ends = jnp.cumsum(sizes), jnp.cumsum(-(-sizes // tile))
@@ -49,12 +49,16 @@ class Visits(NamedTuple):
 
     group: jax.Array
     tile: jax.Array
-    offsets: jax.Array  # where each group starts; one more, where the last one ends
+    offsets: jax.Array  # the start of each group; one more, the end of the last
     total: jax.Array  # entries past it repeat the last pair
 
 
 def visits(group_sizes, rows, tile, *, every_group):
-    """`every_group`: an empty group gets a visit and the rest none; else the other way round."""
+    """List the visits of tiles, group after group.
+
+    `every_group`: an empty group gets a visit and the rows past the last group none; else the other
+    way round.
+    """
     sizes = with_rest(group_sizes, rows)
     groups = sizes.shape[0]
     ends = jnp.cumsum(sizes)

@@ -10,6 +10,9 @@ of visits is known on the device alone and is the grid's bound. Interpreted on C
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +21,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.dispatch import target_platform
 from pallas_kernels.grouped_matmul import gradients, groups, tuning
-from pallas_kernels.grouped_matmul.narrow import four_times_e2m1, to_float32
 from pallas_kernels.grouped_matmul.quantized import (
     BLOCK,
     PACKED,
@@ -26,11 +28,12 @@ from pallas_kernels.grouped_matmul.quantized import (
     fine_operands,
     operand,
 )
+from pallas_kernels.number_formats import four_times_e2m1, to_float32
 from pallas_kernels.online_softmax import dot
 
 LANES = 128
 SUBLANES = 16  # rows that bfloat16 packs into a register
-VMEM_MARGIN = 8 << 20  # what the compiler keeps beside the blocks
+VMEM_MARGIN = 8 << 20  # room for the compiler beside the blocks
 
 
 def matmul(lhs, rhs, group_sizes, *, transpose=False):
@@ -84,7 +87,7 @@ def outer(lhs, dout, group_sizes, dtype):
 
 
 def _products(op, lhs, weights, group_sizes, outs, finish, *, transpose=False):
-    """`finish` of the products of `lhs` with each of the weights, one kernel."""
+    """Multiply `lhs` with each of the weights and apply `finish`, in one kernel."""
     m, e, n = lhs.shape[0], weights[0].shape[0], weights[0].shape[1 if transpose else 2]
     if m == 0:
         return [_zeros(lhs, (0, n), lhs.dtype)] * outs
@@ -101,12 +104,12 @@ def _products(op, lhs, weights, group_sizes, outs, finish, *, transpose=False):
     if tall > 1 and tall * BLOCK != k:
         raise ValueError(f"{op}: {tall} blocks of {BLOCK} scales for {k} summed entries")
     visits = groups.visits(group_sizes, rows, block.m, every_group=False)
-    kernel = functools.partial(
-        _products_kernel, block=block, count=len(weights), tall=tall, finish=finish,
-        transpose=transpose, groups_=e, scaled=bool(scales), steps=k // block.k,
+    plan = _Plan(
+        block=block, groups=e, steps=k // block.k, weights=len(weights), outs=outs, finish=finish,
+        transpose=transpose, scale_rows=tall if scales else 0,
     )  # fmt: skip
     out = pl.pallas_call(
-        kernel,
+        functools.partial(_products_kernel, plan=plan),
         grid_spec=_grid(
             block, (wide, visits.total, k // block.k), e, weights, scales, outs, transpose
         ),
@@ -122,13 +125,13 @@ def _products(op, lhs, weights, group_sizes, outs, finish, *, transpose=False):
 
 
 def _fine_products(op, lhs, weights, group_sizes, outs, finish, block):
-    """As `_products`, of weights that are made whole piece by piece on their way in."""
+    """Do `_products` of weights that are widened piece by piece on their way in."""
     m, (e, _, n) = lhs.shape[0], weights[0].shape
     packed, group = weights[0].packed, weights[0].group
     if packed and packed not in (64, 128, PACKED):
         raise NotImplementedError(f"{op}: 64, 128 or {PACKED} rows packed together; got {packed}")
     pieces = 2 if packed else 1
-    unit = _unit(group, packed)
+    unit = _Fine(group, packed).unit
     k = _round(lhs.shape[1], unit)
     block = dataclasses.replace(block, k=unit // LANES * _divisor(k * LANES // unit, block.k))
     lhs = _whole(lhs, block.m)
@@ -139,14 +142,14 @@ def _fine_products(op, lhs, weights, group_sizes, outs, finish, block):
     wholes = [_whole(s, 1)[:, :, None] for *_, s in operands]
     rows, wide = lhs.shape[0], values[0].shape[2]
     visits = groups.visits(group_sizes, rows, block.m, every_group=False)
-    kernel = functools.partial(
-        _products_kernel, block=block, count=len(weights), tall=1, finish=finish, transpose=False,
-        groups_=e, scaled=True, steps=k // block.k, fine=(group, packed),
+    plan = _Plan(
+        block=block, groups=e, steps=k // block.k, weights=len(weights), outs=outs, finish=finish,
+        scale_rows=1, fine=_Fine(group, packed),
     )  # fmt: skip
     grid = wide, visits.total, k // block.k
     of_scales = len(weights) * (k // group) * block.n * (4 + 2 * scales[0].dtype.itemsize)
     out = pl.pallas_call(
-        kernel,
+        functools.partial(_products_kernel, plan=plan),
         grid_spec=_grid(
             block, grid, e, values, wholes, outs, False, fine=(block.k // pieces, k // group)
         ),
@@ -162,12 +165,15 @@ def _fine_products(op, lhs, weights, group_sizes, outs, finish, block):
 
 
 def _tall(x, rows):
-    """Padded to so many rows, and whole lanes."""
+    """Pad to `rows` rows, and to whole lanes."""
     return _whole(jnp.pad(x, ((0, 0), (0, rows - x.shape[1]), (0, 0))), 1)
 
 
 def _grid(block, grid, groups_, weights, scales, outs, transpose, fine=None):
-    """`fine`: rows of values in a step, and of scales, which come after the others and whole."""
+    """Make the grid and its block specs.
+
+    `fine`: rows of values in a step, and of scales, which come last and whole.
+    """
     wide, visits, steps = grid
 
     def of_weights(n, v, k, group, *_):
@@ -201,7 +207,7 @@ def _grid(block, grid, groups_, weights, scales, outs, transpose, fine=None):
 
 
 def _vmem(block, itemsize, weights, outs, tall):
-    """Two of each block, what is summed, a column of weights in two more types, and a margin."""
+    """Bytes of VMEM: two of each block, sums, a column of weights in two more types, a margin."""
     matrices = 2 * block.k * block.n * weights[0].dtype.itemsize + block.k * block.columns * 8
     sums = 4 * block.m * block.n + 8 * tall * block.n
     rows = 2 * block.m * (block.k + outs * block.n) * itemsize
@@ -238,7 +244,7 @@ def _divisor(size, most):
 
 
 def _whole(x, rows):
-    """Padded with zeros to whole lanes and a multiple of `rows`: a copy only for odd shapes."""
+    """Pad with zeros to whole lanes and a multiple of `rows`: a copy only for odd shapes."""
     *_, m, k = x.shape
     sides = [(0, 0)] * (x.ndim - 2) + [(0, _round(m, rows) - m), (0, _round(k, LANES) - k)]
     return jnp.pad(x, sides) if any(high for _, high in sides) else x
@@ -262,7 +268,7 @@ def _gated(g, u, clamp):
 
 
 def _pieces(offsets_ref, group, tile, block, work):
-    """`work(rows of the tile, which of them belong to the group)` for the pieces that hold any."""
+    """Run `work(rows of the tile, mask of the group's rows)` for the pieces that have any."""
     low = jnp.maximum(offsets_ref[group] - tile * block.m, 0)
     high = jnp.minimum(offsets_ref[group + 1] - tile * block.m, block.m)
 
@@ -274,103 +280,164 @@ def _pieces(offsets_ref, group, tile, block, work):
     jax.lax.fori_loop(low // block.rows, pl.cdiv(high, block.rows), piece, None)
 
 
-def _products_kernel(
-    group_ref, tile_ref, offsets_ref, lhs_ref, *refs, block, count, scaled, steps, tall, finish,
-    transpose, groups_, fine=None,
-):  # fmt: skip
-    by_block, per_step = tall > 1, tall // steps
-    weight_refs, scale_refs = refs[:count], refs[count : count * (1 + scaled)]
-    sum_refs = refs[len(refs) - count :] if steps > 1 else ()
-    given = count * (1 + scaled + bool(fine))
-    made_refs = refs[len(refs) - len(sum_refs) - count : len(refs) - len(sum_refs)] if fine else ()
-    out_refs = refs[given : len(refs) - len(sum_refs) - len(made_refs)]
+class _Fine(NamedTuple):
+    """Weights with a scale for each `group` rows; of 4 bits, `packed` together, else 0."""
+
+    group: int
+    packed: int
+
+    @property
+    def unit(self) -> int:
+        """Rows made whole at a time: their values fill lanes, their scales whole tiles of 8."""
+        return 2 * LANES if self.packed or LANES // self.group < 8 else LANES
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """The facts about a kernel of products that are known when it is traced.
+
+    `steps` parts of the summed dimension are visited one after the other. `scale_rows`: 0 without
+    scales, 1 for one a channel, else one for each BLOCK of the summed dimension.
+    """
+
+    block: tuning.Blocks
+    groups: int
+    steps: int
+    weights: int
+    outs: int
+    finish: Callable
+    scale_rows: int
+    transpose: bool = False
+    fine: _Fine | None = None
+
+
+class _Refs(NamedTuple):
+    """The kernel's arguments in their order; each tuple has one for each of the weights, or none.
+
+    `scales` are of channels or blocks, `fine` of groups as they are stored. Scratch: `made`, `fine`
+    in float32, and `sums`, where a product takes several steps.
+    """
+
+    group: jax.Ref
+    tile: jax.Ref
+    offsets: jax.Ref
+    lhs: jax.Ref
+    weights: tuple[jax.Ref, ...]
+    scales: tuple[jax.Ref, ...]
+    fine: tuple[jax.Ref, ...]
+    outs: tuple[jax.Ref, ...]
+    made: tuple[jax.Ref, ...]
+    sums: tuple[jax.Ref, ...]
+
+    @classmethod
+    def of(cls, refs, plan):
+        n, fine = plan.weights, plan.fine is not None
+        counts = n, n * (plan.scale_rows > 0), n * fine, plan.outs, n * fine, n * (plan.steps > 1)
+        rest = iter(refs[4:])
+        parts = [tuple(itertools.islice(rest, count)) for count in counts]
+        assert next(rest, None) is None
+        return cls(*refs[:4], *parts)
+
+
+def _products_kernel(*refs, plan):
+    r, block = _Refs.of(refs, plan), plan.block
     visit, step = pl.program_id(1), pl.program_id(2)
-    group, tile = group_ref[visit], tile_ref[visit]
+    group, tile = r.group[visit], r.tile[visit]
+    by_block = _product_by_block if plan.scale_rows > 1 else _product
+    product = functools.partial(_fine_product if plan.fine else by_block, r, plan, step)
 
-    def product(i, at, columns):
-        if fine:
-            first = step * (block.k // fine[0])
-            total = _fine_product(
-                lhs_ref, weight_refs[i], made_refs[i], first, at, columns, block, *fine
-            )
-            return total * scale_refs[i][0, :, columns]
-        if not by_block:
-            w = weight_refs[i][columns, :] if transpose else weight_refs[i][:, columns]
-            total = dot(lhs_ref[at, :], w.astype(lhs_ref.dtype), (1, 1 if transpose else 0))
-            return total * scale_refs[i][0, :, columns] if scaled else total
-
-        def add(j, total):
-            k = pl.ds(pl.multiple_of(j * BLOCK, BLOCK), BLOCK)
-            w = weight_refs[i][columns, k] if transpose else weight_refs[i][k, columns]
-            part = dot(lhs_ref[at, k], w.astype(lhs_ref.dtype), (1, 1 if transpose else 0))
-            return total + part * scale_refs[i][step * per_step + j, :, columns]
-
-        zeros = jnp.zeros((block.rows, block.columns), jnp.float32)
-        return jax.lax.fori_loop(0, per_step, add, zeros)
-
-    def write(at, columns, mine, sums):
-        for ref, x in zip(out_refs, finish(*sums), strict=False):
-            ref[at, columns] = jnp.where(mine, x.astype(ref.dtype), ref[at, columns])
+    def write(at, columns, own, sums):
+        for ref, x in zip(r.outs, plan.finish(*sums), strict=False):
+            ref[at, columns] = jnp.where(own, x.astype(ref.dtype), ref[at, columns])
 
     def column(index, _):
         columns = pl.ds(pl.multiple_of(index * block.columns, block.columns), block.columns)
 
-        def work(at, mine):
-            sums = [product(i, at, columns) for i in range(count)]
-            if steps == 1:
-                write(at, columns, mine, sums)
+        def work(at, own):
+            sums = [product(i, at, columns) for i in range(plan.weights)]
+            if plan.steps == 1:
+                write(at, columns, own, sums)
                 return
-            for ref, part in zip(sum_refs, sums, strict=True):
+            for ref, part in zip(r.sums, sums, strict=True):
                 ref[at, columns] = jnp.where(step == 0, 0.0, ref[at, columns]) + part
 
-            @pl.when(step == steps - 1)
+            @pl.when(step == plan.steps - 1)
             def _():
-                write(at, columns, mine, [ref[at, columns] for ref in sum_refs])
+                write(at, columns, own, [ref[at, columns] for ref in r.sums])
 
-        _pieces(offsets_ref, group, tile, block, work)
+        _pieces(r.offsets, group, tile, block, work)
 
-    @pl.when(group < groups_)
+    @pl.when(group < plan.groups)
     def _():
-        for ref, narrow in zip(made_refs, refs[2 * count : 3 * count], strict=False):
-            ref[...] = to_float32(narrow[...]) * (0.25 if fine[1] else 1.0)  # four_times_e2m1
+        for ref, stored in zip(r.made, r.fine, strict=True):
+            quarter = 0.25 if plan.fine.packed else 1.0  # four_times_e2m1
+            ref[...] = to_float32(stored[...]) * quarter
         jax.lax.fori_loop(0, block.n // block.columns, column, None)
 
-    @pl.when(group == groups_)  # rows past the last group
+    @pl.when(group == plan.groups)  # rows past the last group
     def _():
-        def work(at, mine):
-            zeros = [jnp.zeros((block.rows, block.n), jnp.float32)] * len(out_refs)
-            for ref, x in zip(out_refs, zeros, strict=True):
-                ref[at, :] = jnp.where(mine, x.astype(ref.dtype), ref[at, :])
+        def work(at, own):
+            zeros = [jnp.zeros((block.rows, block.n), jnp.float32)] * len(r.outs)
+            for ref, x in zip(r.outs, zeros, strict=True):
+                ref[at, :] = jnp.where(own, x.astype(ref.dtype), ref[at, :])
 
-        _pieces(offsets_ref, group, tile, block, work)
+        _pieces(r.offsets, group, tile, block, work)
 
 
-def _fine_product(lhs_ref, value_ref, scale_ref, first_scale, at, columns, block, group, packed):
-    """Of a piece of the rows with a column of weights."""
-    unit = _unit(group, packed)
-    each, tall = unit // group, unit // 2 if packed else unit
+# Each of these multiplies the rows `at` by some columns of the `i`-th weights.
+
+
+def _product(r, plan, step, i, at, columns):
+    """Weights without scales, or with one a channel."""
+    weights, transpose = r.weights[i], plan.transpose
+    w = weights[columns, :] if transpose else weights[:, columns]
+    total = dot(r.lhs[at, :], w.astype(r.lhs.dtype), (1, 1 if transpose else 0))
+    return total * r.scales[i][0, :, columns] if plan.scale_rows else total
+
+
+def _product_by_block(r, plan, step, i, at, columns):
+    """Weights with a scale for each BLOCK that is summed: a product and a factor for each."""
+    weights, transpose, block = r.weights[i], plan.transpose, plan.block
+    blocks = plan.scale_rows // plan.steps
 
     def add(j, total):
-        values = value_ref[pl.ds(pl.multiple_of(j * tall, tall), tall), columns]
+        k = pl.ds(pl.multiple_of(j * BLOCK, BLOCK), BLOCK)
+        w = weights[columns, k] if transpose else weights[k, columns]
+        part = dot(r.lhs[at, k], w.astype(r.lhs.dtype), (1, 1 if transpose else 0))
+        return total + part * r.scales[i][step * blocks + j, :, columns]
+
+    zeros = jnp.zeros((block.rows, block.columns), jnp.float32)
+    return jax.lax.fori_loop(0, blocks, add, zeros)
+
+
+def _fine_product(r, plan, step, i, at, columns):
+    """Weights with a scale for each few rows of a column, made whole a unit of rows at a time.
+
+    Of a step of 512 rows, for groups of 32 with 256 packed together: 2 units of 256 rows, each 128
+    rows of bytes and 8 rows of scales; step `s` begins at row 16 s of the scales.
+    """
+    (group, packed), unit, block = plan.fine, plan.fine.unit, plan.block
+    scales_a_step, scales_a_unit = block.k // group, unit // group
+    stored = unit // 2 if packed else unit
+    first_scale = step * scales_a_step
+
+    def add(j, total):
+        values = r.weights[i][pl.ds(pl.multiple_of(j * stored, stored), stored), columns]
         values = _unpacked(values, packed) if packed else values.astype(jnp.float32)
-        first = pl.multiple_of(first_scale + j * each, each)
-        scales = scale_ref[pl.ds(first, each), columns]
-        w = values.reshape(each, group, block.columns) * scales[:, None]
-        w = w.reshape(unit, block.columns).astype(lhs_ref.dtype)
-        a = lhs_ref[at, pl.ds(pl.multiple_of(j * unit, unit), unit)]
+        first = pl.multiple_of(first_scale + j * scales_a_unit, scales_a_unit)
+        scales = r.made[i][pl.ds(first, scales_a_unit), columns]
+        w = values.reshape(scales_a_unit, group, block.columns) * scales[:, None]
+        w = w.reshape(unit, block.columns).astype(r.lhs.dtype)
+        a = r.lhs[at, pl.ds(pl.multiple_of(j * unit, unit), unit)]
         return total + dot(a, w, (1, 0))
 
     zeros = jnp.zeros((block.rows, block.columns), jnp.float32)
-    return jax.lax.fori_loop(0, block.k // unit, add, zeros)
-
-
-def _unit(group, packed):
-    """Rows made whole at a time: their values fill lanes, their scales whole tiles of 8."""
-    return 2 * LANES if packed or LANES // group < 8 else LANES
+    total = jax.lax.fori_loop(0, block.k // unit, add, zeros)
+    return total * r.scales[i][0, :, columns]
 
 
 def _unpacked(values, packed):
-    """Float32 `[2 R, C]`, 4 times the values, of bytes `[R, C]`."""
+    """Unpack bytes `[R, C]` to 4 times their values, float32 `[2 R, C]`."""
     both, half = values.astype(jnp.int32), packed // 2
     parts = [both[i : i + half] for i in range(0, both.shape[0], half)]
     return jnp.concatenate([four_times_e2m1(x, high=h) for x in parts for h in (False, True)])
@@ -384,13 +451,13 @@ def _outer_kernel(group_ref, tile_ref, offsets_ref, lhs_ref, dout_ref, out_ref, 
     def _():
         sum_ref[...] = jnp.zeros(sum_ref.shape, jnp.float32)
 
-    def work(at, mine):
-        a = jnp.where(mine, lhs_ref[at, :], 0)
+    def work(at, own):
+        a = jnp.where(own, lhs_ref[at, :], 0)
 
         def column(index, _):
             columns = pl.ds(pl.multiple_of(index * block.columns, block.columns), block.columns)
             # rows of other groups may hold anything, and 0 * NaN is NaN: both sides are masked
-            b = jnp.where(mine, dout_ref[at, columns], 0)
+            b = jnp.where(own, dout_ref[at, columns], 0)
             sum_ref[:, columns] += dot(a, b, (0, 0))
 
         jax.lax.fori_loop(0, block.n // block.columns, column, None)

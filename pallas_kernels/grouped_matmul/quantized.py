@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights of 8 or 4 bits with scales: a product reads that many, and sums stay in float32."""
+"""Weights of 8 or 4 bits with scales: products read the narrow values and sum in float32."""
 
 import dataclasses
 import math
@@ -9,11 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pallas_kernels.grouped_matmul import narrow
-from pallas_kernels.grouped_matmul.narrow import E2M1_LARGEST, E4M3_LARGEST
+from pallas_kernels.number_formats import (
+    E2M1_LARGEST,
+    E4M3_LARGEST,
+    LARGEST,
+    LEAST,
+    four_times_e2m1,
+    to_e2m1,
+    to_float32,
+    to_ue8m0,
+)
 
 BLOCK = 128  # rows and columns that share a scale, as in DeepSeek-V3 (arXiv 2412.19437, 3.3.2)
-LARGEST = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): E4M3_LARGEST}
 GROUPS = (16, 32, BLOCK)  # rows of one column that share a scale
 FORMATS = {"mxfp8": 32, "mxfp4": 32, "nvfp4": 16}
 PACKED = 256  # most rows that are packed together
@@ -22,11 +29,11 @@ PACKED = 256  # most rows that are packed together
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """`weights = values * scales * channel_scales`, with `scales` spread over what shares one.
+    """Quantized weights: `values * scales * channel_scales`, each scale spread over its block.
 
     `values`: int8 or float8_e4m3fn `[E, D, F]`; or with `packed` uint8 `[E, D / 2, F]`, two e2m1
     a byte: of `packed` rows the first half lie in the low bits, the second in the high bits, so
-    that a slice of whole `packed` rows stands for itself. `packed` is a power of two, at most 256.
+    that a slice of whole `packed` rows can be read alone. `packed` is a power of two, at most 256.
 
     `scales`: `[E, 1, F]` for one a channel, `[E, ceil(D / 128), ceil(F / 128)]` for one a block, or
     `[E, D / g, F]` for g = 16, 32 or 128 rows of a column; float32, float8_e4m3fn or, as exponents
@@ -51,12 +58,12 @@ class Quantized:
 
     @property
     def by_channel(self) -> bool:
-        """One scale a channel; a matrix of 128 x 1 or less has both forms, with one meaning."""
+        """True with one scale a channel. For 128 x 1 or less that is one scale a block as well."""
         return self.scales.shape[1:] == (1, self.values.shape[2])
 
     @property
     def group(self) -> int:
-        """Rows that share a scale."""
+        """The number of rows that share a scale."""
         d, f = self.shape[1:]
         if self.by_channel:
             return d
@@ -65,7 +72,7 @@ class Quantized:
 
     @property
     def has_gradient(self) -> bool:
-        """Whether there is a transposed product: its scales lie along whole columns or blocks."""
+        """True where there is a transposed product: scales lie along whole columns or blocks."""
         wide = self.scales.shape[2]
         return not self.packed and (
             self.by_channel or (not self.is_fine and wide == -(-self.shape[2] // BLOCK))
@@ -73,20 +80,20 @@ class Quantized:
 
     @property
     def is_fine(self) -> bool:
-        """Whether a kernel makes whole weights, in the rows' dtype, before it multiplies. What
-        `quantize` gives is exact in bfloat16."""
+        """True where a kernel widens weights, to the rows' dtype, before it multiplies; those of
+        `quantize` are exact in bfloat16."""
         return bool(self.packed) or self.group < min(BLOCK, self.shape[1])
 
 
 def quantize(weights: Float[Array, "E D F"], format=jnp.int8, *, block: bool = False) -> Quantized:
-    """Round to the nearest: the greatest of what shares a scale becomes the format's greatest.
+    """Round to the nearest; of the weights that share a scale the greatest becomes the format's.
 
     Args:
       format: int8 or float8_e4m3fn; "mxfp8" (e4m3), "mxfp4" (e2m1), both with a power of two for
         32 rows; or "nvfp4" (e2m1 with an e4m3 scale for 16 rows, and one a channel).
       block: int8 and float8_e4m3fn have a scale for every 128 x 128 block, not every column.
     Raises:
-      ValueError: another format; rows that are no multiple of what shares a scale.
+      ValueError: another format; rows that are no multiple of those that share a scale.
 
     >>> quantize(jnp.ones((2, 256, 384)), jnp.float8_e4m3fn, block=True).scales.shape
     (2, 2, 3)
@@ -115,22 +122,22 @@ def _in_groups(exact, format):
     greatest = jnp.abs(grouped).max(2)
     if format == "nvfp4":
         whole = greatest.max(1, keepdims=True) / (E4M3_LARGEST * E2M1_LARGEST)
-        whole = jnp.maximum(whole, narrow.LEAST)
+        whole = jnp.maximum(whole, LEAST)
         scales = (greatest / E2M1_LARGEST / whole).astype(jnp.float8_e4m3fn)
-        unit = narrow.to_float32(scales) * whole
+        unit = to_float32(scales) * whole
     else:
         largest = E4M3_LARGEST if format == "mxfp8" else E2M1_LARGEST
-        whole, scales = None, narrow.to_ue8m0(greatest / largest)
-        unit = narrow.to_float32(scales)
+        whole, scales = None, to_ue8m0(greatest / largest)
+        unit = to_float32(scales)
     scaled = (grouped / jnp.where(unit > 0, unit, 1.0)[:, :, None]).reshape(e, d, f)
     if format == "mxfp8":
         return Quantized(scaled.astype(jnp.float8_e4m3fn), scales)
     packed = math.gcd(d, PACKED)
-    return Quantized(pack(narrow.to_e2m1(scaled), packed), scales, whole, packed)
+    return Quantized(pack(to_e2m1(scaled), packed), scales, whole, packed)
 
 
 def pack(codes, packed: int):
-    """uint8 codes of 4 bits `[..., D, F]` as `[..., D / 2, F]`, see `Quantized`; NumPy's too."""
+    """Pack uint8 codes of 4 bits `[..., D, F]`, jax's or NumPy's: `[..., D / 2, F]`, two a byte."""
     *rest, d, f = codes.shape
     if packed % 2 or d % packed:
         raise ValueError(f"{packed} rows, an even number, are packed together; got {codes.shape}")
@@ -140,27 +147,31 @@ def pack(codes, packed: int):
 
 
 def unpack(values, packed: int):
-    """What `pack` was given."""
+    """Undo `pack`."""
     *rest, half, f = values.shape
     blocks = values.reshape(*rest, 2 * half // packed, packed // 2, f)
     return jnp.concatenate([blocks & 15, blocks >> 4], axis=-2).reshape(*rest, 2 * half, f)
 
 
 def dequantize(weights: Quantized, dtype=jnp.float32) -> Float[Array, "E D F"]:
-    """The matrices that the values and scales stand for."""
+    """The matrices that the values and scales stand for.
+
+    >>> dequantize(quantize(jnp.ones((2, 256, 384)), "mxfp4")).shape
+    (2, 256, 384)
+    """
     if weights.packed:
         codes = unpack(weights.values, weights.packed)
-        exact = 0.25 * narrow.four_times_e2m1(codes.astype(jnp.int32))
+        exact = 0.25 * four_times_e2m1(codes.astype(jnp.int32))
     else:
         exact = weights.values.astype(jnp.float32)
-    exact *= spread(narrow.to_float32(weights.scales), weights.shape)
+    exact *= spread(to_float32(weights.scales), weights.shape)
     if weights.channel_scales is not None:
         exact *= weights.channel_scales
     return exact.astype(dtype)
 
 
 def spread(scales, shape):
-    """Scales `[E, 1, F]` as they are, those of blocks or groups repeated to `shape`."""
+    """Repeat scales of blocks or groups to `shape`; return `[E, 1, F]` as they are."""
     (tall, wide), (d, f) = scales.shape[1:], shape[1:]
     if (tall, wide) == (1, f):
         return scales
@@ -170,14 +181,14 @@ def spread(scales, shape):
 
 
 def columns(scales, width):
-    """Scales with one entry a column: `[E, blocks of rows, width]`."""
+    """Repeat scales to one entry a column: `[E, blocks of rows, width]`."""
     if scales.shape[2] == width:
         return scales
     return scales.repeat(BLOCK, axis=2)[:, :, :width]
 
 
 def check(weights: Quantized) -> None:
-    """Raises ValueError: values or scales of a wrong dtype or shape."""
+    """Raise ValueError for values or scales of a wrong dtype or shape."""
     e, d, f = weights.shape
     together = weights.packed
     if together and (weights.values.dtype != np.uint8 or PACKED % together or d % together):
@@ -203,11 +214,10 @@ def check(weights: Quantized) -> None:
 
 
 def _largest(dtype):
-    if jnp.dtype(dtype) not in LARGEST:
-        raise ValueError(
-            f"quantized weights are {', '.join(map(str, LARGEST))}; got {jnp.dtype(dtype)}"
-        )
-    return LARGEST[jnp.dtype(dtype)]
+    name = jnp.dtype(dtype).name
+    if name not in LARGEST:
+        raise ValueError(f"quantized weights are {', '.join(LARGEST)}; got {name}")
+    return LARGEST[name]
 
 
 def _blocks(x):
@@ -218,11 +228,11 @@ def _blocks(x):
 
 
 def operand(weights, *, transpose: bool):
-    """`(values, scales)` for a kernel; scales `[E, groups of what is summed over, columns]`.
+    """The `(values, scales)` for a kernel; scales `[E, groups of summed rows, columns]`, or None.
 
-    None where there are none. Those by channel do not take part in a transposed product: they lie
-    along what it sums over, and its caller has multiplied the other side by them. For fine groups
-    see `fine_operands`.
+    Scales by channel take no part in a transposed product: they lie along the axis that it sums
+    over, and its caller has multiplied the other side by them. For fine groups see
+    `fine_operands`.
     """
     if not isinstance(weights, Quantized):
         return weights, None
@@ -235,18 +245,18 @@ def operand(weights, *, transpose: bool):
 
 
 def fine_operands(weights: Quantized):
-    """`(values, scales [E, D / group, F] in their dtype, channel scales [E, 1, F])`."""
+    """The `(values, scales [E, D / group, F], channel scales [E, 1, F])` of fine groups."""
     e, _, f = weights.shape
     whole = weights.channel_scales
     return weights.values, weights.scales, jnp.ones((e, 1, f)) if whole is None else whole
 
 
 def _whole_scales(weights):
-    scales = narrow.to_float32(weights.scales)
+    scales = to_float32(weights.scales)
     return scales if weights.channel_scales is None else scales * weights.channel_scales
 
 
 def channel_scales(weights: Quantized):
-    """Float32 `[E, 1, F]`, of weights that have no other."""
+    """The scales, float32 `[E, 1, F]`, of weights that have one a channel."""
     assert weights.by_channel
     return _whole_scales(weights)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every row through every matrix, and all but one product masked away."""
+"""Multiplies every row with every matrix, and masks all but one product."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -21,15 +21,15 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dispatch import target_platform
 from pallas_kernels.grouped_matmul import gradients, groups, tuning
-from pallas_kernels.grouped_matmul.narrow import four_times_e2m1, from_ue8m0
 from pallas_kernels.grouped_matmul.quantized import BLOCK, Quantized, fine_operands, operand
+from pallas_kernels.number_formats import four_times_e2m1, from_ue8m0
 from pallas_kernels.online_softmax import dot
 
 # 2026-11: jax 0.11 and later warn about Pallas-Triton whenever a program is lowered. That is after
 # the pallas_call has returned, so it cannot be silenced around the call. It works through jax 0.12.
 warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
 
-LEAST = 16  # of every dimension of a Triton dot
+LEAST = 16  # size of a Triton dot in every dimension, at least
 
 
 def matmul(lhs, rhs, group_sizes, *, transpose=False):
@@ -64,7 +64,7 @@ def outer(lhs, dout, group_sizes, dtype):
 
 
 def _products(op, lhs, weights, group_sizes, outs, finish, *, transpose=False):
-    """`finish` of the products of `lhs` with each of the weights, one kernel."""
+    """Multiply `lhs` with each of the weights and apply `finish`, in one kernel."""
     m, k = lhs.shape
     e, n = weights[0].shape[0], weights[0].shape[1 if transpose else 2]
     if isinstance(weights[0], Quantized) and weights[0].is_fine:
@@ -93,7 +93,7 @@ def _products(op, lhs, weights, group_sizes, outs, finish, *, transpose=False):
 
 
 def _fine_products(op, lhs, weights, group_sizes, outs, finish):
-    """As `_products`, of weights that are made whole tile by tile, exact in bfloat16."""
+    """Do `_products` of weights that are widened tile by tile, exact in bfloat16."""
     (m, k), (e, _, n) = lhs.shape, weights[0].shape
     if m == 0:
         return [_zeros(lhs, (0, n), lhs.dtype)] * outs
@@ -122,7 +122,7 @@ def _fine_products(op, lhs, weights, group_sizes, outs, finish):
 
 
 def _fit(tuned, m, n, k):
-    """No block wider than the power of two that holds its side."""
+    """Limit each block to the power of two that holds its side."""
     sides = {"m": m, "n": n, "k": k}
     whole = {name: max(LEAST, pl.next_power_of_2(size)) for name, size in sides.items()}
     return dataclasses.replace(
@@ -140,19 +140,19 @@ def _zeros(x, shape, dtype):
 
 
 def _inside(start, block, size):
-    """Which of `block` entries from `start` exist: None where all blocks are whole."""
+    """Mask the entries of a block from `start` that exist; None where all blocks are whole."""
     return None if size % block == 0 else start + jnp.arange(block) < size
 
 
 def _both(rows, columns):
-    """A mask over rows and columns; either may be None."""
+    """Combine the masks of rows and columns; either may be None."""
     rows = None if rows is None else rows[:, None]
     columns = None if columns is None else columns[None, :]
     return rows if columns is None else columns if rows is None else rows & columns
 
 
 def _read(ref, at, shape, rows, columns, dtype):
-    """As `dtype`, with 0 for what does not exist."""
+    """Load as `dtype`, with 0 for entries that do not exist."""
     mask = _both(rows, columns)
     if mask is None:
         return plgpu.load(ref.at[at]).astype(dtype)
@@ -172,7 +172,7 @@ def _gated(g, u, clamp):
 
 
 def _place(tile_refs, block, groups_, n):
-    """Of a program: its group, whether that is one, its first row and column, and which exist."""
+    """Locate a program: its group, whether that is real, its first row and column, their masks."""
     wide = pl.cdiv(n, block.n)
     tile, column = pl.program_id(0) // wide, pl.program_id(0) % wide * block.n
     group, start, end = (ref[tile] for ref in tile_refs)
@@ -239,7 +239,7 @@ def _fine_kernel(*refs, block, count, finish, shape, packed, group_rows):
         return _read(value_refs[i], where, (tall, block.n), None, columns, dtype)
 
     def product(i, values, first):
-        """Of the rows of a matrix from `first` on, whose values these are."""
+        """Multiply by `values`, the rows of a matrix from `first` on."""
         row = jax.lax.div(first, jnp.int32(group_rows))
         where, dtype = (group, pl.ds(row, 1), at_columns), scale_refs[i].dtype
         read_as = jnp.int32 if dtype == jnp.uint8 else jnp.float32
@@ -251,7 +251,7 @@ def _fine_kernel(*refs, block, count, finish, shape, packed, group_rows):
         return dot(a, (values * scales).astype(a.dtype), (1, 0))
 
     def parts(i, first):
-        """What is added one after the other: a sum of them would be no tensor core's."""
+        """Yield products to be added one by one: only so do tensor cores add them."""
         if not packed:
             yield product(i, stored(i, first, jnp.float32), first)
             return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block sizes, one table: a chip, group size or dtype that needs others gets a row further up."""
+"""Block sizes in one table: a chip, group size or dtype that needs others gets a row further up."""
 
 import dataclasses
 
@@ -62,5 +62,5 @@ TABLE: tuple[tuple[str, str, int, int, Blocks], ...] = (
 
 
 def blocks(op: str, mean_rows: int, dtype, *, interpret: bool) -> Blocks:
-    """The row for `op` on the device in scope; `mean_rows`: rows of lhs divided by groups."""
+    """Look up the row for `op` on the device in scope; `mean_rows`: rows of lhs over groups."""
     return block_sizes(TABLE, op, mean_rows, dtype, interpret=interpret, what="mean_rows")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""XLA's own ragged dot; tiles on CPU, where that one multiplies every row by every matrix."""
+"""XLA's own ragged dot; on CPU, where it multiplies every row by every matrix, tiles instead."""
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,12 @@ def forward(lhs, rhs, group_sizes):
         return _tiled(lhs, rhs, group_sizes, tiles)
     acc = np.promote_types(lhs.dtype, np.float32)
     out = jax.lax.ragged_dot(lhs, rhs, group_sizes, preferred_element_type=acc).astype(lhs.dtype)
-    # what ragged_dot leaves in rows of no group differs between platforms
+    # rows of no group: ragged_dot's result there differs between platforms
     return jnp.where((jnp.arange(lhs.shape[0]) < group_sizes.sum())[:, None], out, 0)
 
 
 def _tiled(lhs, rhs, group_sizes, tiles):
-    """Every group padded to whole tiles, one batched product over tiles."""
+    """Pad every group to whole tiles, and run one batched product over tiles."""
     rows, groups = lhs.shape[0], rhs.shape[0]
     ends = jnp.cumsum(group_sizes)
     group = jnp.searchsorted(ends, jnp.arange(rows), side="right")

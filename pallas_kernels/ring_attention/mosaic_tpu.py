@@ -3,14 +3,14 @@
 DMA while the kernel attends to those that are there.
 
 A shard's keys are cut into chunks, and every chunk goes round on a ring of its own (`_Stream`),
-every other one in the opposite direction if asked. Two slots in HBM take what arrives; positions
-and what says which blocks to skip are small and gathered before. At step s, for each chunk: wait
-for it, pass it on to the neighbour's other slot, attend to it with a pipeline from HBM, and tell
-the neighbour before that the slot is free.
+every other one in the opposite direction if asked. Two slots in HBM take the chunks that arrive;
+positions and the lists of blocks to skip are small and gathered before. At step s, for each chunk:
+wait for it, pass it on to the neighbour's other slot, attend to it with a pipeline from HBM, and
+tell the neighbour before that the slot is free.
 
-Backward, the gradients of keys and values travel in float32 one step behind: a chunk's begin at its
-first foreign host, leave each host when that has added its part, while the next chunk is worked on,
-and need one hop home. What a host adds to its own keys waits there.
+Backward, the gradients of keys and values travel in float32 one step behind: those of a chunk begin
+at its first foreign host, leave each host when that has added its part, while the next chunk is
+worked on, and need one hop home. A host's gradients of its own keys wait there.
 
 No deadlock, whatever the number of devices: order the parts of the program by (step, chunk) and
 within one by free, wait, send, work, pass on gradients. Whatever a device waits for, its neighbours
@@ -36,10 +36,10 @@ from pallas_kernels.flash_attention.mosaic_tpu_tile import apart, exactly, lanes
 
 MOST_CHUNKS = 4
 SLOTS = 2
-HOME = SLOTS  # where the gradients of a device's own keys wait for those from elsewhere
-DQ_BYTES = 24 << 20  # of VMEM for the queries' gradient; the smallest chip has 64 MiB
+HOME = SLOTS  # the slot in which a device's own gradients wait for those from elsewhere
+DQ_BYTES = 24 << 20  # VMEM for the queries' gradient; the smallest chip has 64 MiB
 VMEM_BYTES = 56 << 20
-BITS, CODES = 3, 10  # of what a block shows, and how many of those in an int32
+BITS, CODES = 3, 10  # bits of a block's visibility, and blocks in an int32
 COLLECTIVE_IDS = {"forward": 21, "backward": 22}
 INTERPRETED = pltpu.InterpretParams()
 
@@ -47,7 +47,7 @@ INTERPRETED = pltpu.InterpretParams()
 def forward(
     q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, axis_name, bidirectional, mask, soft_cap, scale
 ):
-    """`(out, lse)`, both float32."""
+    """Compute `(out, lse)`, both float32."""
     q, k, v = exactly(q, k, v)
     b, t, n, _ = q.shape
     ring = _Ring(
@@ -78,7 +78,7 @@ def backward(
     q, k, v, q_pos, kv_pos, q_seg, kv_seg, lse, dout, delta, *,
     axis_name, bidirectional, mask, soft_cap, scale,
 ):  # fmt: skip
-    """`(dq, dk, dv)` in float32; `lse` of the whole row, `delta` as for flash attention."""
+    """Compute `(dq, dk, dv)` in float32; `lse` of whole rows, `delta` as for flash attention."""
     dtype = jnp.float32 if q.dtype == jnp.float16 else q.dtype
     q, k, v = exactly(q, k, v)
     (b, t, n, h), (_, s, kv_heads, _) = q.shape, k.shape
@@ -135,7 +135,7 @@ class _Ring(tile.Tile):
         self.chunks = pl.cdiv(nk, self.chunk_blocks)
         self.chunk = self.chunk_blocks * self.kv
         self.nk, self.s = self.chunks * self.chunk_blocks, self.chunks * self.chunk
-        # how often the queries are cut for their gradient to fit into VMEM
+        # the cuts of the queries with which their gradient fits into VMEM
         most = max(DQ_BYTES // (self.group * self.q * self.h * 4), 1) if queries_inner else nq
         self.cuts = pl.cdiv(nq, most)
         self.cut_blocks = pl.cdiv(nq, self.cuts)
@@ -146,7 +146,7 @@ class _Ring(tile.Tile):
         self._ids(axis_name, q_pos, kv_pos, q_seg, kv_seg)
 
     def _ids(self, axis_name, q_pos, kv_pos, q_seg, kv_seg):
-        """Ids of the queries and of all keys, `[n * B, 1 or 2, S]`, and what kernels read first."""
+        """Gather the ids of queries and of all keys, `[n * B, 1 or 2, S]`, and kernels' scalars."""
         self.q_ids = tiles.token_ids(q_pos, q_seg, self.t, NO_POSITION)
         kv_ids = tiles.token_ids(kv_pos, kv_seg, self.s, PAD_POSITION)
         self.kv_ids = lax.all_gather(kv_ids, axis_name, tiled=True)
@@ -188,14 +188,14 @@ class _Ring(tile.Tile):
         return tiles.pad_axis(x.swapaxes(1, 2), self.t, 2)[:, :, None]
 
     def slots(self, count, dtype):
-        """Shapes that hold keys and values, or their gradients, `count` times."""
+        """The shapes of `count` slots for keys and values, or their gradients."""
         widths = self.kv_heads * self.h, self.kv_heads * self.hv
         return [((count, self.batch, self.s, width), dtype) for width in widths]
 
     def call(self, kernel, scalars, inputs, outs, scratch, *, streams, name):
         inputs = [self.q_ids, self.kv_ids, *inputs]
         if not self.interpret:
-            # what XLA would put into VMEM for the kernel's sake
+            # else XLA might put them into VMEM for the kernel's sake
             inputs = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in inputs]
         in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
         scalars = [*self.scalars, *scalars]
@@ -228,7 +228,7 @@ class _Ring(tile.Tile):
         )(*scalars, *inputs)
 
     def neighbour(self, ring_ref, chunk, *, ahead):
-        """Where `chunk` goes, or comes from."""
+        """The neighbour to which `chunk` goes, or from which it comes."""
         axes = len(self.axes)
         up, down = ([ring_ref[1 + i + side * axes] for i in range(axes)] for side in (0, 1))
         if not ahead:
@@ -238,21 +238,21 @@ class _Ring(tile.Tile):
         return dict(zip(self.axes, up, strict=True))
 
     def owner(self, ring_ref, step, chunk):
-        """Whose keys `chunk` holds at `step`."""
+        """The device whose keys are in `chunk` at `step`."""
         back = self.size - step
         if self.bidirectional:
             back = jnp.where(chunk % 2 == 0, back, step)
         return lax.rem(ring_ref[0] + back, jnp.int32(self.size))
 
     def seen(self, blocks_ref, owner, b, i, j):
-        """As `visibility`: query block `i`, and block `j` of the owner's keys."""
+        """Unpack the `visibility` of query block `i` and block `j` of the owner's keys."""
         at = ((owner * self.batch + b) * self.nq + i) * self.nk + j
         bits = blocks_ref[lax.div(at, jnp.int32(CODES))] >> (lax.rem(at, jnp.int32(CODES)) * BITS)
         some, every, diagonal = (bits & (1 << k) != 0 for k in range(BITS))
         return some, every, diagonal if self.mask.causal and self.q == self.kv else None
 
     def barrier(self, ring_ref):
-        """Nobody writes to a neighbour that has not begun."""
+        """Wait until both neighbours have begun: nobody may write to one before."""
         semaphore = pltpu.get_barrier_semaphore()
         axes = len(self.axes)
         for side in (0, 1):
@@ -261,7 +261,7 @@ class _Ring(tile.Tile):
         pl.semaphore_wait(semaphore, 2)
 
     def each(self, do):
-        """`do(step, chunk)` in order."""
+        """Run `do(step, chunk)` in order."""
 
         @pl.loop(0, self.size)
         def _(step):
@@ -269,7 +269,7 @@ class _Ring(tile.Tile):
 
 
 def _packed(seen):
-    """What `visibility` says of all blocks, CODES of them in an int32."""
+    """Pack the `visibility` of all blocks, CODES of them in an int32."""
     flags = [x for x in seen if x is not None]
     code = sum(x.astype(jnp.int32) << i for i, x in enumerate(flags)).reshape(-1)
     code = tiles.pad_axis(code, pl.cdiv(code.size, CODES) * CODES, 0).reshape(-1, CODES)
@@ -290,7 +290,7 @@ class _Stream:
         return ref.at[:, pl.ds(chunk * self.ring.chunk, self.ring.chunk), :]
 
     def fill(self, slot, chunk, sources):
-        """Begin to copy `[B, S, width]` of this device; `wait` for it as for what arrives."""
+        """Begin to copy `[B, S, width]` of this device; `wait` as for a chunk that arrives."""
         for i, (source, ref) in enumerate(zip(sources, self.arrays, strict=True)):
             parts = self.part(source, chunk), self.part(ref.at[slot], chunk)
             pltpu.make_async_copy(*parts, self._arrived.at[i, slot, chunk]).start()
@@ -416,7 +416,7 @@ def _arrive(ring, keys, step, chunk):
 
 
 def _leave(ring, keys, step, chunk):
-    """Give the slot free, once it is read and sent on."""
+    """Release the slot once it is read and sent on."""
     pl.when(step < ring.size - 1)(lambda: keys.sent(lax.rem(step, SLOTS), chunk))
     pl.when(step < ring.size - 2)(lambda: keys.grant(chunk))
 
@@ -433,9 +433,9 @@ def _backward_kernel(
     ring.barrier(ring_ref)
 
     def attend(step, chunk, owner, cut):
-        """Some queries and a chunk; their gradients grow in HBM, each block read and written once.
+        """Attend with some queries to a chunk; gradients add up in HBM, each block touched once.
 
-        Where the block of an input or output is not to change, it stands still.
+        An index that stands still fetches and writes nothing.
         """
         first_chunk, first_cut = chunk * ring.chunk_blocks, cut * ring.cut_blocks
 
@@ -523,7 +523,7 @@ def _backward_specs(ring, queries_of, owner, first_chunk, first_cut):
         )
 
     def dq_spec(turn, rest):
-        """Moves in the turn `turn` of the keys alone; stands at the first or last block else."""
+        """The spec of dq: it moves in the turn `turn` of the keys, and else stands at one end."""
 
         def where(b, kv_head, j, g, i):
             i = jnp.where(j == turn, i, rest * (ring.cut_blocks - 1))

@@ -13,7 +13,7 @@ from slow import slow_but
 
 from pallas_kernels import PAD_POSITION, decode_attention, quantize_cache
 from pallas_kernels.decode_attention.api import IMPLEMENTATIONS
-from pallas_kernels.testing_decode import CASES, Case, check, expected, rms
+from pallas_kernels.testing.decode_attention import CASES, Case, check, expected, rms
 
 SKIPPING = ("xla", "triton", "mosaic_tpu")
 

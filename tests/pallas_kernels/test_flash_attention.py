@@ -13,7 +13,7 @@ from slow import slow_but
 from pallas_kernels import PAD_POSITION, flash_attention
 from pallas_kernels.flash_attention import Mask, attention_backward, attention_forward, row_delta
 from pallas_kernels.flash_attention.api import IMPLEMENTATIONS
-from pallas_kernels.testing import CASES, TOLERANCE, check
+from pallas_kernels.testing.flash_attention import CASES, TOLERANCE, check
 
 KERNELS = ("triton", "mosaic_tpu")
 

@@ -12,9 +12,10 @@ import pytest
 from slow import slow_but
 
 from pallas_kernels import grouped_matmul, grouped_swiglu
-from pallas_kernels.grouped_matmul import dequantize, narrow, quantize, quantized
+from pallas_kernels.grouped_matmul import dequantize, quantize, quantized
 from pallas_kernels.grouped_matmul.api import IMPLEMENTATIONS
-from pallas_kernels.testing_grouped import CASES, check, product
+from pallas_kernels.number_formats import four_times_e2m1, from_ue8m0, to_e2m1, to_ue8m0
+from pallas_kernels.testing.grouped_matmul import CASES, check, product
 
 OTHERS = ("several blocks", "none has a row", "bfloat16", "int8", "mxfp4", "swiglu, bfloat16")
 """Cases that differ from the others by less: an interpreted kernel runs them in `make test-all`."""
@@ -100,18 +101,20 @@ def test_what_a_format_can_hold_comes_back():
     codes = np.arange(16, dtype=np.uint8)
     e2m1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     exact = np.concatenate([e2m1, -e2m1])
-    found = narrow.four_times_e2m1(jnp.asarray(codes, jnp.int32))
+    found = four_times_e2m1(jnp.asarray(codes, jnp.int32))
     np.testing.assert_array_equal(found, 4 * exact)
-    high = narrow.four_times_e2m1(jnp.asarray(codes, jnp.int32) << 4 | 5, high=True)
+    high = four_times_e2m1(jnp.asarray(codes, jnp.int32) << 4 | 5, high=True)
     np.testing.assert_array_equal(high, 4 * exact)
-    back = np.asarray(narrow.to_e2m1(jnp.asarray(exact)))
+    back = np.asarray(to_e2m1(jnp.asarray(exact)))
     np.testing.assert_array_equal(exact[back], exact)
-    ties = narrow.to_e2m1(jnp.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -5.0]))
+    ties = to_e2m1(jnp.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -5.0]))
     np.testing.assert_array_equal(exact[np.asarray(ties)], [0, 1, 1, 2, 2, 4, 4, -4])
+    np.testing.assert_array_equal(to_e2m1(exact / 4 * 1.1), to_e2m1(jnp.asarray(exact / 4 * 1.1)))
     powers = 2.0 ** np.arange(-90, 90)
-    np.testing.assert_array_equal(narrow.from_ue8m0(narrow.to_ue8m0(jnp.asarray(powers))), powers)
-    above = narrow.from_ue8m0(narrow.to_ue8m0(jnp.asarray(powers * 1.01)))
+    np.testing.assert_array_equal(from_ue8m0(to_ue8m0(jnp.asarray(powers))), powers)
+    above = from_ue8m0(to_ue8m0(jnp.asarray(powers * 1.01)))
     np.testing.assert_array_equal(above, 2 * powers)
+    np.testing.assert_array_equal(to_ue8m0(powers * 1.01), to_ue8m0(jnp.asarray(powers * 1.01)))
     whole = np.tile(exact, 12)[:, None] * np.array([1, 0.25, 1024])  # 192 rows
     weights = quantize(jnp.asarray(whole[None], jnp.float32), "mxfp4")
     np.testing.assert_array_equal(dequantize(weights)[0], whole)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.flash_attention import PAD_POSITION, mosaic_tpu, mosaic_tpu_tile
-from pallas_kernels.testing import Case, check
+from pallas_kernels.testing.flash_attention import Case, check
 
 
 @pytest.mark.parametrize("documents", [pytest.param(1, marks=pytest.mark.slow), 2])

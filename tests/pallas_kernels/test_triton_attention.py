@@ -7,7 +7,7 @@ import pytest
 
 from pallas_kernels import flash_attention
 from pallas_kernels.flash_attention import NO_POSITION, PAD_POSITION, Mask, blocks
-from pallas_kernels.testing import Case, check
+from pallas_kernels.testing.flash_attention import Case, check
 
 
 @pytest.mark.parametrize(

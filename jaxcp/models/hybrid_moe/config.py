@@ -2,7 +2,6 @@
 """The configuration of a hybrid MoE: Hy3, Qwen3-MoE, gpt-oss, and any mixture of their features."""
 
 import dataclasses
-from typing import Any
 
 from jaxcp.layers.mlp import SILU, SwiGLU
 from jaxcp.layers.rope import Rope
@@ -147,32 +146,3 @@ class HybridMoEConfig:
     def ngram_width(self) -> int:
         """Tokens that the embedding of one sees."""
         return self.ngram.width
-
-    @classmethod
-    def from_hf(cls, fields: dict[str, Any]) -> "HybridMoEConfig":
-        """From a `config.json` of model_type hy_v3, qwen3_moe or gpt_oss, or one of `to_hf`.
-
-        Raises:
-          NotImplementedError: a field that changes what the model computes and is not known here.
-          ValueError: fields that contradict each other.
-        """
-        from jaxcp.models.hybrid_moe import hf  # it imports this module
-
-        return hf.read(fields)
-
-    def to_hf(self) -> dict[str, Any]:
-        """What `from_hf` reads, with the model_type that it came from.
-
-        A mixture that none of the three can express gets a model_type of ours, jaxcp_hybrid_moe,
-        which no other program takes for something else.
-        """
-        from jaxcp.models.hybrid_moe import hf
-
-        return hf.write(self)
-
-    @property
-    def model_type(self) -> str:
-        """Whose features these are: hy_v3, qwen3_moe, gpt_oss; jaxcp_hybrid_moe for a mixture."""
-        from jaxcp.models.hybrid_moe import hf
-
-        return hf.model_type(self)

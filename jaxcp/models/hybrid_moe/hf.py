@@ -357,12 +357,18 @@ READERS = {
 WRITERS = {"hy_v3": _write_hy_v3, "qwen3_moe": _write_qwen3_moe, "gpt_oss": _write_gpt_oss}
 
 
-def read(fields: dict[str, Any]) -> HybridMoEConfig:
+def read(fields: Mapping[str, Any]) -> HybridMoEConfig:
+    """Read a `config.json` of model_type hy_v3, qwen3_moe or gpt_oss, or one that `write` wrote.
+
+    Raises:
+      NotImplementedError: a field that changes what the model computes and is not known here.
+      ValueError: fields that contradict each other.
+    """
     return READERS[fields["model_type"]](fields)
 
 
 def model_type(config: HybridMoEConfig) -> str:
-    """The format that a config survives."""
+    """Name the format that a configuration survives: hy_v3, qwen3_moe, gpt_oss, or `OURS`."""
     for name, writer in WRITERS.items():
         try:
             again = READERS[name](writer(config))
@@ -374,4 +380,9 @@ def model_type(config: HybridMoEConfig) -> str:
 
 
 def write(config: HybridMoEConfig) -> dict[str, Any]:
+    """Write the fields that `read` takes, with the model_type that they came from.
+
+    A mixture that none of the three can express gets a model_type of ours, jaxcp_hybrid_moe,
+    which no other program takes for something else.
+    """
     return WRITERS.get(model_type(config), _write_ours)(config)

@@ -11,6 +11,7 @@ import functools
 import logging
 from collections.abc import Collection, Mapping
 
+from jaxcp.models.hybrid_moe import hf
 from jaxcp.models.hybrid_moe.config import HybridMoEConfig
 from jaxcp.models.weight_table import Row
 
@@ -134,7 +135,7 @@ def copies(config: HybridMoEConfig) -> Mapping[str, str]:
 @functools.lru_cache(maxsize=8)
 def table(config: HybridMoEConfig) -> tuple[Row, ...]:
     """Every tensor of a model of this configuration."""
-    block = BLOCKS.get(config.model_type, MIXTURE)
+    block = BLOCKS.get(hf.model_type(config), MIXTURE)
     mtp = (*MTP, *block) if config.num_mtp_layers else ()
     return (*MODEL, *block, *(_mtp(row, config.num_layers) for row in mtp))
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from jaxcp import HybridMoE, HybridMoEConfig
 from jaxcp.data.windows import NONE, windows
 from jaxcp.layers.ngram import NGram
+from jaxcp.models import config_from_dict, config_to_dict
 from jaxcp.models.hybrid_moe.config import NGramConfig
 
 CONFIG = HybridMoEConfig(
@@ -60,4 +61,4 @@ def test_bad_input():
 
 
 def test_a_round_trip_of_the_config():
-    assert HybridMoEConfig.from_hf(CONFIG.to_hf()) == CONFIG
+    assert config_from_dict(config_to_dict(CONFIG)) == CONFIG

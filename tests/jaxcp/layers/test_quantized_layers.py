@@ -24,7 +24,7 @@ from jaxcp.layers.stack import members
 from jaxcp.training.config import LossConfig
 from jaxcp.training.objective import objective
 from jaxcp.weights.placement import place
-from pallas_kernels.grouped_matmul.quantized import quantize
+from pallas_kernels import quantize
 
 MESHES = {
     "model=2": {"model": 2},

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from tiny_checkpoints import FIXTURES, flat, random_model, tensors, write
 
 import jaxcp
-from jaxcp import GPT, GPTConfig, HybridMoE, HybridMoEConfig, Zigzag
+from jaxcp import GPT, GPTConfig, HybridMoE, HybridMoEConfig, Zigzag, models
 from jaxcp.layers.routing import Routing
 from jaxcp.models.hybrid_moe.config import AttentionConfig, ExpertsConfig, NormConfig
 from jaxcp.weights.placement import place
@@ -245,10 +245,10 @@ def test_a_gpt_that_makes_no_sense():
     with pytest.raises(ValueError, match=r"one of \['gelu', 'gelu_tanh'\]; got 'relu'"):
         dataclasses.replace(config, activation="relu")
     with pytest.raises(NotImplementedError, match="use_bias=False cannot be saved"):
-        dataclasses.replace(config, use_bias=False).to_hf()
+        models.config_to_dict(dataclasses.replace(config, use_bias=False))
     for wrong in ({"activation_function": "relu"}, {"scale_attn_by_inverse_layer_idx": True}):
         with pytest.raises((ValueError, NotImplementedError), match=next(iter(wrong))):
-            GPTConfig.from_hf(config.to_hf() | wrong)
+            models.config_from_dict(models.config_to_dict(config) | wrong)
 
 
 def test_a_mesh_that_does_not_divide_is_listed_leaf_by_leaf(mesh_of):

@@ -16,8 +16,8 @@ import pytest
 
 from jaxcp.layers.router_stats import RouterStats
 from jaxcp.mesh import MeshConfig
-from jaxcp.models.gpt.model import GPTConfig
-from jaxcp.models.hybrid_moe.model import HybridMoEConfig
+from jaxcp.models.gpt.config import GPTConfig
+from jaxcp.models.hybrid_moe.config import HybridMoEConfig
 from jaxcp.training import (
     OptimizerConfig,
     TextSource,

@@ -16,7 +16,7 @@ from jaxcp.data.lookahead import draft_batch
 from jaxcp.data.sources import checked, put
 from jaxcp.layout import Contiguous, Zigzag
 from jaxcp.mesh import MeshConfig
-from jaxcp.models.hybrid_moe.model import HybridMoEConfig
+from jaxcp.models.hybrid_moe.config import HybridMoEConfig
 from jaxcp.training import LossConfig, OptimizerConfig, TrainConfig, read_metrics, train
 from jaxcp.training.metrics import LOADS, as_json
 from jaxcp.training.objective import draft_scale, objective

@@ -12,7 +12,7 @@ from tiny_checkpoints import FIXTURES, random_model
 
 import jaxcp
 from jaxcp.layers.rope import Rope
-from jaxcp.weights import mxfp4
+from jaxcp.weights import formats
 
 transformers = pytest.importorskip("transformers", reason="needs pip install jaxcp[hf]")
 torch = pytest.importorskip("torch", reason="needs pip install jaxcp[hf]")
@@ -79,6 +79,6 @@ def test_packed_experts_are_unpacked_as_transformers_does():
     blocks = rng.integers(0, 256, (2, 6, 3, 16), dtype=np.uint8)
     scales = rng.integers(90, 140, (2, 6, 3), dtype=np.uint8)
     theirs = convert_moe_packed_tensors(torch.from_numpy(blocks), torch.from_numpy(scales))
-    found = mxfp4.unpack(blocks, scales)
+    found = formats.gpt_oss_unpacked(blocks, scales)
     assert theirs.shape == found.shape
     np.testing.assert_array_equal(found.astype(np.float32), theirs.float().numpy())

@@ -13,7 +13,7 @@ from hostile_folders import bounded, folder_of, refused
 from safetensors.numpy import load_file, save_file
 from tiny_checkpoints import FIXTURES, assert_same, tensors, write
 
-from jaxcp import weights
+from jaxcp import models, weights
 from jaxcp.text.tokenizer import Tokenizer, byte_level
 from jaxcp.weights.config_file import fitted, load_config
 from jaxcp.weights.files import open_checkpoint
@@ -281,7 +281,7 @@ def test_configs(name, change, tmp_path):
 
 def test_ngrams_of_any_width(tmp_path):
     config = load_config(FIXTURES / "hy3-tiny")
-    mixed = dataclasses.replace(config, layer_pattern="GN", num_mtp_layers=0).to_hf()
+    mixed = models.config_to_dict(dataclasses.replace(config, layer_pattern="GN", num_mtp_layers=0))
     path = folder_of(tmp_path / "model")
     (path / "config.json").write_text(json.dumps(mixed | {"ngram": {"width": 10**9, "dim": 2}}))
     refused(path, r"ngram\.width=1000000000 \(needed int from 1 to 1023\)")

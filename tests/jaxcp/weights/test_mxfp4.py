@@ -8,8 +8,8 @@ from tiny_checkpoints import assert_same, tensors, write
 
 from jaxcp import load, logits, save
 from jaxcp.layers.quantized import widened
-from jaxcp.weights import mxfp4
-from pallas_kernels.grouped_matmul import Quantized
+from jaxcp.weights import formats
+from pallas_kernels import Quantized
 
 
 def pack(rng, experts, out, groups):
@@ -26,7 +26,7 @@ def e2m1(bits):
 
 def test_every_value():
     blocks, scales = pack(np.random.default_rng(0), 2, 3, 2)
-    found = mxfp4.unpack(blocks, scales)
+    found = formats.gpt_oss_unpacked(blocks, scales)
     assert found.shape == (2, 64, 3) and found.dtype == ml_dtypes.bfloat16
     for e, i, o in np.ndindex(found.shape):
         byte = int(blocks[e, o, i // 32, i % 32 // 2])
@@ -42,7 +42,7 @@ def test_a_packed_checkpoint_is_the_unpacked_one(tmp_path):
         experts, size, out = parts.pop(name).shape
         blocks, scales = pack(rng, experts, out, size // 32)
         parts |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
-        whole[name] = mxfp4.unpack(blocks, scales)
+        whole[name] = formats.gpt_oss_unpacked(blocks, scales)
     packed = {"dtype": "bfloat16", "quantization_config": {"quant_method": "mxfp4"}}
     folder = write(tmp_path / "packed", "gpt-oss-tiny", parts, **packed)
     model, _ = load(folder, widen=True)
@@ -66,4 +66,4 @@ def test_a_packed_checkpoint_is_the_unpacked_one(tmp_path):
 
 def test_parts_that_do_not_belong_together():
     with pytest.raises(ValueError, match=r"got \(8, 64, 2, 16\) and \(8, 64, 3\)"):
-        mxfp4.shape((8, 64, 2, 16), (8, 64, 3))
+        formats.gpt_oss_shape((8, 64, 2, 16), (8, 64, 3))

@@ -15,7 +15,7 @@ import jaxcp
 from jaxcp.compile import compile_for, decode_program, parse_target, prefill_program
 from jaxcp.layers.quantized import is_quantized, quantized_model
 from jaxcp.models import config_from_dict
-from pallas_kernels.grouped_matmul.quantized import Quantized, dequantize
+from pallas_kernels import Quantized, dequantize
 
 # jax 0.11 and later warn when Pallas-Triton is used; it works through 0.12.
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")

@@ -11,7 +11,7 @@ import functools
 import logging
 from collections.abc import Collection, Mapping
 
-from jaxcp.models.deepseek.v3.model import DeepSeekV3Config
+from jaxcp.models.deepseek.v3.config import DeepSeekV3Config
 from jaxcp.models.weight_table import Row
 
 log = logging.getLogger(__name__)

@@ -23,8 +23,6 @@ from jaxcp.models.deepseek.v4.config import DeepSeekV4Config
 from jaxcp.models.drafting import DraftingModel
 from jaxcp.sharding import tokens_spec
 
-__all__ = ["DeepSeekV4", "DeepSeekV4Config"]
-
 
 class Block(nnx.Module):
     def __init__(self, config: DeepSeekV4Config, layer: int, rngs: nnx.Rngs):

@@ -92,7 +92,7 @@ def matrices(case: Case) -> tuple[str, ...]:
 
 
 def arrays(case: Case) -> dict[str, np.ndarray]:
-    """`lhs`, `dout` and the matrices, rounded to the dtype here: that error is nobody's."""
+    """Make `lhs`, `dout` and matrices, rounded here once: no implementation has that error."""
     rng = np.random.default_rng(case.seed)
     weights = (len(case.sizes), case.summed, case.columns)
     shapes: dict[str, tuple[int, ...]] = {
@@ -110,7 +110,7 @@ def arrays(case: Case) -> dict[str, np.ndarray]:
 
 
 def given_weights(case: Case):
-    """What stands for each matrix: arrays in the case's dtype, or `Quantized`."""
+    """Make the weights of each matrix: arrays in the case's dtype, or `Quantized`."""
     found = [jnp.asarray(arrays(case)[name]) for name in matrices(case)]
     if case.weights is None:
         return found
@@ -194,7 +194,7 @@ def program(implementation: str, case: Case):
 
 @functools.cache
 def run(implementation: str, case: Case) -> list[dict[str, np.ndarray]]:
-    """Two runs."""
+    """Run the case twice."""
     fn, given = program(implementation, case)
     # an interpreted kernel is a long program that runs twice
     quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None

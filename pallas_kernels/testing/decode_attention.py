@@ -127,7 +127,7 @@ def rms(x) -> float:
 
 @functools.cache
 def arrays(case: Case) -> dict[str, np.ndarray]:
-    """What `decode_attention` is given: rounded and quantized here once, that error is nobody's."""
+    """Make the inputs, rounded and quantized here once: no implementation has that error."""
     rng = np.random.default_rng(case.seed)
     keys = (case.batch, case.slots, case.kv_heads)
     width = case.value_dim or case.head_dim
@@ -225,7 +225,7 @@ def program(implementation: str, case: Case):
 
 @functools.cache
 def run(implementation: str, case: Case) -> list[dict[str, np.ndarray]]:
-    """Two runs."""
+    """Run the case twice."""
     fn, given = program(implementation, case)
     quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     step = jax.jit(fn, compiler_options=quick)

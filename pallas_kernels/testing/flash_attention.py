@@ -109,7 +109,7 @@ def check(implementation: str, case: Case) -> None:
 
 
 def _arrays(case):
-    """float64 inputs and result weights, rounded here once: that error is nobody's."""
+    """Make float64 inputs and result weights, rounded once here: no implementation errs there."""
     rng = np.random.default_rng(case.seed)
     query = (case.batch, case.queries, case.heads, case.head_dim)
     key = (case.batch, case.keys, case.kv_heads, case.head_dim)
@@ -159,7 +159,7 @@ def _ids(case):
 
 
 def _seen(case):
-    """The rule once more, in plain NumPy: bool [B, T, S]."""
+    """Compute the mask once more, in plain NumPy: bool [B, T, S]."""
     ids = {name: x.astype(np.int64) for name, x in _ids(case).items()}
     q, kv = ids["q_positions"][:, :, None], ids["kv_positions"][:, None, :]
     seen = (q < PAD_POSITION) & (kv < PAD_POSITION)
@@ -247,7 +247,7 @@ def program(implementation: str, case: Case):
 
 
 def run(implementation: str, case: Case) -> list[dict[str, np.ndarray]]:
-    """Two runs."""
+    """Run the case twice."""
     fn, given = program(implementation, case)
     # an interpreted kernel is a long program that runs twice
     quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
