@@ -58,7 +58,7 @@ class Attention(nnx.Module):
         self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
 
     def empty(self, room: Room, *, layers: int = 1) -> Full | Window:
-        """What so many layers like this one keep, before the first token."""
+        """Make what so many layers like this one keep, before the first token."""
         heads = {"layers": layers, "num_kv_heads": self.num_kv_heads, "head_dim": self.head_dim}
         if self.window is None:
             return Full.empty(room, **heads)

@@ -96,7 +96,7 @@ class CompressedAttention(nnx.Module):
         self.rope, self.norm_eps = rope, norm_eps
 
     def empty(self, room: Room, *, layers: int = 1) -> Compressed:
-        """What so many layers like this one keep, before the first token."""
+        """Make what so many layers like this one keep, before the first token."""
         sizes = {} if self.compressor is None else {"kv": self.dims.head_dim}
         if self.index is not None:
             sizes["index"] = self.index.index.head_dim

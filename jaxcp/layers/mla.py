@@ -88,7 +88,7 @@ class LatentAttention(nnx.Module):
         )
 
     def empty(self, room: Room, *, layers: int = 1) -> Latent:
-        """What so many layers like this one keep, before the first token."""
+        """Make what so many layers like this one keep, before the first token."""
         size = self.dims.kv_rank + self.dims.rope_dim
         index_size = 0 if self.index is None else self.index.index.head_dim
         return Latent.empty(room, layers=layers, size=size, index_size=index_size)

@@ -139,7 +139,7 @@ def stack_names(structures: Sequence[Any]) -> list[str]:
 
 
 def _rounds(structures, start: int, period: int) -> int:
-    """How often the `period` layers from `start` on come, one after the other; 0 if too few."""
+    """Count how often the `period` layers from `start` on come in a row; 0 where only once."""
     first = structures[start : start + period]
     if len(first) < period:
         return 0

@@ -14,6 +14,7 @@ from jaxcp.layers.mlp import SwiGLU
 from jaxcp.layers.rope import Rope, YaRN
 from jaxcp.layers.routing import Routing
 from jaxcp.layers.stack import of_each_layer
+from jaxcp.models.hybrid_moe import hf
 from jaxcp.models.hybrid_moe.config import (
     AttentionConfig,
     ExpertsConfig,
