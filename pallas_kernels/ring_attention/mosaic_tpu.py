@@ -522,15 +522,11 @@ def _backward_specs(ring, queries_of, owner, first_chunk, first_cut):
             ),
         )
 
-    def dq_spec(turn, rest):
-        """Moves in the turn `turn` of the keys alone; stands at the first or last block else."""
-
-        def where(b, kv_head, j, g, i):
-            i = jnp.where(j == turn, i, rest * (ring.cut_blocks - 1))
-            g = jnp.where(j == turn, g, rest * (ring.group - 1))
-            return b, first_cut + i, head_of(kv_head, g)
-
-        return pl.BlockSpec((None, ring.q, ring.h), where)
+    def of_dq(b, kv_head, j, g, i):
+        """Queries' gradients are read, added to and written in the last turn of the keys alone."""
+        is_last = j == ring.chunk_blocks - 1
+        i, g = (jnp.where(is_last, x, 0) for x in (i, g))
+        return b, first_cut + i, head_of(kv_head, g)
 
     ids = 1 + ring.segmented
     q_spec, out_spec = (
@@ -544,6 +540,7 @@ def _backward_specs(ring, queries_of, owner, first_chunk, first_cut):
         )
         for width in (ring.h, ring.hv)
     )
+    dq_spec = pl.BlockSpec((None, ring.q, ring.h), of_dq)
     in_specs = [
         of_queries((None, ids, ring.q), lambda b, head, i: (b, 0, i)),
         pl.BlockSpec(
@@ -551,6 +548,6 @@ def _backward_specs(ring, queries_of, owner, first_chunk, first_cut):
             lambda b, kv_head, j, *_: (owner * ring.batch + b, 0, first_chunk + j),
         ),
         *(q_spec, k_spec, v_spec, out_spec, row_spec, row_spec),
-        *(dq_spec(turn=0, rest=1), k_spec, v_spec),
+        *(dq_spec, k_spec, v_spec),
     ]
-    return in_specs, [dq_spec(turn=ring.chunk_blocks - 1, rest=0), k_spec, v_spec]
+    return in_specs, [dq_spec, k_spec, v_spec]

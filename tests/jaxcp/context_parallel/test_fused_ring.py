@@ -110,6 +110,15 @@ def test_more_keys_a_chunk_and_more_queries_than_vmem_holds(mesh_of, races, monk
     assert races() == 0
 
 
+def test_several_blocks_of_queries_beside_several_of_keys_in_a_chunk(mesh_of, races, monkeypatch):
+    """Two query heads a KV head, each of two blocks, whose gradients grow from step to step."""
+    monkeypatch.setattr(mosaic_tpu, "MOST_CHUNKS", 1)
+    monkeypatch.setattr(tuning, "TABLE", (row(128), *tuning.TABLE))
+    mesh_of(seq=2)
+    check(jaxcp.Ring(fused=True), 2, problem(2 * 200, heads=2), causal=False)
+    assert races() == 0
+
+
 def test_both_directions_over_two_mesh_axes(mesh_of, races):
     mesh_of(data=2, seq=2)
     fused = jaxcp.Ring(fused=True, bidirectional=True)
