@@ -146,7 +146,7 @@ def test_eight_devices_of_which_half_has_nothing_to_do(mesh_of, races):
 def test_without_credits_it_races(mesh_of, races, monkeypatch):
     """What the other tests would not see if the detector did not look."""
     for name in ("grant", "take"):
-        monkeypatch.setattr(mosaic_tpu._Stream, name, lambda *_: None)
+        monkeypatch.setattr(mosaic_tpu.Stream, name, lambda *_: None)
     mesh_of(seq=4)
     x = problem(4 * 128)
     del x["dout"]
