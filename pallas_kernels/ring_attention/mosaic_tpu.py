@@ -2,15 +2,20 @@
 """Ring attention for TPUs in one kernel a pass: keys and values go from device to device by remote
 DMA while the kernel attends to those that are there.
 
-A shard's keys are cut into chunks, and every chunk goes round on a ring of its own (`_Stream`),
-every other one in the opposite direction if asked. Two slots in HBM take the chunks that arrive;
-positions and the lists of blocks to skip are small and gathered before. At step s, for each chunk:
-wait for it, pass it on to the neighbour's other slot, attend to it with a pipeline from HBM, and
-tell the neighbour before that the slot is free.
+A shard's keys are cut into chunks, and every chunk goes round on a ring of its own (`Stream`),
+every other one in the opposite direction if asked. Two slots in HBM take what arrives; positions
+and what says which blocks to skip are small and gathered before. At step s, for each chunk: wait
+for it, pass it on to the neighbour's other slot, attend to it with a pipeline from HBM, and tell
+the neighbour before that the slot is free.
 
-Backward, the gradients of keys and values travel in float32 one step behind: those of a chunk begin
-at its first foreign host, leave each host when that has added its part, while the next chunk is
-worked on, and need one hop home. A host's gradients of its own keys wait there.
+Backward, the gradients of keys and values travel in float32 one step behind: a chunk's begin at its
+first foreign host, leave each host when that has added its part, while the next chunk is worked on,
+and need one hop home. What a host adds to its own keys waits there. On device 0 of three:
+
+    step                      0           1            2            after the last
+    K, V in slot              0, own      1, of dev 2  0, of dev 1
+    dK, dV in slot            HOME, own   1, of dev 2  0, of dev 1  1, own: add to HOME
+    which were                begun here  begun here   from dev 2   from dev 2
 
 No deadlock, whatever the number of devices: order the parts of the program by (step, chunk) and
 within one by free, wait, send, work, pass on gradients. Whatever a device waits for, its neighbours
@@ -21,7 +26,9 @@ Nothing is aliased, and every sum has a fixed order.
 """
 
 import functools
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -33,13 +40,13 @@ from pallas_kernels.flash_attention import blocks as tiles
 from pallas_kernels.flash_attention import mosaic_tpu_tile as tile
 from pallas_kernels.flash_attention.mask import NO_POSITION, PAD_POSITION
 from pallas_kernels.flash_attention.mosaic_tpu_tile import apart, exactly, lanes, side_by_side
+from pallas_kernels.ring_attention.mosaic_tpu_stream import SLOTS, Stream, arrive, leave
 
 MOST_CHUNKS = 4
-SLOTS = 2
-HOME = SLOTS  # the slot in which a device's own gradients wait for those from elsewhere
-DQ_BYTES = 24 << 20  # VMEM for the queries' gradient; the smallest chip has 64 MiB
+HOME = SLOTS  # where the gradients of a device's own keys wait for those from elsewhere
+DQ_BYTES = 24 << 20  # of VMEM for the queries' gradient; the smallest chip has 64 MiB
 VMEM_BYTES = 56 << 20
-BITS, CODES = 3, 10  # bits of a block's visibility, and blocks in an int32
+BITS, CODES = 3, 10  # of what a block shows, and how many of those in an int32
 COLLECTIVE_IDS = {"forward": 21, "backward": 22}
 INTERPRETED = pltpu.InterpretParams()
 
@@ -47,7 +54,7 @@ INTERPRETED = pltpu.InterpretParams()
 def forward(
     q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, axis_name, bidirectional, mask, soft_cap, scale
 ):
-    """Compute `(out, lse)`, both float32."""
+    """`(out, lse)`, both float32."""
     q, k, v = exactly(q, k, v)
     b, t, n, _ = q.shape
     ring = _Ring(
@@ -78,7 +85,7 @@ def backward(
     q, k, v, q_pos, kv_pos, q_seg, kv_seg, lse, dout, delta, *,
     axis_name, bidirectional, mask, soft_cap, scale,
 ):  # fmt: skip
-    """Compute `(dq, dk, dv)` in float32; `lse` of whole rows, `delta` as for flash attention."""
+    """`(dq, dk, dv)` in float32; `lse` of the whole row, `delta` as for flash attention."""
     dtype = jnp.float32 if q.dtype == jnp.float16 else q.dtype
     q, k, v = exactly(q, k, v)
     (b, t, n, h), (_, s, kv_heads, _) = q.shape, k.shape
@@ -135,7 +142,7 @@ class _Ring(tile.Tile):
         self.chunks = pl.cdiv(nk, self.chunk_blocks)
         self.chunk = self.chunk_blocks * self.kv
         self.nk, self.s = self.chunks * self.chunk_blocks, self.chunks * self.chunk
-        # the cuts of the queries with which their gradient fits into VMEM
+        # how often the queries are cut for their gradient to fit into VMEM
         most = max(DQ_BYTES // (self.group * self.q * self.h * 4), 1) if queries_inner else nq
         self.cuts = pl.cdiv(nq, most)
         self.cut_blocks = pl.cdiv(nq, self.cuts)
@@ -146,7 +153,7 @@ class _Ring(tile.Tile):
         self._ids(axis_name, q_pos, kv_pos, q_seg, kv_seg)
 
     def _ids(self, axis_name, q_pos, kv_pos, q_seg, kv_seg):
-        """Gather the ids of queries and of all keys, `[n * B, 1 or 2, S]`, and kernels' scalars."""
+        """Ids of the queries and of all keys, `[n * B, 1 or 2, S]`, and what kernels read first."""
         self.q_ids = tiles.token_ids(q_pos, q_seg, self.t, NO_POSITION)
         kv_ids = tiles.token_ids(kv_pos, kv_seg, self.s, PAD_POSITION)
         self.kv_ids = lax.all_gather(kv_ids, axis_name, tiled=True)
@@ -188,14 +195,14 @@ class _Ring(tile.Tile):
         return tiles.pad_axis(x.swapaxes(1, 2), self.t, 2)[:, :, None]
 
     def slots(self, count, dtype):
-        """The shapes of `count` slots for keys and values, or their gradients."""
+        """Shapes that hold keys and values, or their gradients, `count` times."""
         widths = self.kv_heads * self.h, self.kv_heads * self.hv
         return [((count, self.batch, self.s, width), dtype) for width in widths]
 
     def call(self, kernel, scalars, inputs, outs, scratch, *, streams, name):
         inputs = [self.q_ids, self.kv_ids, *inputs]
         if not self.interpret:
-            # else XLA might put them into VMEM for the kernel's sake
+            # what XLA would put into VMEM for the kernel's sake
             inputs = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in inputs]
         in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
         scalars = [*self.scalars, *scalars]
@@ -228,7 +235,7 @@ class _Ring(tile.Tile):
         )(*scalars, *inputs)
 
     def neighbour(self, ring_ref, chunk, *, ahead):
-        """The neighbour to which `chunk` goes, or from which it comes."""
+        """Where `chunk` goes, or comes from."""
         axes = len(self.axes)
         up, down = ([ring_ref[1 + i + side * axes] for i in range(axes)] for side in (0, 1))
         if not ahead:
@@ -238,21 +245,21 @@ class _Ring(tile.Tile):
         return dict(zip(self.axes, up, strict=True))
 
     def owner(self, ring_ref, step, chunk):
-        """The device whose keys are in `chunk` at `step`."""
+        """Whose keys `chunk` holds at `step`."""
         back = self.size - step
         if self.bidirectional:
             back = jnp.where(chunk % 2 == 0, back, step)
         return lax.rem(ring_ref[0] + back, jnp.int32(self.size))
 
     def seen(self, blocks_ref, owner, b, i, j):
-        """Unpack the `visibility` of query block `i` and block `j` of the owner's keys."""
+        """As `visibility`: query block `i`, and block `j` of the owner's keys."""
         at = ((owner * self.batch + b) * self.nq + i) * self.nk + j
         bits = blocks_ref[lax.div(at, jnp.int32(CODES))] >> (lax.rem(at, jnp.int32(CODES)) * BITS)
         some, every, diagonal = (bits & (1 << k) != 0 for k in range(BITS))
         return some, every, diagonal if self.mask.causal and self.q == self.kv else None
 
     def barrier(self, ring_ref):
-        """Wait until both neighbours have begun: nobody may write to one before."""
+        """Nobody writes to a neighbour that has not begun."""
         semaphore = pltpu.get_barrier_semaphore()
         axes = len(self.axes)
         for side in (0, 1):
@@ -261,7 +268,7 @@ class _Ring(tile.Tile):
         pl.semaphore_wait(semaphore, 2)
 
     def each(self, do):
-        """Run `do(step, chunk)` in order."""
+        """`do(step, chunk)` in order."""
 
         @pl.loop(0, self.size)
         def _(step):
@@ -269,212 +276,186 @@ class _Ring(tile.Tile):
 
 
 def _packed(seen):
-    """Pack the `visibility` of all blocks, CODES of them in an int32."""
+    """What `visibility` says of all blocks, CODES of them in an int32."""
     flags = [x for x in seen if x is not None]
     code = sum(x.astype(jnp.int32) << i for i, x in enumerate(flags)).reshape(-1)
     code = tiles.pad_axis(code, pl.cdiv(code.size, CODES) * CODES, 0).reshape(-1, CODES)
     return (code << (BITS * jnp.arange(CODES, dtype=jnp.int32))).sum(1, dtype=jnp.int32)
 
 
-class _Stream:
-    """Arrays `[slots, B, S, width]` whose chunks travel from slot to slot, a ring for each chunk.
+class _ForwardRefs(NamedTuple):
+    """The kernel's arguments in their order: scalars; inputs and results in HBM; scratch."""
 
-    A credit says that the neighbour ahead has read the slot that is written next and sent it on.
-    """
-
-    def __init__(self, ring, ring_ref, arrays, sent, arrived, credit):
-        self.ring, self.ring_ref, self.arrays = ring, ring_ref, arrays
-        self._sent, self._arrived, self._credit = sent, arrived, credit
-
-    def part(self, ref, chunk):
-        return ref.at[:, pl.ds(chunk * self.ring.chunk, self.ring.chunk), :]
-
-    def fill(self, slot, chunk, sources):
-        """Begin to copy `[B, S, width]` of this device; `wait` as for a chunk that arrives."""
-        for i, (source, ref) in enumerate(zip(sources, self.arrays, strict=True)):
-            parts = self.part(source, chunk), self.part(ref.at[slot], chunk)
-            pltpu.make_async_copy(*parts, self._arrived.at[i, slot, chunk]).start()
-
-    def wait(self, slot, chunk):
-        for i, ref in enumerate(self.arrays):
-            part = self.part(ref.at[slot], chunk)
-            pltpu.make_async_copy(part, part, self._arrived.at[i, slot, chunk]).wait()
-
-    def _copies(self, source, chunk):
-        target = 1 - source
-        device = self.ring.neighbour(self.ring_ref, chunk, ahead=True)
-        for i, ref in enumerate(self.arrays):
-            yield pltpu.make_async_remote_copy(
-                self.part(ref.at[source], chunk),
-                self.part(ref.at[target], chunk),
-                self._sent.at[i, chunk],
-                self._arrived.at[i, target, chunk],
-                device_id=device,
-            )
-
-    def send(self, source, chunk):
-        for copy in self._copies(source, chunk):
-            copy.start()
-
-    def sent(self, source, chunk):
-        for copy in self._copies(source, chunk):
-            copy.wait_send()
-
-    def grant(self, chunk):
-        device = self.ring.neighbour(self.ring_ref, chunk, ahead=False)
-        pl.semaphore_signal(self._credit.at[chunk], 1, device_id=device)
-
-    def take(self, chunk):
-        pl.semaphore_wait(self._credit.at[chunk], 1)
+    ring: jax.Ref  # scalars: see `_Ring._ids`
+    busy: jax.Ref
+    blocks: jax.Ref
+    safe: jax.Ref
+    q_ids: jax.Ref
+    kv_ids: jax.Ref
+    q: jax.Ref
+    k: jax.Ref
+    v: jax.Ref
+    acc: jax.Ref
+    m: jax.Ref
+    total: jax.Ref
+    k_slots: jax.Ref
+    v_slots: jax.Ref
+    columns: jax.Ref
+    sent: jax.Ref
+    arrived: jax.Ref
+    credit: jax.Ref
 
 
-def _forward_kernel(
-    ring_ref, busy_ref, blocks_ref, safe_ref, q_ids, kv_ids, q, k, v,
-    acc, m, total, k_slots, v_slots, columns, *semaphores, ring, soft_cap, scale,
-):  # fmt: skip
-    keys = _Stream(ring, ring_ref, (k_slots, v_slots), *semaphores)
+class _ForwardBlocks(NamedTuple):
+    """What the pipeline brings into VMEM, and, from `acc` on, takes out of it."""
+
+    q_ids: jax.Ref
+    kv_ids: jax.Ref
+    q: jax.Ref
+    k: jax.Ref
+    v: jax.Ref
+    acc_before: jax.Ref
+    m_before: jax.Ref
+    total_before: jax.Ref
+    acc: jax.Ref
+    m: jax.Ref
+    total: jax.Ref
+
+
+def _forward_kernel(*refs, ring, soft_cap, scale):
+    r = _ForwardRefs(*refs)
+    keys = Stream(ring, r.ring, (r.k_slots, r.v_slots), r.sent, r.arrived, r.credit)
     for chunk in range(ring.chunks):
-        keys.fill(0, chunk, (k, v))
-    ring.barrier(ring_ref)
-
-    def attend(step, chunk, owner):
-        def keys_of(b, head, i, j):
-            j = chunk * ring.chunk_blocks + j
-            some, *_ = ring.seen(blocks_ref, owner, b, i, j)
-            return jnp.where(some, j, chunk * ring.chunk_blocks)
-
-        def body(q_ids, kv_ids, *blocks):
-            q, k, v, *before, acc, m, total = blocks
-            b, head, i, j = (pl.program_id(axis) for axis in range(4))
-            seen = ring.seen(blocks_ref, owner, b, i, chunk * ring.chunk_blocks + j)
-            here = tile.At(b, head, head // ring.group, i, j, *seen)
-            safe = safe_ref[b * ring.heads + head] == 1
-            fresh = (step == 0) & (chunk == 0)
-
-            def start():
-                acc[...] = jnp.zeros(acc.shape, jnp.float32)
-                m[...] = jnp.full(m.shape, jnp.where(safe, 0.0, -jnp.inf), jnp.float32)
-                total[...] = jnp.zeros(total.shape, jnp.float32)
-
-            def carry_on():
-                for ref, old in zip((acc, m, total), before, strict=True):
-                    ref[...] = old[...]
-
-            steps = tile.forward_steps(safe, q, k, v, acc, m, total, soft_cap=soft_cap, scale=scale)
-            first: list = [((j == 0) & fresh, start), ((j == 0) & ~fresh, carry_on)]
-            parts: tuple = first, steps, []
-            tile.work(ring, here, parts, q_ids, kv_ids, columns)
-
-        ids = q_ids.shape[1]
-        q_spec = pl.BlockSpec((None, ring.q, ring.h), lambda b, head, i, j: (b, i, head))
-        k_spec, v_spec = (
-            pl.BlockSpec(
-                (None, ring.kv, width),
-                lambda b, head, i, j: (b, keys_of(b, head, i, j), head // ring.group),
-            )
-            for width in (ring.h, ring.hv)
-        )
-        q_ids_spec = pl.BlockSpec((None, ids, ring.q), lambda b, head, i, j: (b, 0, i))
-        kv_ids_spec = pl.BlockSpec(
-            (None, ids, ring.kv),
-            lambda b, head, i, j: (owner * ring.batch + b, 0, keys_of(b, head, i, j)),
-        )
-        sum_specs = [
-            pl.BlockSpec((None, None, rows, ring.q), lambda b, head, i, j: (b, head, 0, i))
-            for rows in (ring.rows_v, 1, 1)
-        ]
-        sums = acc, m, total
-        slot = lax.rem(step, SLOTS)
-        pltpu.emit_pipeline(
-            body,
-            grid=(ring.batch, ring.heads, ring.nq, ring.chunk_blocks),
-            in_specs=[q_ids_spec, kv_ids_spec, q_spec, k_spec, v_spec, *sum_specs],
-            out_specs=sum_specs,
-            tiling=ring.tiling,
-        )(q_ids, kv_ids, q, k_slots.at[slot], v_slots.at[slot], *sums, *sums)
+        keys.fill(0, chunk, (r.k, r.v))
+    ring.barrier(r.ring)
 
     def work(step, chunk):
-        _arrive(ring, keys, step, chunk)
-        owner = ring.owner(ring_ref, step, chunk)
-        busy = busy_ref[owner * ring.chunks + chunk] == 1
+        arrive(ring, keys, step, chunk)
+        owner = ring.owner(r.ring, step, chunk)
+        busy = r.busy[owner * ring.chunks + chunk] == 1
         first = (step == 0) & (chunk == 0)
-        pl.when(busy | first)(lambda: attend(step, chunk, owner))
-        _leave(ring, keys, step, chunk)
+        pl.when(busy | first)(
+            lambda: _attend(ring, r, step, chunk, owner, soft_cap=soft_cap, scale=scale)
+        )
+        leave(ring, keys, step, chunk)
 
     ring.each(work)
 
 
-def _arrive(ring, keys, step, chunk):
-    """Wait for the chunk of this step and pass it on."""
+def _attend(ring, r, step, chunk, owner, *, soft_cap, scale):
+    """All queries to a chunk; sums grow in HBM, each block read and written once."""
+
+    def body(*blocks):
+        here = _ForwardBlocks(*blocks)
+        b, head, i, j = (pl.program_id(axis) for axis in range(4))
+        seen = ring.seen(r.blocks, owner, b, i, chunk * ring.chunk_blocks + j)
+        at = tile.At(b, head, head // ring.group, i, j, *seen)
+        safe = r.safe[b * ring.heads + head] == 1
+        fresh = (step == 0) & (chunk == 0)
+        sums = here.acc, here.m, here.total
+
+        def start():
+            here.acc[...] = jnp.zeros(here.acc.shape, jnp.float32)
+            here.m[...] = jnp.full(here.m.shape, jnp.where(safe, 0.0, -jnp.inf), jnp.float32)
+            here.total[...] = jnp.zeros(here.total.shape, jnp.float32)
+
+        def carry_on():
+            before = here.acc_before, here.m_before, here.total_before
+            for ref, old in zip(sums, before, strict=True):
+                ref[...] = old[...]
+
+        steps = tile.forward_steps(
+            safe, here.q, here.k, here.v, *sums, soft_cap=soft_cap, scale=scale
+        )
+        first: list = [((j == 0) & fresh, start), ((j == 0) & ~fresh, carry_on)]
+        parts: tuple = first, steps, []
+        tile.work(ring, at, parts, here.q_ids, here.kv_ids, r.columns)
+
     slot = lax.rem(step, SLOTS)
-    keys.wait(slot, chunk)
-
-    @pl.when(step < ring.size - 1)
-    def _():
-        pl.when(step > 0)(lambda: keys.take(chunk))
-        keys.send(slot, chunk)
-
-
-def _leave(ring, keys, step, chunk):
-    """Release the slot once it is read and sent on."""
-    pl.when(step < ring.size - 1)(lambda: keys.sent(lax.rem(step, SLOTS), chunk))
-    pl.when(step < ring.size - 2)(lambda: keys.grant(chunk))
+    sums = r.acc, r.m, r.total
+    in_specs, out_specs = _forward_specs(ring, r.blocks, owner, chunk)
+    pltpu.emit_pipeline(
+        body,
+        grid=(ring.batch, ring.heads, ring.nq, ring.chunk_blocks),
+        in_specs=in_specs,
+        out_specs=out_specs,
+        tiling=ring.tiling,
+    )(r.q_ids, r.kv_ids, r.q, r.k_slots.at[slot], r.v_slots.at[slot], *sums, *sums)
 
 
-def _backward_kernel(
-    ring_ref, busy_ref, blocks_ref, q_ids, kv_ids, q, k, v, dout, lse, delta,
-    dq, dk, dv, k_slots, v_slots, dq_acc, dk_acc, dv_acc, columns, *semaphores,
-    ring, soft_cap, scale,
-):  # fmt: skip
-    keys = _Stream(ring, ring_ref, (k_slots, v_slots), *semaphores[:3])
-    gradients = _Stream(ring, ring_ref, (dk, dv), *semaphores[3:])
+def _forward_specs(ring, blocks_ref, owner, chunk):
+    """The blocks of a grid `(batch, head, query block, key block of the chunk)`."""
+
+    def keys_of(b, head, i, j):
+        """A block of which nothing is visible is not fetched: the chunk's first one stands in."""
+        j = chunk * ring.chunk_blocks + j
+        some, *_ = ring.seen(blocks_ref, owner, b, i, j)
+        return jnp.where(some, j, chunk * ring.chunk_blocks)
+
+    ids = 1 + ring.segmented
+    k_spec, v_spec = (
+        pl.BlockSpec(
+            (None, ring.kv, width),
+            lambda b, head, i, j: (b, keys_of(b, head, i, j), head // ring.group),
+        )
+        for width in (ring.h, ring.hv)
+    )
+    sum_specs = [
+        pl.BlockSpec((None, None, rows, ring.q), lambda b, head, i, j: (b, head, 0, i))
+        for rows in (ring.rows_v, 1, 1)
+    ]
+    in_specs = [
+        pl.BlockSpec((None, ids, ring.q), lambda b, head, i, j: (b, 0, i)),
+        pl.BlockSpec(
+            (None, ids, ring.kv),
+            lambda b, head, i, j: (owner * ring.batch + b, 0, keys_of(b, head, i, j)),
+        ),
+        pl.BlockSpec((None, ring.q, ring.h), lambda b, head, i, j: (b, i, head)),
+        *(k_spec, v_spec, *sum_specs),
+    ]
+    return in_specs, sum_specs
+
+
+class _BackwardRefs(NamedTuple):
+    """The kernel's arguments in their order, as of `_ForwardRefs`."""
+
+    ring: jax.Ref
+    busy: jax.Ref
+    blocks: jax.Ref
+    q_ids: jax.Ref
+    kv_ids: jax.Ref
+    q: jax.Ref
+    k: jax.Ref
+    v: jax.Ref
+    dout: jax.Ref
+    lse: jax.Ref
+    delta: jax.Ref
+    dq: jax.Ref
+    dk: jax.Ref
+    dv: jax.Ref
+    k_slots: jax.Ref
+    v_slots: jax.Ref
+    dq_acc: jax.Ref
+    dk_acc: jax.Ref
+    dv_acc: jax.Ref
+    columns: jax.Ref
+    keys_sent: jax.Ref
+    keys_arrived: jax.Ref
+    keys_credit: jax.Ref
+    gradients_sent: jax.Ref
+    gradients_arrived: jax.Ref
+    gradients_credit: jax.Ref
+
+
+def _backward_kernel(*refs, ring, soft_cap, scale):
+    r = _BackwardRefs(*refs)
+    semaphores = r.keys_sent, r.keys_arrived, r.keys_credit
+    keys = Stream(ring, r.ring, (r.k_slots, r.v_slots), *semaphores)
+    semaphores = r.gradients_sent, r.gradients_arrived, r.gradients_credit
+    gradients = Stream(ring, r.ring, (r.dk, r.dv), *semaphores)
     for chunk in range(ring.chunks):
-        keys.fill(0, chunk, (k, v))
-    ring.barrier(ring_ref)
-
-    def attend(step, chunk, owner, cut):
-        """Attend with some queries to a chunk; gradients add up in HBM, each block touched once.
-
-        An index that stands still fetches and writes nothing.
-        """
-        first_chunk, first_cut = chunk * ring.chunk_blocks, cut * ring.cut_blocks
-
-        def queries_of(b, kv_head, j, g, i):
-            some, *_ = ring.seen(blocks_ref, owner, b, first_cut + i, first_chunk + j)
-            return first_cut + jnp.where(some, i, ring.cut_blocks - 1)
-
-        def body(q_ids, kv_ids, *blocks):
-            b, kv_head, j, g, i = (pl.program_id(axis) for axis in range(5))
-            seen = ring.seen(blocks_ref, owner, b, first_cut + i, first_chunk + j)
-            here = tile.At(b, kv_head * ring.group + g, kv_head, i, j, *seen)
-            turn = tile.Turn(
-                first=(g == 0) & (i == 0),
-                last=(g == ring.group - 1) & (i == ring.cut_blocks - 1),
-                first_keys=j == 0,
-                last_keys=j == ring.chunk_blocks - 1,
-                queries=g * ring.cut_blocks + i,
-            )
-            fresh = (step == 0) & (chunk == 0), (step <= 1) & (cut == 0)
-            parts = tile.backward_kernel(
-                turn, *blocks, dq_acc, dk_acc, dv_acc,
-                soft_cap=soft_cap, scale=scale, fresh=fresh,
-            )  # fmt: skip
-            tile.work(ring, here, parts, q_ids, kv_ids, columns)
-
-        slot = lax.rem(step, SLOTS)
-        part = jnp.where(step == 0, HOME, slot)
-        sums = dk.at[part], dv.at[part]
-        in_specs, out_specs = _backward_specs(ring, queries_of, owner, first_chunk, first_cut)
-        pltpu.emit_pipeline(
-            body,
-            grid=(ring.batch, ring.kv_heads, ring.chunk_blocks, ring.group, ring.cut_blocks),
-            in_specs=in_specs,
-            out_specs=out_specs,
-            tiling=ring.tiling,
-        )(
-            q_ids, kv_ids, q, k_slots.at[slot], v_slots.at[slot], dout, lse, delta,
-            dq, *sums, dq, *sums,
-        )  # fmt: skip
+        keys.fill(0, chunk, (r.k, r.v))
+    ring.barrier(r.ring)
 
     def work(step, chunk):
         slot = lax.rem(step, SLOTS)
@@ -484,16 +465,17 @@ def _backward_kernel(
             gradients.sent(1 - slot, chunk)
             gradients.grant(chunk)
 
-        _arrive(ring, keys, step, chunk)
+        arrive(ring, keys, step, chunk)
         pl.when(step > 1)(lambda: gradients.wait(slot, chunk))
-        owner = ring.owner(ring_ref, step, chunk)
-        busy = busy_ref[owner * ring.chunks + chunk] == 1
+        owner = ring.owner(r.ring, step, chunk)
+        busy = r.busy[owner * ring.chunks + chunk] == 1
 
         @pl.when(busy | (step <= 1))
         def _():
-            pl.loop(0, ring.cuts)(functools.partial(attend, step, chunk, owner))
+            pull = functools.partial(_pull, ring, r, step, chunk, owner)
+            pl.loop(0, ring.cuts)(functools.partial(pull, soft_cap=soft_cap, scale=scale))
 
-        _leave(ring, keys, step, chunk)
+        leave(ring, keys, step, chunk)
 
         @pl.when(step > 0)
         def _():
@@ -506,6 +488,51 @@ def _backward_kernel(
     def _(chunk):
         gradients.sent((ring.size - 1) % SLOTS, chunk)
         gradients.wait(ring.size % SLOTS, chunk)
+
+
+def _pull(ring, r, step, chunk, owner, cut, *, soft_cap, scale):
+    """Some queries and a chunk; their gradients grow in HBM, each block read and written once.
+
+    Where the block of an input or output is not to change, it stands still.
+    """
+    first_chunk, first_cut = chunk * ring.chunk_blocks, cut * ring.cut_blocks
+
+    def queries_of(b, kv_head, j, g, i):
+        some, *_ = ring.seen(r.blocks, owner, b, first_cut + i, first_chunk + j)
+        return first_cut + jnp.where(some, i, ring.cut_blocks - 1)
+
+    def body(q_ids, kv_ids, *blocks):
+        b, kv_head, j, g, i = (pl.program_id(axis) for axis in range(5))
+        seen = ring.seen(r.blocks, owner, b, first_cut + i, first_chunk + j)
+        at = tile.At(b, kv_head * ring.group + g, kv_head, i, j, *seen)
+        turn = tile.Turn(
+            first=(g == 0) & (i == 0),
+            last=(g == ring.group - 1) & (i == ring.cut_blocks - 1),
+            first_keys=j == 0,
+            last_keys=j == ring.chunk_blocks - 1,
+            queries=g * ring.cut_blocks + i,
+        )
+        fresh = (step == 0) & (chunk == 0), (step <= 1) & (cut == 0)
+        parts = tile.backward_kernel(
+            turn, *blocks, r.dq_acc, r.dk_acc, r.dv_acc,
+            soft_cap=soft_cap, scale=scale, fresh=fresh,
+        )  # fmt: skip
+        tile.work(ring, at, parts, q_ids, kv_ids, r.columns)
+
+    slot = lax.rem(step, SLOTS)
+    part = jnp.where(step == 0, HOME, slot)
+    sums = r.dq, r.dk.at[part], r.dv.at[part]
+    in_specs, out_specs = _backward_specs(ring, queries_of, owner, first_chunk, first_cut)
+    pltpu.emit_pipeline(
+        body,
+        grid=(ring.batch, ring.kv_heads, ring.chunk_blocks, ring.group, ring.cut_blocks),
+        in_specs=in_specs,
+        out_specs=out_specs,
+        tiling=ring.tiling,
+    )(
+        r.q_ids, r.kv_ids, r.q, r.k_slots.at[slot], r.v_slots.at[slot], r.dout, r.lse, r.delta,
+        *sums, *sums,
+    )  # fmt: skip
 
 
 def _backward_specs(ring, queries_of, owner, first_chunk, first_cut):
@@ -522,15 +549,11 @@ def _backward_specs(ring, queries_of, owner, first_chunk, first_cut):
             ),
         )
 
-    def dq_spec(turn, rest):
-        """The spec of dq: it moves in the turn `turn` of the keys, and else stands at one end."""
-
-        def where(b, kv_head, j, g, i):
-            i = jnp.where(j == turn, i, rest * (ring.cut_blocks - 1))
-            g = jnp.where(j == turn, g, rest * (ring.group - 1))
-            return b, first_cut + i, head_of(kv_head, g)
-
-        return pl.BlockSpec((None, ring.q, ring.h), where)
+    def of_dq(b, kv_head, j, g, i):
+        """Queries' gradients are read, added to and written in the last turn of the keys alone."""
+        is_last = j == ring.chunk_blocks - 1
+        i, g = (jnp.where(is_last, x, 0) for x in (i, g))
+        return b, first_cut + i, head_of(kv_head, g)
 
     ids = 1 + ring.segmented
     q_spec, out_spec = (
@@ -544,6 +567,7 @@ def _backward_specs(ring, queries_of, owner, first_chunk, first_cut):
         )
         for width in (ring.h, ring.hv)
     )
+    dq_spec = pl.BlockSpec((None, ring.q, ring.h), of_dq)
     in_specs = [
         of_queries((None, ids, ring.q), lambda b, head, i: (b, 0, i)),
         pl.BlockSpec(
@@ -551,6 +575,6 @@ def _backward_specs(ring, queries_of, owner, first_chunk, first_cut):
             lambda b, kv_head, j, *_: (owner * ring.batch + b, 0, first_chunk + j),
         ),
         *(q_spec, k_spec, v_spec, out_spec, row_spec, row_spec),
-        *(dq_spec(turn=0, rest=1), k_spec, v_spec),
+        *(dq_spec, k_spec, v_spec),
     ]
-    return in_specs, [dq_spec(turn=ring.chunk_blocks - 1, rest=0), k_spec, v_spec]
+    return in_specs, [dq_spec, k_spec, v_spec]

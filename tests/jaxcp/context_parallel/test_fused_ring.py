@@ -110,6 +110,15 @@ def test_more_keys_a_chunk_and_more_queries_than_vmem_holds(mesh_of, races, monk
     assert races() == 0
 
 
+def test_several_blocks_of_queries_beside_several_of_keys_in_a_chunk(mesh_of, races, monkeypatch):
+    """Two query heads a KV head, each of two blocks, whose gradients grow from step to step."""
+    monkeypatch.setattr(mosaic_tpu, "MOST_CHUNKS", 1)
+    monkeypatch.setattr(tuning, "TABLE", (row(128), *tuning.TABLE))
+    mesh_of(seq=2)
+    check(jaxcp.Ring(fused=True), 2, problem(2 * 200, heads=2), causal=False)
+    assert races() == 0
+
+
 def test_both_directions_over_two_mesh_axes(mesh_of, races):
     mesh_of(data=2, seq=2)
     fused = jaxcp.Ring(fused=True, bidirectional=True)
@@ -137,7 +146,7 @@ def test_eight_devices_of_which_half_has_nothing_to_do(mesh_of, races):
 def test_without_credits_it_races(mesh_of, races, monkeypatch):
     """What the other tests would not see if the detector did not look."""
     for name in ("grant", "take"):
-        monkeypatch.setattr(mosaic_tpu._Stream, name, lambda *_: None)
+        monkeypatch.setattr(mosaic_tpu.Stream, name, lambda *_: None)
     mesh_of(seq=4)
     x = problem(4 * 128)
     del x["dout"]
