@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from jaxcp.context_parallel import USP as USP
     from jaxcp.context_parallel import AllGather as AllGather
+    from jaxcp.context_parallel import FixedOrder as FixedOrder
     from jaxcp.context_parallel import Halo as Halo
     from jaxcp.context_parallel import Ring as Ring
     from jaxcp.context_parallel import RingPassQ as RingPassQ
@@ -51,8 +52,8 @@ if TYPE_CHECKING:
 
 _HOME = {
     "jaxcp.context_parallel": (
-        "USP", "AllGather", "Halo", "Ring", "RingPassQ", "Ulysses", "attention_fn",
-        "context_parallel_attention", "latent_attention", "ring_attention",
+        "USP", "AllGather", "FixedOrder", "Halo", "Ring", "RingPassQ", "Ulysses",
+        "attention_fn", "context_parallel_attention", "latent_attention", "ring_attention",
     ),
     "jaxcp.inference": ("Engine", "decode_step", "logits", "prefill"),
     "jaxcp.layout": ("Balanced", "Contiguous", "Striped", "Zigzag"),

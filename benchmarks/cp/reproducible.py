@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `reproducible=True` costs: time, memory and bytes beside the plain strategies, on CPU.
+"""What `FixedOrder()` costs: time, memory and bytes beside the other strategies, on CPU.
 
     python -m benchmarks.cp.reproducible --out benchmarks/results   # minutes, on a quiet machine
     python -m benchmarks.cp.reproducible --smoke                    # its times mean nothing
@@ -83,7 +83,7 @@ def seconds(functions, arrays, rounds: int) -> list[float]:
 
 def compare(kind, arrays, rounds: int) -> list[dict]:
     """A row for each program of a strategy; raises where the two results are not alike."""
-    plain, same = (programs(kind(reproducible=x), arrays) for x in (False, True))
+    plain, same = (programs(x, arrays) for x in (kind(), jaxcp.FixedOrder()))
     rows = []
     for name in plain:
         pair = plain[name], same[name]

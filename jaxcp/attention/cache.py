@@ -148,7 +148,7 @@ class Prefill:
     keeps_rows = True
 
     def __init__(self, cache: KVCache, positions, added, *, strategy: Strategy | None, used, halos):
-        if strategy is not None and strategy.reproducible:
+        if strategy is not None and not strategy.fills_caches:
             raise NotImplementedError("prefill over a cache has no reproducible form; use Ring()")
         self.cache, self.positions, self.strategy = cache, positions, strategy
         self.added, self.halos, self.empty = added, halos, used is None

@@ -115,7 +115,7 @@ class CompressedStep:
                  strategy: Strategy | None = None):  # fmt: skip
         self.cache, self.positions, self.added = cache, positions, added
         self.strategy = Ring() if strategy is None else strategy
-        if self.strategy.reproducible:
+        if not self.strategy.fills_caches:
             raise NotImplementedError("prefill over a cache has no reproducible form; use Ring()")
         self.axis = AXIS if sharded and not _no_mesh() else None
         self.rows = list(cache.rows)

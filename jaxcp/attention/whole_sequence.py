@@ -70,7 +70,7 @@ class WholeSequence:
         )
 
     def _check(self, what, why):
-        if self.strategy is not None and self.strategy.reproducible:
+        if self.strategy is not None and self.strategy.same_bits:
             raise NotImplementedError(f"{what} has no reproducible form; use Ring()")
         if self.segment_ids is not None:
             raise NotImplementedError(

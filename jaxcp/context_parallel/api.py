@@ -124,7 +124,7 @@ def latent_attention(
         call compiles anew.
       Others as in `context_parallel_attention`.
     Raises:
-      NotImplementedError: the strategy sends heads (`Ulysses`, `USP`), and is not reproducible.
+      NotImplementedError: the strategy sends heads (`Ulysses`, `USP`).
     """
     # shapes alone: what is sharded differently meets only inside shard_map
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (latent, *weights))
@@ -159,7 +159,7 @@ def latent_attention(
             scale=q.shape[-1] ** -0.5 if scale is None else scale,
             implementation=implementation,
             expand=expand,
-            **({"copies": _copies(specs, axis_name)} if strategy.reproducible else {}),
+            **({"copies": _copies(specs, axis_name)} if strategy.same_bits else {}),
         )
         out, lse = _over_shards(local, specs, q, latent, None, weights, positions, segment_ids)
     return out if sinks is None else apply_sinks(out, lse, sinks)[0]
@@ -168,14 +168,14 @@ def latent_attention(
 def _for_mask(strategy, window, consecutive) -> Strategy:
     """The strategy to run: windows need no more than themselves, where the order is known."""
     strategy = Ring() if strategy is None else strategy
-    if consecutive and window is not None and not strategy.reproducible:
+    if consecutive and window is not None and not strategy.same_bits:
         return Halo(layout=strategy.layout, checked=False)
     return strategy
 
 
 def _check_mesh_needed(strategy):
-    if strategy is not None and strategy.reproducible:
-        raise ValueError("reproducible attention needs a mesh: jaxcp.make_mesh(seq=1) will do")
+    if strategy is not None and strategy.same_bits:
+        raise ValueError(f"{strategy} needs a mesh: jaxcp.make_mesh(seq=1) will do")
 
 
 def _copies(specs, axis_name):

@@ -41,12 +41,6 @@ class Ring(Strategy):
     bidirectional: bool = False
     fused: bool = False
 
-    def __post_init__(self):
-        if self.fused and self.reproducible:
-            raise NotImplementedError(
-                "a fused ring has no fixed order of sums; use Ring(reproducible=True) without fused"
-            )
-
     def attend(
         self, q, k, v, q_pos, kv_pos, q_seg, kv_seg, *,
         axis_name, mask, expand=None, weights=(), **options,

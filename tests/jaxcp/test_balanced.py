@@ -207,7 +207,7 @@ def test_what_must_know_the_order_refuses(mesh_of):
     for strategy, options in (
         (jaxcp.Halo(layout=Balanced()), {"window": 4}),
         (jaxcp.Ring(layout=Balanced()), {"window": 4, "consecutive": True}),
-        (jaxcp.Ring(layout=Balanced(), reproducible=True), {}),
+        (jaxcp.FixedOrder(layout=Balanced()), {}),
     ):
         with refused():
             jaxcp.context_parallel_attention(

@@ -148,7 +148,7 @@ def test_heads_do_not_travel(strategy, mesh_of):
 
 # The same bits from any number of shards
 
-REPRODUCIBLE, SAME = jaxcp.Ring(reproducible=True), 48
+FIXED, SAME = jaxcp.FixedOrder(), 48
 
 
 @functools.cache
@@ -166,7 +166,7 @@ def reproduced(dtype, shards, **axes):
     def run(x, weights):
         def attend(q, latent, weights):
             return latent_attention(
-                q, latent, weights, x["positions"], expand=mla, strategy=REPRODUCIBLE, window=29
+                q, latent, weights, x["positions"], expand=mla, strategy=FIXED, window=29
             )
 
         out, pull = jax.vjp(attend, x["q"], x["latent"], weights)
@@ -205,11 +205,11 @@ def test_where_the_bits_cannot_be_kept(mesh_of):
     x = problem()
     arrays = x["q"], x["latent"], x["weights"], x["positions"]
     with pytest.raises(ValueError, match="needs a mesh"):
-        latent_attention(*arrays, expand=mla, strategy=REPRODUCIBLE)
+        latent_attention(*arrays, expand=mla, strategy=FIXED)
     mesh_of(seq=2)
 
     def local(q, positions):
-        return REPRODUCIBLE.attend(
+        return FIXED.attend(
             q, q, None, positions, positions, None, None, axis_name="seq", mask=Mask(),
             soft_cap=None, scale=1.0, expand=mla,
         )[0]  # fmt: skip

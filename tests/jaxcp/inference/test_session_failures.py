@@ -228,8 +228,8 @@ def test_seeds_are_not_cut(engine):
 @pytest.mark.parametrize(
     "strategy, axes, error, message",
     [
-        (jaxcp.Ring(reproducible=True), {}, NotImplementedError, "no reproducible form"),
-        (jaxcp.Ring(reproducible=True), None, NotImplementedError, "no reproducible form"),
+        (jaxcp.FixedOrder(), {}, NotImplementedError, "no reproducible form"),
+        (jaxcp.FixedOrder(), None, NotImplementedError, "no reproducible form"),
         (jaxcp.Halo(), {"seq": 2}, NotImplementedError, "Halo needs a window"),
         (jaxcp.Ulysses(), {"seq": 4}, ValueError, "needs a multiple of 4 query heads"),
         (jaxcp.USP(ulysses=4), {"seq": 2}, ValueError, "ulysses=4 does not divide the 2 shards"),
