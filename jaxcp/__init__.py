@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from jaxcp.context_parallel import USP as USP
     from jaxcp.context_parallel import AllGather as AllGather
     from jaxcp.context_parallel import FixedOrder as FixedOrder
-    from jaxcp.context_parallel import Halo as Halo
     from jaxcp.context_parallel import Ring as Ring
     from jaxcp.context_parallel import RingPassQ as RingPassQ
     from jaxcp.context_parallel import Ulysses as Ulysses
@@ -52,7 +51,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "jaxcp.context_parallel": (
-        "USP", "AllGather", "FixedOrder", "Halo", "Ring", "RingPassQ", "Ulysses",
+        "USP", "AllGather", "FixedOrder", "Ring", "RingPassQ", "Ulysses",
         "attention_fn", "context_parallel_attention", "latent_attention", "ring_attention",
     ),
     "jaxcp.inference": ("Engine", "decode_step", "logits", "prefill"),

@@ -43,7 +43,7 @@ class Ulysses(Strategy):
     ):  # fmt: skip
         if expand is not None:
             raise NotImplementedError(
-                "Ulysses sends heads, which a latent has none of; use Ring(), AllGather() or Halo()"
+                "Ulysses sends heads, which a latent has none of; use Ring() or AllGather()"
             )
         how = axis_name, (q.shape[2], k.shape[2]), tuple({"mask": mask, **options}.items())
         return _attend(how, q, k, v, q_pos, kv_pos, q_seg, kv_seg)

@@ -45,7 +45,7 @@ class USP(Strategy):
     ):  # fmt: skip
         if expand is not None:
             raise NotImplementedError(
-                "USP sends heads, which a latent has none of; use Ring(), AllGather() or Halo()"
+                "USP sends heads, which a latent has none of; use Ring() or AllGather()"
             )
         n = lax.axis_size(axis_name)
         if n % self.ulysses:

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 import jaxcp
 from jaxcp import Zigzag
 from jaxcp.compile import collectives
-from jaxcp.context_parallel import latent_attention
+from jaxcp.context_parallel import Halo, latent_attention
 from pallas_kernels.flash_attention import Mask
 
 B, T, N, R, L, H, V = 2, 45, 4, 4, 12, 8, 6  # R: rotated part of a key; L: width of the latent
@@ -25,7 +25,7 @@ STRATEGIES = (
     jaxcp.RingPassQ(),
     jaxcp.AllGather(),
     jaxcp.AllGather(chunks=2),
-    jaxcp.Halo(),
+    Halo(),
 )
 
 

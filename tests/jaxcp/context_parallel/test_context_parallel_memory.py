@@ -8,7 +8,7 @@ import pytest
 from compiled_attention import HEAD_DIM, compiled
 from slow import slow_but
 
-from jaxcp import USP, AllGather, Halo, Ring, RingPassQ, Ulysses
+from jaxcp.context_parallel import USP, AllGather, Halo, Ring, RingPassQ, Ulysses
 
 # jax 0.11 and later warn when Pallas-Triton is used; it works through 0.12.
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")

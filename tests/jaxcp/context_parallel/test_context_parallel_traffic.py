@@ -133,7 +133,7 @@ def test_usp_exchanges_among_neighbours_and_rotates_across():
 def test_halo_sends_the_window(shards):
     """One way for a shard's early piece, the other way for its late one."""
     window = 3
-    strategy = jaxcp.Halo(checked=False)
+    strategy = jaxcp.context_parallel.Halo(checked=False)
     row = (2 * KV_HEADS * HEAD_DIM + 1) * 4
     with ring_of(shards):
         found = sent(strategy, shards, backward=False, window=window)
