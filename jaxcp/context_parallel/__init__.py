@@ -8,6 +8,7 @@ from jaxcp.context_parallel.api import (
     latent_attention,
     ring_attention,
 )
+from jaxcp.context_parallel.cost import Cost, Shapes, Traffic
 from jaxcp.context_parallel.fixed_order import FixedOrder
 from jaxcp.context_parallel.halo import Halo
 from jaxcp.context_parallel.overlap import compiler_options
@@ -24,11 +25,14 @@ __all__ = [
     "STRATEGIES",
     "USP",
     "AllGather",
+    "Cost",
     "FixedOrder",
     "Halo",
     "Ring",
     "RingPassQ",
+    "Shapes",
     "Strategy",
+    "Traffic",
     "Ulysses",
     "attention_fn",
     "compiler_options",

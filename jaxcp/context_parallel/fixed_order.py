@@ -8,7 +8,7 @@ natural order: over keys for `out` and dQ, over queries for dK and dV.
 What it costs: K and V (of a latent, the latent) are gathered, and in the backward pass q, dout, lse
 and delta as well, to the memory of `AllGather`; dQ and dK/dV each compute the scores again; grouped
 heads are repeated on the device (not on the wire), and a latent is expanded anew for every pair.
-Pairs with nothing to see are skipped, which changes no bit.
+Pairs with nothing to see are skipped, which changes no bit. `FixedOrder.cost` counts it all.
 
 The gradient of a latent's weights is a sum over all tokens: a part for each piece, in float32,
 gathered and added in natural order. Where devices hold copies (of weights, of a latent whose heads
@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxcp.context_parallel.cost import Cost, Shapes, Traffic
 from jaxcp.context_parallel.strategy import Strategy
 from pallas_kernels import PAD_POSITION
 from pallas_kernels.flash_attention import (
@@ -78,6 +79,21 @@ class FixedOrder(Strategy):
         keys = (k, v) if expand is None else k
         making = expand, copies
         return _attend(where, static, making, q, keys, weights, q_pos, kv_pos, q_seg, kv_seg)
+
+    def cost(self, shapes: Shapes) -> Cost:
+        n = shapes.shards
+        _pieces(self.layout, n, shapes.tokens, shapes.keys)
+        keys = n * (shapes.kv_bytes + shapes.key_ids_bytes)
+        ordering = n * shapes.kv_bytes // 2  # K, and then V, once more as they arrived
+        # of a pair of pieces: q, K/V and K/V of every query head, and two partial results
+        each = 2 * shapes.q_bytes + shapes.out_bytes + shapes.kv_bytes + 2 * shapes.partial_bytes
+        pair = n * each // PIECES
+        queries = shapes.q_bytes + shapes.out_bytes + 2 * shapes.rows * shapes.acc
+        return Cost(
+            forward=(Traffic("all-gather", 2 + shapes.ids, keys, n),),
+            backward=(Traffic("all-gather", 4, n * queries, n),),  # q, dout, lse and delta
+            held=shapes.out_bytes + n * shapes.kv_bytes + max(ordering, pair),
+        )
 
 
 def _pieces(layout, shards, tokens, keys):

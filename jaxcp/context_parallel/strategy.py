@@ -4,6 +4,7 @@
 import dataclasses
 from typing import ClassVar
 
+from jaxcp.context_parallel.cost import Cost, Shapes
 from jaxcp.layout import Layout, Zigzag
 
 
@@ -34,6 +35,13 @@ class Strategy:
         and `expand(k, *weights)` makes `(k, v)` of it.
 
         Differentiable in q, k, v and weights. Raises NotImplementedError for what it cannot honour.
+        """
+        raise NotImplementedError
+
+    def cost(self, shapes: Shapes) -> Cost:
+        """What a device sends, forward and backward, and holds; of K and V, not of latents.
+
+        Raises what `attend` raises for such shapes.
         """
         raise NotImplementedError
 
