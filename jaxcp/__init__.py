@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from jaxcp.models.gpt.model import GPTConfig as GPTConfig
     from jaxcp.models.hybrid_moe.model import HybridMoE as HybridMoE
     from jaxcp.models.hybrid_moe.model import HybridMoEConfig as HybridMoEConfig
+    from jaxcp.sharding import Rules as Rules
     from jaxcp.training import LossConfig as LossConfig
     from jaxcp.training import OptimizerConfig as OptimizerConfig
     from jaxcp.training import TextSource as TextSource
@@ -61,6 +62,7 @@ _HOME = {
     "jaxcp.models.deepseek.v4.model": ("DeepSeekV4", "DeepSeekV4Config"),
     "jaxcp.models.gpt.model": ("GPT", "GPTConfig"),
     "jaxcp.models.hybrid_moe.model": ("HybridMoE", "HybridMoEConfig"),
+    "jaxcp.sharding": ("Rules",),
     "jaxcp.training": (
         "LossConfig",
         "OptimizerConfig",

@@ -15,6 +15,7 @@ from jaxcp.attention.cache import MAX_EXTEND
 from jaxcp.attention.compressed import CompressedCache
 from jaxcp.context_parallel import Ring, Strategy
 from jaxcp.inference import compressed_steps, steps, turns
+from jaxcp.sharding import DEFAULT, Rules
 from jaxcp.weights.placement import parts_of
 
 
@@ -27,7 +28,7 @@ def prefill_program(
     max_len: int | None = None,
     batch_size: int = 1,
     strategy: Strategy | None = None,
-    experts: str = "expert",
+    rules: Rules = DEFAULT,
 ) -> tuple[Callable, tuple]:
     """What `jaxcp.prefill` runs on `[batch_size, tokens]` and a cache that holds `held` tokens.
 
@@ -37,7 +38,7 @@ def prefill_program(
       model: `jaxcp.abstract_model(config)`.
       held: a turn of up to 64 tokens on a filled cache runs another program, and raises here.
       max_len: what the cache is made for; default `held + tokens`.
-      experts: the mesh axis over which experts lie, as in `jaxcp.load`.
+      rules: which axes of parameters lie where, as in `jaxcp.load`.
 
     >>> fn, args = prefill_program(jaxcp.abstract_model(config), mesh, tokens=131_072)
     >>> print(compile_for(fn, args, mesh))
@@ -46,7 +47,7 @@ def prefill_program(
         raise ValueError(f"needs over {MAX_EXTEND} tokens where some are held; got {tokens}")
     cache = _cache(model, mesh, batch_size, held + tokens if max_len is None else max_len)
     if isinstance(cache, CompressedCache):
-        return _compressed(model, mesh, cache, held, tokens, strategy, experts)
+        return _compressed(model, mesh, cache, held, tokens, strategy, rules)
     start, lengths = np.full(batch_size, held), np.full(batch_size, tokens)
     layout = turns.layout_of(strategy)
     sizes = steps.EXTEND_SIZES
@@ -60,21 +61,21 @@ def prefill_program(
     recent = jax.ShapeDtypeStruct(cache.recent.shape, jnp.int32)
     fn = steps._jitted(steps._prefill, True)
     arrays = ids, where, row, recent, piece.halos
-    return fn, (_model(model, mesh, experts), cache, *arrays, strategy, piece.used)
+    return fn, (_model(model, mesh, rules), cache, *arrays, strategy, piece.used)
 
 
 def decode_program(
-    model: Any, mesh: Mesh, *, max_len: int, batch_size: int = 1, experts: str = "expert"
+    model: Any, mesh: Mesh, *, max_len: int, batch_size: int = 1, rules: Rules = DEFAULT
 ) -> tuple[Callable, tuple]:
     """What `jaxcp.decode_step` runs with a cache for `max_len` tokens."""
     cache = _cache(model, mesh, batch_size, max_len)
     if isinstance(cache, CompressedCache):
-        return _compressed(model, mesh, cache, max(1, max_len - 1), 1, None, experts)
+        return _compressed(model, mesh, cache, max(1, max_len - 1), 1, None, rules)
     token = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-    return steps._jitted(steps._decode, True), (_model(model, mesh, experts), cache, token)
+    return steps._jitted(steps._decode, True), (_model(model, mesh, rules), cache, token)
 
 
-def _compressed(model, mesh: Mesh, cache, held: int, width: int, strategy, experts: str):
+def _compressed(model, mesh: Mesh, cache, held: int, width: int, strategy, rules: Rules):
     """A turn of `width` tokens on a compressed cache that holds `held`, or one step of decoding."""
     strategy = Ring() if strategy is None else strategy
     lengths = np.full(cache.lengths.shape, width, np.int32)
@@ -85,16 +86,16 @@ def _compressed(model, mesh: Mesh, cache, held: int, width: int, strategy, exper
     ids = jax.ShapeDtypeStruct(piece.order.shape, jnp.int32, sharding=spread)
     row = jax.ShapeDtypeStruct(lengths.shape, jnp.int32, sharding=NamedSharding(mesh, P("data")))
     fn = compressed_steps._jitted(True)
-    return fn, (_model(model, mesh, experts), cache, ids, ids, row, piece.sharded, strategy)
+    return fn, (_model(model, mesh, rules), cache, ids, ids, row, piece.sharded, strategy)
 
 
-def _model(model, mesh: Mesh, experts: str):
+def _model(model, mesh: Mesh, rules: Rules):
     def placed(leaf):
         def on_mesh(x, spec):
             sharding = NamedSharding(mesh, spec)
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-        return leaf.replace(jax.tree.map(on_mesh, leaf.get_value(), parts_of(leaf, experts)))
+        return leaf.replace(jax.tree.map(on_mesh, leaf.get_value(), parts_of(leaf, rules)))
 
     return jax.tree.map(placed, model, is_leaf=lambda x: isinstance(x, nnx.Variable))
 

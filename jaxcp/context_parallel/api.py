@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from jaxcp.context_parallel.halo import Halo
 from jaxcp.context_parallel.ring import Ring
 from jaxcp.context_parallel.strategy import Strategy
+from jaxcp.sharding import ACTIVATIONS
 from pallas_kernels import flash_attention
 from pallas_kernels.flash_attention import Mask, apply_sinks, check
 
@@ -320,13 +321,11 @@ def _spec_of(x):
     mesh = jax.sharding.get_abstract_mesh()
     if AxisType.Explicit in mesh.axis_types:
         return jax.typeof(x).sharding.spec
-    names = [
-        "data" if "data" in mesh.shape else None,
-        None,
-        "model" if "model" in mesh.shape else None,
-        None,
-    ]
-    return P(*names)
+    batch, heads = (
+        name if name in mesh.shape else None
+        for name in (ACTIVATIONS["batch"], ACTIVATIONS["heads"])
+    )
+    return P(batch, None, heads, None)
 
 
 def _names(entry) -> tuple:

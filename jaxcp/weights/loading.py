@@ -22,7 +22,7 @@ from flax import nnx
 from jaxcp import models
 from jaxcp.models.base import LanguageModel
 from jaxcp.models.weight_table import Piece, Source, sources, spelling_of
-from jaxcp.sharding import sharding_of
+from jaxcp.sharding import DEFAULT, Rules, sharding_of
 from jaxcp.text.tokenizer import Tokenizer
 from jaxcp.weights import mxfp4
 from jaxcp.weights.config_file import fitted, load_config, naming
@@ -44,7 +44,7 @@ def load(
     path: str | os.PathLike,
     dtype: jax.typing.DTypeLike | None = None,
     *,
-    experts: str = "expert",
+    rules: Rules = DEFAULT,
     allow_nonfinite: bool = False,
     progress: bool | None = None,
     widen: bool = False,
@@ -61,7 +61,8 @@ def load(
     Under `jax.set_mesh` every leaf is put on the mesh with the model's own sharding. `dtype` is
     that of the parameters and of the computation; None keeps each tensor's own. The router's
     selection bias stays float32, and so does what a model computes in float32 whatever its dtype.
-    `experts`: the mesh axis over which experts lie, see `jaxcp.weights.placement.place`.
+    `rules`: which axes of a parameter lie over which of the mesh's; `Rules(experts="seq")` spreads
+    experts over the devices that hold the sequence.
 
     `model.stop_tokens` are the ids that end an answer (`eos_token_id`).
 
@@ -82,7 +83,7 @@ def load(
     with naming(Path(path, CONFIG)):
         graph, state = nnx.split(models.abstract_model(config))
     flat = [(".".join(map(str, keys)), keys, leaf) for keys, leaf in nnx.to_flat_state(state)]
-    if problem := indivisible(((name, leaf) for name, _, leaf in flat), experts):
+    if problem := indivisible(((name, leaf) for name, _, leaf in flat), rules):
         raise ValueError(f"needed a mesh that divides {problem}")
     shapes = {name: leaf.shape for name, _, leaf in flat}
     found = sources(family.table(config), shapes, checkpoint.shapes)
@@ -92,7 +93,7 @@ def load(
     copies = family.copies(config)
     _check(path, checkpoint, found, ignored, copies)
     dtypes = {n: _final_dtype(leaf, found[n], checkpoint, config, dtype) for n, _, leaf in flat}
-    kept = {} if widen else _quantized(flat, found, checkpoint, experts)
+    kept = {} if widen else _quantized(flat, found, checkpoint, rules)
     _log_widened(path, found, checkpoint, kept)
     sizes = {n: math.prod(shapes[n]) * dtypes[n].itemsize for n in shapes}
     total = sum((sizes | {n: leaf.nbytes for n, leaf in kept.items()}).values())
@@ -106,7 +107,7 @@ def load(
                 value, of_leaf = stream_quantized(kept[name], of_bytes)
             else:
                 pieces = counted(found[name].pieces(name, checkpoint.read), final.itemsize, advance)
-                value, of_leaf = _stream(name, pieces, leaf, final, experts)
+                value, of_leaf = _stream(name, pieces, leaf, final, rules)
             strange.update({(tensor, final): n for tensor, n in of_leaf.items()})
             read[keys] = leaf.replace(value)
     if not allow_nonfinite:
@@ -134,13 +135,12 @@ def _check_finite(path, checkpoint: Checkpoint, strange: Mapping[tuple[str, Any]
     )
 
 
-def _quantized(flat, found, checkpoint: Checkpoint, experts) -> dict[str, QuantizedSource]:
+def _quantized(flat, found, checkpoint: Checkpoint, rules: Rules) -> dict[str, QuantizedSource]:
     """Of the leaves that stay quantized, by name."""
     if not checkpoint.packed and not checkpoint.turned:
         return {}
     every = {
-        name: quantized_source(leaf, name, found[name], checkpoint, experts)
-        for name, _, leaf in flat
+        name: quantized_source(leaf, name, found[name], checkpoint, rules) for name, _, leaf in flat
     }
     return {name: source for name, source in every.items() if source is not None}
 
@@ -164,10 +164,10 @@ def _final_dtype(leaf: nnx.Variable, source: Source, checkpoint: Checkpoint, con
     return np.result_type(*{checkpoint.dtype(name) for name in source.names})
 
 
-def _stream(name: str, pieces: Iterable[Piece], leaf: nnx.Variable, dtype: Any, experts: str):
+def _stream(name: str, pieces: Iterable[Piece], leaf: nnx.Variable, dtype: Any, rules: Rules):
     if jax.sharding.get_abstract_mesh().empty:
         return stream(pieces, leaf.shape, dtype, None)
-    sharding = jax.NamedSharding(jax.sharding.get_mesh(), sharding_of(leaf, experts))
+    sharding = jax.NamedSharding(jax.sharding.get_mesh(), sharding_of(leaf, rules))
     return stream(pieces, leaf.shape, dtype, sharding)
 
 

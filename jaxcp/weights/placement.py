@@ -9,15 +9,15 @@ import jax
 from flax import nnx
 
 from jaxcp.layers.quantized import misfit, partition
-from jaxcp.sharding import sharding_of
+from jaxcp.sharding import DEFAULT, Rules, sharding_of
 
 
-def parts_of(variable: nnx.Variable, experts: str = "expert") -> Any:
+def parts_of(variable: nnx.Variable, rules: Rules = DEFAULT) -> Any:
     """`sharding_of`, of each part of what the parameter holds where that is quantized."""
-    return partition(variable.get_value(), sharding_of(variable, experts))
+    return partition(variable.get_value(), sharding_of(variable, rules))
 
 
-def indivisible(leaves: Iterable[tuple[str, nnx.Variable]], experts: str = "expert") -> str | None:
+def indivisible(leaves: Iterable[tuple[str, nnx.Variable]], rules: Rules = DEFAULT) -> str | None:
     """Say which parameter the mesh in scope does not divide, and which sizes of the axis divide
     all of them; None where there is no mesh, or every parameter fits."""
     mesh = dict(jax.sharding.get_abstract_mesh().shape)
@@ -25,7 +25,7 @@ def indivisible(leaves: Iterable[tuple[str, nnx.Variable]], experts: str = "expe
     sizes: dict[str, set[int]] = {axis: set() for axis in mesh}
     for name, leaf in leaves:
         logical = leaf.get_metadata().get("axes") or ()
-        for size, kind, axis in zip(leaf.shape, logical, sharding_of(leaf, experts), strict=False):
+        for size, kind, axis in zip(leaf.shape, logical, sharding_of(leaf, rules), strict=False):
             if axis is None or not mesh:
                 continue
             if axis not in mesh:
@@ -42,15 +42,16 @@ def indivisible(leaves: Iterable[tuple[str, nnx.Variable]], experts: str = "expe
     return None
 
 
-def place(model: Any, *, experts: str = "expert") -> Any:
+def place(model: Any, *, rules: Rules = DEFAULT) -> Any:
     """The model with every parameter on the mesh in scope (unchanged where there is none).
 
     Args:
-      experts: the mesh axis over which the experts of MoE layers are spread. With "seq" (or
-        "data") they lie on the devices that hold the sequence, and tokens travel to them.
+      rules: which axes lie where. With `jaxcp.Rules(experts="seq")` (or "data") experts lie on
+        the devices that hold the sequence, and tokens travel to them.
     Raises:
-      ValueError: a width that its mesh axis does not divide, and which sizes of the axis would;
-        or an axis that cuts through what shares a scale, all of those listed.
+      ValueError: two axes of a parameter over one mesh axis; a width that its mesh axis does not
+        divide, and which sizes of the axis would; or an axis that cuts through what
+        shares a scale, all of those listed.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -59,17 +60,17 @@ def place(model: Any, *, experts: str = "expert") -> Any:
         model, is_leaf=lambda x: isinstance(x, nnx.Variable)
     )
     named = [(jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
-    if problem := indivisible(named, experts):
+    if problem := indivisible(named, rules):
         raise ValueError(f"the mesh does not divide: {problem}")
-    found = [_misfit(name, leaf, mesh, experts) for name, leaf in named]
+    found = [_misfit(name, leaf, mesh, rules) for name, leaf in named]
     problems = [problem for problem in found if problem]
     if problems:
         raise ValueError("the mesh does not divide: " + "; ".join(problems))
-    placed = [jax.device_put(leaf.get_value(), parts_of(leaf, experts)) for _, leaf in leaves]
+    placed = [jax.device_put(leaf.get_value(), parts_of(leaf, rules)) for _, leaf in leaves]
     new = [leaf.replace(value) for (_, leaf), value in zip(leaves, placed, strict=True)]
     return jax.tree.unflatten(tree, new)
 
 
-def _misfit(name, variable, mesh, experts):
-    found = misfit(variable.get_value(), sharding_of(variable, experts), dict(mesh.shape))
+def _misfit(name, variable, mesh, rules):
+    found = misfit(variable.get_value(), sharding_of(variable, rules), dict(mesh.shape))
     return found and f"{name} {found}"
