@@ -35,7 +35,6 @@ from jaxcp.attention.slots import (
     check_size,
     deal_rows,
     on_mesh,
-    on_shards,
     shards_in_scope,
     slots_in_use,
     write_first,
@@ -44,6 +43,7 @@ from jaxcp.attention.slots import (
 from jaxcp.context_parallel.api import weight_spec
 from jaxcp.context_parallel.ring import Ring
 from jaxcp.context_parallel.ring_pass_q import RingPassQ
+from jaxcp.context_parallel.shards import on_shards
 from jaxcp.context_parallel.strategy import Strategy
 from pallas_kernels import PAD_POSITION, decode_attention, flash_attention
 from pallas_kernels.decode_attention import MAX_QUERIES

@@ -27,6 +27,7 @@ from jaxcp.attention.blocks import compress_shard, no_pending, runs_of, shards_o
 from jaxcp.attention.selected import Selection, attend_selected, shared_head
 from jaxcp.attention.slots import check_size
 from jaxcp.context_parallel.ring import Ring
+from jaxcp.context_parallel.shards import on_shards
 from jaxcp.context_parallel.strategy import Strategy
 from pallas_kernels import PAD_POSITION, flash_attention
 from pallas_kernels.flash_attention import Mask, apply_sinks
@@ -130,7 +131,7 @@ class CompressedStep:
             compress_shard, ratio=ratio, overlap=overlap, runs=runs, axis_name=AXIS, shards=shards
         )
         tokens, rows = P("data", self.axis), P("data")
-        run = _on_shards(local, (tokens, tokens, tokens, rows, rows), (tokens, tokens, rows))
+        run = on_shards(local, (tokens, tokens, tokens, rows, rows), (tokens, tokens, rows))
         end = self.cache.lengths + self.added
         entries, blocks, self.pending[layer][name] = run(
             values, gates, self.positions, self.pending[layer][name], end
@@ -157,7 +158,7 @@ class CompressedStep:
             _attend, ratio=ratio, window=window, scale=scale, strategy=self.strategy,
             axis=self.axis, top_k=None if selection is None else selection.top_k,
         )  # fmt: skip
-        run = _on_shards(
+        run = on_shards(
             local,
             (heads, tokens, tokens, tokens, tokens, tokens, rows, rows, rows, rows),
             (heads, heads, rows, rows),
@@ -264,19 +265,3 @@ def _no_mesh() -> bool:
 
 def _by_row(x):
     return jax.sharding.reshard(x, P("data", *[None] * (x.ndim - 1)))
-
-
-def _on_shards(local, in_specs, out_specs):
-    """`local` on every device's shards; as it is where there is no mesh."""
-    if _no_mesh():
-        return local
-
-    def call(*args):
-        specs = tuple(
-            jax.tree.map(lambda x, spec=spec: P(*spec, *[None] * (x.ndim - len(spec))), arg)
-            for arg, spec in zip(args, in_specs, strict=True)
-        )
-        moved = jax.tree.map(jax.sharding.reshard, args, specs)
-        return jax.shard_map(local, in_specs=specs, out_specs=out_specs, check_vma=False)(*moved)
-
-    return call

@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxcp.attention.blocks import in_order
 from jaxcp.attention.selected import attend_selected
-from jaxcp.attention.slots import ROWS, TOKENS, axis_in_scope, on_shards
+from jaxcp.attention.slots import ROWS, TOKENS, axis_in_scope
+from jaxcp.context_parallel.shards import on_shards
 
 
 def attend_selected_slots(step, q, keys, selection, write, *, layer, scale, value_dim, used=None):
