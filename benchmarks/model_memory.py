@@ -115,7 +115,7 @@ def row(target: str, layers: int, program: str, args: Args) -> dict[str, Any]:
     """One compilation; `refused` says why there are no numbers."""
     axes = MESHES[target]
     mesh = parse_target(target).mesh(**axes)
-    options = {"max_len": args.context, "experts": "seq"}
+    options = {"max_len": args.context, "rules": jaxcp.Rules(experts="seq")}
     new = 1
     if program == "prefill":
         new = args.chunk or args.context

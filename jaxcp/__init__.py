@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from jaxcp.context_parallel import USP as USP
     from jaxcp.context_parallel import AllGather as AllGather
-    from jaxcp.context_parallel import Halo as Halo
+    from jaxcp.context_parallel import FixedOrder as FixedOrder
     from jaxcp.context_parallel import Ring as Ring
     from jaxcp.context_parallel import RingPassQ as RingPassQ
     from jaxcp.context_parallel import Ulysses as Ulysses
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from jaxcp.models.gpt.model import GPT as GPT
     from jaxcp.models.hybrid_moe.config import HybridMoEConfig as HybridMoEConfig
     from jaxcp.models.hybrid_moe.model import HybridMoE as HybridMoE
+    from jaxcp.sharding import Rules as Rules
     from jaxcp.training import LossConfig as LossConfig
     from jaxcp.training import OptimizerConfig as OptimizerConfig
     from jaxcp.training import TextSource as TextSource
@@ -51,8 +52,8 @@ if TYPE_CHECKING:
 
 _HOME = {
     "jaxcp.context_parallel": (
-        "USP", "AllGather", "Halo", "Ring", "RingPassQ", "Ulysses", "attention_fn",
-        "context_parallel_attention", "latent_attention", "ring_attention",
+        "USP", "AllGather", "FixedOrder", "Ring", "RingPassQ", "Ulysses",
+        "attention_fn", "context_parallel_attention", "latent_attention", "ring_attention",
     ),
     "jaxcp.inference": ("Engine", "decode_step", "logits", "prefill"),
     "jaxcp.layout": ("Balanced", "Contiguous", "Striped", "Zigzag"),
@@ -65,6 +66,7 @@ _HOME = {
     "jaxcp.models.gpt.model": ("GPT",),
     "jaxcp.models.hybrid_moe.config": ("HybridMoEConfig",),
     "jaxcp.models.hybrid_moe.model": ("HybridMoE",),
+    "jaxcp.sharding": ("Rules",),
     "jaxcp.training": (
         "LossConfig",
         "OptimizerConfig",

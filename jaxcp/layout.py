@@ -200,7 +200,7 @@ class Balanced(Layout):
     the keys of `RingPassQ`, nor each single step of a ring.
 
     Every row has its own order, which no program knows. So window layers send whole K/V, not the
-    window alone; recurrent layers, `Halo`, `reproducible`, `attention_fn` and inference refuse.
+    window alone; recurrent layers, `Halo`, `FixedOrder`, `attention_fn` and inference refuse.
 
     Source: the dispatch solver of MagiAttention (SandAI-org/MagiAttention); Graham (1969), largest
     processing time first.
@@ -217,7 +217,7 @@ class Balanced(Layout):
         raise ValueError(
             f"the order of {self} follows the documents of each row, and there are no "
             "segment_ids: give them, [B, T] in natural order. What must know the order "
-            "beforehand (Halo, recurrent layers, reproducible, attention_fn, inference), and "
+            "beforehand (Halo, recurrent layers, FixedOrder, attention_fn, inference), and "
             "rows of one document, take Zigzag() or Contiguous()"
         )
 

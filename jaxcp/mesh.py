@@ -22,23 +22,18 @@ class MeshConfig:
     `expert` experts. `size` is their product, `make()` the mesh (`make_mesh`).
 
     Raises:
-      ValueError: an axis below 1, or `experts` over another axis than expert, seq or data.
+      ValueError: an axis below 1.
     """
 
     data: int = 1
     seq: int = 1
     model: int = 1
     expert: int = 1
-    experts: str = "expert"
-    """The axis over which experts lie: with "seq" or "data" on the devices that hold tokens, which
-    then travel to them; over `expert` every device sees the same tokens."""
 
     def __post_init__(self):
         for axis in AXES:
             if getattr(self, axis) < 1:
                 raise ValueError(f"mesh axis {axis} must be at least 1; got {getattr(self, axis)}")
-        if self.experts not in ("expert", "seq", "data"):
-            raise ValueError(f"experts lie over expert, seq or data; got experts={self.experts!r}")
 
     @property
     def size(self) -> int:

@@ -1,41 +1,80 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Maps the logical axes of a parameter to mesh axes."""
+"""Maps the logical axes of parameters, and of activations, to mesh axes."""
 
-import jaxcp.flax_version  # noqa: F401  (before flax)
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
 
-# isort: split
 import jax
-from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-RULES: dict[str, str | None] = {
-    "heads": "model",  # attention heads are independent until the output projection sums them
-    "kv_heads": "model",
-    "mlp": "model",  # feed-forward widths, of each expert too: summed by the down projection
-    "embed": None,  # the residual stream is whole on every device, so norms need no communication
-    "head_dim": None,
-    "latent": None,  # narrow, and all heads read it
-    "head_groups": "model",  # groups of an output projection: heads lie with theirs
-    "group_heads": None,  # within such a group
-    "index_heads": None,  # an indexer is small, and every device scores for all its queries
-    "vocab": None,  # the loss and the sampler read whole rows
-    "experts": "expert",  # or another axis, see `place`: tokens travel to their experts
-    "choices": None,  # a router's columns: every device chooses among all experts
-    "positions": None,
-    "window": None,  # an n-gram embedding is small
-    "ngram": None,
-    "layers": None,  # every device runs all layers (`layers.stack`)
-    "parts": None,  # embedding and state, which an MTP layer joins
-    "places": None,  # places of tokens within their block
-    "mixes": None,  # coefficients of hyper-connections
-}
+ACTIVATIONS = {"batch": "data", "tokens": "seq", "heads": "model"}
+"""How activations lie; the widths of the residual stream are whole on every device. No choice: the
+models' own shardings say so too."""
 
 
-def sharding_of(variable: nnx.Variable, experts: str = "expert") -> P:
-    """The `PartitionSpec` of a parameter under `RULES`; replicated if it names no axes."""
-    rules = RULES | {"experts": experts}
-    axes = variable.get_metadata().get("axes") or ()
-    return P(*(None if axis is None else rules[axis] for axis in axes))
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rules:
+    """The mesh axis of each logical axis of a parameter; None is whole on every device.
+
+    They say nothing of activations (`ACTIVATIONS`), so a parameter may lie over "data" as well.
+    Layers do not gather what they sum over: such an axis can be placed, and not yet be used.
+
+    Raises:
+      ValueError: experts over another axis than expert, seq or data.
+
+    >>> model, tokenizer = jaxcp.load(path, rules=jaxcp.Rules(experts="seq"))
+    """
+
+    heads: str | None = "model"  # independent until the output projection sums them
+    kv_heads: str | None = "model"
+    mlp: str | None = "model"  # widths, of each expert too: summed by the down projection
+    embed: str | None = None  # the residual stream is whole, so norms need no communication
+    head_dim: str | None = None
+    latent: str | None = None  # narrow, and all heads read it
+    head_groups: str | None = "model"  # of an output through narrow middles: heads lie with theirs
+    group_heads: str | None = None  # within such a group
+    index_heads: str | None = None  # of an indexer: small, every device scores for all its queries
+    vocab: str | None = None  # the loss and the sampler read whole rows
+    experts: str | None = "expert"
+    """Over "seq" or "data" experts lie on the devices that hold tokens, which then travel to them;
+    over "expert" every device sees the same tokens."""
+    choices: str | None = None  # a router's columns: every device chooses among all experts
+    positions: str | None = None
+    window: str | None = None  # of an n-gram embedding: small
+    ngram: str | None = None
+    parts: str | None = None  # what an MTP layer joins: embedding and state
+    places: str | None = None  # of a token within its block
+    layers: str | None = None  # every device runs all layers (`layers.stack`)
+    mixes: str | None = None  # coefficients of hyper-connections
+
+    def __post_init__(self):
+        if self.experts not in ("expert", "seq", "data"):
+            raise ValueError(f"experts lie over expert, seq or data; got experts={self.experts!r}")
+
+    def spec(self, axes: Sequence[str | None]) -> P:
+        """How a parameter of these logical axes lies.
+
+        Raises:
+          ValueError: two of them over one mesh axis.
+        """
+        lies = {axis: getattr(self, axis) for axis in axes if axis is not None}
+        for one, other in itertools.combinations(lies, 2):
+            if lies[one] is not None and lies[one] == lies[other]:
+                raise ValueError(
+                    f"the axes of a parameter need mesh axes of their own; got {one} and {other} "
+                    f"of {tuple(axes)} both over {lies[one]!r}: choose others in jaxcp.Rules"
+                )
+        return P(*(None if axis is None else lies[axis] for axis in axes))
+
+
+DEFAULT = Rules()
+
+
+def sharding_of(variable: Any, rules: Rules = DEFAULT) -> P:
+    """How an `nnx.Variable` lies on the mesh; replicated where it names no axes."""
+    return rules.spec(variable.get_metadata().get("axes") or ())
 
 
 def tokens_spec(x) -> P | None:

@@ -62,7 +62,7 @@ def strategies():
         jaxcp.Ulysses(),
         jaxcp.USP(ulysses=2),
         jaxcp.RingPassQ(),
-        jaxcp.Ring(reproducible=True),
+        jaxcp.FixedOrder(),
     ]
     return {label(value): value for value in compared}
 
@@ -114,7 +114,7 @@ def on_one(strategy, arrays, dtype):
     """The output on one device: plain attention, where the strategy promises no more."""
     order = np.arange(arrays["q"].shape[1])
     mesh = Mesh(jax.devices()[:1], ("seq",))
-    with jax.set_mesh(mesh) if strategy.reproducible else contextlib.nullcontext():
+    with jax.set_mesh(mesh) if strategy.same_bits else contextlib.nullcontext():
         q, k, v = (jnp.asarray(arrays[x], dtype) for x in "qkv")
         return np.asarray(jax.jit(layer_of(strategy, order))(q, k, v))
 

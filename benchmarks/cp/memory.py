@@ -29,7 +29,7 @@ STRATEGIES = {
     "Ulysses()": jaxcp.Ulysses(),
     "USP(ulysses=2)": jaxcp.USP(ulysses=2),
     "RingPassQ()": jaxcp.RingPassQ(),
-    f"Halo(), window {WINDOW}": jaxcp.Halo(checked=False),
+    f"Halo(), window {WINDOW}": jaxcp.context_parallel.Halo(checked=False),
 }
 
 

@@ -40,6 +40,8 @@ import numpy as np
 from benchmarks.cp import tiles
 from benchmarks.cp.links import Torus
 from benchmarks.cp.programs import HEAD_DIM, HEADS, KV_HEADS, SPLASH
+from jaxcp.context_parallel import Shapes, Ulysses
+from jaxcp.context_parallel.exchange import exchanged_shapes
 from jaxcp.layout import Zigzag
 from pallas_kernels.devices import CHIPS
 
@@ -159,9 +161,20 @@ class Case:
         skip = alone["skips"][name]
         return tiles.costs(self.chip, kernel, what, *size, bounded=self.bounded, skip=skip)
 
+    @property
+    def shapes(self) -> Shapes:
+        return Shapes(
+            shards=self.ranks,
+            tokens=self.tokens,
+            num_heads=HEADS,
+            num_kv_heads=KV_HEADS,
+            head_dim=HEAD_DIM,
+            itemsize=BFLOAT16,
+        )
+
     def keys_bytes(self, itemsize: int) -> int:
         """K and V of a shard."""
-        return 2 * self.tokens * KV_HEADS * HEAD_DIM * itemsize
+        return dataclasses.replace(self.shapes, itemsize=itemsize).kv_bytes
 
 
 def schedules(case: Case) -> dict:
@@ -255,12 +268,10 @@ def all_gather(case: Case, what: str, *, chunks: int = 1) -> Schedule:
 
 
 def _exchange(case: Case, size: int) -> float:
-    """Seconds of a pass's all-to-alls: two of q's size (q and out, or their gradients), K and V.
-
-    A KV head goes to every device that needs it.
-    """
-    heads = 2 * HEADS / size + 2 * max(1, KV_HEADS / size)
-    return case.torus.exchange(case.tokens * heads * HEAD_DIM * BFLOAT16, size)
+    """Seconds of a pass's all-to-alls, those of the forward pass."""
+    cost = Ulysses().cost(dataclasses.replace(case.shapes, shards=size))
+    (swaps,) = [x.bytes for x in cost.forward if x.kind == "all-to-all"]
+    return case.torus.exchange(swaps / size, size)
 
 
 def ulysses(case: Case, what: str) -> Schedule:
@@ -285,8 +296,11 @@ def usp(case: Case, what: str, *, ulysses: int) -> Schedule:
         )
         for step in range(n // ulysses)
     ]
-    kv_heads = max(1, KV_HEADS / ulysses) * ulysses / KV_HEADS  # repeated, of those of a shard
-    wires = [case.torus.rotation(case.keys_bytes(size) * kv_heads, ulysses) for size in (2, 4)]
+    inner = exchanged_shapes(case.shapes, ulysses)
+    wires = [
+        case.torus.rotation(dataclasses.replace(inner, itemsize=size).kv_bytes, ulysses)
+        for size in (2, 4)
+    ]
     swaps = sum(case.glue("Ulysses", what, part) for part in ("once", "turn"))
     swaps = max(0.0, swaps - case.glue("Ring", what, "turn"))
     alone = _exchange(case, ulysses)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cost of `reproducible=True`: time, memory and bytes beside the plain strategies, on CPU.
+"""The cost of `FixedOrder()`: time, memory and bytes beside the other strategies, on CPU.
 
     python -m benchmarks.cp.reproducible --out benchmarks/results   # minutes, on a quiet machine
     python -m benchmarks.cp.reproducible --smoke                    # its times mean nothing
@@ -27,6 +27,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxcp
 from jaxcp.compile import collectives
+from jaxcp.context_parallel import Traffic
 
 SHARDS, HEADS, KV_HEADS, HEAD_DIM, TOKENS = 4, 8, 4, 64, 4096
 STRATEGIES = (jaxcp.Ring, jaxcp.AllGather, jaxcp.Ulysses)
@@ -61,11 +62,9 @@ def programs(strategy, arrays):
 
 
 def sent(compiled) -> int:
-    """Bytes that a device sends: of a permute all, else all but its own share of the whole array
-    (an all-reduce: there and back)."""
-    part = (SHARDS - 1) / SHARDS
-    share = {"collective-permute": 1.0, "all-reduce": 2 * part}
-    return round(sum(share.get(c.kind, part) * c.bytes for c in collectives(compiled.as_text())))
+    """Bytes that a device sends."""
+    found = collectives(compiled.as_text())
+    return sum(Traffic(c.kind, c.count, c.bytes, SHARDS).sent for c in found)
 
 
 def seconds(functions, arrays, rounds: int) -> list[float]:
@@ -83,7 +82,7 @@ def seconds(functions, arrays, rounds: int) -> list[float]:
 
 def compare(kind, arrays, rounds: int) -> list[dict]:
     """A row for each program of a strategy; raises where the two results are not alike."""
-    plain, same = (programs(kind(reproducible=x), arrays) for x in (False, True))
+    plain, same = (programs(x, arrays) for x in (kind(), jaxcp.FixedOrder()))
     rows = []
     for name in plain:
         pair = plain[name], same[name]

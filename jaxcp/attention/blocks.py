@@ -22,6 +22,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from jaxcp.context_parallel.shards import on_shards
 from jaxcp.layout import Layout, Zigzag
 from pallas_kernels import PAD_POSITION
 
@@ -54,15 +55,9 @@ def compress(
     local = functools.partial(
         compress_shard, ratio=ratio, overlap=overlap, runs=runs, axis_name=axis_name, shards=shards
     )
-    if jax.sharding.get_abstract_mesh().empty:
-        return local(values, gates, positions)
     tokens = P("data", axis_name)
-    wide = P(*tokens, None)
-    arrays = jax.tree.map(jax.sharding.reshard, (values, gates, positions), (wide, wide, tokens))
-    run = jax.shard_map(
-        local, in_specs=(wide, wide, tokens), out_specs=(wide, tokens), check_vma=False
-    )
-    return run(*arrays)
+    run = on_shards(local, (tokens, tokens, tokens), (tokens, tokens))
+    return run(values, gates, positions)
 
 
 def compress_shard(

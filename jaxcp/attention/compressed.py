@@ -25,9 +25,10 @@ from jax.sharding import PartitionSpec as P
 from jaxcp.attention.blocks import compress_shard, no_pending, runs_of, shards_of
 from jaxcp.attention.cache import Room
 from jaxcp.attention.selected import Selection, attend_selected, shared_head
-from jaxcp.attention.slots import AXIS, layer_of, on_mesh, on_shards, with_layer
+from jaxcp.attention.slots import AXIS, layer_of, on_mesh, with_layer
 from jaxcp.attention.window import positions_held
 from jaxcp.context_parallel.ring import Ring
+from jaxcp.context_parallel.shards import on_shards
 from pallas_kernels import PAD_POSITION, flash_attention
 from pallas_kernels.flash_attention import Mask, apply_sinks
 from pallas_kernels.online_softmax import merge
@@ -84,11 +85,12 @@ class Compressed:
             compress_shard, ratio=ratio, overlap=overlap, runs=runs, axis_name=AXIS, shards=shards
         )
         spec, rows = P("data", axis), P("data")
-        arrays = values, gates, tokens.positions, layer_of(self.pending[name], layer), tokens.after
-        entries, blocks, pending = _run(
-            local, arrays, (spec, spec, spec, rows, rows), (spec, spec, rows)
+        stack = self.pending[name]
+        run = on_shards(local, (spec, spec, spec, rows, rows), (spec, spec, rows))
+        entries, blocks, pending = run(
+            values, gates, tokens.positions, layer_of(stack, layer), tokens.after
         )
-        pending = self.pending | {name: with_layer(self.pending[name], layer, pending)}
+        pending = self.pending | {name: with_layer(stack, layer, pending)}
         return (entries, blocks), dataclasses.replace(self, pending=pending)
 
     def shared(self, tokens, layer, q, kv, *, window, scale, sinks):
@@ -118,12 +120,8 @@ class Compressed:
         )  # fmt: skip
         arrays = q, kv, tokens.positions, blocks, new, picks, self.rows, self.entries
         specs = heads, spec, spec, spec, spec, spec, STACK, STACK
-        out, lse, kept_rows, entries = _run(
-            local,
-            (*arrays, jnp.int32(layer), tokens.before, tokens.after),
-            (*specs, P(), rows, rows),
-            (heads, heads, STACK, STACK),
-        )
+        run = on_shards(local, (*specs, P(), rows, rows), (heads, heads, STACK, STACK))
+        out, lse, kept_rows, entries = run(*arrays, jnp.int32(layer), tokens.before, tokens.after)
         kept = dataclasses.replace(self, rows=kept_rows, entries=entries)
         return apply_sinks(out, lse, sinks)[0], kept
 
@@ -204,15 +202,6 @@ def _renewed(rows, kv, positions, end, axis):
     if axis is not None:  # each is on one shard
         new, taken = lax.psum((new, taken), axis)
     return jnp.where((taken > 0)[..., None], new, rows)
-
-
-def _run(local, arrays, in_specs, out_specs):
-    """`on_shards` of trees, whose specs name the leading axes of their arrays."""
-    specs = tuple(
-        jax.tree.map(lambda x, spec=spec: _whole(spec, x), array)
-        for array, spec in zip(arrays, in_specs, strict=True)
-    )
-    return on_shards(local, specs, out_specs)(*arrays)
 
 
 def _whole(spec: P, x) -> P:

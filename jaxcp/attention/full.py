@@ -23,10 +23,10 @@ from jaxcp.attention.slots import (
     axis_in_scope,
     layer_of,
     on_mesh,
-    on_shards,
 )
 from jaxcp.context_parallel.ring import Ring
 from jaxcp.context_parallel.ring_pass_q import RingPassQ
+from jaxcp.context_parallel.shards import on_shards
 from pallas_kernels import decode_attention, flash_attention
 from pallas_kernels.decode_attention import MAX_QUERIES
 from pallas_kernels.flash_attention import Mask, apply_sinks, attention_forward

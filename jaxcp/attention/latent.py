@@ -33,10 +33,10 @@ from jaxcp.attention.slots import (
     axis_in_scope,
     layer_of,
     on_mesh,
-    on_shards,
 )
 from jaxcp.context_parallel.api import weight_spec
 from jaxcp.context_parallel.ring import Ring
+from jaxcp.context_parallel.shards import on_shards
 from pallas_kernels import flash_attention
 from pallas_kernels.flash_attention import Mask
 

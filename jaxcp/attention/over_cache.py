@@ -19,10 +19,10 @@ from jaxcp.attention.slots import (
     ROWS,
     TOKENS,
     deal_rows,
-    on_shards,
     write_first,
     write_rows,
 )
+from jaxcp.context_parallel.shards import on_shards
 from jaxcp.context_parallel.strategy import Strategy
 from pallas_kernels import PAD_POSITION
 
@@ -89,7 +89,7 @@ class OverCache(Attend):
         used: int | None = None,
         halos: Any = None,
     ):
-        if strategy is not None and strategy.reproducible:
+        if strategy is not None and not strategy.fills_caches:
             raise NotImplementedError("prefill over a cache has no reproducible form; use Ring()")
         if not sharded and positions.shape[1] > MAX_EXTEND:
             # more would push out of a window what it still needs

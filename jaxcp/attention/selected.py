@@ -26,6 +26,7 @@ from jaxcp.attention.blocks import in_order
 from jaxcp.context_parallel.api import qkv_spec
 from jaxcp.context_parallel.halo import Halo
 from jaxcp.context_parallel.ring import Ring
+from jaxcp.context_parallel.shards import on_shards
 from jaxcp.context_parallel.strategy import Strategy
 from pallas_kernels import PAD_POSITION, flash_attention
 from pallas_kernels.flash_attention import Mask, apply_sinks
@@ -85,7 +86,7 @@ def sparse_attention(
     strategy = Ring() if strategy is None else strategy
     if window is not None and consecutive:
         strategy = Halo(layout=strategy.layout, checked=False)
-    mesh = jax.sharding.get_abstract_mesh()
+    alone = jax.sharding.get_abstract_mesh().empty
     local = functools.partial(
         _local,
         scale=scale,
@@ -93,19 +94,11 @@ def sparse_attention(
         limit=keys.shape[1] if limit is None else limit,
         window=window,
         strategy=strategy,
-        axis_name=None if mesh.empty else axis_name,
+        axis_name=None if alone else axis_name,
     )
-    arrays = q, keys, positions, key_positions, selection, window_keys
-    if mesh.empty:
-        out, lse = local(*arrays)
-    else:
-        heads = qkv_spec(q, q, axis_name)
-        tokens = P(*heads[:2])
-        specs = (heads, *jax.tree.map(lambda _: tokens, arrays[1:]))
-        arrays = jax.tree.map(jax.sharding.reshard, arrays, specs)
-        outs = heads, P(*heads[:3])
-        run = jax.shard_map(local, in_specs=specs, out_specs=outs, check_vma=False)
-        out, lse = run(*arrays)
+    heads = P() if alone else qkv_spec(q, q, axis_name)
+    run = on_shards(local, (heads, *[P(*heads[:2])] * 5), (heads, P(*heads[:3])))
+    out, lse = run(q, keys, positions, key_positions, selection, window_keys)
     return out if sinks is None else apply_sinks(out, lse, sinks)[0]
 
 

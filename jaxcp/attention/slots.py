@@ -139,15 +139,3 @@ def _rank():
 
 def on_mesh(x, spec):
     return x if jax.sharding.get_abstract_mesh().empty else jax.sharding.reshard(x, spec)
-
-
-def on_shards(local, in_specs, out_specs):
-    """`local` on every device's shards; as it is where there is no mesh."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return local
-
-    def call(*args):
-        moved = [jax.sharding.reshard(x, spec) for x, spec in zip(args, in_specs, strict=True)]
-        return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*moved)
-
-    return call

@@ -66,7 +66,7 @@ class WholeSequence(Attend):
         return self.latent(q, kv, (), expand=shared_head, scale=scale, window=window, sinks=sinks)
 
     def _check(self, what, why):
-        if self.strategy is not None and self.strategy.reproducible:
+        if self.strategy is not None and self.strategy.same_bits:
             raise NotImplementedError(f"{what} has no reproducible form; use Ring()")
         if self.segment_ids is not None:
             raise NotImplementedError(

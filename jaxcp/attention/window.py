@@ -30,11 +30,11 @@ from jaxcp.attention.slots import (
     axis_in_scope,
     layer_of,
     on_mesh,
-    on_shards,
     with_layer,
 )
 from jaxcp.context_parallel.exchange import gathered
 from jaxcp.context_parallel.halo import fetch
+from jaxcp.context_parallel.shards import on_shards
 from pallas_kernels import PAD_POSITION, flash_attention
 
 STACK = P(None, *WHOLE)

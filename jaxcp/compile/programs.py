@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxcp.attention.slots import MAX_EXTEND
 from jaxcp.context_parallel import Strategy
 from jaxcp.inference import steps, turns
+from jaxcp.sharding import DEFAULT, Rules
 from jaxcp.weights.placement import parts_of
 
 
@@ -26,7 +27,7 @@ def prefill_program(
     max_len: int | None = None,
     batch_size: int = 1,
     strategy: Strategy | None = None,
-    experts: str = "expert",
+    rules: Rules = DEFAULT,
 ) -> tuple[Callable, tuple]:
     """The program of `jaxcp.prefill` for `[batch_size, tokens]` and a cache of `held` tokens.
 
@@ -36,7 +37,7 @@ def prefill_program(
       model: `jaxcp.abstract_model(config)`.
       held: tokens in the cache. With any, `tokens` must be over 64: fewer run another program.
       max_len: tokens that the cache is made for; default `held + tokens`.
-      experts: the mesh axis over which experts lie, as in `jaxcp.load`.
+      rules: which axes of parameters lie where, as in `jaxcp.load`.
 
     >>> fn, args = prefill_program(jaxcp.abstract_model(config), mesh, tokens=131_072)
     >>> print(compile_for(fn, args, mesh))
@@ -57,25 +58,25 @@ def prefill_program(
     recent = jax.ShapeDtypeStruct(cache.recent.shape, jnp.int32)
     fn = steps._jitted(steps._prefill, True)
     arrays = ids, where, row, recent, piece.halos
-    return fn, (_model(model, mesh, experts), cache, *arrays, strategy, piece.used)
+    return fn, (_model(model, mesh, rules), cache, *arrays, strategy, piece.used)
 
 
 def decode_program(
-    model: Any, mesh: Mesh, *, max_len: int, batch_size: int = 1, experts: str = "expert"
+    model: Any, mesh: Mesh, *, max_len: int, batch_size: int = 1, rules: Rules = DEFAULT
 ) -> tuple[Callable, tuple]:
     """The program of `jaxcp.decode_step` with a cache for `max_len` tokens."""
     cache = _cache(model, mesh, batch_size, max_len)
     token = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-    return steps._jitted(steps._decode, True), (_model(model, mesh, experts), cache, token)
+    return steps._jitted(steps._decode, True), (_model(model, mesh, rules), cache, token)
 
 
-def _model(model, mesh: Mesh, experts: str):
+def _model(model, mesh: Mesh, rules: Rules):
     def placed(leaf):
         def on_mesh(x, spec):
             sharding = NamedSharding(mesh, spec)
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-        return leaf.replace(jax.tree.map(on_mesh, leaf.get_value(), parts_of(leaf, experts)))
+        return leaf.replace(jax.tree.map(on_mesh, leaf.get_value(), parts_of(leaf, rules)))
 
     return jax.tree.map(placed, model, is_leaf=lambda x: isinstance(x, nnx.Variable))
 

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcp.context_parallel.circulate import as_before, flat, gradients, in_turn, met
+from jaxcp.context_parallel.cost import Cost, Shapes, Traffic
 from jaxcp.context_parallel.exchange import gathered, scattered
 from jaxcp.context_parallel.strategy import Strategy
 from pallas_kernels.flash_attention import attention_forward, row_delta
@@ -52,6 +53,18 @@ class AllGather(Strategy):
         keys = (k, v) if expand is None else k
         how = axis_name, self.chunks, static, expand
         return _attend(how, q, keys, weights, q_pos, kv_pos, q_seg, kv_seg)
+
+    def cost(self, shapes: Shapes) -> Cost:
+        n, chunks = shapes.shards, min(self.chunks, shapes.keys)
+        keys = n * shapes.kv_bytes
+        arrays = keys + n * shapes.key_ids_bytes
+        gradients = n * shapes.kv_numbers * shapes.acc
+        held = 2 * keys // chunks + 2 * shapes.partial_bytes if chunks > 1 else keys
+        return Cost(
+            forward=(Traffic("all-gather", chunks * (2 + shapes.ids), arrays, n),),
+            backward=(Traffic("reduce-scatter", 2 * chunks, gradients, n),),
+            held=held + shapes.out_bytes,
+        )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

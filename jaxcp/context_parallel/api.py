@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Context-parallel attention on global arrays: the only shard_map around attention.
+"""Context-parallel attention on global arrays.
 
 Needs no mesh and no specs: it reads the mesh in scope (`jax.set_mesh`) and how q is laid out.
 """
 
-import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +16,17 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from jaxcp.context_parallel.halo import Halo
 from jaxcp.context_parallel.ring import Ring
-from jaxcp.context_parallel.strategy import Strategy
+from jaxcp.context_parallel.shards import on_shards
+from jaxcp.context_parallel.strategy import Strategy, expanded
+from jaxcp.sharding import ACTIVATIONS
 from pallas_kernels import flash_attention
 from pallas_kernels.flash_attention import Mask, apply_sinks, check
 
 
 def context_parallel_attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K V"],
+    k: Float[Array, "B T K H"] | PyTree[Float[Array, "B T ..."]],
+    v: Float[Array, "B T K V"] | None,
     positions: Int[Array, "B T"],
     *,
     strategy: Strategy | None = None,
@@ -37,6 +39,8 @@ def context_parallel_attention(
     scale: float | None = None,
     consecutive: bool = False,
     implementation: str | None = None,
+    expand: Callable[..., tuple[Array, Array]] | None = None,
+    weights: tuple[Array, ...] = (),
 ) -> Float[Array, "B T N V"]:
     """Attention over a sequence that is sharded along `axis_name` of the mesh in scope.
 
@@ -52,6 +56,7 @@ def context_parallel_attention(
         each other, and the first ones what is later.
       consecutive: the caller's word that tokens lie in the strategy's layout and that those of a
         segment are consecutive. Layers with a window then exchange the window alone (`Halo`).
+      expand, weights: see `latent_attention`; k is then the latent, and v None.
       Others as in `pallas_kernels.flash_attention`.
     Raises:
       ValueError: the mesh has no `axis_name`, or shapes that the mesh does not divide.
@@ -60,36 +65,33 @@ def context_parallel_attention(
     >>> with jax.set_mesh(jaxcp.make_mesh(seq=8)):
     ...     out = jax.jit(jaxcp.context_parallel_attention)(q, k, v, positions)
     """
-    check(q, k, v, positions, positions, segment_ids, segment_ids, sinks, soft_cap)
+    made_k, made_v = _made(k, v, expand, weights)
+    check(q, made_k, made_v, positions, positions, segment_ids, segment_ids, sinks, soft_cap)
+    options: dict[str, Any] = {
+        "soft_cap": soft_cap,
+        "scale": q.shape[-1] ** -0.5 if scale is None else scale,
+        "implementation": implementation,
+    }
     if jax.sharding.get_abstract_mesh().empty:
         _check_mesh_needed(strategy)
-        out, _ = flash_attention(
+        out, lse = flash_attention(
             q,
-            k,
-            v,
+            *expanded(k, v, expand, weights),
             q_positions=positions,
             kv_positions=positions,
             q_segment_ids=segment_ids,
             kv_segment_ids=segment_ids,
             causal=causal,
             window=window,
-            sinks=sinks,
-            soft_cap=soft_cap,
-            scale=scale,
-            implementation=implementation,
+            **options,
         )
-        return out
-    local = functools.partial(
-        _for_mask(strategy, window, consecutive).attend,
-        axis_name=axis_name,
-        mask=Mask(causal=causal, window=window),
-        soft_cap=soft_cap,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        implementation=implementation,
-    )
-    heads = qkv_spec(q, k, axis_name)
-    specs = heads, heads, heads, ()
-    out, lse = _over_shards(local, specs, q, k, v, (), positions, segment_ids)
+    else:
+        strategy = _for_mask(strategy, window, consecutive)
+        options |= {"axis_name": axis_name, "mask": Mask(causal=causal, window=window)}
+        one_head = expand is not None and made_k.shape[2] == 1  # made on every device, as it is
+        heads = qkv_spec(q, q if one_head else made_k, axis_name)
+        arrays = q, k, v, weights, positions, segment_ids
+        out, lse = _over_shards(strategy, heads, arrays, expand, options)
     return out if sinks is None else apply_sinks(out, lse, sinks)[0]
 
 
@@ -100,16 +102,7 @@ def latent_attention(
     positions: Int[Array, "B T"],
     *,
     expand: Callable[..., tuple[Array, Array]],
-    strategy: Strategy | None = None,
-    axis_name: str | tuple[str, ...] = "seq",
-    segment_ids: Int[Array, "B T"] | None = None,
-    causal: bool = True,
-    window: int | None = None,
-    sinks: Float[Array, "N"] | None = None,
-    soft_cap: float | None = None,
-    scale: float | None = None,
-    consecutive: bool = False,
-    implementation: str | None = None,
+    **options: Any,
 ) -> Float[Array, "B T N V"]:
     """`context_parallel_attention` whose keys and values are made where they are used.
 
@@ -122,65 +115,42 @@ def latent_attention(
         may be sharded over `model` as q's are; else they are replicated.
       expand: a function of local shards; the same function object for the same maths, or every
         call compiles anew.
-      Others as in `context_parallel_attention`.
+      options: those of `context_parallel_attention`.
     Raises:
-      NotImplementedError: the strategy sends heads (`Ulysses`, `USP`), and is not reproducible.
+      NotImplementedError: the strategy sends heads (`Ulysses`, `USP`).
     """
+    return context_parallel_attention(
+        q, latent, None, positions, expand=expand, weights=weights, **options
+    )
+
+
+def _made(k, v, expand, weights):
+    """k and v, or the shapes of what `expand` makes of them."""
+    if expand is None:
+        return k, v
     # shapes alone: what is sharded differently meets only inside shard_map
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (latent, *weights))
-    k, v = jax.eval_shape(expand, *shapes)
-    check(q, k, v, positions, positions, segment_ids, segment_ids, sinks, soft_cap)
-    if jax.sharding.get_abstract_mesh().empty:
-        _check_mesh_needed(strategy)
-        out, lse = flash_attention(
-            q,
-            *expand(latent, *weights),
-            q_positions=positions,
-            kv_positions=positions,
-            q_segment_ids=segment_ids,
-            kv_segment_ids=segment_ids,
-            causal=causal,
-            window=window,
-            soft_cap=soft_cap,
-            scale=scale,
-            implementation=implementation,
-        )
-    else:
-        strategy = _for_mask(strategy, window, consecutive)
-        # one KV head is made on every device, whatever heads of q it has
-        heads = qkv_spec(q, q if k.shape[2] == 1 else k, axis_name)
-        tokens = jax.tree.map(lambda _: P(*heads[:2]), latent)
-        specs = heads, tokens, None, tuple(weight_spec(x, heads) for x in weights)
-        local = functools.partial(
-            strategy.attend,
-            axis_name=axis_name,
-            mask=Mask(causal=causal, window=window),
-            soft_cap=soft_cap,
-            scale=q.shape[-1] ** -0.5 if scale is None else scale,
-            implementation=implementation,
-            expand=expand,
-            **({"copies": _copies(specs, axis_name)} if strategy.reproducible else {}),
-        )
-        out, lse = _over_shards(local, specs, q, latent, None, weights, positions, segment_ids)
-    return out if sinks is None else apply_sinks(out, lse, sinks)[0]
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (k, *weights))
+    return jax.eval_shape(expand, *shapes)
 
 
 def _for_mask(strategy, window, consecutive) -> Strategy:
     """The strategy to run: windows need no more than themselves, where the order is known."""
     strategy = Ring() if strategy is None else strategy
-    if consecutive and window is not None and not strategy.reproducible:
+    if consecutive and window is not None and not strategy.same_bits:
         return Halo(layout=strategy.layout, checked=False)
     return strategy
 
 
 def _check_mesh_needed(strategy):
-    if strategy is not None and strategy.reproducible:
-        raise ValueError("reproducible attention needs a mesh: jaxcp.make_mesh(seq=1) will do")
+    if strategy is not None and strategy.same_bits:
+        raise ValueError(f"{strategy} needs a mesh: jaxcp.make_mesh(seq=1) will do")
 
 
-def _copies(specs, axis_name):
-    """Axes beside `axis_name` on which the latent, and each weight, are the same everywhere."""
-    heads, _, _, weights = specs
+def _copies(heads, weights, axis_name):
+    """Axes beside `axis_name` on which the latent, and each weight, are the same everywhere.
+
+    `heads` and `weights` are specs.
+    """
     mesh = jax.sharding.get_abstract_mesh()
 
     def missing(spec):
@@ -204,20 +174,25 @@ def weight_spec(x, heads) -> P:
     return spec
 
 
-def _over_shards(attend, specs, q, k, v, weights, positions, segment_ids):
-    """`attend` on every device's shards; `(out, lse)`, global."""
-    heads = specs[0]
-    tokens = P(*heads[:2])
-    specs = (*specs, tokens, None if segment_ids is None else tokens)
+def _over_shards(strategy, heads, arrays, expand, options):
+    """`strategy.attend` on every device's shards; `(out, lse)`, global.
+
+    `heads` is the spec of q; `arrays` are q, k, v, weights, positions and segment ids.
+    """
+    tokens, weights = P(*heads[:2]), tuple(weight_spec(x, heads) for x in arrays[3])
+    keys = heads if expand is None else tokens
+    if expand is not None:
+        options = options | {"expand": expand}
+        if strategy.same_bits:
+            options |= {"copies": _copies(heads, weights, options["axis_name"])}
 
     def local(q, k, v, weights, positions, segment_ids):
         more = {"weights": weights} if weights else {}
-        return attend(q, k, v, positions, positions, segment_ids, segment_ids, **more)
+        ids = positions, positions, segment_ids, segment_ids
+        return strategy.attend(q, k, v, *ids, **options, **more)
 
-    mesh = jax.sharding.get_abstract_mesh()
-    # check_vma=False: interpreted Pallas kernels cannot say over which axes their results vary
-    run = jax.shard_map(local, in_specs=specs, out_specs=(heads, P(*heads[:3])), check_vma=False)
-    return run(*_placed((q, k, v, weights, positions, segment_ids), specs, mesh))
+    specs = heads, keys, keys, weights, tokens, tokens
+    return on_shards(local, specs, (heads, P(*heads[:3])))(*arrays)
 
 
 def ring_attention(q, k, v, positions, *, axis_name="seq", **options):
@@ -320,13 +295,11 @@ def _spec_of(x):
     mesh = jax.sharding.get_abstract_mesh()
     if AxisType.Explicit in mesh.axis_types:
         return jax.typeof(x).sharding.spec
-    names = [
-        "data" if "data" in mesh.shape else None,
-        None,
-        "model" if "model" in mesh.shape else None,
-        None,
-    ]
-    return P(*names)
+    batch, heads = (
+        name if name in mesh.shape else None
+        for name in (ACTIVATIONS["batch"], ACTIVATIONS["heads"])
+    )
+    return P(batch, None, heads, None)
 
 
 def _names(entry) -> tuple:
@@ -349,10 +322,3 @@ def _check_divides(size, entry, mesh, name):
             f"{size} {name} do not divide over {shards} shards of mesh axis {entry!r}; "
             "pad or change the mesh"
         )
-
-
-def _placed(arrays, specs, mesh):
-    """Arrays moved to `specs`, where the mesh is explicit. The result is the same."""
-    if AxisType.Explicit not in mesh.axis_types:
-        return arrays
-    return jax.tree.map(jax.sharding.reshard, arrays, specs)

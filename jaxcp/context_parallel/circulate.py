@@ -8,7 +8,7 @@ half of the keys go each way, so that both directions of a full-duplex link carr
 import dataclasses
 import functools
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +90,24 @@ def _forward(circles, options, expand, *arrays):
     return (out, lse), (*arrays, out, lse)
 
 
+class _Sums(NamedTuple):
+    """What device r carries from one step of the backward pass to the next.
+
+    Of a circle of 4, whose keys it meets and whose gradient arrives meanwhile:
+
+        step              1      2      3      4
+        keys of device    r - 1  r - 2  r - 3  r       own keys wait at home
+        dkeys of device   none   r - 2  r - 3  r       one step behind their keys, then home
+    """
+
+    here: Any
+    """`(dq, dweights)` over all keys met so far, in float32."""
+    streams: Any
+    """Of each circle the keys to meet, their positions and segment ids."""
+    dkeys: Any
+    """Of each circle the gradient of the keys met last, in float32."""
+
+
 def _backward(circles, options, expand, saved, grads):
     q, keys, weights, q_pos, kv_pos, q_seg, kv_seg, out, lse = saved
     # else XLA keeps what the forward pass received first until now, and saves a rotation
@@ -100,39 +118,35 @@ def _backward(circles, options, expand, saved, grads):
     rows = flat((q, dout))
 
     def gradient(travels, pos, seg):
-        q_here, dout_here = as_before((q, dout), rows)
-        arrays = q_here, q_pos, q_seg, lse, dout_here, delta
-        return flat(gradients(options, expand, weights, arrays, as_before(keys, travels), pos, seg))
+        q_rows, dout_rows = as_before((q, dout), rows)
+        queries = q_rows, q_pos, q_seg, lse, dout_rows, delta
+        met_keys = as_before(keys, travels)
+        return flat(gradients(options, expand, weights, queries, met_keys, pos, seg))
 
-    def partial(streams):  # sums of what stays here, and what goes on with each stream
-        parts = [gradient(*stream) for stream in streams]
-        return functools.reduce(add, [part[:2] for part in parts]), [part[2] for part in parts]
-
-    def add(a, b):
-        return b if a is None else jax.tree.map(jnp.add, a, b)
-
-    def step(carry, onward=True):  # K/V and the gradient that belongs to them move on together
-        mine, streams, travelling = carry
-        following = _rotate(circles, streams) if onward else None
-        arrived = None if travelling is None else _rotate(circles, travelling)
-        more_mine, more = partial(streams)
-        return add(mine, more_mine), following, add(arrived, more)
+    def meet(sums, onward=True):  # keys and the gradient that belongs to them move on together
+        following = _rotate(circles, sums.streams) if onward else None
+        dkeys = None if sums.dkeys is None else _rotate(circles, sums.dkeys)
+        parts = [gradient(*stream) for stream in sums.streams]
+        here = functools.reduce(_added, [part[:2] for part in parts])
+        dkeys = _added(dkeys, [part[2] for part in parts])
+        return _Sums(_added(sums.here, here), following, dkeys)
 
     own = _split(travels, len(circles))
-    mine = travelling = None
+    sums = _Sums(None, own, None)
     if n > 1:
-        carry = in_turn(step((mine, _rotate(circles, own), travelling), onward=n > 2))
+        sums = sums._replace(streams=_rotate(circles, own))
+        sums = in_turn(meet(sums, onward=n > 2))
         if n > 2:
-            turns = n - 3, lambda _, carry: in_turn(step(carry))
-            carry = step(lax.fori_loop(0, *turns, carry, unroll=_unroll()), onward=False)
-        (mine, _, travelling), own = in_turn((carry, own))
+            turns = n - 3, lambda _, sums: in_turn(meet(sums))
+            sums = meet(lax.fori_loop(0, *turns, sums, unroll=_unroll()), onward=False)
+        sums, own = in_turn((sums, own))
     # own keys last: they hide the gradient's way home, twice the bytes of what hides nowhere
-    mine, _, home = step((mine, own, travelling), onward=False)
-    dkeys = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *home)
-    found = mine[0], dkeys, mine[1]
-    like = q, keys, weights
-    found = jax.tree.map(lambda x, like: x.reshape(like.shape).astype(like.dtype), found, like)
-    return *found, None, None, None, None
+    sums = meet(sums._replace(streams=own), onward=False)
+    dq, dweights = sums.here
+    dkeys = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *sums.dkeys)
+    results, like = (dq, dkeys, dweights), (q, keys, weights)
+    results = jax.tree.map(lambda x, like: x.reshape(like.shape).astype(like.dtype), results, like)
+    return *results, None, None, None, None
 
 
 _circulate.defvjp(_forward, _backward)
@@ -149,13 +163,17 @@ def gradients(options, expand, weights, queries, keys, pos, seg):
     if expand is None:
         return dq, (), tuple(dkeys)
     _, pull = jax.vjp(expand, keys, *weights)
-    found = pull(tuple(d.astype(x.dtype) for d, x in zip(dkeys, (k, v), strict=True)))
-    dkeys, *dweights = jax.tree.map(lambda x: x.astype(dq.dtype), found)
+    pulled = pull(tuple(d.astype(x.dtype) for d, x in zip(dkeys, (k, v), strict=True)))
+    dkeys, *dweights = jax.tree.map(lambda x: x.astype(dq.dtype), pulled)
     return dq, tuple(dweights), dkeys
 
 
 def met(keys, expand, weights):
     return keys if expand is None else expand(keys, *weights)
+
+
+def _added(total, part):
+    return part if total is None else jax.tree.map(jnp.add, total, part)
 
 
 def _rotate(circles, streams):

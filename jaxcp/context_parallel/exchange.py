@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxcp.context_parallel.cost import Shapes
+
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
@@ -28,11 +30,7 @@ class Exchange:
           ValueError: the query heads do not divide.
         """
         n = lax.axis_size(axis_name)
-        if num_heads % size:
-            raise ValueError(
-                f"an exchange of heads over {size} devices needs a multiple of {size} query heads; "
-                f"got {num_heads} a device; use Ring(), or USP with a smaller ulysses"
-            )
+        _check_divides(num_heads, size)
         groups = None
         if size < n:
             groups = [list(range(i, i + size)) for i in range(0, n, size)]
@@ -68,6 +66,31 @@ class Exchange:
             return x
         return lax.all_to_all(
             x, self.axis_name, split, concat, axis_index_groups=self.groups, tiled=True
+        )
+
+
+def exchanged_shapes(shapes: Shapes, size: int) -> Shapes:
+    """What a device holds after an exchange among `size`; `shards` are the groups.
+
+    Raises:
+      ValueError: the query heads do not divide.
+    """
+    _check_divides(shapes.num_heads, size)
+    return dataclasses.replace(
+        shapes,
+        shards=shapes.shards // size,
+        tokens=size * shapes.tokens,
+        keys=size * shapes.keys,
+        num_heads=shapes.num_heads // size,
+        num_kv_heads=_kv_heads(size, shapes.num_heads, shapes.num_kv_heads).shape[1],
+    )
+
+
+def _check_divides(num_heads, size):
+    if num_heads % size:
+        raise ValueError(
+            f"an exchange of heads over {size} devices needs a multiple of {size} query heads; "
+            f"got {num_heads} a device; use Ring(), or USP with a smaller ulysses"
         )
 
 

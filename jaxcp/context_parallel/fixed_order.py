@@ -8,7 +8,7 @@ natural order: over keys for `out` and dQ, over queries for dK and dV.
 What it costs: K and V (of a latent, the latent) are gathered, and in the backward pass q, dout, lse
 and delta as well, to the memory of `AllGather`; dQ and dK/dV each compute the scores again; grouped
 heads are repeated on the device (not on the wire), and a latent is expanded anew for every pair.
-Pairs with nothing to see are skipped, which changes no bit.
+Pairs with nothing to see are skipped, which changes no bit. `FixedOrder.cost` counts it all.
 
 The gradient of a latent's weights is a sum over all tokens: a part for each piece, in float32,
 gathered and added in natural order. Where devices hold copies (of weights, of a latent whose heads
@@ -16,13 +16,17 @@ are sharded) JAX adds their gradients up in an order of its own; so the sum is m
 device brings it, the others zeros.
 """
 
+import dataclasses
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxcp.context_parallel.cost import Cost, Shapes, Traffic
+from jaxcp.context_parallel.strategy import Strategy
 from pallas_kernels import PAD_POSITION
 from pallas_kernels.flash_attention import (
     NO_POSITION,
@@ -36,31 +40,60 @@ from pallas_kernels.online_softmax import merge
 PIECES = 16
 
 
-def attend_in_fixed_order(
-    q, k, v, q_pos, kv_pos, q_seg, kv_seg, *,
-    layout, axis_name, mask, expand=None, weights=(), copies=None, **options,
-):  # fmt: skip
-    """`(out, lse)` of local queries over all shards' keys. Inside shard_map.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FixedOrder(Strategy):
+    """Adds everything up in one order: the same bits, forward and backward, from any shards.
 
-    `copies`: with `expand`, the mesh axes (beside `axis_name`) whose devices hold the same latent,
-    and those that hold the same of each weight: `(axes, (axes, ...))`.
+    From 1, 2, 4, 8 and 16 shards (of `Zigzag()` to 8); every mask is honoured. For finding out
+    whether a change of mesh changed a result: it gathers as `AllGather` does, and is slower. Of
+    latents (`latent_attention`) only while the `data` and `model` axes stay as they are.
 
     Raises:
-      ValueError: shards or tokens that 16 pieces of consecutive tokens do not fit.
-      NotImplementedError: a latent, and no word about copies: only `latent_attention` knows them.
+      ValueError (at the call): shards or tokens that 16 pieces of consecutive tokens do not fit.
+      NotImplementedError (at the call): a latent, and no word about copies of it: only
+        `latent_attention` knows them.
     """
-    where = axis_name, _pieces(layout, lax.axis_size(axis_name), q.shape[1], kv_pos.shape[1])
-    if expand is not None and copies is None:
-        raise NotImplementedError(
-            "reproducible attention of a latent needs to know which devices hold copies of it; "
-            "call jaxcp.latent_attention, which does, in place of strategy.attend"
+
+    fills_caches: ClassVar[bool] = False
+    same_bits: ClassVar[bool] = True
+
+    def attend(
+        self, q, k, v, q_pos, kv_pos, q_seg, kv_seg, *,
+        axis_name, mask, expand=None, weights=(), copies=None, **options,
+    ):  # fmt: skip
+        """As every strategy does.
+
+        `copies`: with `expand`, the mesh axes (beside `axis_name`) whose devices hold the same
+        latent, and those that hold the same of each weight: `(axes, (axes, ...))`.
+        """
+        shards = lax.axis_size(axis_name)
+        where = axis_name, _pieces(self.layout, shards, q.shape[1], kv_pos.shape[1])
+        if expand is not None and copies is None:
+            raise NotImplementedError(
+                "FixedOrder needs to know which devices hold copies of a latent; call "
+                "jaxcp.latent_attention, which does, in place of strategy.attend"
+            )
+        if q_seg is None:
+            q_seg, kv_seg = jnp.zeros_like(q_pos), jnp.zeros_like(kv_pos)
+        static = tuple({"mask": mask, **options}.items())
+        keys = (k, v) if expand is None else k
+        making = expand, copies
+        return _attend(where, static, making, q, keys, weights, q_pos, kv_pos, q_seg, kv_seg)
+
+    def cost(self, shapes: Shapes) -> Cost:
+        n = shapes.shards
+        _pieces(self.layout, n, shapes.tokens, shapes.keys)
+        keys = n * (shapes.kv_bytes + shapes.key_ids_bytes)
+        ordering = n * shapes.kv_bytes // 2  # K, and then V, once more as they arrived
+        # of a pair of pieces: q, K/V and K/V of every query head, and two partial results
+        each = 2 * shapes.q_bytes + shapes.out_bytes + shapes.kv_bytes + 2 * shapes.partial_bytes
+        pair = n * each // PIECES
+        queries = shapes.q_bytes + shapes.out_bytes + 2 * shapes.rows * shapes.acc
+        return Cost(
+            forward=(Traffic("all-gather", 2 + shapes.ids, keys, n),),
+            backward=(Traffic("all-gather", 4, n * queries, n),),  # q, dout, lse and delta
+            held=shapes.out_bytes + n * shapes.kv_bytes + max(ordering, pair),
         )
-    if q_seg is None:
-        q_seg, kv_seg = jnp.zeros_like(q_pos), jnp.zeros_like(kv_pos)
-    static = tuple({"mask": mask, **options}.items())
-    keys = (k, v) if expand is None else k
-    making = expand, copies
-    return _attend(where, static, making, q, keys, weights, q_pos, kv_pos, q_seg, kv_seg)
 
 
 def _pieces(layout, shards, tokens, keys):
@@ -72,7 +105,7 @@ def _pieces(layout, shards, tokens, keys):
         rows = layout.order(total, shards).reshape(PIECES, -1)
     if not rows.size or (rows[:, -1] - rows[:, 0] != rows.shape[1] - 1).any():
         raise ValueError(
-            f"reproducible attention needs 1, 2, 4, 8 or 16 shards, a multiple of {PIECES} tokens "
+            f"FixedOrder needs 1, 2, 4, 8 or 16 shards, a multiple of {PIECES} tokens "
             f"and Zigzag() (to 8 shards) or Contiguous(); got {shards} shards of {tokens} tokens, "
             f"{layout}"
         )

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxcp.context_parallel.cost import Cost, Shapes, Traffic
 from jaxcp.context_parallel.strategy import Strategy, expanded
 from jaxcp.layout import Layout
 from pallas_kernels import PAD_POSITION, flash_attention
@@ -47,8 +48,7 @@ class Halo(Strategy):
         self, q, k, v, q_pos, kv_pos, q_seg, kv_seg, *,
         axis_name, mask, expand=None, weights=(), **options,
     ):  # fmt: skip
-        if mask.window is None:
-            raise NotImplementedError("Halo needs a window; for full attention use Ring()")
+        _check_window(mask.window)
         n, tokens = lax.axis_size(axis_name), q.shape[1]
         if kv_pos.shape[1] != tokens or self.layout.padded_length(n * tokens, n) != n * tokens:
             raise ValueError(
@@ -84,6 +84,28 @@ class Halo(Strategy):
             return done
         good = _consecutive(self.layout, n, q_pos, q_seg, axis_name)[:, None, None]
         return jnp.where(good[..., None], done[0], jnp.nan), jnp.where(good, done[1], jnp.nan)
+
+    def cost(self, shapes: Shapes) -> Cost:
+        _check_window(shapes.window)
+        n, kind = shapes.shards, "collective-permute"
+        reach = reached(self.layout, n, shapes.tokens, shapes.window, shapes.causal)
+        hops, rows = len(reach), sum(table.shape[1] for table in reach.values())
+        keys = shapes.kv_bytes // shapes.keys * rows
+        ids = shapes.key_ids_bytes // shapes.keys * rows
+        check = Traffic("all-gather", shapes.ids, n * shapes.query_ids_bytes, n)
+        return Cost(
+            forward=(
+                Traffic(kind, hops * (2 + shapes.ids), keys + ids, n),
+                *[check] * self.checked,
+            ),
+            backward=(Traffic(kind, hops * 2, keys, n),),
+            held=2 * keys + (shapes.partial_bytes if hops else 0) + shapes.out_bytes,
+        )
+
+
+def _check_window(window):
+    if window is None:
+        raise NotImplementedError("Halo needs a window; for full attention use Ring()")
 
 
 def fetch(keys, rows, distance, axis_name):

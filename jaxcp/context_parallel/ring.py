@@ -24,6 +24,7 @@ Source: Liu et al., Ring Attention (arXiv 2310.01889).
 import dataclasses
 
 from jaxcp.context_parallel.circulate import Circle, circulate
+from jaxcp.context_parallel.cost import Cost, Shapes, circle_cost
 from jaxcp.context_parallel.strategy import Strategy
 from pallas_kernels.ring_attention import ring_attention
 
@@ -40,12 +41,6 @@ class Ring(Strategy):
 
     bidirectional: bool = False
     fused: bool = False
-
-    def __post_init__(self):
-        if self.fused and self.reproducible:
-            raise NotImplementedError(
-                "a fused ring has no fixed order of sums; use Ring(reproducible=True) without fused"
-            )
 
     def attend(
         self, q, k, v, q_pos, kv_pos, q_seg, kv_seg, *,
@@ -69,3 +64,9 @@ class Ring(Strategy):
         static = tuple({"mask": mask, **options}.items())
         arrays = q, k, v, q_pos, kv_pos, q_seg, kv_seg
         return circulate(circles, static, *arrays, expand=expand, weights=weights)
+
+    def cost(self, shapes: Shapes) -> Cost:
+        """As its docstring says; `fused` sends the same bytes, chunk by chunk out of the kernel."""
+        both_ways = self.bidirectional and shapes.shards > 2 and shapes.keys > 1
+        kind = "remote-dma" if self.fused else "collective-permute"
+        return circle_cost(shapes, directions=2 if both_ways else 1, kind=kind)

@@ -10,7 +10,7 @@ Memory, forward, beside the arguments: the partial results of all queries as the
 arrive, and out: `8 n B t N (V + 1) + B t N V e`. They are packed for one all-to-all: one copy.
 
 `fewer_bytes` is the rule: K/V of s slots a shard that go round a ring cost
-`(n - 1) * s * K * (H + V) * e`, the above `(n - 1) * t * N * (H * e + (V + 1) * 4)`. With e = 2
+`(n - 1) s (K (H + V) e + 4)`, the above `(n - 1) t (N (H e + 4 (V + 1)) + 4)` a row. With e = 2
 and H = V that is pass-Q where `t / s < 2 K / (3 N)` about; Meta's `t / (t + p) < 2 K / N` is for
 partial results in 16 bits that a kernel hides. (arXiv 2411.01783)
 """
@@ -24,6 +24,7 @@ import numpy as np
 from jax import lax
 
 from jaxcp.context_parallel.circulate import gradients, met
+from jaxcp.context_parallel.cost import Cost, Shapes, Traffic, circle_cost
 from jaxcp.context_parallel.exchange import gathered, scattered
 from jaxcp.context_parallel.strategy import Strategy
 from pallas_kernels.flash_attention import attention_forward, row_delta
@@ -49,10 +50,35 @@ class RingPassQ(Strategy):
     @staticmethod
     def fewer_bytes(q, k, v) -> bool:
         """Whether local shards of these shapes send less by passing q than by rotating k and v."""
-        _, t, heads, width = q.shape
-        _, s, kv_heads, value_width = v.shape
-        rotated = s * kv_heads * (width + value_width) * k.dtype.itemsize
-        return t * heads * (width * q.dtype.itemsize + (value_width + 1) * 4) < rotated
+        shapes = Shapes(
+            shards=2,  # of n the bytes of both are n - 1 times these
+            batch=q.shape[0],
+            tokens=q.shape[1],
+            keys=k.shape[1],
+            num_heads=q.shape[2],
+            num_kv_heads=k.shape[2],
+            head_dim=q.shape[3],
+            value_dim=v.shape[3],
+            itemsize=q.dtype.itemsize,
+        )
+        return RingPassQ().cost(shapes).sent < circle_cost(shapes).sent
+
+    def cost(self, shapes: Shapes) -> Cost:
+        n, rows, acc = shapes.shards, shapes.rows, shapes.acc
+        partial = n * rows * (shapes.value_dim + 1) * acc
+        queries = n * (shapes.q_bytes + shapes.query_ids_bytes)
+        gradients = n * (shapes.out_bytes + 2 * rows * acc)  # dout, lse and delta
+        return Cost(
+            forward=(
+                Traffic("all-gather", 1 + shapes.ids, queries, n),
+                Traffic("all-to-all", 1, partial, n),
+            ),
+            backward=(
+                Traffic("all-gather", 3, gradients, n),
+                Traffic("reduce-scatter", 1, n * rows * shapes.head_dim * acc, n),
+            ),
+            held=2 * partial + shapes.out_bytes,
+        )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

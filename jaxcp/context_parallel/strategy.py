@@ -2,9 +2,9 @@
 """What every strategy is: a frozen value with one method on local shards."""
 
 import dataclasses
-import functools
+from typing import ClassVar
 
-from jaxcp.context_parallel.fixed_order import attend_in_fixed_order
+from jaxcp.context_parallel.cost import Cost, Shapes
 from jaxcp.layout import Layout, Zigzag
 
 
@@ -15,19 +15,14 @@ class Strategy:
     `layout` is the order of tokens that suits the strategy; whoever puts tokens on devices asks
     for it. The result is right under any layout, because only positions mask.
 
-    `reproducible`: the same bits, forward and backward, from 1, 2, 4 and 8 shards and for every
-    strategy, at the cost that `fixed_order` states: keys are then gathered, whatever the strategy.
-    With latents (`latent_attention`) only while the `data` and `model` axes stay as they are.
+    `fills_caches`: keys may be other tokens than the queries', those of a cache among them.
+    `same_bits`: the result has the same bits on any number of shards, so nothing else may stand in
+    for the strategy, nor be merged with what it gives; of a latent `attend` is told its `copies`.
     """
 
     layout: Layout = dataclasses.field(default_factory=Zigzag)
-    reproducible: bool = False
-
-    def __init_subclass__(cls, **options):
-        """No `attend` of a subclass can overlook `reproducible`."""
-        super().__init_subclass__(**options)
-        if "attend" in cls.__dict__:
-            cls.attend = _or_in_fixed_order(cls.attend)  # type: ignore[method-assign]
+    fills_caches: ClassVar[bool] = True
+    same_bits: ClassVar[bool] = False
 
     def attend(
         self, q, k, v, q_pos, kv_pos, q_seg, kv_seg, *,
@@ -43,15 +38,12 @@ class Strategy:
         """
         raise NotImplementedError
 
+    def cost(self, shapes: Shapes) -> Cost:
+        """What a device sends, forward and backward, and holds; of K and V, not of latents.
 
-def _or_in_fixed_order(attend):
-    @functools.wraps(attend)
-    def either(self, *arrays, **options):
-        if self.reproducible:
-            return attend_in_fixed_order(*arrays, layout=self.layout, **options)
-        return attend(self, *arrays, **options)
-
-    return either
+        Raises what `attend` raises for such shapes.
+        """
+        raise NotImplementedError
 
 
 def expanded(k, v, expand, weights):

@@ -21,7 +21,8 @@ import functools
 import jax
 from jax import lax
 
-from jaxcp.context_parallel.exchange import Exchange, gathered
+from jaxcp.context_parallel.cost import Cost, Shapes, Traffic
+from jaxcp.context_parallel.exchange import Exchange, exchanged_shapes, gathered
 from jaxcp.context_parallel.strategy import Strategy
 from pallas_kernels.flash_attention import attention_backward, attention_forward, row_delta
 
@@ -43,10 +44,27 @@ class Ulysses(Strategy):
     ):  # fmt: skip
         if expand is not None:
             raise NotImplementedError(
-                "Ulysses sends heads, which a latent has none of; use Ring(), AllGather() or Halo()"
+                "Ulysses sends heads, which a latent has none of; use Ring() or AllGather()"
             )
         how = axis_name, (q.shape[2], k.shape[2]), tuple({"mask": mask, **options}.items())
         return _attend(how, q, k, v, q_pos, kv_pos, q_seg, kv_seg)
+
+    def cost(self, shapes: Shapes) -> Cost:
+        """Without the lse, which travels back where something reads it: sinks, or a merge."""
+        n = shapes.shards
+        inner = exchanged_shapes(shapes, n)
+        repeated = n * inner.num_kv_heads > shapes.num_kv_heads
+        gradients = inner.kv_numbers * (shapes.acc if repeated else shapes.itemsize)
+        rows = shapes.q_bytes + shapes.out_bytes
+        delta = shapes.rows * shapes.acc
+        return Cost(
+            forward=(
+                Traffic("all-to-all", 4, rows + inner.kv_bytes, n),
+                Traffic("all-gather", shapes.ids, n * shapes.query_ids_bytes, n),
+            ),
+            backward=(Traffic("all-to-all", 5, rows + delta + gradients, n),),
+            held=2 * shapes.q_bytes + shapes.out_bytes + inner.kv_bytes,
+        )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -16,7 +16,8 @@ import dataclasses
 from jax import lax
 
 from jaxcp.context_parallel.circulate import Circle, circulate
-from jaxcp.context_parallel.exchange import Exchange, gathered
+from jaxcp.context_parallel.cost import Cost, Shapes, Traffic, circle_cost
+from jaxcp.context_parallel.exchange import Exchange, exchanged_shapes, gathered
 from jaxcp.context_parallel.strategy import Strategy
 
 
@@ -45,16 +46,29 @@ class USP(Strategy):
     ):  # fmt: skip
         if expand is not None:
             raise NotImplementedError(
-                "USP sends heads, which a latent has none of; use Ring(), AllGather() or Halo()"
+                "USP sends heads, which a latent has none of; use Ring() or AllGather()"
             )
-        n = lax.axis_size(axis_name)
-        if n % self.ulysses:
-            raise ValueError(
-                f"USP: ulysses={self.ulysses} does not divide the {n} shards of {axis_name!r}"
-            )
+        self._check(lax.axis_size(axis_name))
         swap = Exchange.over(axis_name, self.ulysses, q.shape[2], k.shape[2])
         ids = [gathered(x, axis_name, swap.groups) for x in (q_pos, kv_pos, q_seg, kv_seg)]
         circles = (Circle.of(axis_name, stride=self.ulysses),)
         static = tuple({"mask": mask, **options}.items())
         out, lse = circulate(circles, static, swap.queries(q), swap.keys(k), swap.keys(v), *ids)
         return swap.back(out), swap.back(lse)
+
+    def cost(self, shapes: Shapes) -> Cost:
+        """Without the lse, as that of `Ulysses`."""
+        self._check(shapes.shards)
+        u, inner = self.ulysses, exchanged_shapes(shapes, self.ulysses)
+        circle = circle_cost(inner)
+        swaps = Traffic("all-to-all", 4, shapes.q_bytes + shapes.out_bytes + inner.kv_bytes, u)
+        ids = Traffic("all-gather", shapes.ids, u * shapes.query_ids_bytes, u)
+        return Cost(
+            forward=(swaps, ids, *circle.forward),
+            backward=(swaps, *circle.backward),
+            held=circle.held,
+        )
+
+    def _check(self, shards):
+        if shards % self.ulysses:
+            raise ValueError(f"USP: ulysses={self.ulysses} does not divide the {shards} shards")

@@ -17,7 +17,7 @@ Source: Lepikhin et al., GShard (arXiv 2006.16668), with rounds in place of its 
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,32 @@ def zeros_after(count: Int[Array, ""], shape: tuple[int, ...], dtype: Any) -> Ar
     return jnp.full(shape, jnp.minimum(count, 0).astype(dtype))
 
 
+class _Groups(NamedTuple):
+    """The R choices of a device, those of each of n devices together.
+
+        by_device   choices of device 0 | choices of device 1 | ...
+                    ^ starts[0]           ^ starts[1]
+                    counts[0] of them     counts[1]
+
+    A round takes the next C of every group.
+    """
+
+    by_device: Int[Array, "R"]
+    starts: Int[Array, "n"]
+    counts: Int[Array, "n"]
+
+    @classmethod
+    def of(cls, device: Int[Array, "R"], shards: int) -> "_Groups":
+        counts = jnp.bincount(device, length=shards)
+        return cls(jnp.argsort(device), jnp.cumsum(counts) - counts, counts)  # stable
+
+    def in_round(self, i, rows: int) -> Int[Array, "nC"]:
+        """The choices that go in round i, `rows` for each device; R where a group has ended."""
+        place = i * rows + jnp.arange(rows)
+        choices = self.by_device.at[self.starts[:, None] + place].get(mode="clip")
+        return jnp.where(place < self.counts[:, None], choices, self.by_device.size).reshape(-1)
+
+
 def exchanged(
     rows: Float[Array, "M D"],
     chosen: Int[Array, "M k"],
@@ -58,43 +84,38 @@ def exchanged(
       compute: `compute(weights, rows, expert, sizes)` with rows sorted by local expert, which
         `expert` names and `sizes [E / n]` count. A row of no local expert has E / n, and gives 0.
     """
-    shards, choices = lax.axis_size(axis_name), chosen.size
-    each = num_experts // shards
-    room = capacity(choices, shards)
-    expert = chosen.reshape(-1)
-    owner = expert // each
-    order = jnp.argsort(owner)  # stable
-    counts = jnp.bincount(owner, length=shards)
-    starts = jnp.cumsum(counts) - counts
-    rounds = -(-min(choices, rows.shape[0] * each) // room)
+    shards = lax.axis_size(axis_name)
+    local_experts = num_experts // shards
+    device, local_expert = jnp.divmod(chosen.reshape(-1), local_experts)
+    groups = _Groups.of(device, shards)
+    round_rows = capacity(chosen.size, shards)
+    most_rounds = -(-min(chosen.size, rows.shape[0] * local_experts) // round_rows)
+    rounds = -(-groups.counts.max() // round_rows)
     # the same on every device of the mesh: all of them take part in a round or none
-    needed = lax.pmax(-(-counts.max() // room), jax.sharding.get_abstract_mesh().axis_names)
+    rounds = lax.pmax(rounds, jax.sharding.get_abstract_mesh().axis_names)
 
     def swap(x):
         return lax.all_to_all(x, axis_name, 0, 0, tiled=True)
 
     @jax.checkpoint
-    def there_and_back(rows, weights, index):
-        """Exchange the choices `index [n * C]`, which are grouped by device."""
-        sent = rows.at[index // chosen.shape[1]].get(mode="fill", fill_value=0)
-        local = (expert - owner * each).at[index].get(mode="fill", fill_value=each)
-        arrived, number = swap(sent), swap(local)
-        by_expert = jnp.argsort(number)
-        sizes = jnp.bincount(number, length=each).astype(jnp.int32)
-        made = compute(weights, arrived[by_expert], number[by_expert], sizes)
-        empty = zeros_after(sizes[0], made.shape, made.dtype)
-        return swap(empty.at[by_expert].set(made, unique_indices=True))
+    def there_and_back(rows, weights, choices):
+        sent = rows.at[choices // chosen.shape[1]].get(mode="fill", fill_value=0)
+        experts = local_expert.at[choices].get(mode="fill", fill_value=local_experts)
+        rows, experts = swap(sent), swap(experts)
+        by_expert = jnp.argsort(experts)
+        sizes = jnp.bincount(experts, length=local_experts).astype(jnp.int32)
+        results = compute(weights, rows[by_expert], experts[by_expert], sizes)
+        empty = zeros_after(sizes[0], results.shape, results.dtype)
+        return swap(empty.at[by_expert].set(results, unique_indices=True))
 
-    def round_(out, i):
-        place = i * room + jnp.arange(room)
-        index = order.at[starts[:, None] + place].get(mode="clip")
-        index = jnp.where(place < counts[:, None], index, choices).reshape(-1)
+    def one_round(out, i):
+        choices = groups.in_round(i, round_rows)
 
-        def more(out):
-            return out.at[index].set(there_and_back(rows, weights, index), mode="drop")
+        def send(out):
+            return out.at[choices].set(there_and_back(rows, weights, choices), mode="drop")
 
-        return lax.cond(i < needed, more, lambda out: out, out), None
+        return lax.cond(i < rounds, send, lambda out: out, out), None
 
-    out = zeros_after(needed, (choices, rows.shape[1]), rows.dtype)
-    out, _ = lax.scan(round_, out, jnp.arange(rounds))
+    out = zeros_after(rounds, (chosen.size, rows.shape[1]), rows.dtype)
+    out, _ = lax.scan(one_round, out, jnp.arange(most_rounds))
     return out.reshape(*chosen.shape, -1)

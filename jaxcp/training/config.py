@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from jaxcp.data.sources import BatchSource
 from jaxcp.mesh import MeshConfig
+from jaxcp.sharding import Rules
 
 
 def _whole(config: Any, *names: str) -> None:
@@ -126,6 +127,8 @@ class TrainConfig:
     """A glob of `.bin` token files, or a source (`TokenFiles`, `TextSource`, your own)."""
     out_dir: str | pathlib.Path
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    rules: Rules = dataclasses.field(default_factory=Rules)
+    """Which axes of parameters lie over which of the mesh's, such as `Rules(experts="seq")`."""
     strategy: Any = None
     """A strategy such as `Ring()`; None leaves the choice to the model."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -173,13 +176,10 @@ class TrainConfig:
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:
-    """The fields that decide the numbers of a run, as JSON values.
-
-    A config may continue a checkpoint only if it agrees on these; mesh, strategy, logging and
-    saving may change.
-    """
-    excluded = ("remat", "reproducible_experts")
-    model = {key: value for key, value in _plain(config.model).items() if key not in excluded}
+    """What decides the numbers of a run, as JSON values: a checkpoint may only be continued by a
+    config that agrees on these. Mesh, rules, strategy, logging and saving may change."""
+    how = ("remat", "reproducible_experts")
+    model = {key: value for key, value in _plain(config.model).items() if key not in how}
     names = ["seq_len", "batch_size", "steps", "data", "optimizer", "seed"]
     if config.losses != LossConfig():  # runs from before there were any may go on
         names.append("losses")

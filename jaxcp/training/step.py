@@ -77,7 +77,7 @@ def init_state(config: TrainConfig) -> State:
     arrays = {
         name: v.get_value()
         for name, v in _variables(
-            place(_new_model(config.model, config.seed), experts=config.mesh.experts)
+            place(_new_model(config.model, config.seed), rules=config.rules)
         ).items()
     }
     params = {name: x.astype(jnp.float32) for name, x in arrays.items() if name in learnt}
@@ -114,7 +114,7 @@ def abstract_inputs(config: TrainConfig, mesh: Mesh) -> tuple[State, dict[str, A
     for name, variable in _variables(model).items():
         dtype = jnp.float32 if name in learnt else variable.dtype
         (params if name in learnt else others)[name] = leaf(
-            variable.shape, dtype, sharding_of(variable, config.mesh.experts)
+            variable.shape, dtype, sharding_of(variable, config.rules)
         )
     with jax.sharding.use_abstract_mesh(abstract_mesh):
         state = jax.eval_shape(fresh, params) | {"params": params, "others": others}

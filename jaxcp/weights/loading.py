@@ -23,7 +23,7 @@ from jaxcp import models
 from jaxcp.layers.stack import is_stacked, members, of_one_layer
 from jaxcp.models.base import LanguageModel
 from jaxcp.models.weight_table import Piece, Source, in_layers, sources, spelling_of
-from jaxcp.sharding import sharding_of
+from jaxcp.sharding import DEFAULT, Rules, sharding_of
 from jaxcp.text.tokenizer import Tokenizer
 from jaxcp.weights.config_file import fitted, load_config, naming
 from jaxcp.weights.files import CONFIG, TOKENIZER, Checkpoint, open_checkpoint
@@ -44,7 +44,7 @@ def load(
     path: str | os.PathLike,
     dtype: jax.typing.DTypeLike | None = None,
     *,
-    experts: str = "expert",
+    rules: Rules = DEFAULT,
     allow_nonfinite: bool = False,
     progress: bool | None = None,
     widen: bool = False,
@@ -64,7 +64,8 @@ def load(
       dtype: of parameters and computation; None keeps each tensor's own. Quantized weights stay as
         they are. The router's selection bias stays float32, and so do the parameters with which a
         model computes in float32 whatever its dtype.
-      experts: the mesh axis over which experts lie, see `jaxcp.weights.placement.place`.
+      rules: which axes of a parameter lie over which of the mesh's; `Rules(experts="seq")` spreads
+        experts over the devices that hold the sequence.
       allow_nonfinite: take NaN and Inf in tensors.
       progress: show a bar; None shows one for a big checkpoint on a terminal.
       widen: widen all quantized weights.
@@ -85,7 +86,7 @@ def load(
     with naming(Path(path, CONFIG)):
         graph, state = nnx.split(models.abstract_model(config))
     flat = [(".".join(map(str, keys)), keys, leaf) for keys, leaf in nnx.to_flat_state(state)]
-    if problem := indivisible(((name, leaf) for name, _, leaf in flat), experts):
+    if problem := indivisible(((name, leaf) for name, _, leaf in flat), rules):
         raise ValueError(f"needed a mesh that divides {problem}")
     layers = {name: members(name) for name, _, _ in flat}
     shapes = {member: of_one_layer(leaf).shape for name, _, leaf in flat for member in layers[name]}
@@ -97,7 +98,7 @@ def load(
     _check(path, checkpoint, chosen, ignored, copies)
     of_leaf = {name: [chosen[member] for member in layers[name]] for name in layers}
     dtypes = {n: _final_dtype(leaf, of_leaf[n], checkpoint, config, dtype) for n, _, leaf in flat}
-    kept = {} if widen else _quantized(flat, chosen, checkpoint, experts)
+    kept = {} if widen else _quantized(flat, chosen, checkpoint, rules)
     _log_widened(path, of_leaf, checkpoint, kept)
     sizes = {n: math.prod(leaf.shape) * dtypes[n].itemsize for n, _, leaf in flat}
     total = sum((sizes | {n: sum(x.nbytes for x in kept[n]) for n in kept}).values())
@@ -113,7 +114,7 @@ def load(
                 pieces = (chosen[x].pieces(x, checkpoint.read) for x in layers[name])
                 joined = in_layers(pieces) if stacked else next(pieces)
                 joined = counted(joined, final.itemsize, advance)
-                value, odd = _stream(name, joined, leaf, final, experts)
+                value, odd = _stream(name, joined, leaf, final, rules)
             nonfinite.update({(tensor, final): n for tensor, n in odd.items()})
             read[keys] = leaf.replace(value)
     if not allow_nonfinite:
@@ -142,7 +143,7 @@ def _check_finite(path, checkpoint: Checkpoint, nonfinite: Mapping[tuple[str, An
 
 
 def _quantized(
-    flat, chosen: Mapping[str, Source], checkpoint: Checkpoint, experts: str
+    flat, chosen: Mapping[str, Source], checkpoint: Checkpoint, rules: Rules
 ) -> dict[str, list[QuantizedSource]]:
     """The sources of the leaves that stay quantized, by name: one, or one for each layer."""
     if not checkpoint.packed and not checkpoint.turned:
@@ -151,7 +152,7 @@ def _quantized(
     for name, _, leaf in flat:
         one = of_one_layer(leaf)
         every = (
-            quantized_source(one, member, chosen[member], checkpoint, experts)
+            quantized_source(one, member, chosen[member], checkpoint, rules)
             for member in members(name)
         )
         if fitting := stackable(every):
@@ -185,10 +186,10 @@ def _final_dtype(
     return np.result_type(*{checkpoint.dtype(name) for name in names})
 
 
-def _stream(name: str, pieces: Iterable[Piece], leaf: nnx.Variable, dtype: Any, experts: str):
+def _stream(name: str, pieces: Iterable[Piece], leaf: nnx.Variable, dtype: Any, rules: Rules):
     if jax.sharding.get_abstract_mesh().empty:
         return stream(pieces, leaf.shape, dtype, None)
-    sharding = jax.NamedSharding(jax.sharding.get_mesh(), sharding_of(leaf, experts))
+    sharding = jax.NamedSharding(jax.sharding.get_mesh(), sharding_of(leaf, rules))
     return stream(pieces, leaf.shape, dtype, sharding)
 
 

@@ -11,17 +11,17 @@ from jax.sharding import PartitionSpec as P
 
 from jaxcp.layers.quantized import misfit, partition
 from jaxcp.layers.stack import is_stacked, of_one_layer
-from jaxcp.sharding import sharding_of
+from jaxcp.sharding import DEFAULT, Rules, sharding_of
 
 
-def parts_of(variable: nnx.Variable, experts: str = "expert") -> Any:
+def parts_of(variable: nnx.Variable, rules: Rules = DEFAULT) -> Any:
     """`sharding_of` a parameter; of each of its parts where it is quantized."""
     one = of_one_layer(variable)
-    parts = partition(one.get_value(), sharding_of(one, experts))
+    parts = partition(one.get_value(), sharding_of(one, rules))
     return jax.tree.map(lambda spec: P(None, *spec), parts) if is_stacked(variable) else parts
 
 
-def indivisible(leaves: Iterable[tuple[str, nnx.Variable]], experts: str = "expert") -> str | None:
+def indivisible(leaves: Iterable[tuple[str, nnx.Variable]], rules: Rules = DEFAULT) -> str | None:
     """Say which parameter the mesh in scope does not divide, and which sizes of the axis divide
     all of them; None where there is no mesh, or every parameter fits."""
     mesh = dict(jax.sharding.get_abstract_mesh().shape)
@@ -30,7 +30,7 @@ def indivisible(leaves: Iterable[tuple[str, nnx.Variable]], experts: str = "expe
     for name, variable in leaves:
         leaf = of_one_layer(variable)
         logical = leaf.get_metadata().get("axes") or ()
-        for size, kind, axis in zip(leaf.shape, logical, sharding_of(leaf, experts), strict=False):
+        for size, kind, axis in zip(leaf.shape, logical, sharding_of(leaf, rules), strict=False):
             if axis is None or not mesh:
                 continue
             if axis not in mesh:
@@ -47,12 +47,12 @@ def indivisible(leaves: Iterable[tuple[str, nnx.Variable]], experts: str = "expe
     return None
 
 
-def place(model: Any, *, experts: str = "expert") -> Any:
+def place(model: Any, *, rules: Rules = DEFAULT) -> Any:
     """Put every parameter of the model on the mesh in scope; without a mesh, return it unchanged.
 
     Args:
-      experts: the mesh axis over which the experts of MoE layers are spread. With "seq" (or
-        "data") they lie on the devices that hold the sequence, and tokens travel to them.
+      rules: which axes lie where. With `jaxcp.Rules(experts="seq")` (or "data") experts lie on
+        the devices that hold the sequence, and tokens travel to them.
     Raises:
       ValueError: a mesh axis does not divide a width (the error says which sizes would), or cuts
         through values that share a scale (the error lists all of them).
@@ -64,18 +64,18 @@ def place(model: Any, *, experts: str = "expert") -> Any:
         model, is_leaf=lambda x: isinstance(x, nnx.Variable)
     )
     named = [(jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
-    if problem := indivisible(named, experts):
+    if problem := indivisible(named, rules):
         raise ValueError(f"the mesh does not divide: {problem}")
-    misfits = [_misfit(name, leaf, mesh, experts) for name, leaf in named]
+    misfits = [_misfit(name, leaf, mesh, rules) for name, leaf in named]
     problems = [problem for problem in misfits if problem]
     if problems:
         raise ValueError("the mesh does not divide: " + "; ".join(problems))
-    placed = [jax.device_put(leaf.get_value(), parts_of(leaf, experts)) for _, leaf in leaves]
+    placed = [jax.device_put(leaf.get_value(), parts_of(leaf, rules)) for _, leaf in leaves]
     new = [leaf.replace(value) for (_, leaf), value in zip(leaves, placed, strict=True)]
     return jax.tree.unflatten(tree, new)
 
 
-def _misfit(name, variable, mesh, experts):
+def _misfit(name, variable, mesh, rules):
     one = of_one_layer(variable)
-    problem = misfit(one.get_value(), sharding_of(one, experts), dict(mesh.shape))
+    problem = misfit(one.get_value(), sharding_of(one, rules), dict(mesh.shape))
     return problem and f"{name} {problem}"

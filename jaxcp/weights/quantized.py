@@ -26,7 +26,7 @@ from jaxcp.layers.quantized import (
     partition,
 )
 from jaxcp.models.weight_table import Piece, Row, Source, in_layers
-from jaxcp.sharding import sharding_of
+from jaxcp.sharding import Rules, sharding_of
 from jaxcp.weights.files import Checkpoint
 from jaxcp.weights.formats import Packed, halves
 from jaxcp.weights.stream import stream
@@ -96,7 +96,7 @@ class QuantizedSource:
 
 
 def quantized_source(
-    variable: nnx.Variable, path: str, source: Source, checkpoint: Checkpoint, experts: str
+    variable: nnx.Variable, path: str, source: Source, checkpoint: Checkpoint, rules: Rules
 ) -> QuantizedSource | None:
     """The source of a quantized leaf; None if its tensors are plain or its layer cannot use them.
 
@@ -118,7 +118,7 @@ def quantized_source(
         layout = dataclasses.replace(layout, flip=not layout.flip)
     if not tensors or layout is None or (tensors[0].is_halves and not layout.flip):
         return None
-    spec, mesh = sharding_of(variable, experts), jax.sharding.get_abstract_mesh().shape
+    spec, mesh = sharding_of(variable, rules), jax.sharding.get_abstract_mesh().shape
     e, d, f = matrix_shape(variable)
     _, *axes = spec if of_experts(variable) else matrix_spec(
         tuple(variable.shape), variable.get_metadata()["summed"], spec

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxcp
 from jaxcp import Balanced, Contiguous, Zigzag
+from jaxcp.context_parallel import Halo
 from jaxcp.context_parallel.recurrent import Pieces
 from jaxcp.data.sources import checked, consecutive
 from jaxcp.mesh import MeshConfig
@@ -205,9 +206,9 @@ def test_what_must_know_the_order_refuses(mesh_of):
     positions = jnp.zeros((2, 32), jnp.int32)
     refused = functools.partial(pytest.raises, ValueError, match=r"no segment_ids.*take Zigzag")
     for strategy, options in (
-        (jaxcp.Halo(layout=Balanced()), {"window": 4}),
+        (Halo(layout=Balanced()), {"window": 4}),
         (jaxcp.Ring(layout=Balanced()), {"window": 4, "consecutive": True}),
-        (jaxcp.Ring(layout=Balanced(), reproducible=True), {}),
+        (jaxcp.FixedOrder(layout=Balanced()), {}),
     ):
         with refused():
             jaxcp.context_parallel_attention(

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 import jaxcp
 from jaxcp import Zigzag
 from jaxcp.compile import collectives
-from jaxcp.context_parallel import latent_attention
+from jaxcp.context_parallel import Halo, latent_attention
 from pallas_kernels.flash_attention import Mask
 
 B, T, N, R, L, H, V = 2, 45, 4, 4, 12, 8, 6  # R: rotated part of a key; L: width of the latent
@@ -25,7 +25,7 @@ STRATEGIES = (
     jaxcp.RingPassQ(),
     jaxcp.AllGather(),
     jaxcp.AllGather(chunks=2),
-    jaxcp.Halo(),
+    Halo(),
 )
 
 
@@ -148,7 +148,7 @@ def test_heads_do_not_travel(strategy, mesh_of):
 
 # The same bits from any number of shards
 
-REPRODUCIBLE, SAME = jaxcp.Ring(reproducible=True), 48
+FIXED, SAME = jaxcp.FixedOrder(), 48
 
 
 @functools.cache
@@ -166,7 +166,7 @@ def reproduced(dtype, shards, **axes):
     def run(x, weights):
         def attend(q, latent, weights):
             return latent_attention(
-                q, latent, weights, x["positions"], expand=mla, strategy=REPRODUCIBLE, window=29
+                q, latent, weights, x["positions"], expand=mla, strategy=FIXED, window=29
             )
 
         out, pull = jax.vjp(attend, x["q"], x["latent"], weights)
@@ -205,11 +205,11 @@ def test_where_the_bits_cannot_be_kept(mesh_of):
     x = problem()
     arrays = x["q"], x["latent"], x["weights"], x["positions"]
     with pytest.raises(ValueError, match="needs a mesh"):
-        latent_attention(*arrays, expand=mla, strategy=REPRODUCIBLE)
+        latent_attention(*arrays, expand=mla, strategy=FIXED)
     mesh_of(seq=2)
 
     def local(q, positions):
-        return REPRODUCIBLE.attend(
+        return FIXED.attend(
             q, q, None, positions, positions, None, None, axis_name="seq", mask=Mask(),
             soft_cap=None, scale=1.0, expand=mla,
         )[0]  # fmt: skip

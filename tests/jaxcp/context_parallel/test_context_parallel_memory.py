@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What attention holds beside its arguments, by the compiler's count, is what docstrings say.
+"""What attention holds beside its arguments, by the compiler's count, is what `Strategy.cost` says.
 
 Compiled for NVIDIA GPUs that are not there, up to 16 of them, forward, in bfloat16.
 """
@@ -8,7 +8,16 @@ import pytest
 from compiled_attention import HEAD_DIM, compiled
 from slow import slow_but
 
-from jaxcp import USP, AllGather, Halo, Ring, RingPassQ, Ulysses
+from jaxcp.context_parallel import (
+    USP,
+    AllGather,
+    FixedOrder,
+    Halo,
+    Ring,
+    RingPassQ,
+    Shapes,
+    Ulysses,
+)
 
 # jax 0.11 and later warn when Pallas-Triton is used; it works through 0.12.
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
@@ -24,24 +33,14 @@ def held(strategy, shards, tokens):
     return compiled(where, strategy, tokens=tokens, heads=heads, window=window).held_bytes
 
 
-def said(strategy, n, t):
-    """The docstrings' formulas."""
+def said(strategy, shards, tokens):
     heads, kv_heads = HEADS.get(type(strategy), (6, 2))
-    keys = t * 2 * kv_heads * HEAD_DIM * 2
-    out, partial = t * heads * HEAD_DIM * 2, t * heads * HEAD_DIM * 4
-    if isinstance(strategy, Ring):
-        return out + (1 if n == 2 else 2) * (keys + partial)
-    if isinstance(strategy, AllGather):
-        c = strategy.chunks
-        return out + (n * keys if c == 1 else 2 * n * keys // c + 2 * partial)
-    if isinstance(strategy, Ulysses):
-        return 3 * out + keys
-    if isinstance(strategy, USP):
-        return out + 2 * (keys + partial)
-    if isinstance(strategy, RingPassQ):
-        return out + 2 * n * t * heads * (HEAD_DIM + 1) * 4
-    rows = 2 * (WINDOW - 1 + 2 * n)
-    return out + partial + 2 * rows * keys // t
+    window = WINDOW if isinstance(strategy, Halo) else None
+    shapes = Shapes(
+        shards=shards, tokens=tokens, num_heads=heads, num_kv_heads=kv_heads, head_dim=HEAD_DIM,
+        window=window,
+    )  # fmt: skip
+    return strategy.cost(shapes).held
 
 
 HALO = Halo(checked=False)
@@ -50,7 +49,15 @@ HALO = Halo(checked=False)
 @pytest.mark.parametrize(
     "strategy",
     slow_but(
-        [AllGather(), AllGather(chunks=4), Ulysses(), USP(ulysses=2), RingPassQ(), HALO],
+        [
+            AllGather(),
+            AllGather(chunks=4),
+            Ulysses(),
+            USP(ulysses=2),
+            RingPassQ(),
+            HALO,
+            FixedOrder(),
+        ],
         lambda strategy: strategy == AllGather(chunks=4),
     ),
     ids=str,

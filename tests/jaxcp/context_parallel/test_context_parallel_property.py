@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 import jaxcp
-from jaxcp import USP, AllGather, Balanced, Contiguous, Halo, Ring, RingPassQ, Striped, Ulysses
+from jaxcp import USP, AllGather, Balanced, Contiguous, Ring, RingPassQ, Striped, Ulysses
+from jaxcp.context_parallel import Halo
 from jaxcp.layout import Zigzag
 
 OUT, GRADIENT = 2e-6, 1e-5  # float32, of the greatest entry (at least 1)

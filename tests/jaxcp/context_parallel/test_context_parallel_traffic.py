@@ -1,14 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each strategy sends, counted on the compiled program."""
 
+import collections
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from slow import slow_but
 
 import jaxcp
 from jaxcp.compile import collectives
+from jaxcp.context_parallel import (
+    STRATEGIES,
+    USP,
+    AllGather,
+    FixedOrder,
+    Halo,
+    Ring,
+    RingPassQ,
+    Shapes,
+    Ulysses,
+)
 
 TOKENS, HEADS, KV_HEADS, HEAD_DIM = 8, 4, 2, 16  # a shard's
 KEYS = TOKENS * KV_HEADS * HEAD_DIM  # elements of K, and of V, on a shard
@@ -21,28 +35,65 @@ GRADIENTS = 2 * KEYS * 4  # bytes: dK and dV in float32
 SHARED = 1 if jax.__version_info__ < (0, 11) else 0
 
 
-def sent(strategy, shards, *, backward, window=None):
-    """{kind: (count, bytes)} that a device sends in one call."""
+VARIANTS = (
+    Ring(),
+    Ring(bidirectional=True),
+    RingPassQ(),
+    AllGather(),
+    AllGather(chunks=3),
+    Ulysses(),
+    USP(ulysses=2),
+    USP(ulysses=4),
+    Halo(),
+    Halo(checked=False),
+    FixedOrder(),
+)
+MASKS = {
+    "plain": {"value_dim": 8},
+    "window": {"window": 5, "batch": 2},
+    "packed": {"window": 11, "causal": False, "segments": True, "num_kv_heads": 4},
+}
 
-    def like(heads):
-        shape, spec = (1, TOKENS * shards, heads, HEAD_DIM), P(None, "seq")
-        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=spec)
 
-    def forward(q, k, v, positions):
+def shapes_of(shards, **more):
+    """A shard's, in float32: XLA on CPU sends bfloat16 so."""
+    sizes = {"num_heads": HEADS, "num_kv_heads": KV_HEADS, "head_dim": HEAD_DIM} | more
+    return Shapes(shards=shards, tokens=TOKENS, itemsize=4, **sizes)
+
+
+def sent(strategy, shards, *, backward, **more):
+    """{kind: (count, bytes)} of a device in one call, under the mesh in scope."""
+    s = shapes_of(shards, **more)
+
+    def like(*width, dtype=jnp.float32):
+        shape = (s.batch, TOKENS * shards, *width)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=P(None, "seq"))
+
+    def forward(q, k, v, positions, segment_ids=None):
         return jaxcp.context_parallel_attention(
-            q, k, v, positions, strategy=strategy, window=window
-        )
+            q, k, v, positions, strategy=strategy, segment_ids=segment_ids, causal=s.causal,
+            window=s.window,
+        )  # fmt: skip
 
-    def both(q, k, v, positions, dout):
-        return jax.vjp(lambda *qkv: forward(*qkv, positions), q, k, v)[1](dout)
+    def both(dout, q, k, v, *ids):
+        out, pull = jax.vjp(lambda *qkv: forward(*qkv, *ids), q, k, v)
+        return out, *pull(dout)
 
-    positions = jax.ShapeDtypeStruct((1, TOKENS * shards), jnp.int32, sharding=P(None, "seq"))
-    arrays = like(HEADS), like(KV_HEADS), like(KV_HEADS), positions
-    program = (
-        jax.jit(both).lower(*arrays, like(HEADS)) if backward else jax.jit(forward).lower(*arrays)
-    )
+    k, v = like(s.num_kv_heads, s.head_dim), like(s.num_kv_heads, s.value_dim)
+    arrays = like(HEADS, s.head_dim), k, v, *[like(dtype=jnp.int32)] * s.ids
+    dout = like(HEADS, s.value_dim)
+    program = jax.jit(both).lower(dout, *arrays) if backward else jax.jit(forward).lower(*arrays)
     text = program.compile().as_text()
     return {c.kind: (c.count, c.bytes) for c in collectives(text)}
+
+
+def by_kind(traffic):
+    """`{kind: (count, bytes)}` of a cost, as `sent` has it."""
+    counts, sizes = collections.Counter(), collections.Counter()
+    for x in traffic:
+        counts[x.kind] += x.count
+        sizes[x.kind] += x.bytes
+    return {kind: (counts[kind], sizes[kind]) for kind in counts}
 
 
 def ring_of(shards):
@@ -50,6 +101,63 @@ def ring_of(shards):
     devices = jax.devices()[:shards]
     types = (AxisType.Explicit,)
     return jax.set_mesh(jax.make_mesh((shards,), ("seq",), axis_types=types, devices=devices))
+
+
+def test_every_strategy_is_counted():
+    assert {type(strategy) for strategy in VARIANTS} == set(STRATEGIES)
+
+
+def turns_of(strategy, shards):
+    return {Ring: shards - 1, USP: shards // getattr(strategy, "ulysses", 1) - 1}.get(
+        type(strategy), 0
+    )
+
+
+@pytest.mark.parametrize(
+    "strategy, shards, mask",
+    slow_but(
+        [
+            (x, n, mask)
+            for x in VARIANTS
+            for n, mask in ((4, "packed"), (4, "window"), (8, "plain"))
+        ],
+        lambda case: case[2] == "packed",
+    ),
+    ids=str,
+)
+def test_the_cost_of_a_strategy_is_what_its_program_sends(strategy, shards, mask):
+    more = MASKS[mask]
+    shapes = shapes_of(shards, **more)
+    if (isinstance(strategy, Halo) and shapes.window is None) or (
+        isinstance(strategy, Ulysses) and HEADS % shards
+    ):
+        with pytest.raises((NotImplementedError, ValueError)):
+            strategy.cost(shapes)
+        return
+    cost = strategy.cost(shapes)
+    with ring_of(shards):
+        assert sent(strategy, shards, backward=False, **more) == by_kind(cost.forward)
+        count, size = by_kind(cost.forward).get("collective-permute", (0, 0))
+        expected = by_kind((*cost.forward, *cost.backward))
+        if turns := turns_of(strategy, shards):
+            both = expected["collective-permute"]
+            shared = SHARED * count // turns, SHARED * size // turns
+            expected["collective-permute"] = both[0] - shared[0], both[1] - shared[1]
+        assert sent(strategy, shards, backward=True, **more) == expected
+
+
+@pytest.mark.parametrize("strategy", [Ring(), RingPassQ(), AllGather(), Ulysses()], ids=str)
+def test_one_device_sends_nothing(strategy):
+    cost = strategy.cost(shapes_of(1))
+    assert not cost.forward and not cost.backward and cost.sent == cost.sent_backward == 0
+
+
+@pytest.mark.parametrize("tokens, passes", [(8, True), (84, True), (85, False)])
+def test_few_queries_are_passed_around(tokens, passes):
+    """In 16 bits and with H = V where `t / s < 2K / 3N`, about: here 2 * 4096 * 8 / (3 * 256)."""
+    q = jax.ShapeDtypeStruct((1, tokens, 256, 128), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((1, 4096, 8, 128), jnp.bfloat16)
+    assert RingPassQ.fewer_bytes(q, k, k) == passes
 
 
 @pytest.mark.parametrize("shards", [1, 2, 8])
@@ -133,7 +241,7 @@ def test_usp_exchanges_among_neighbours_and_rotates_across():
 def test_halo_sends_the_window(shards):
     """One way for a shard's early piece, the other way for its late one."""
     window = 3
-    strategy = jaxcp.Halo(checked=False)
+    strategy = Halo(checked=False)
     row = (2 * KV_HEADS * HEAD_DIM + 1) * 4
     with ring_of(shards):
         found = sent(strategy, shards, backward=False, window=window)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opt-in: bit-identical outputs and gradients for every number of shards and every strategy."""
+"""`FixedOrder`: bit-identical outputs and gradients for every number of shards."""
 
 import functools
 
@@ -18,10 +18,8 @@ from pallas_kernels.flash_attention import Mask
 
 B, T, N, K, H = 2, 96, 4, 2, 16
 OPTIONS = {"window": 41, "soft_cap": 3.0}
-RING = jaxcp.Ring(reproducible=True)
-CASES = [(RING, 2), (RING, 4), (RING, 8), (jaxcp.Ring(layout=Contiguous(), reproducible=True), 8)]
-CASES += [(jaxcp.AllGather(reproducible=True), 4), (jaxcp.Ulysses(reproducible=True), 2)]
-CASES += [(jaxcp.USP(ulysses=2, reproducible=True), 4), (jaxcp.Halo(reproducible=True), 4)]
+FIXED = jaxcp.FixedOrder()
+CASES = [(FIXED, 2), (FIXED, 4), (FIXED, 8), (jaxcp.FixedOrder(layout=Contiguous()), 8)]
 
 
 @functools.cache
@@ -58,14 +56,14 @@ IN_BOTH = [(*case, dtype) for case in CASES for dtype in ("float32", "bfloat16")
 
 @pytest.mark.parametrize(
     "strategy, shards, dtype",
-    slow_but(IN_BOTH, lambda case: case[2] == "float32" or case[:2] == (RING, 8)),
+    slow_but(IN_BOTH, lambda case: case[2] == "float32" or case[:2] == (FIXED, 8)),
     ids=str,
 )
 def test_the_same_bits(strategy, shards, dtype):
     for name, ours, one in zip(
         ("out", "dq", "dk", "dv"),
         found(strategy, shards, dtype),
-        found(RING, 1, dtype),
+        found(FIXED, 1, dtype),
         strict=True,
     ):
         np.testing.assert_array_equal(ours, one, err_msg=name)
@@ -75,18 +73,18 @@ def test_the_same_bits_from_a_shard_map_of_ones_own(mesh_of):
     """Nobody but `attend` itself is there to see to it."""
     mesh_of(seq=4)
     x = {k: v for k, v in problem("float32").items() if k != "d"}
-    there = jax.device_put(RING.layout.permute(x, 4), P(None, "seq"))
+    there = jax.device_put(FIXED.layout.permute(x, 4), P(None, "seq"))
 
     def local(x):
         positions, segments = x["positions"], x["segment_ids"]
-        return RING.attend(
+        return FIXED.attend(
             x["q"], x["k"], x["v"], positions, positions, segments, segments, axis_name="seq",
             mask=Mask(window=OPTIONS["window"]), soft_cap=OPTIONS["soft_cap"], scale=H**-0.5,
         )[0]  # fmt: skip
 
     spec = P(None, "seq")
     out = jax.jit(jax.shard_map(local, in_specs=spec, out_specs=spec, check_vma=False))(there)
-    np.testing.assert_array_equal(RING.layout.inverse(out, 4, T), found(RING, 1, "float32")[0])
+    np.testing.assert_array_equal(FIXED.layout.inverse(out, 4, T), found(FIXED, 1, "float32")[0])
 
 
 def test_the_right_bits():
@@ -94,7 +92,7 @@ def test_the_right_bits():
     wanted = dense(
         x["q"], x["k"], x["v"], x["positions"], segment_ids=x["segment_ids"], dout=x["d"], **OPTIONS
     )
-    for ours, theirs in zip(found(RING, 8, "float32"), wanted, strict=False):
+    for ours, theirs in zip(found(FIXED, 8, "float32"), wanted, strict=False):
         np.testing.assert_allclose(ours, theirs, atol=5e-6, rtol=0)
 
 
@@ -107,9 +105,9 @@ def test_without_it_the_bits_differ():
 def test_where_it_cannot_be_kept():
     x, positions = jnp.ones((1, 16, 2, 8)), jnp.zeros((1, 16), jnp.int32)
     with pytest.raises(ValueError, match="needs a mesh"):
-        jaxcp.context_parallel_attention(x, x, x, positions, strategy=RING)
+        jaxcp.context_parallel_attention(x, x, x, positions, strategy=FIXED)
     with pytest.raises(NotImplementedError, match="prefill over a cache"):
-        OverCache(None, positions, None, sharded=True, strategy=RING)
+        OverCache(None, positions, None, sharded=True, strategy=FIXED)
 
 
 @pytest.mark.parametrize("shards, tokens", [(3, 96), (4, 88)])
@@ -118,4 +116,4 @@ def test_what_does_not_fit(shards, tokens, mesh_of):
     x = jnp.ones((1, tokens, 2, 8))
     positions = jnp.zeros((1, tokens), jnp.int32)
     with pytest.raises(ValueError, match="1, 2, 4, 8 or 16 shards, a multiple of 16 tokens"):
-        jaxcp.context_parallel_attention(x, x, x, positions, strategy=RING)
+        jaxcp.context_parallel_attention(x, x, x, positions, strategy=FIXED)

@@ -10,6 +10,7 @@ from tiny_checkpoints import FIXTURES
 
 import jaxcp
 from jaxcp import GPT, GPTConfig
+from jaxcp.context_parallel import Halo
 from jaxcp.inference import session as session_module
 from jaxcp.text.tokenizer import byte_level
 from jaxcp.weights.placement import place
@@ -228,9 +229,9 @@ def test_seeds_are_not_cut(engine):
 @pytest.mark.parametrize(
     "strategy, axes, error, message",
     [
-        (jaxcp.Ring(reproducible=True), {}, NotImplementedError, "no reproducible form"),
-        (jaxcp.Ring(reproducible=True), None, NotImplementedError, "no reproducible form"),
-        (jaxcp.Halo(), {"seq": 2}, NotImplementedError, "Halo needs a window"),
+        (jaxcp.FixedOrder(), {}, NotImplementedError, "no reproducible form"),
+        (jaxcp.FixedOrder(), None, NotImplementedError, "no reproducible form"),
+        (Halo(), {"seq": 2}, NotImplementedError, "Halo needs a window"),
         (jaxcp.Ulysses(), {"seq": 4}, ValueError, "needs a multiple of 4 query heads"),
         (jaxcp.USP(ulysses=4), {"seq": 2}, ValueError, "ulysses=4 does not divide the 2 shards"),
         (jaxcp.Ring(fused=True), {"seq": 2}, NotImplementedError, "remote DMA of TPUs"),

@@ -16,6 +16,7 @@ from jaxcp.compile import collectives
 from jaxcp.layers.expert_exchange import capacity
 from jaxcp.layers.moe import MoE
 from jaxcp.layers.routing import Routing
+from jaxcp.sharding import Rules
 from jaxcp.weights.placement import place
 
 B, T, D, F, E, K = 2, 32, 16, 8, 8, 3
@@ -78,7 +79,9 @@ def enter(mesh_of, moe, axes):
     axes = dict(axes)
     experts = axes.pop("experts")
     mesh_of(**axes)
-    return place(moe, experts=experts), [jax.device_put(x, P("data", "seq")) for x in tokens()]
+    return place(moe, rules=Rules(experts=experts)), [
+        jax.device_put(x, P("data", "seq")) for x in tokens()
+    ]
 
 
 @functools.cache
@@ -136,7 +139,7 @@ def test_what_travels(mesh_of):
 def test_experts_that_do_not_divide(mesh_of):
     mesh_of(seq=3)
     with pytest.raises(ValueError, match=r"the mesh does not divide: .*down.* by seq=3"):
-        place(layer(), experts="seq")
+        place(layer(), rules=Rules(experts="seq"))
 
 
 def test_no_array_is_larger_than_the_choices():

@@ -177,9 +177,9 @@ def test_a_device_holds_its_part_alone(mesh_of):
 @pytest.mark.slow
 def test_reproducible_experts():
     model = quantized("hy3")
-    for layer in model.layers[1:]:
+    for layer in model.layers.stacks[1:]:
         layer.mlp.reproducible = True
     alone = logits(model)
     np.testing.assert_allclose(alone, expected("hy3"), **CLOSE)
-    for layer in model.layers[1:]:
+    for layer in model.layers.stacks[1:]:
         layer.mlp.reproducible = False

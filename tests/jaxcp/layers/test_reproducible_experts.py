@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxcp.layers.fixed_tiles import ROWS, experts_in_tiles, in_tiles
 from jaxcp.layers.moe import MoE
 from jaxcp.layers.routing import Routing
+from jaxcp.sharding import Rules
 from jaxcp.weights.placement import place
 
 B, T, D, F, E, K = 2, 200, 48, 40, 8, 3
@@ -57,7 +58,7 @@ def on(mesh_of, axes, dtype="float32", **options):
     axes = dict(axes)
     experts = axes.pop("experts", "expert")
     mesh_of(**axes)
-    moe = place(layer(**options), experts=experts)
+    moe = place(layer(**options), rules=Rules(experts=experts))
     return apply(moe, jax.device_put(x().astype(dtype), P("data", "seq")))
 
 

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxcp.layers.moe import MoE
 from jaxcp.layers.router_stats import RouterStats, joined, stacked
 from jaxcp.layers.routing import Routing
+from jaxcp.sharding import Rules
 from jaxcp.weights.placement import place
 from pallas_kernels import PAD_POSITION
 
@@ -104,7 +105,7 @@ def test_value_and_gradient_are_the_definition_on_any_mesh(name, axes, mesh_of):
         axes = dict(axes)
         experts = axes.pop("experts", "expert")
         mesh_of(**axes)
-        moe = place(moe, experts=experts)
+        moe = place(moe, rules=Rules(experts=experts))
         x, positions = (jax.device_put(a, P("data", "seq")) for a in (x, positions))
     stats, found = ours(moe, x, positions)
     for a, b, field in zip(stats, expected, RouterStats._fields, strict=True):

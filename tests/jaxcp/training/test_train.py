@@ -18,6 +18,7 @@ from jaxcp.layers.router_stats import RouterStats
 from jaxcp.mesh import MeshConfig
 from jaxcp.models.gpt.config import GPTConfig
 from jaxcp.models.hybrid_moe.config import HybridMoEConfig
+from jaxcp.sharding import Rules
 from jaxcp.training import (
     OptimizerConfig,
     TextSource,
@@ -34,7 +35,8 @@ MOE = HybridMoEConfig(
     vocab_size=256, num_layers=1, embed_dim=32, num_heads=2, num_kv_heads=2, head_dim=16,
     mlp_dim=64, moe_dim=16, num_experts=4, num_experts_per_tok=2, first_dense_layers=0,
 )  # fmt: skip
-SPREAD = MeshConfig(data=2, seq=4, experts="seq")
+SPREAD = MeshConfig(data=2, seq=4)
+RULES = Rules(experts="seq")
 
 
 def run(out_dir, **changes):
@@ -42,7 +44,7 @@ def run(out_dir, **changes):
     config = {
         "model": GPT, "seq_len": 60, "batch_size": 4, "steps": 6, "data": TextSource(),
         "out_dir": out_dir, "optimizer": OptimizerConfig(muon_learning_rate=0.02, warmup_steps=2),
-        "log_every": 1, "checkpoint_every": 3,
+        "log_every": 1, "checkpoint_every": 3, "rules": RULES,
     }  # fmt: skip
     return TrainConfig(**(config | changes))
 
