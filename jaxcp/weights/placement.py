@@ -62,9 +62,7 @@ def place(model: Any, *, rules: Rules = DEFAULT) -> Any:
     named = [(jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
     if problem := indivisible(named, rules):
         raise ValueError(f"the mesh does not divide: {problem}")
-    found = [_misfit(name, leaf, mesh, rules) for name, leaf in named]
-    problems = [problem for problem in found if problem]
-    if problems:
+    if problems := [x for name, leaf in named if (x := _misfit(name, leaf, mesh, rules))]:
         raise ValueError("the mesh does not divide: " + "; ".join(problems))
     placed = [jax.device_put(leaf.get_value(), parts_of(leaf, rules)) for _, leaf in leaves]
     new = [leaf.replace(value) for (_, leaf), value in zip(leaves, placed, strict=True)]
@@ -72,5 +70,5 @@ def place(model: Any, *, rules: Rules = DEFAULT) -> Any:
 
 
 def _misfit(name, variable, mesh, rules):
-    found = misfit(variable.get_value(), sharding_of(variable, rules), dict(mesh.shape))
-    return found and f"{name} {found}"
+    problem = misfit(variable.get_value(), sharding_of(variable, rules), dict(mesh.shape))
+    return problem and f"{name} {problem}"
