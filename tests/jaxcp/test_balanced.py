@@ -245,6 +245,6 @@ def test_batches_of_a_run(tmp_path):
     assert not in_order and consecutive(natural)
     there = {key: np.asarray(x)[0] for key, x in batch.items()}
     assert not np.array_equal(*there["positions"])
-    back = config.attention.layout.inverse(there, 4, 90, natural["segment_ids"])
+    back = config.strategy.layout.inverse(there, 4, 90, natural["segment_ids"])
     for key, x in natural.items():
         np.testing.assert_array_equal(back[key], x)
