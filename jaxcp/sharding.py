@@ -10,7 +10,7 @@ import jax
 from jax.sharding import PartitionSpec as P
 
 ACTIVATIONS = {"batch": "data", "tokens": "seq", "heads": "model"}
-"""How activations lie; the widths of the residual stream are whole on every device. No choice: the
+"""The mesh axes of activations; the widths of the residual stream are whole on every device. No choice: the
 models' own shardings say so too."""
 
 
@@ -54,7 +54,7 @@ class Rules:
             raise ValueError(f"experts lie over expert, seq or data; got experts={self.experts!r}")
 
     def spec(self, axes: Sequence[str | None]) -> P:
-        """How a parameter of these logical axes lies.
+        """The `PartitionSpec` of a parameter of these logical axes.
 
         Raises:
           ValueError: two of them over one mesh axis.
@@ -73,7 +73,7 @@ DEFAULT = Rules()
 
 
 def sharding_of(variable: Any, rules: Rules = DEFAULT) -> P:
-    """How an `nnx.Variable` lies on the mesh; replicated where it names no axes."""
+    """The `PartitionSpec` of an `nnx.Variable`; replicated where it names no axes."""
     return rules.spec(variable.get_metadata().get("axes") or ())
 
 

@@ -94,19 +94,21 @@ def _extended(
     q, k, v, kept_k, kept_v, layer, q_pos, kv_pos, lengths, sinks, *, write, **options
 ):  # fmt: skip
     kept_k, kept_v = write(kept_k, layer, k, lengths), write(kept_v, layer, v, lengths)
-    out, lse = attend_shard(
-        q, layer_of(kept_k, layer), layer_of(kept_v, layer), q_pos, kv_pos, **options
-    )
+    out, lse = attend_shard(q, kept_k, kept_v, q_pos, kv_pos, layer=layer, **options)
     out, lse = merged(out, lse)
     return with_sinks(out, lse, sinks).astype(q.dtype), kept_k, kept_v
 
 
-def attend_shard(q, k, v, q_pos, kv_pos, *, window, **options):
-    """`(out, lse)` of this shard, out in float32: no backward pass comes, so few rows may split."""
+def attend_shard(q, k, v, q_pos, kv_pos, *, window, layer=None, **options):
+    """`(out, lse)` of this shard, out in float32: no backward pass comes, so few rows may split.
+
+    `layer`: k and v are stacks, of which this layer is read where it lies.
+    """
     options["out_dtype"] = jnp.float32
     if q.shape[1] <= MAX_QUERIES:
         positions = {"q_positions": q_pos, "kv_positions": kv_pos}
-        return decode_attention(q, k, v, **positions, window=window, **options)
+        return decode_attention(q, k, v, **positions, window=window, layer=layer, **options)
+    k, v = (k, v) if layer is None else layer_of((k, v), layer)
     k, v = k.astype(q.dtype), v.astype(q.dtype)
     arrays = q, k, v, q_pos, kv_pos, None, None
     return attention_forward(*arrays, mask=Mask(window=window), **options)

@@ -49,32 +49,31 @@ class AllGather(Strategy):
         self, q, k, v, q_pos, kv_pos, q_seg, kv_seg, *,
         axis_name, mask, expand=None, weights=(), **options,
     ):  # fmt: skip
-        static = tuple({"mask": mask, **options}.items())
         keys = (k, v) if expand is None else k
-        how = axis_name, self.chunks, static, expand
-        return _attend(how, q, keys, weights, q_pos, kv_pos, q_seg, kv_seg)
+        statics = axis_name, self.chunks, tuple({"mask": mask, **options}.items()), expand
+        return _attend(statics, q, keys, weights, q_pos, kv_pos, q_seg, kv_seg)
 
     def cost(self, shapes: Shapes) -> Cost:
         n, chunks = shapes.shards, min(self.chunks, shapes.keys)
         keys = n * shapes.kv_bytes
         arrays = keys + n * shapes.key_ids_bytes
         gradients = n * shapes.kv_numbers * shapes.acc
-        held = 2 * keys // chunks + 2 * shapes.partial_bytes if chunks > 1 else keys
+        gathered_keys = 2 * keys // chunks + 2 * shapes.partial_bytes if chunks > 1 else keys
         return Cost(
             forward=(Traffic("all-gather", chunks * (2 + shapes.ids), arrays, n),),
             backward=(Traffic("reduce-scatter", 2 * chunks, gradients, n),),
-            held=held + shapes.out_bytes,
+            held=gathered_keys + shapes.out_bytes,
         )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(how, *arrays):
-    return _with_parts(how, *arrays)[0]
+def _attend(statics, *arrays):
+    return _with_parts(statics, *arrays)[0]
 
 
-def _with_parts(how, q, keys, weights, q_pos, kv_pos, q_seg, kv_seg):
+def _with_parts(statics, q, keys, weights, q_pos, kv_pos, q_seg, kv_seg):
     """`(out, lse)`, and the gathered parts of keys, positions and segment ids."""
-    axis_name, chunks, options, expand = how
+    axis_name, chunks, options, expand = statics
     acc = np.promote_types(q.dtype, np.float32)
     parts = _cut((flat(keys), kv_pos, kv_seg), chunks)
 
@@ -98,14 +97,14 @@ def _with_parts(how, q, keys, weights, q_pos, kv_pos, q_seg, kv_seg):
     return (done[0].reshape(*q.shape[:3], -1), done[1]), whole
 
 
-def _forward(how, *arrays):
-    done, whole = _with_parts(how, *arrays)
+def _forward(statics, *arrays):
+    done, whole = _with_parts(statics, *arrays)
     q, keys, weights, q_pos, _, q_seg, _ = arrays
     return done, (q, keys, weights, q_pos, q_seg, whole, *done)
 
 
-def _backward(how, saved, grads):
-    axis_name, _, options, expand = how
+def _backward(statics, saved, grads):
+    axis_name, _, options, expand = statics
     q, keys, weights, q_pos, q_seg, whole, out, lse = saved
     dout, dlse = grads
     queries = q, q_pos, q_seg, lse, dout, row_delta(out, dout, dlse)
@@ -113,21 +112,21 @@ def _backward(how, saved, grads):
     def home(tree):  # summed in float32, whatever the keys are
         return jax.tree.map(lambda x: scattered(x, axis_name), tree)
 
-    mine: Any = None
+    sums: Any = None
     ready, dkeys = None, []
     for part in whole:
         if ready is not None:
             dkeys.append(home(ready))
         here = as_before(keys, part[0]), *part[1:]
         *more, ready = flat(gradients(options, expand, weights, queries, *here))
-        mine = more if mine is None else jax.tree.map(jnp.add, mine, more)
-        mine, ready, queries = in_turn((mine, ready, queries))
+        sums = more if sums is None else jax.tree.map(jnp.add, sums, more)
+        sums, ready, queries = in_turn((sums, ready, queries))
     dkeys.append(home(ready))
     dkeys = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *dkeys)
-    found = mine[0], dkeys, mine[1]
+    results = sums[0], dkeys, sums[1]
     like = q, keys, weights
-    found = jax.tree.map(lambda x, like: x.reshape(like.shape).astype(like.dtype), found, like)
-    return *found, None, None, None, None
+    results = jax.tree.map(lambda x, like: x.reshape(like.shape).astype(like.dtype), results, like)
+    return *results, None, None, None, None
 
 
 _attend.defvjp(_forward, _backward)

@@ -100,8 +100,8 @@ def _kv_heads(size, num_heads, num_kv_heads):
     read = np.arange(num_heads).reshape(size, each) * num_kv_heads // num_heads
     few = [np.unique(row) for row in read]
     fits = {len(row) for row in few} == {len(few[0])} and all(
-        np.array_equal(np.repeat(row, each // len(row)), wanted)
-        for row, wanted in zip(few, read, strict=True)
+        np.array_equal(np.repeat(row, each // len(row)), reads)
+        for row, reads in zip(few, read, strict=True)
         if each % len(row) == 0
     )
     # heads that straddle devices unevenly: one KV head for each query head

@@ -120,8 +120,8 @@ def _attend(where, options, making, q, keys, weights, q_pos, kv_pos, q_seg, kv_s
     acc = np.promote_types(q.dtype, np.float32)
     width = jax.eval_shape(expand, keys)[1].shape[3]
 
-    def row(mine):
-        q, pos, seg = mine
+    def row(own):
+        q, pos, seg = own
         start = jnp.zeros((*q.shape[:3], width), acc), jnp.full(q.shape[:3], -jnp.inf, acc)
 
         def more(done, other):
@@ -154,14 +154,14 @@ def _backward(where, options, making, saved, grads):
     own_queries, own_keys = _own(where, queries), _own(where, (keys, kv_pos, kv_seg))
     all_queries, all_keys = _all(where, own_queries), _all(where, own_keys)
 
-    def summed(wanted, total, query, k, v, kv_pos, kv_seg):
-        """`total` and what a pair of pieces adds to it: `wanted` of its `(dq, dk, dv)`."""
+    def summed(which, total, query, k, v, kv_pos, kv_seg):
+        """`total` and what a pair of pieces adds to it: `which` of its `(dq, dk, dv)`."""
         q, q_pos, q_seg, lse, dout, delta = query
 
         def part():
             arrays = q, k, v, q_pos, kv_pos, q_seg, kv_seg, lse, dout, delta
-            found = attention_backward(*arrays, **dict(options))
-            return jax.tree.map(jnp.add, total, found[wanted])
+            results = attention_backward(*arrays, **dict(options))
+            return jax.tree.map(jnp.add, total, results[which])
 
         return lax.cond(_visible(options, q_pos, kv_pos), part, lambda: total)
 
@@ -186,9 +186,9 @@ def _backward(where, options, making, saved, grads):
 
     dq = _joined(lax.map(over_keys, own_queries))
     dkeys, dweights = lax.map(over_queries, own_keys)
-    found = dq, *_added(where, making, _joined(dkeys), dweights)
-    found = jax.tree.map(lambda x, like: x.astype(like.dtype), found, (q, keys, weights))
-    return *found, None, None, None, None
+    results = dq, *_added(where, making, _joined(dkeys), dweights)
+    results = jax.tree.map(lambda x, like: x.astype(like.dtype), results, (q, keys, weights))
+    return *results, None, None, None, None
 
 
 _attend.defvjp(_forward, _backward)

@@ -111,11 +111,11 @@ def _check_window(window):
 def fetch(keys, rows, distance, axis_name):
     """K, V, positions (and whatever follows) of `rows` of the shard `distance` before this one."""
     n = len(rows)
-    mine = jnp.asarray(rows)[lax.axis_index(axis_name)]
+    sent = jnp.asarray(rows)[lax.axis_index(axis_name)]
     k, v, positions, *more = jax.tree.map(
-        lambda x: jnp.take(x, jnp.maximum(mine, 0), axis=1, unique_indices=False), keys
+        lambda x: jnp.take(x, jnp.maximum(sent, 0), axis=1, unique_indices=False), keys
     )
-    positions = jnp.where(mine < 0, PAD_POSITION, positions)
+    positions = jnp.where(sent < 0, PAD_POSITION, positions)
     hops = [(i, (i + distance) % n) for i in range(n)]
     return jax.tree.map(lambda x: lax.ppermute(x, axis_name, hops), (k, v, positions, *more))
 
@@ -139,7 +139,7 @@ def rows_to_send(
     Enough for each of `orders`: the natural index of the token at each place `[shards, tokens]`,
     in order on a shard and pads last, and how many tokens there are; pads are not below that.
     """
-    wanted: dict[tuple[int, int], set] = {}
+    requests: dict[tuple[int, int], set] = {}
     for order, length in orders:
         shards, tokens = order.shape
         place = np.argsort(order, axis=None)  # of a natural index: shard * tokens + row
@@ -148,15 +148,15 @@ def rows_to_send(
             needed = _beyond(own, window, length, causal)
             for owner in np.unique(place[needed] // tokens):
                 rows = place[needed][place[needed] // tokens == owner] % tokens
-                wanted.setdefault((int(owner), shard), set()).update(rows.tolist())
-    found = {}
-    for distance in sorted({(to - owner) % shards for owner, to in wanted}):
-        rows = [sorted(wanted.get((i, (i + distance) % shards), ())) for i in range(shards)]
+                requests.setdefault((int(owner), shard), set()).update(rows.tolist())
+    tables = {}
+    for distance in sorted({(to - owner) % shards for owner, to in requests}):
+        rows = [sorted(requests.get((i, (i + distance) % shards), ())) for i in range(shards)]
         table = np.full((shards, max(map(len, rows))), -1, np.int32)
         for line, sent in zip(table, rows, strict=True):
             line[: len(sent)] = sent
-        found[distance] = table
-    return found
+        tables[distance] = table
+    return tables
 
 
 def _beyond(own, window, length, causal):

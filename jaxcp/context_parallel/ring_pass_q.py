@@ -43,9 +43,9 @@ class RingPassQ(Strategy):
         self, q, k, v, q_pos, kv_pos, q_seg, kv_seg, *,
         axis_name, mask, expand=None, weights=(), **options,
     ):  # fmt: skip
-        how = axis_name, tuple({"mask": mask, **options}.items()), expand
+        statics = axis_name, tuple({"mask": mask, **options}.items()), expand
         keys = (k, v) if expand is None else k
-        return _attend(how, q, keys, weights, q_pos, kv_pos, q_seg, kv_seg)
+        return _attend(statics, q, keys, weights, q_pos, kv_pos, q_seg, kv_seg)
 
     @staticmethod
     def fewer_bytes(q, k, v) -> bool:
@@ -82,12 +82,12 @@ class RingPassQ(Strategy):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(how, *arrays):
-    return _forward(how, *arrays)[0]
+def _attend(statics, *arrays):
+    return _forward(statics, *arrays)[0]
 
 
-def _forward(how, q, keys, weights, q_pos, kv_pos, q_seg, kv_seg):
-    axis_name, options, expand = how
+def _forward(statics, q, keys, weights, q_pos, kv_pos, q_seg, kv_seg):
+    axis_name, options, expand = statics
     acc = np.promote_types(q.dtype, np.float32)
     every = tuple(gathered(x, axis_name) for x in (q, q_pos, q_seg))
     arrays = every[0], *met(keys, expand, weights), every[1], kv_pos, every[2], kv_seg
@@ -96,20 +96,20 @@ def _forward(how, q, keys, weights, q_pos, kv_pos, q_seg, kv_seg):
     packed = lax.all_to_all(packed, axis_name, 1, 0, tiled=True)  # [n * B, t, N, V + 1]
     packed = packed.reshape(-1, q.shape[0], *packed.shape[1:])
     out, lse = merge_stacked(packed[..., :-1], packed[..., -1])
-    found = out.astype(q.dtype), lse
-    return found, (every, keys, weights, kv_pos, kv_seg, *found)
+    results = out.astype(q.dtype), lse
+    return results, (every, keys, weights, kv_pos, kv_seg, *results)
 
 
-def _backward(how, saved, grads):
-    axis_name, options, expand = how
+def _backward(statics, saved, grads):
+    axis_name, options, expand = statics
     every, keys, weights, kv_pos, kv_seg, out, lse = saved
     dout, dlse = grads
     rows = (gathered(x, axis_name) for x in (lse, dout, row_delta(out, dout, dlse)))
     queries = *every, *rows
     dq, dweights, dkeys = gradients(options, expand, weights, queries, keys, kv_pos, kv_seg)
-    found = scattered(dq, axis_name), dkeys, dweights
-    found = jax.tree.map(lambda x, like: x.astype(like.dtype), found, (dout, keys, weights))
-    return *found, None, None, None, None
+    results = scattered(dq, axis_name), dkeys, dweights
+    results = jax.tree.map(lambda x, like: x.astype(like.dtype), results, (dout, keys, weights))
+    return *results, None, None, None, None
 
 
 _attend.defvjp(_forward, _backward)

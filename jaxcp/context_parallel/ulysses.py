@@ -46,8 +46,8 @@ class Ulysses(Strategy):
             raise NotImplementedError(
                 "Ulysses sends heads, which a latent has none of; use Ring() or AllGather()"
             )
-        how = axis_name, (q.shape[2], k.shape[2]), tuple({"mask": mask, **options}.items())
-        return _attend(how, q, k, v, q_pos, kv_pos, q_seg, kv_seg)
+        statics = axis_name, (q.shape[2], k.shape[2]), tuple({"mask": mask, **options}.items())
+        return _attend(statics, q, k, v, q_pos, kv_pos, q_seg, kv_seg)
 
     def cost(self, shapes: Shapes) -> Cost:
         """Without the lse, which travels back where something reads it: sinks, or a merge."""
@@ -68,31 +68,32 @@ class Ulysses(Strategy):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(how, *arrays):
-    return _forward(how, *arrays)[0]
+def _attend(statics, *arrays):
+    return _forward(statics, *arrays)[0]
 
 
-def _exchange(how):
-    axis_name, heads, _ = how
+def _exchange(axis_name, heads):
     return Exchange.over(axis_name, lax.axis_size(axis_name), *heads)
 
 
-def _forward(how, q, k, v, *ids):
-    swap = _exchange(how)
-    arrays = swap.queries(q), swap.keys(k), swap.keys(v), *(gathered(x, how[0]) for x in ids)
-    out, lse = attention_forward(*arrays, **dict(how[2]))
-    found = swap.back(out), swap.back(lse)
-    return found, (arrays, lse, found[0])
+def _forward(statics, q, k, v, *ids):
+    axis_name, heads, options = statics
+    swap = _exchange(axis_name, heads)
+    arrays = swap.queries(q), swap.keys(k), swap.keys(v), *(gathered(x, axis_name) for x in ids)
+    out, lse = attention_forward(*arrays, **dict(options))
+    own_out, own_lse = swap.back(out), swap.back(lse)
+    return (own_out, own_lse), (arrays, lse, own_out)
 
 
-def _backward(how, saved, grads):
+def _backward(statics, saved, grads):
     arrays, lse, out = saved
-    swap, (dout, dlse) = _exchange(how), grads
+    axis_name, heads, options = statics
+    swap, (dout, dlse) = _exchange(axis_name, heads), grads
     delta = swap.queries(row_delta(out, dout, dlse))
     q, k, v, q_pos, kv_pos, q_seg, kv_seg = arrays
     ids = q_pos, kv_pos, q_seg, kv_seg
     rows = lse, swap.queries(dout), delta
-    dq, dk, dv = attention_backward(q, k, v, *ids, *rows, **dict(how[2]))
+    dq, dk, dv = attention_backward(q, k, v, *ids, *rows, **dict(options))
     dkeys = swap.keys_back(dk, k.dtype), swap.keys_back(dv, v.dtype)
     return swap.back(dq.astype(q.dtype)), *dkeys, None, None, None, None
 

@@ -20,6 +20,7 @@ from jaxcp.layers.parameter import RouterBias, constant, normal
 from jaxcp.layers.quantized import is_quantized
 from jaxcp.layers.router_stats import RouterStats, router_stats
 from jaxcp.layers.routing import SCORES, Routing
+from jaxcp.layers.stack import InStack
 from jaxcp.sharding import tokens_spec
 from pallas_kernels import grouped_matmul, grouped_swiglu
 
@@ -54,14 +55,15 @@ class MoE(nnx.Module):
         rngs: nnx.Rngs,
     ):
         wide, narrow = (num_experts, embed_dim, moe_dim), (num_experts, moe_dim, embed_dim)
+        many = {"summed": 1, "in_stack": True}
         self.router = normal(rngs, (embed_dim, num_experts), ("embed", "choices"), std)
         if routing.selection_bias:
             self.router_bias = RouterBias(jnp.zeros((num_experts,), jnp.float32), axes=("choices",))
         if routing.linear_bias:
             self.router_linear_bias = constant((num_experts,), ("choices",), 0.0)
-        self.gate = normal(rngs, wide, ("experts", "embed", "mlp"), std, summed=1)
-        self.up = normal(rngs, wide, ("experts", "embed", "mlp"), std, summed=1)
-        self.down = normal(rngs, narrow, ("experts", "mlp", "embed"), out_std, summed=1)
+        self.gate = normal(rngs, wide, ("experts", "embed", "mlp"), std, **many)
+        self.up = normal(rngs, wide, ("experts", "embed", "mlp"), std, **many)
+        self.down = normal(rngs, narrow, ("experts", "mlp", "embed"), out_std, **many)
         if use_bias:
             self.gate_bias = constant((num_experts, moe_dim), ("experts", "mlp"), 0.0)
             self.up_bias = constant((num_experts, moe_dim), ("experts", "mlp"), 0.0)
@@ -130,7 +132,7 @@ class MoE(nnx.Module):
         w = {name: getattr(self, name).astype(jnp.float32) for name in router}
         for name in experts:
             value = getattr(self, name).get_value()
-            w[name] = value if is_quantized(value) else value.astype(dtype)
+            w[name] = _in_dtype(value, dtype, self.reproducible)
         if self.reproducible and self.num_shared_experts:
             w["shared"] = self.shared
         return w
@@ -170,7 +172,7 @@ class MoE(nnx.Module):
 
     def _own_experts(self, rows, chosen, w, experts):
         """`[M, k, D]`: what each choice makes of its row; 0 where its expert is elsewhere."""
-        each = w["down"].shape[0]
+        each = _number(w["down"])
         first = 0 if experts is None else lax.axis_index(experts) * each
         number = (chosen - first).reshape(-1)
         number = jnp.where((number >= 0) & (number < each), number, each)
@@ -189,16 +191,20 @@ class MoE(nnx.Module):
         return self._products(w, rows, expert, sizes)
 
     def _products(self, w, rows, expert, sizes):
-        return grouped_matmul(self._activated(rows, w, expert, sizes), w["down"], sizes)
+        weights, layer = _where(w["down"])
+        return grouped_matmul(self._activated(rows, w, expert, sizes), weights, sizes, layer=layer)
 
     def _activated(self, rows, w, expert, sizes):
         """`[R, F]`, rows sorted by expert."""
         if self.activation.is_silu and not self.use_bias:
             limit = self.activation.limit
-            return grouped_swiglu(rows, w["gate"], w["up"], sizes, clamp=limit)
+            gate, layer = _where(w["gate"])
+            up, _ = _where(w["up"])
+            return grouped_swiglu(rows, gate, up, sizes, clamp=limit, layer=layer)
 
         def project(name):
-            y = grouped_matmul(rows, w[name], sizes)
+            weights, layer = _where(w[name])
+            y = grouped_matmul(rows, weights, sizes, layer=layer)
             return y + w[f"{name}_bias"].at[expert].get(mode="clip") if self.use_bias else y
 
         return self.activation(project("gate"), project("up"))
@@ -227,8 +233,36 @@ class MoE(nnx.Module):
 
 
 def _spec(placed):
-    """Of weights, quantized or not."""
-    return placed.values if is_quantized(placed) else placed
+    """The spec `[E, D, F]` of weights, quantized or not, in a stack or by themselves."""
+    weights, layer = _where(placed)
+    spec = weights.values if is_quantized(weights) else weights
+    return spec if layer is None else P(*spec[1:])
+
+
+def _where(weights):
+    """`(weights, layer)` as `grouped_matmul` takes them: a stack, or a layer's own and None."""
+    return (weights.stack, weights.layer) if isinstance(weights, InStack) else (weights, None)
+
+
+def _number(weights) -> int:
+    """How many experts' weights these are."""
+    array, layer = _where(weights)
+    shape = array.values.shape if is_quantized(array) else array.shape
+    return shape[0 if layer is None else 1]
+
+
+def _in_dtype(value, dtype, reproducible):
+    """Weights as products take them: quantized, or in `dtype`.
+
+    Those in a stack stay there where nothing has to be computed of them; tiles of one expert are
+    cut out of a layer's own.
+    """
+    if isinstance(value, InStack):
+        as_it_is = is_quantized(value.stack) or value.stack.dtype == dtype
+        if as_it_is and not reproducible:
+            return value
+        value = value.copy()
+    return value if is_quantized(value) else value.astype(dtype)
 
 
 def _weighed(out, weights):

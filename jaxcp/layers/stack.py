@@ -7,6 +7,7 @@ whose arrays have a leading axis of layers. The name of such a stack is the slic
 they belong: row 4 of `layers.1:80.attention.q` is `layers.5.attention.q`.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -31,6 +32,26 @@ def layers_in(name: str) -> range:
 def is_stack(name: str) -> bool:
     """Tell whether arrays under this name have the leading axis."""
     return ":" in name
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class InStack:
+    """The weights of one layer where they lie in a stack: who reads few of them copies none.
+
+    What takes such a value says so (`nnx.Param(..., in_stack=True)`); others get a copy.
+    """
+
+    stack: Any
+    """`[L, ...]`, an array or what else a variable holds."""
+    layer: jax.Array
+    """An int32 scalar."""
+
+    def copy(self) -> Any:
+        """The layer's weights by themselves."""
+        return jax.tree.map(
+            lambda x: lax.dynamic_index_in_dim(x, self.layer, 0, keepdims=False), self.stack
+        )
 
 
 class Layers(nnx.Module):
@@ -96,11 +117,15 @@ class Layers(nnx.Module):
             attend.keep(names[0], here.state)
             return x, None if stats is None else jax.tree.map(lambda s: s[None], stats)
 
+        # a gradient would be as large as the stack in every layer
+        sliced, rejoined = zip(*(_cut(block, attend.keeps_rows) for block in blocks), strict=True)
+
         def period(carry, layer):
             x, kept = carry
-            number, blocks = layer
+            number, rows = layer
             after, of_period = [], []
-            for block, state in zip(blocks, kept, strict=True):
+            for join, row, state in zip(rejoined, rows, kept, strict=True):
+                block = join(row, number)
                 here = attend.of(state, number)
                 x, stats = call(block, x, here)
                 after.append(here.state)
@@ -110,7 +135,7 @@ class Layers(nnx.Module):
 
         count = len(layers_in(names[0]))
         kept = [attend.kept(name) for name in names]
-        (x, kept), stats = lax.scan(period, (x, kept), (jnp.arange(count), blocks))
+        (x, kept), stats = lax.scan(period, (x, kept), (jnp.arange(count), sliced))
         for name, state in zip(names, kept, strict=True):
             attend.keep(name, state)
         return x, jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), stats)
@@ -197,6 +222,27 @@ def _stacked(blocks: Sequence[nnx.Module]) -> Any:
         return with_axes(variables[0].replace(value), (AXIS, *axes_of(variables[0])))
 
     return jax.tree.map(stack, *blocks, is_leaf=_is_variable)
+
+
+def _cut(block: nnx.Module, whole: bool):
+    """`(variables, join)`: those of a stack that a scan slices, and what makes a block of a slice.
+
+    Where `whole`, variables that say `in_stack` are none of them: the block gets them as `InStack`.
+    """
+    variables, tree = jax.tree.flatten(block, is_leaf=_is_variable)
+    stays = [whole and v.get_metadata().get("in_stack", False) for v in variables]
+
+    def join(rows, layer):
+        rows = iter(rows)
+        return jax.tree.unflatten(
+            tree,
+            [
+                v.replace(InStack(v.get_value(), layer)) if own else next(rows)
+                for v, own in zip(variables, stays, strict=True)
+            ],
+        )
+
+    return [v for v, own in zip(variables, stays, strict=True) if not own], join
 
 
 def _member(block: nnx.Module, row: int) -> Any:

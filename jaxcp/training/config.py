@@ -128,7 +128,7 @@ class TrainConfig:
     out_dir: str | pathlib.Path
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     rules: Rules = dataclasses.field(default_factory=Rules)
-    """Which axes of parameters lie over which of the mesh's, such as `Rules(experts="seq")`."""
+    """The mesh axis of each logical axis of a parameter, such as `Rules(experts="seq")`."""
     strategy: Any = None
     """A strategy such as `Ring()`; None leaves the choice to the model."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -176,7 +176,7 @@ class TrainConfig:
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:
-    """What decides the numbers of a run, as JSON values: a checkpoint may only be continued by a
+    """List what decides the numbers of a run, as JSON values: a checkpoint may only be continued by a
     config that agrees on these. Mesh, rules, strategy, logging and saving may change."""
     how = ("remat", "reproducible_experts")
     model = {key: value for key, value in _plain(config.model).items() if key not in how}
