@@ -10,8 +10,8 @@ import jax
 from jax.sharding import PartitionSpec as P
 
 ACTIVATIONS = {"batch": "data", "tokens": "seq", "heads": "model"}
-"""The mesh axes of activations; the widths of the residual stream are whole on every device. No choice: the
-models' own shardings say so too."""
+"""The mesh axes of activations; the widths of the residual stream are whole on every device. No
+choice: the models' own shardings say so too."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

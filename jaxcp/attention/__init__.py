@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a layer sees and keeps: one file a kind of attention. Knows no flax."""
+"""The kinds of attention: what a layer sees and keeps, one file a kind. Knows no flax."""

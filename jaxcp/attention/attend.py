@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model hands to its layers so that they attend: over a whole sequence, or over a cache.
+"""The attention that a model hands to its layers: over a whole sequence, or over a cache.
 
 `Attend` is that of a model. Each layer gets its own, `attend.of(state, layer)`, and calls the one
 method that fits what it has computed:
@@ -23,13 +23,13 @@ class Attend:
     """Attention that keeps nothing: a subclass that does overrides all of this."""
 
     keeps_rows = False
-    """Whether calls change what is kept; there is no backward pass then."""
+    """True where calls change what is kept; there is no backward pass then."""
 
     state: Any = None
-    """What the layer keeps after its calls."""
+    """The state that the layer keeps after its calls."""
 
     def kept(self, name: str) -> Any:
-        """What the stack `name` keeps, arrays with a leading axis of layers."""
+        """Give what the stack `name` keeps, arrays with a leading axis of layers."""
         return None
 
     def keep(self, name: str, state: Any) -> None:

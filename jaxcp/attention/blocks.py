@@ -102,7 +102,7 @@ def compress_shard(
 
 
 def no_pending(batch: int, size: int, overlap: bool):
-    """What is pending before the first token, of entries of `size` channels."""
+    """Make the parts that are pending before the first token, of entries of `size` channels."""
     halves = 2 if overlap else 1
     shape = batch, halves, halves
     return (
@@ -126,7 +126,7 @@ NONE = -2
 
 
 def _of_row(values, gates, positions, *, ratio, slots, halves, send):
-    """What one row's local tokens make of every block that they are in.
+    """Sum up one row's local tokens, block by block.
 
     `parts`: blocks `[M]` (ascending, then `NONE`), and of each and of the block before it (of which
     an overlapping entry takes the first halves): tokens `[M, halves]`, value and lse
@@ -240,7 +240,7 @@ def block_ends(blocks, ratio: int):
 
 @functools.lru_cache(maxsize=64)
 def runs_of(layout: Layout, shards: int, tokens: int) -> int:
-    """How many runs of consecutive tokens a shard holds at most, `tokens` a shard."""
+    """Count the runs of consecutive tokens that a shard holds at most, `tokens` a shard."""
     if shards == 1:
         return 1
     padded = shards * tokens

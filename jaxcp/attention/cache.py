@@ -37,7 +37,7 @@ from pallas_kernels import PAD_POSITION
 )
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """What the layers of a model keep of the tokens so far. S = shards * slots per shard."""
+    """Keys and values of the tokens so far, by stack of layers. S = shards * slots a shard."""
 
     layers: dict[str, Any]
     """By the name of a stack of layers: a kind, whose arrays have a leading axis of layers."""
@@ -76,7 +76,7 @@ class Room:
     batch_size: int
     max_len: int
     slots: int
-    """Of all shards."""
+    """Slots of all shards."""
     dtype: Any
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a layer keeps that sees a window of tokens and compressed blocks of the rest.
+"""The kind of a layer that sees a window of tokens and compressed blocks of the rest.
 
 It is small, and the same on every device: the last `window - 1` rows, one entry (and index key) for
 every complete block, and of the blocks that are not complete the parts that will merge with what
@@ -77,7 +77,7 @@ class Compressed:
         return jax.tree.map(lambda x: on_mesh(x, _whole(STACK, x)), kept)
 
     def compress(self, tokens, layer, values, gates, *, ratio, overlap, name):
-        """As `WholeSequence.compress`, of the blocks that these tokens complete."""
+        """Do as `WholeSequence.compress` does, with the blocks that these tokens complete."""
         axis = _axis(tokens)
         shards = 1 if axis is None else shards_of(AXIS)
         runs = runs_of(_strategy(tokens).layout, shards, tokens.positions.shape[1] // shards)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a layer keeps that sees everything: a key and a value of each head for each slot.
+"""The kind of a layer that sees everything: a key and a value of each head for each slot.
 
 A short turn and decoding: one all-gather a layer carries the partial results of shards:
 `shards * B * T * N * (H + 1)` float32. A long turn sends what the strategy sends.

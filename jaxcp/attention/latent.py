@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What multi-head latent attention keeps: one latent and one key part a token, for all heads.
+"""The kind of multi-head latent attention: one latent and one key part a token, for all heads.
 
 Rows `[L, B, S, 1, latent + key part]` are sharded over slots and the same over `model`; keys and
 values are made of them. A long turn sends latents around as `latent_attention` does; a short one

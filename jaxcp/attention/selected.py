@@ -33,7 +33,7 @@ from pallas_kernels.flash_attention import Mask, apply_sinks
 from pallas_kernels.online_softmax import merge
 
 ELEMENTS = 2**24
-"""Of the largest array that a selection makes, in float32: 64 MiB."""
+"""Numbers in the largest array that a selection makes, in float32: 64 MiB."""
 
 
 @functools.partial(

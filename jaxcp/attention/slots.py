@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the arrays of a cache lie on devices, and where its shards put new rows.
+"""The slots of a cache: how they lie on devices, and where shards put new rows.
 
 What layers keep is stacked: arrays have a leading axis of layers, `[L, B, S, ...]`, and new rows
 are written into a layer of it in place.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From logits to tokens: greedy, temperature, top-k, top-p."""
+"""Samples tokens from logits: greedy, temperature, top-k, top-p."""
 
 import dataclasses
 import math

@@ -24,7 +24,7 @@ from jaxcp.inference.steps import decode_step, prefill
 
 @dataclasses.dataclass(kw_only=True)
 class Stats:
-    """Of a session; `prefilled`, `reused`, `generated` and the seconds are of its latest turn."""
+    """Numbers of a session; `prefilled`, `reused`, `generated` and seconds of its latest turn."""
 
     tokens: int = 0
     """In the cache."""
@@ -44,7 +44,7 @@ class Stats:
 
     @property
     def decode_tokens_per_second(self) -> float:
-        """Of the tokens after the first, which the prefill gives."""
+        """The rate of the tokens after the first, which the prefill gives."""
         return (self.generated - 1) / self.decode_seconds if self.decode_seconds else 0.0
 
 

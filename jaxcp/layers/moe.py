@@ -25,7 +25,7 @@ from jaxcp.sharding import tokens_spec
 from pallas_kernels import grouped_matmul, grouped_swiglu
 
 EXPERT_WEIGHTS = ("gate", "up", "down", "gate_bias", "up_bias")
-"""What an expert's own device applies."""
+"""The weights that an expert's own device applies."""
 
 
 class MoE(nnx.Module):
@@ -245,7 +245,7 @@ def _where(weights):
 
 
 def _number(weights) -> int:
-    """How many experts' weights these are."""
+    """Count the experts whose weights these are."""
     array, layer = _where(weights)
     shape = array.values.shape if is_quantized(array) else array.shape
     return shape[0 if layer is None else 1]

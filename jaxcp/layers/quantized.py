@@ -44,12 +44,12 @@ def is_quantized(value: Any) -> bool:
 
 
 def can_be_quantized(variable: nnx.Variable) -> bool:
-    """Whether the layer that has this parameter knows what to do with a quantized one."""
+    """Tell whether the layer that has this parameter knows what to do with a quantized one."""
     return "summed" in variable.get_metadata()
 
 
 def of_experts(variable: nnx.Variable) -> bool:
-    """Whether its first axis, after that of layers, is that of routed experts."""
+    """Tell whether its first axis, after that of layers, is that of routed experts."""
     return "experts" in axes_of(variable)[: 1 + is_stacked(variable)]
 
 
@@ -73,7 +73,7 @@ def as_matrix(variable: nnx.Variable, value: Any) -> Any:
 
 
 def as_leaf(variable: nnx.Variable, matrices: Quantized) -> Quantized | QuantizedLinear:
-    """What `variable` holds for these `[E, D, F]`."""
+    """Make what `variable` holds for these `[E, D, F]`."""
     if of_experts(variable):
         return matrices
     return QuantizedLinear(matrices, tuple(variable.shape), variable.get_metadata()["summed"])
@@ -128,7 +128,7 @@ def partition(value: Any, spec: P) -> Any:
 
 
 def matrix_spec(shape: tuple[int, ...], summed: int, spec: P) -> P:
-    """Of `[1, D, F]`, where `spec` is that of the weight in its own shape."""
+    """The spec of `[1, D, F]`, where `spec` is that of the weight in its own shape."""
     full = (*spec, *[None] * (len(shape) - len(spec)))
     if any(axis for i, axis in enumerate(full) if i not in (0, summed)):
         raise NotImplementedError(
@@ -146,7 +146,7 @@ def _parts(matrices: Quantized, spec: P) -> Quantized:
 
 
 def misfit(value: Any, spec: P, sizes: dict[str, int]) -> str | None:
-    """Why a leaf cannot lie as `spec` on a mesh with axes of `sizes`; None where it can.
+    """Say why a leaf cannot lie as `spec` on a mesh with axes of `sizes`; None where it can.
 
     A device's part begins where a scale begins.
     """

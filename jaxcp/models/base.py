@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every language model offers, whatever its layers."""
+"""The interface of every language model, whatever its layers."""
 
 import functools
 from collections.abc import Callable
@@ -29,7 +29,7 @@ class LanguageModel(nnx.Module):
     config: Any
     layers: Layers
     spelling: tuple[str, ...] = ()
-    """How the checkpoint that was loaded names its tensors, for `save` (`models/weight_table`)."""
+    """Names of tensors in the checkpoint that was loaded, for `save` (`models/weight_table`)."""
     stop_tokens: tuple[int, ...] = ()
     """Ids that end an answer, by the checkpoint that was loaded: what `Engine` goes by."""
 

@@ -49,7 +49,7 @@ class JoinedMTP(nnx.Module):
 
 
 class DraftingModel(LanguageModel):
-    """What `mtp(embedded, state, next_tokens, positions, attend) -> (state, stats)` gives a model.
+    """A model that drafts by `mtp(embedded, state, next_tokens, positions, attend)`.
 
     A model has `embed` and, where `config.num_mtp_layers`, `mtp`. Where it drafts from something
     else than `forward` gives, it has `trunk`, `hidden_of` and `drafted` of its own.
@@ -69,11 +69,11 @@ class DraftingModel(LanguageModel):
         return self.forward(tokens, positions, attend)
 
     def hidden_of(self, state: Any) -> Float[Array, "B T D"]:
-        """What `forward` gives, of what `trunk` gave."""
+        """Make what `forward` gives of what `trunk` gave."""
         return state
 
     def drafted(self, state: Any) -> Float[Array, "B T D"]:
-        """Of a draft, the hidden states whose `logits` are those of the token after next."""
+        """Take from a draft the hidden states whose `logits` are those of the token after next."""
         return state
 
     def draft(self, state: Any, next_tokens: Int[Array, "B T"], positions, attend: Attend) -> Any:

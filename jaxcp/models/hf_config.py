@@ -78,7 +78,7 @@ NEUTRAL: dict[str, tuple] = {
 
 SILU = "silu", "swish"
 QUANTIZED = None, "jaxcp", "fp8", "mxfp4", "modelopt", "compressed-tensors"
-"""Whose tensors say by themselves how they are quantized, see `jaxcp.weights.formats`."""
+"""Methods whose tensors say by themselves how they are quantized, see `jaxcp.weights.formats`."""
 DTYPES = "float32", "bfloat16", "float16"
 LEGACY = {"attention": "full_attention", "deepseek_sparse_attention": "indexed_attention"}
 """Kinds of layers under the names that they had before."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a row of a family's weight table says, in both directions. Knows no files, no devices.
+"""The rows of a family's weight table, in both directions. Knows no files, no devices.
 
 A row names a checkpoint tensor, its axes, the leaf of our model, and that leaf's axes:
 
@@ -72,7 +72,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """What one tensor of the checkpoint holds of a leaf: `shape` values from `start` on."""
+    """The part of a leaf that one tensor holds: `shape` values from `start` on."""
 
     name: str
     start: Shape
@@ -91,7 +91,7 @@ class Source:
     leaves: tuple[tuple[str, Shape], ...]
 
     def pieces(self, path: str, tensor: Callable[[str], np.ndarray]) -> Iterator[Piece]:
-        """What each tensor has of the leaf at `path`, from `tensor(name)`."""
+        """Yield what each tensor has of the leaf at `path`, from `tensor(name)`."""
         shape = dict(self.leaves)[path]
         if not self.row.per_expert:
             yield Piece(self.names[0], (0,) * len(shape), shape, lambda: self._read(path, tensor))
@@ -115,7 +115,7 @@ class Source:
         return self.row.to_leaf(whole[tuple(index)], shape)
 
     def place(self, path: str) -> slice:
-        """Where the leaf at `path` is on the axis that leaves share."""
+        """Find the leaf at `path` on the axis that leaves share."""
         paths = [leaf_path for leaf_path, _ in self.leaves]
         place = paths.index(path)
         if self.row.interleaved:
@@ -181,7 +181,7 @@ def sources(
 
 
 def spelling_of(chosen: Mapping[str, Source]) -> tuple[str, ...]:
-    """How the tensors of a checkpoint are named: a pattern for each kind of leaf."""
+    """List how the tensors of a checkpoint are named: a pattern for each kind of leaf."""
     return tuple(sorted({source.pattern for source in chosen.values()}))
 
 

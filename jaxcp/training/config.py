@@ -176,8 +176,11 @@ class TrainConfig:
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:
-    """List what decides the numbers of a run, as JSON values: a checkpoint may only be continued by a
-    config that agrees on these. Mesh, rules, strategy, logging and saving may change."""
+    """List what decides the numbers of a run, as JSON values.
+
+    A checkpoint may only be continued by a config that agrees on these. Mesh, rules, strategy,
+    logging and saving may change.
+    """
     how = ("remat", "reproducible_experts")
     model = {key: value for key, value in _plain(config.model).items() if key not in how}
     names = ["seq_len", "batch_size", "steps", "data", "optimizer", "seed"]

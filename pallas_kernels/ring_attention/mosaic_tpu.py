@@ -235,7 +235,7 @@ class _Ring(tile.Tile):
         )(*scalars, *inputs)
 
     def neighbour(self, ring_ref, chunk, *, ahead):
-        """Where `chunk` goes, or comes from."""
+        """Name the device to which `chunk` goes, or from which it comes."""
         axes = len(self.axes)
         up, down = ([ring_ref[1 + i + side * axes] for i in range(axes)] for side in (0, 1))
         if not ahead:
@@ -245,14 +245,14 @@ class _Ring(tile.Tile):
         return dict(zip(self.axes, up, strict=True))
 
     def owner(self, ring_ref, step, chunk):
-        """Whose keys `chunk` holds at `step`."""
+        """Name the device whose keys `chunk` holds at `step`."""
         back = self.size - step
         if self.bidirectional:
             back = jnp.where(chunk % 2 == 0, back, step)
         return lax.rem(ring_ref[0] + back, jnp.int32(self.size))
 
     def seen(self, blocks_ref, owner, b, i, j):
-        """As `visibility`: query block `i`, and block `j` of the owner's keys."""
+        """Look up `visibility`: query block `i`, and block `j` of the owner's keys."""
         at = ((owner * self.batch + b) * self.nq + i) * self.nk + j
         bits = blocks_ref[lax.div(at, jnp.int32(CODES))] >> (lax.rem(at, jnp.int32(CODES)) * BITS)
         some, every, diagonal = (bits & (1 << k) != 0 for k in range(BITS))
@@ -276,7 +276,7 @@ class _Ring(tile.Tile):
 
 
 def _packed(seen):
-    """What `visibility` says of all blocks, CODES of them in an int32."""
+    """Pack what `visibility` says of all blocks, CODES of them in an int32."""
     flags = [x for x in seen if x is not None]
     code = sum(x.astype(jnp.int32) << i for i, x in enumerate(flags)).reshape(-1)
     code = tiles.pad_axis(code, pl.cdiv(code.size, CODES) * CODES, 0).reshape(-1, CODES)
@@ -307,7 +307,7 @@ class _ForwardRefs(NamedTuple):
 
 
 class _ForwardBlocks(NamedTuple):
-    """What the pipeline brings into VMEM, and, from `acc` on, takes out of it."""
+    """The references that the pipeline brings into VMEM, and, from `acc` on, takes out of it."""
 
     q_ids: jax.Ref
     kv_ids: jax.Ref

@@ -18,7 +18,7 @@ class AttentionConfig:
     full_num_heads: int | None = None
     """Query heads of G and N layers, where not `num_heads`: full attention pays for each."""
     max_positions: int | None = None
-    """What config.json says of the lengths a model was trained for; limits nothing here."""
+    """The words of config.json on the lengths a model was trained for; limits nothing here."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -124,6 +124,6 @@ class HybridMoE(DraftingModel):
 
 
 def norm(config: HybridMoEConfig) -> RMSNorm:
-    """Of the residual stream."""
+    """Make a norm of the residual stream."""
     c = config.norm
     return RMSNorm(config.embed_dim, eps=c.eps, float32_scale=c.float32_scale)

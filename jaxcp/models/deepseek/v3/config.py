@@ -63,7 +63,7 @@ class DeepSeekV3Config:
 
     @property
     def attention_scale(self) -> float:
-        """What multiplies `q . k`."""
+        """The factor of `q . k`."""
         factor = 1.0 if self.rope.yarn is None else self.rope.yarn.factor
         gain = 0.1 * self.mscale_all_dim * math.log(factor) + 1 if factor > 1 else 1.0
         return (self.latent.nope_dim + self.latent.rope_dim) ** -0.5 * gain**2

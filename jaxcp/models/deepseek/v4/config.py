@@ -65,9 +65,9 @@ class DeepSeekV4Config:
     experts: ExpertDims
     streams: StreamDims
     rope: Rope
-    """Of W layers."""
+    """Rotary positions of W layers."""
     compressed_rope: Rope
-    """Of C and H layers: queries, keys and entries."""
+    """Rotary positions of C and H layers: queries, keys and entries."""
     max_positions: int
     norm_eps: float = 1e-6
     num_mtp_layers: int = 0

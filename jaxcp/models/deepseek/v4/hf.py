@@ -17,7 +17,7 @@ KINDS = {
 }
 """A layer's kind -> what transformers calls it."""
 HUB_RATIOS = {0: "W", 4: "C", 128: "H"}
-"""What `compress_ratios` in the hub's config.json says of a layer."""
+"""Kinds of layers, by what `compress_ratios` in the hub's config.json says of them."""
 ALIASES = {
     "num_local_experts": "n_routed_experts",
     "intermediate_size": "moe_intermediate_size",
@@ -203,7 +203,7 @@ def _hash_layers(d: HFConfig) -> int:
 
 
 def _ropes(d: HFConfig) -> tuple[Rope, Rope]:
-    """Of window layers, and of layers with compressed entries."""
+    """Read the rotary positions of window layers, and of layers with compressed entries."""
     rope = merged(d) or {}
     if "main" in rope and "compress" in rope:
         d.get("rope_theta"), d.get("compress_rope_theta")  # theirs are inside
