@@ -2,13 +2,12 @@
 """Quantized weights are never whole in memory in another format: what a chip's compiler allots for
 a model's step, with no chip here, has no room for them."""
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from pairwise import pairwise
 from published import HY3
 
 import jaxcp
@@ -68,7 +67,12 @@ def compiled(model, where, program, change=None):
 
 
 QUICK = [("nvfp4", "v6e:2x2", "decode")]
-EVERY = itertools.product(FORMATS, ("v6e:2x2", "h200:2"), ("prefill", "decode"))
+EVERY = [
+    tuple(case.values())
+    for case in pairwise(
+        {"name": FORMATS, "where": ("v6e:2x2", "h200:2"), "program": ("prefill", "decode")}
+    )
+]
 SLOW = [pytest.param(*x, marks=pytest.mark.slow) for x in EVERY if x not in QUICK]
 
 
