@@ -66,7 +66,9 @@ class Ring(Strategy):
         return circulate(circles, static, *arrays, expand=expand, weights=weights)
 
     def cost(self, shapes: Shapes) -> Cost:
-        """As its docstring says; `fused` sends the same bytes, chunk by chunk out of the kernel."""
+        """Of `fused` by its docstring alone, as no compiled program shows what a kernel sends: the
+        same bytes, in chunks; `held` is that of a plain ring.
+        """
         both_ways = self.bidirectional and shapes.shards > 2 and shapes.keys > 1
         kind = "remote-dma" if self.fused else "collective-permute"
         return circle_cost(shapes, directions=2 if both_ways else 1, kind=kind)
