@@ -42,9 +42,9 @@ PIECES = 16
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FixedOrder(Strategy):
-    """Adds everything up in one order: the same bits, forward and backward, from any shards.
+    """Adds everything up in one order: the same bits, forward and backward, from 1 to 16 shards.
 
-    From 1, 2, 4, 8 and 16 shards (of `Zigzag()` to 8); every mask is honoured. For finding out
+    Of 1, 2, 4, 8 or 16 shards (of `Zigzag()` to 8); every mask is honoured. For finding out
     whether a change of mesh changed a result: it gathers as `AllGather` does, and is slower. Of
     latents (`latent_attention`) only while the `data` and `model` axes stay as they are.
 

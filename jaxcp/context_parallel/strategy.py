@@ -16,8 +16,9 @@ class Strategy:
     for it. The result is right under any layout, because only positions mask.
 
     `fills_caches`: keys may be other tokens than the queries', those of a cache among them.
-    `same_bits`: the result has the same bits on any number of shards, so nothing else may stand in
-    for the strategy, nor be merged with what it gives; of a latent `attend` is told its `copies`.
+    `same_bits`: the result has the bits of one shard whatever their number, so nothing else may
+    stand in for the strategy, nor be merged with what it gives; of a latent `attend` is told its
+    `copies`.
     """
 
     layout: Layout = dataclasses.field(default_factory=Zigzag)
