@@ -10,8 +10,8 @@ import jax
 from jax.sharding import PartitionSpec as P
 
 ACTIVATIONS = {"batch": "data", "tokens": "seq", "heads": "model"}
-"""How activations lie; the widths of the residual stream are whole on every device. No choice: the
-models' own shardings say so too."""
+"""Mesh axes of activations; the widths of the residual stream are whole on every device. They are
+no choice: the models' own shardings say so too."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class Rules:
     index_heads: str | None = None  # of an indexer: small, every device scores for all its queries
     vocab: str | None = None  # the loss and the sampler read whole rows
     experts: str | None = "expert"
-    """Over "seq" or "data" experts lie on the devices that hold tokens, which then travel to them;
+    """Experts over "seq" or "data" lie on the devices that hold tokens, which then travel to them;
     over "expert" every device sees the same tokens."""
     choices: str | None = None  # a router's columns: every device chooses among all experts
     positions: str | None = None
@@ -53,7 +53,7 @@ class Rules:
             raise ValueError(f"experts lie over expert, seq or data; got experts={self.experts!r}")
 
     def spec(self, axes: Sequence[str | None]) -> P:
-        """How a parameter of these logical axes lies.
+        """The `PartitionSpec` of a parameter with these logical axes.
 
         Raises:
           ValueError: two of them over one mesh axis.
@@ -72,12 +72,12 @@ DEFAULT = Rules()
 
 
 def sharding_of(variable: Any, rules: Rules = DEFAULT) -> P:
-    """How an `nnx.Variable` lies on the mesh; replicated where it names no axes."""
+    """The `PartitionSpec` of an `nnx.Variable`; replicated if it names no axes."""
     return rules.spec(variable.get_metadata().get("axes") or ())
 
 
 def tokens_spec(x) -> P | None:
-    """How the leading `[B, T]` of an explicit array lies on the mesh; None without a mesh."""
+    """The `PartitionSpec` of the leading `[B, T]` of an explicit array; None without a mesh."""
     if jax.sharding.get_abstract_mesh().empty:
         return None
     spec = jax.typeof(x).sharding.spec

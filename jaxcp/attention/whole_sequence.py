@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `attend` is where a model sees a whole sequence at once: no cache, all tokens sharded."""
+"""The `attend` of a model that sees a whole sequence at once: no cache, all tokens sharded."""
 
 import dataclasses
 from typing import Any

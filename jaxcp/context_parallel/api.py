@@ -161,7 +161,10 @@ def _copies(heads, weights, axis_name):
 
 
 def weight_spec(x, heads) -> P:
-    """How a weight lies: whole, or sharded as heads are. `expand` cannot know of anything else."""
+    """The `PartitionSpec` of a weight: whole, or sharded as heads are.
+
+    `expand` cannot know of anything else.
+    """
     if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
         return P()
     spec = jax.typeof(x).sharding.spec
@@ -271,7 +274,7 @@ def attention_fn(
 
 
 def qkv_spec(q, k, axis_name) -> P:
-    """How `[B, T, N, H]` lies on the mesh in scope: batch, tokens, heads."""
+    """The `PartitionSpec` of `[B, T, N, H]` on the mesh in scope: batch, tokens, heads."""
     mesh = jax.sharding.get_abstract_mesh()
     for name in _names(axis_name):
         if name not in mesh.shape:

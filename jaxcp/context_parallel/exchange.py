@@ -13,7 +13,7 @@ from jaxcp.context_parallel.cost import Shapes
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """How `[B, t, heads, H]` becomes `[B, size * t, heads of one device, H]`, and back.
+    """The exchange of `[B, t, heads, H]` for `[B, size * t, heads of one device, H]`, and back.
 
     `kv_heads`: the KV heads that each device of a group needs, equally many, `[size][some]`.
     """
@@ -70,7 +70,7 @@ class Exchange:
 
 
 def exchanged_shapes(shapes: Shapes, size: int) -> Shapes:
-    """What a device holds after an exchange among `size`; `shards` are the groups.
+    """The shapes that a device holds after an exchange among `size`; `shards` are the groups.
 
     Raises:
       ValueError: the query heads do not divide.
@@ -95,7 +95,7 @@ def _check_divides(num_heads, size):
 
 
 def _kv_heads(size, num_heads, num_kv_heads):
-    """Which KV heads each of `size` devices needs, so that query head i reads entry i * m // N."""
+    """KV heads that each of `size` devices needs, so that query head i reads entry i * m // N."""
     each = num_heads // size
     read = np.arange(num_heads).reshape(size, each) * num_kv_heads // num_heads
     few = [np.unique(row) for row in read]

@@ -61,7 +61,7 @@ class FixedOrder(Strategy):
         self, q, k, v, q_pos, kv_pos, q_seg, kv_seg, *,
         axis_name, mask, expand=None, weights=(), copies=None, **options,
     ):  # fmt: skip
-        """As every strategy does.
+        """Attend as `Strategy.attend` says.
 
         `copies`: with `expand`, the mesh axes (beside `axis_name`) whose devices hold the same
         latent, and those that hold the same of each weight: `(axes, (axes, ...))`.
@@ -268,7 +268,7 @@ def _joined(tree):
 
 
 def _all(where, own):
-    """Of the local `[pieces, ...]` every piece of the sequence, `[16, ...]`, in natural order."""
+    """Gather the local `[pieces, ...]`: every piece, `[16, ...]`, in natural order."""
     axis_name, numbers = where
     order = np.argsort(np.reshape(numbers, -1))
     return jax.tree.map(
@@ -277,7 +277,7 @@ def _all(where, own):
 
 
 def _visible(options, q_pos, kv_pos):
-    """Whether any query may see any key, of a piece each."""
+    """Tell whether any query of one piece may see any key of another."""
     q_pos = jnp.where(q_pos == PAD_POSITION, NO_POSITION, q_pos)
     q, kv = bounds(q_pos, pad=NO_POSITION), bounds(kv_pos, pad=PAD_POSITION)
     return dict(options)["mask"].may_see(*q, *kv).any()

@@ -66,8 +66,8 @@ class Ring(Strategy):
         return circulate(circles, static, *arrays, expand=expand, weights=weights)
 
     def cost(self, shapes: Shapes) -> Cost:
-        """Of `fused` by its docstring alone, as no compiled program shows what a kernel sends: the
-        same bytes, in chunks; `held` is that of a plain ring.
+        """Count as every strategy does. Of `fused`, whose traffic no compiled program shows, the
+        bytes are those of its docstring, and `held` is that of a plain ring.
         """
         both_ways = self.bidirectional and shapes.shards > 2 and shapes.keys > 1
         kind = "remote-dma" if self.fused else "collective-permute"

@@ -24,7 +24,7 @@ from jaxcp.sharding import tokens_spec
 from pallas_kernels import grouped_matmul, grouped_swiglu
 
 EXPERT_WEIGHTS = ("gate", "up", "down", "gate_bias", "up_bias")
-"""What an expert's own device applies."""
+"""Weights that an expert's own device applies."""
 
 
 class MoE(nnx.Module):
@@ -227,7 +227,7 @@ class MoE(nnx.Module):
 
 
 def _spec(placed):
-    """Of weights, quantized or not."""
+    """The spec of weights, quantized or not."""
     return placed.values if is_quantized(placed) else placed
 
 

@@ -127,7 +127,7 @@ class TrainConfig:
     out_dir: str | pathlib.Path
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     rules: Rules = dataclasses.field(default_factory=Rules)
-    """Which axes of parameters lie over which of the mesh's, such as `Rules(experts="seq")`."""
+    """Mesh axes of the logical axes of parameters, such as `Rules(experts="seq")`."""
     strategy: Any = None
     """A strategy such as `Ring()`; None leaves the choice to the model."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
