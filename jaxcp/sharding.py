@@ -38,7 +38,7 @@ class Rules:
     index_heads: str | None = None  # of an indexer: small, every device scores for all its queries
     vocab: str | None = None  # the loss and the sampler read whole rows
     experts: str | None = "expert"
-    """Over "seq" or "data" experts lie on the devices that hold tokens, which then travel to them;
+    """Experts over "seq" or "data" lie on the devices that hold tokens, which then travel to them;
     over "expert" every device sees the same tokens."""
     choices: str | None = None  # a router's columns: every device chooses among all experts
     positions: str | None = None

@@ -161,7 +161,10 @@ def _copies(heads, weights, axis_name):
 
 
 def weight_spec(x, heads) -> P:
-    """The `PartitionSpec` of a weight: whole, or sharded as heads are, for `expand`."""
+    """The `PartitionSpec` of a weight: whole, or sharded as heads are.
+
+    `expand` cannot know of anything else.
+    """
     if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
         return P()
     spec = jax.typeof(x).sharding.spec

@@ -32,13 +32,13 @@ class Circle:
 
     @classmethod
     def of(cls, axis_name, *, stride: int = 1, reverse: bool = False) -> "Circle":
-        """Over the devices of `axis_name` that are `stride` apart, `stride` circles in all."""
+        """Make `stride` circles of the devices of `axis_name` that are `stride` apart."""
         n = lax.axis_size(axis_name)
         hops = [(i, (i + stride) % n) for i in range(n)]
         return cls(axis_name, n // stride, tuple((b, a) if reverse else (a, b) for a, b in hops))
 
     def rotate(self, tree):
-        """Pass on what the neighbour before held."""
+        """Receive the tree of the neighbour before, and send ours on."""
         return jax.tree.map(lambda x: lax.ppermute(x, self.axis_name, self.hops), tree)
 
 
@@ -91,7 +91,7 @@ def _forward(circles, options, expand, *arrays):
 
 
 class _Sums(NamedTuple):
-    """The arrays that device r carries from one step of the backward pass to the next.
+    """Sums and keys that device r carries from one step of the backward pass to the next.
 
     Of a circle of 4, whose keys it meets and whose gradient arrives meanwhile:
 
@@ -105,7 +105,7 @@ class _Sums(NamedTuple):
     streams: Any
     """The keys to meet of each circle, their positions and segment ids."""
     dkeys: Any
-    """The gradient of the keys met last, of each circle, in float32."""
+    """The gradient of the keys met last of each circle, in float32."""
 
 
 def _backward(circles, options, expand, saved, grads):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bytes that attention sends and holds, by arithmetic: `Strategy.cost(shapes)`.
+"""Bytes that attention sends and holds, by arithmetic: `Strategy.cost(shapes)`.
 
-Tests hold every strategy's cost against compiled programs, so this is what they do, not a plan.
+Tests hold every strategy's cost against compiled programs, so it is what they do.
 """
 
 import dataclasses
@@ -104,7 +104,7 @@ class Traffic:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cost:
-    """The collectives and bytes of a device in each pass, and what it holds in the forward one.
+    """Traffic of a device in each pass, and bytes that it holds in the forward one.
 
     `backward` is what a gradient adds, in one program with `forward`. `held`: bytes beside the
     arguments of a forward pass, the result included.

@@ -70,7 +70,7 @@ class Exchange:
 
 
 def exchanged_shapes(shapes: Shapes, size: int) -> Shapes:
-    """Count what a device holds after an exchange among `size`; `shards` are the groups.
+    """The shapes that a device holds after an exchange among `size`; `shards` are the groups.
 
     Raises:
       ValueError: the query heads do not divide.
@@ -95,7 +95,7 @@ def _check_divides(num_heads, size):
 
 
 def _kv_heads(size, num_heads, num_kv_heads):
-    """Choose each device's KV heads, so that query head i reads entry i * m // N."""
+    """KV heads that each of `size` devices needs, so that query head i reads entry i * m // N."""
     each = num_heads // size
     read = np.arange(num_heads).reshape(size, each) * num_kv_heads // num_heads
     few = [np.unique(row) for row in read]

@@ -61,7 +61,7 @@ class FixedOrder(Strategy):
         self, q, k, v, q_pos, kv_pos, q_seg, kv_seg, *,
         axis_name, mask, expand=None, weights=(), copies=None, **options,
     ):  # fmt: skip
-        """Attend as every strategy does.
+        """Attend as `Strategy.attend` says.
 
         `copies`: with `expand`, the mesh axes (beside `axis_name`) whose devices hold the same
         latent, and those that hold the same of each weight: `(axes, (axes, ...))`.
@@ -268,7 +268,7 @@ def _joined(tree):
 
 
 def _all(where, own):
-    """Gather all pieces `[16, ...]`, in natural order, from the local `[pieces, ...]`."""
+    """Gather the local `[pieces, ...]`: every piece, `[16, ...]`, in natural order."""
     axis_name, numbers = where
     order = np.argsort(np.reshape(numbers, -1))
     return jax.tree.map(

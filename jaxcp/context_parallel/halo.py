@@ -134,7 +134,7 @@ def reached(
 def rows_to_send(
     orders: Iterable[tuple[np.ndarray, int]], window: int, causal: bool = True
 ) -> dict[int, np.ndarray]:
-    """List the rows that each shard sends, by distance: `{distance: [shards, most]}`, -1: none.
+    """Find the rows that each shard sends: `{distance: local rows [shards, most]}`, -1 for none.
 
     Enough for each of `orders`: the natural index of the token at each place `[shards, tokens]`,
     in order on a shard and pads last, and how many tokens there are; pads are not below that.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiler options by which transfers run while kernels do."""
+"""Options of XLA with which transfers run while kernels do."""
 
 from pallas_kernels.dispatch import target_platform
 

@@ -115,7 +115,7 @@ class Pieces:
         )
 
     def _before(self, ordered, first):
-        """Take, from what stands after each piece in order, what stands before each local one."""
+        """Take from the values after each piece in order those before each local one."""
         shifted = jnp.concatenate([first, ordered[:-1]])
         return jnp.take(shifted, self._mine(self._tables[3]), axis=0)
 

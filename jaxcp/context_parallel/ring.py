@@ -66,7 +66,9 @@ class Ring(Strategy):
         return circulate(circles, static, *arrays, expand=expand, weights=weights)
 
     def cost(self, shapes: Shapes) -> Cost:
-        """Count what the docstring says; `fused` sends the same bytes out of the kernel."""
+        """Count as every strategy does. Of `fused`, whose traffic no compiled program shows, the
+        bytes are those of its docstring, and `held` is that of a plain ring.
+        """
         both_ways = self.bidirectional and shapes.shards > 2 and shapes.keys > 1
         kind = "remote-dma" if self.fused else "collective-permute"
         return circle_cost(shapes, directions=2 if both_ways else 1, kind=kind)

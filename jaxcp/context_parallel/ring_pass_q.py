@@ -49,7 +49,7 @@ class RingPassQ(Strategy):
 
     @staticmethod
     def fewer_bytes(q, k, v) -> bool:
-        """Tell whether local shards send less by passing q than by rotating k and v."""
+        """Tell whether local shards of these shapes send less by passing q than rotating K/V."""
         shapes = Shapes(
             shards=2,  # of n the bytes of both are n - 1 times these
             batch=q.shape[0],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The base of strategies: a frozen value with one method on local shards."""
+"""The base of every strategy: a frozen value with one method on local shards."""
 
 import dataclasses
 from typing import ClassVar
@@ -10,7 +10,7 @@ from jaxcp.layout import Layout, Zigzag
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Strategy:
-    """The way in which queries on one shard meet keys on the others.
+    """A way in which queries on one shard meet keys on the others.
 
     `layout` is the order of tokens that suits the strategy; whoever puts tokens on devices asks
     for it. The result is right under any layout, because only positions mask.

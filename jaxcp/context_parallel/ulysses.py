@@ -50,7 +50,7 @@ class Ulysses(Strategy):
         return _attend(statics, q, k, v, q_pos, kv_pos, q_seg, kv_seg)
 
     def cost(self, shapes: Shapes) -> Cost:
-        """Without the lse, which travels back where something reads it: sinks, or a merge."""
+        """Leaves out the lse, which travels back only where it is read: for sinks, or a merge."""
         n = shapes.shards
         inner = exchanged_shapes(shapes, n)
         repeated = n * inner.num_kv_heads > shapes.num_kv_heads

@@ -57,7 +57,7 @@ class USP(Strategy):
         return swap.back(out), swap.back(lse)
 
     def cost(self, shapes: Shapes) -> Cost:
-        """Without the lse, as that of `Ulysses`."""
+        """Leaves out the lse, as `Ulysses.cost` does."""
         self._check(shapes.shards)
         u, inner = self.ulysses, exchanged_shapes(shapes, self.ulysses)
         circle = circle_cost(inner)

@@ -77,7 +77,7 @@ def exchanged(
     axis_name: str,
     num_experts: int,
 ) -> Float[Array, "M k D"]:
-    """Run each choice's expert on its row, inside shard_map, over the devices of `axis_name`.
+    """Apply the expert of each choice to its row. Inside shard_map, over devices of `axis_name`.
 
     Args:
       chosen: experts, of all `num_experts`; device i holds the i-th E / n of them.
