@@ -12,7 +12,7 @@ import pytest
 from slow import slow_but
 
 from pallas_kernels import grouped_matmul, grouped_swiglu
-from pallas_kernels.grouped_matmul import dequantize, quantize, quantized
+from pallas_kernels.grouped_matmul import Quantized, dequantize, quantize, quantized
 from pallas_kernels.grouped_matmul.api import IMPLEMENTATIONS
 from pallas_kernels.number_formats import four_times_e2m1, from_ue8m0, to_e2m1, to_ue8m0
 from pallas_kernels.testing.grouped_matmul import CASES, check, product
@@ -229,6 +229,22 @@ def test_a_layer_out_of_range_reads_no_other_memory(implementation):
     for layer, nearest in ((-1, 1.0), (3, 3.0)):
         out = product(x, weights, sizes, layer=jnp.int8(layer))
         np.testing.assert_array_equal(out, jnp.full((4, 16), 16 * nearest))
+
+
+@pytest.mark.parametrize(("layers", "in_place"), [(10, True), (15, False), (40, True)])
+def test_triton_slices_stacks_that_it_cannot_reach(layers, in_place):
+    """Offsets have 32 bits and a sign up to 4 GiB, and 64 bits above: bytes past 2 GiB are lost."""
+    shape = layers, 32, 4096, 1536  # 192 MiB a layer
+    weights = Quantized(
+        jax.ShapeDtypeStruct(shape, jnp.int8),
+        jax.ShapeDtypeStruct((layers, 32, 1, 1536), jnp.float32),
+    )
+    given = jax.ShapeDtypeStruct((16, 4096), jnp.bfloat16), weights, jnp.zeros(32, jnp.int32)
+    product = functools.partial(grouped_matmul, implementation="triton")
+    program = jax.make_jaxpr(lambda layer, *given: product(*given, layer=layer))(0, *given)
+    (kernel,) = [e for e in program.eqns if e.primitive.name == "pallas_call"]
+    matrices = layers * 32 if in_place else 32
+    assert (matrices, 4096, 1536) in [x.aval.shape for x in kernel.invars]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
