@@ -3,7 +3,8 @@
 
 A backend has `matmul(lhs, rhs, group_sizes, transpose=False)`, with `rhs` an array or `Quantized`,
 `outer(lhs, dout, group_sizes, dtype)`, the product that the gradient of the weights is, and
-`swiglu(lhs, gate, up, group_sizes, clamp, preactivations)`.
+`swiglu(lhs, gate, up, group_sizes, clamp, preactivations)`. The first and the last take a `layer`
+as well, of weights `[L, E, D, F]`, which have no gradient.
 """
 
 import functools
@@ -28,6 +29,22 @@ def alike(*trees):
         return jax.lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(one, trees)
+
+
+@jax.custom_vjp
+def refused(tree):
+    """The tree as it is; whoever asks for a gradient through it is told what to do."""
+    return tree
+
+
+def _refused_forward(tree):
+    raise NotImplementedError(
+        "no gradient through weights of a stack of layers (layer=...); slice the layer instead: "
+        "jax.tree.map(lambda x: x[layer], weights)"
+    )
+
+
+refused.defvjp(_refused_forward, lambda _, dout: (dout,))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.dispatch import target_platform
-from pallas_kernels.grouped_matmul import gradients, groups, tuning
+from pallas_kernels.grouped_matmul import gradients, groups, stack, tuning
 from pallas_kernels.grouped_matmul.quantized import (
     BLOCK,
     PACKED,
@@ -36,17 +36,19 @@ SUBLANES = 16  # rows that bfloat16 packs into a register
 VMEM_MARGIN = 8 << 20  # room for the compiler beside the blocks
 
 
-def matmul(lhs, rhs, group_sizes, *, transpose=False):
+def matmul(lhs, rhs, group_sizes, *, transpose=False, layer=None):
     """`[M, F]`, or with `transpose` `[M, D]` from `[M, F]` and `[E, D, F]`."""
-    (out,) = _products("mosaic_matmul", lhs, (rhs,), group_sizes, 1, _first, transpose=transpose)
+    (out,) = _products(
+        "mosaic_matmul", lhs, (rhs,), group_sizes, 1, _first, transpose=transpose, layer=layer
+    )
     return out
 
 
-def swiglu(lhs, gate, up, group_sizes, clamp, *, preactivations):
+def swiglu(lhs, gate, up, group_sizes, clamp, *, preactivations, layer=None):
     """`(out, g, u)`; g and u only with `preactivations`."""
     outs = 3 if preactivations else 1
     finish = functools.partial(_gated, clamp=clamp)
-    return _products("mosaic_swiglu", lhs, (gate, up), group_sizes, outs, finish)
+    return _products("mosaic_swiglu", lhs, (gate, up), group_sizes, outs, finish, layer=layer)
 
 
 def outer(lhs, dout, group_sizes, dtype):
@@ -86,15 +88,16 @@ def outer(lhs, dout, group_sizes, dtype):
     return out[:, :d, :f]
 
 
-def _products(op, lhs, weights, group_sizes, outs, finish, *, transpose=False):
-    """Multiply `lhs` with each of the weights and apply `finish`, in one kernel."""
-    m, e, n = lhs.shape[0], weights[0].shape[0], weights[0].shape[1 if transpose else 2]
+def _products(op, lhs, weights, group_sizes, outs, finish, *, transpose=False, layer=None):
+    """`finish` of the products of `lhs` with each of the weights, one kernel."""
+    weights, layer = _unpadded(weights, layer)
+    m, (e,), n = lhs.shape[0], group_sizes.shape, weights[0].shape[1 if transpose else 2]
     if m == 0:
         return [_zeros(lhs, (0, n), lhs.dtype)] * outs
     block, interpret = _blocks(op, lhs, e, n)
     if isinstance(weights[0], Quantized) and weights[0].is_fine:
         assert not transpose, "gradients.py refuses it"
-        return _fine_products(op, lhs, weights, group_sizes, outs, finish, block)
+        return _fine_products(op, lhs, weights, group_sizes, outs, finish, block, layer)
     operands = [operand(w, transpose=transpose) for w in weights]
     # a row each: Mosaic picks one of them at run time along a major axis only
     scales = [_whole(s, 1)[:, :, None] for _, s in operands if s is not None]
@@ -111,7 +114,7 @@ def _products(op, lhs, weights, group_sizes, outs, finish, *, transpose=False):
     out = pl.pallas_call(
         functools.partial(_products_kernel, plan=plan),
         grid_spec=_grid(
-            block, (wide, visits.total, k // block.k), e, weights, scales, outs, transpose
+            block, (wide, visits.total, k // block.k), weights, scales, outs, transpose
         ),
         out_shape=[_like(lhs, (rows, wide), lhs.dtype)] * outs,
         compiler_params=pltpu.CompilerParams(
@@ -120,13 +123,13 @@ def _products(op, lhs, weights, group_sizes, outs, finish, *, transpose=False):
         ),
         interpret=interpret,
         name=f"grouped_matmul_{op.removeprefix('mosaic_')}{'_transposed' * transpose}",
-    )(visits.group, visits.tile, visits.offsets, lhs, *weights, *scales)
+    )(*_prefetched(visits, e, layer), lhs, *weights, *scales)
     return [x[:m, :n] for x in out]
 
 
-def _fine_products(op, lhs, weights, group_sizes, outs, finish, block):
-    """Do `_products` of weights that are widened piece by piece on their way in."""
-    m, (e, _, n) = lhs.shape[0], weights[0].shape
+def _fine_products(op, lhs, weights, group_sizes, outs, finish, block, layer):
+    """As `_products`, of weights that are made whole piece by piece on their way in."""
+    m, (e,), n = lhs.shape[0], group_sizes.shape, weights[0].shape[2]
     packed, group = weights[0].packed, weights[0].group
     if packed and packed not in (64, 128, PACKED):
         raise NotImplementedError(f"{op}: 64, 128 or {PACKED} rows packed together; got {packed}")
@@ -151,7 +154,7 @@ def _fine_products(op, lhs, weights, group_sizes, outs, finish, block):
     out = pl.pallas_call(
         functools.partial(_products_kernel, plan=plan),
         grid_spec=_grid(
-            block, grid, e, values, wholes, outs, False, fine=(block.k // pieces, k // group)
+            block, grid, values, wholes, outs, False, fine=(block.k // pieces, k // group)
         ),
         out_shape=[_like(lhs, (rows, wide), lhs.dtype)] * outs,
         compiler_params=pltpu.CompilerParams(
@@ -160,8 +163,23 @@ def _fine_products(op, lhs, weights, group_sizes, outs, finish, block):
         ),
         interpret=target_platform() == "cpu",
         name=f"grouped_matmul_{op.removeprefix('mosaic_')}_fine",
-    )(visits.group, visits.tile, visits.offsets, lhs, *values, *wholes, *scales)
+    )(*_prefetched(visits, e, layer), lhs, *values, *wholes, *scales)
     return [x[:m, :n] for x in out]
+
+
+def _unpadded(weights, layer):
+    """`(weights, layer)`: a whole stack as matrices; or, to be padded, a layer's alone and None."""
+    first, (tall, wide) = weights[0], weights[0].shape[-2:]
+    fine = isinstance(first, Quantized) and first.is_fine
+    unit = _Fine(first.group, first.packed).unit if fine else LANES
+    if tall % unit or wide % LANES:
+        return stack.one_layer(weights, layer), None
+    return [stack.all_matrices(w, layer) for w in weights], layer
+
+
+def _prefetched(visits, groups_, layer):
+    matrix = stack.matrix_of(visits.group, groups_, layer)
+    return visits.group, visits.tile, visits.offsets, matrix
 
 
 def _tall(x, rows):
@@ -169,30 +187,26 @@ def _tall(x, rows):
     return _whole(jnp.pad(x, ((0, 0), (0, rows - x.shape[1]), (0, 0))), 1)
 
 
-def _grid(block, grid, groups_, weights, scales, outs, transpose, fine=None):
-    """Make the grid and its block specs.
-
-    `fine`: rows of values in a step, and of scales, which come last and whole.
-    """
+def _grid(block, grid, weights, scales, outs, transpose, fine=None):
+    """`fine`: rows of values in a step, and of scales, which come after the others and whole."""
     wide, visits, steps = grid
 
-    def of_weights(n, v, k, group, *_):
-        g = jnp.minimum(group[v], groups_ - 1)  # rows past the last group use no weights
-        return (g, n, k) if transpose else (g, k, n)
+    def of_weights(n, v, k, group, tile, offsets, matrix):
+        return (matrix[v], n, k) if transpose else (matrix[v], k, n)
 
-    def of_scales(n, v, k, group, *_):
-        return jnp.minimum(group[v], groups_ - 1), 0, 0, n
+    def of_scales(n, v, k, group, tile, offsets, matrix):
+        return stack.index(matrix[v], scales[0].shape[0], weights[0].shape[0]), 0, 0, n
 
-    def of_fine_scales(n, v, k, group, *_):
-        return jnp.minimum(group[v], groups_ - 1), 0, n
+    def of_fine_scales(n, v, k, group, tile, offsets, matrix):
+        return matrix[v], 0, n
 
     tall = fine[0] if fine else block.k
     matrix = (None, block.n, block.k) if transpose else (None, tall, block.n)
     finer = [pl.BlockSpec((None, fine[1], block.n), of_fine_scales)] if fine else []
-    lhs = pl.BlockSpec((block.m, block.k), lambda n, v, k, group, tile, _: (tile[v], k))
-    out = pl.BlockSpec((block.m, block.n), lambda n, v, k, group, tile, _: (tile[v], n))
+    lhs = pl.BlockSpec((block.m, block.k), lambda n, v, k, group, tile, *_: (tile[v], k))
+    out = pl.BlockSpec((block.m, block.n), lambda n, v, k, group, tile, *_: (tile[v], n))
     return pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=3,
+        num_scalar_prefetch=4,
         grid=(wide // block.n, visits, steps),
         in_specs=[
             lhs,
@@ -314,13 +328,15 @@ class _Plan:
 class _Refs(NamedTuple):
     """The kernel's arguments in their order; each tuple has one for each of the weights, or none.
 
-    `scales` are of channels or blocks, `fine` of groups as they are stored. Scratch: `made`, `fine`
-    in float32, and `sums`, where a product takes several steps.
+    `matrix` says which of the weights a visit takes. `scales` are of channels or blocks, `fine` of
+    groups as they are stored. Scratch: `made`, `fine` in float32, and `sums`, where a product takes
+    several steps.
     """
 
     group: jax.Ref
     tile: jax.Ref
     offsets: jax.Ref
+    matrix: jax.Ref
     lhs: jax.Ref
     weights: tuple[jax.Ref, ...]
     scales: tuple[jax.Ref, ...]
@@ -333,10 +349,10 @@ class _Refs(NamedTuple):
     def of(cls, refs, plan):
         n, fine = plan.weights, plan.fine is not None
         counts = n, n * (plan.scale_rows > 0), n * fine, plan.outs, n * fine, n * (plan.steps > 1)
-        rest = iter(refs[4:])
+        rest = iter(refs[5:])
         parts = [tuple(itertools.islice(rest, count)) for count in counts]
         assert next(rest, None) is None
-        return cls(*refs[:4], *parts)
+        return cls(*refs[:5], *parts)
 
 
 def _products_kernel(*refs, plan):

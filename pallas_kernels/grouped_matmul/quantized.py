@@ -39,6 +39,8 @@ class Quantized:
     `[E, D / g, F]` for g = 16, 32 or 128 rows of a column; float32, float8_e4m3fn or, as exponents
     of 2 plus 127, uint8. `channel_scales`: float32 `[E, 1, F]`, or None.
 
+    For a stack of layers every array is `[L, E, ...]`.
+
     A pytree; no gradient flows into it.
     """
 
@@ -48,9 +50,9 @@ class Quantized:
     packed: int = dataclasses.field(default=0, metadata={"static": True})
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        e, d, f = self.values.shape
-        return e, 2 * d if self.packed else d, f
+    def shape(self) -> tuple[int, ...]:
+        *lead, d, f = self.values.shape
+        return *lead, 2 * d if self.packed else d, f
 
     @property
     def ndim(self) -> int:
@@ -58,31 +60,36 @@ class Quantized:
 
     @property
     def by_channel(self) -> bool:
-        """True with one scale a channel. For 128 x 1 or less that is one scale a block as well."""
-        return self.scales.shape[1:] == (1, self.values.shape[2])
+        """One scale a channel; a matrix of 128 x 1 or less has both forms, with one meaning."""
+        return self.scales.shape[-2:] == (1, self.values.shape[-1])
+
+    @property
+    def scales_are_final(self) -> bool:
+        """Whether `operand` gives the scales as they are stored."""
+        return self.by_channel and self.scales.dtype == jnp.float32 and self.channel_scales is None
 
     @property
     def group(self) -> int:
-        """The number of rows that share a scale."""
-        d, f = self.shape[1:]
+        """Rows that share a scale."""
+        d, f = self.shape[-2:]
         if self.by_channel:
             return d
-        tall, wide = self.scales.shape[1:]
+        tall, wide = self.scales.shape[-2:]
         return d // tall if wide == f and d % tall == 0 and d // tall in GROUPS else BLOCK
 
     @property
     def has_gradient(self) -> bool:
-        """True where there is a transposed product: scales lie along whole columns or blocks."""
-        wide = self.scales.shape[2]
+        """Whether there is a transposed product: its scales lie along whole columns or blocks."""
+        wide = self.scales.shape[-1]
         return not self.packed and (
-            self.by_channel or (not self.is_fine and wide == -(-self.shape[2] // BLOCK))
+            self.by_channel or (not self.is_fine and wide == -(-self.shape[-1] // BLOCK))
         )
 
     @property
     def is_fine(self) -> bool:
-        """True where a kernel widens weights, to the rows' dtype, before it multiplies; those of
-        `quantize` are exact in bfloat16."""
-        return bool(self.packed) or self.group < min(BLOCK, self.shape[1])
+        """Whether a kernel makes whole weights, in the rows' dtype, before it multiplies. What
+        `quantize` gives is exact in bfloat16."""
+        return bool(self.packed) or self.group < min(BLOCK, self.shape[-2])
 
 
 def quantize(weights: Float[Array, "E D F"], format=jnp.int8, *, block: bool = False) -> Quantized:
@@ -188,8 +195,8 @@ def columns(scales, width):
 
 
 def check(weights: Quantized) -> None:
-    """Raise ValueError for values or scales of a wrong dtype or shape."""
-    e, d, f = weights.shape
+    """Raises ValueError: values or scales of a wrong dtype or shape."""
+    *lead, d, f = weights.shape
     together = weights.packed
     if together and (weights.values.dtype != np.uint8 or PACKED % together or d % together):
         raise ValueError(
@@ -198,8 +205,8 @@ def check(weights: Quantized) -> None:
         )
     if not weights.packed:
         _largest(weights.values.dtype)
-    forms = [(e, 1, f), (e, -(-d // BLOCK), -(-f // BLOCK))]
-    forms += [(e, d // group, f) for group in GROUPS if d % group == 0]
+    forms = [(*lead, 1, f), (*lead, -(-d // BLOCK), -(-f // BLOCK))]
+    forms += [(*lead, d // group, f) for group in GROUPS if d % group == 0]
     kinds = (jnp.float32, jnp.float8_e4m3fn, jnp.uint8)
     if weights.scales.shape not in forms or weights.scales.dtype not in kinds:
         raise ValueError(
@@ -209,8 +216,8 @@ def check(weights: Quantized) -> None:
     whole = weights.channel_scales
     if whole is not None and not (weights.is_fine or weights.by_channel):
         raise ValueError("channel_scales go with scales of 16 or 32 rows; fold them into scales")
-    if whole is not None and (whole.shape != (e, 1, f) or whole.dtype != jnp.float32):
-        raise ValueError(f"channel_scales are float32 {(e, 1, f)}; got {whole.dtype} {whole.shape}")
+    if whole is not None and (whole.shape != forms[0] or whole.dtype != jnp.float32):
+        raise ValueError(f"channel_scales are float32 {forms[0]}; got {whole.dtype} {whole.shape}")
 
 
 def _largest(dtype):
@@ -245,10 +252,13 @@ def operand(weights, *, transpose: bool):
 
 
 def fine_operands(weights: Quantized):
-    """The `(values, scales [E, D / group, F], channel scales [E, 1, F])` of fine groups."""
-    e, _, f = weights.shape
+    """`(values, scales [E, D / group, F] in their dtype, channel scales [E, 1, F])`.
+
+    Where there are no channel scales, ones `[1, 1, F]` that all matrices share.
+    """
     whole = weights.channel_scales
-    return weights.values, weights.scales, jnp.ones((e, 1, f)) if whole is None else whole
+    ones = jnp.ones((1, 1, weights.shape[-1])) if whole is None else whole
+    return weights.values, weights.scales, ones
 
 
 def _whole_scales(weights):

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dispatch import target_platform
-from pallas_kernels.grouped_matmul import gradients, groups, tuning
+from pallas_kernels.grouped_matmul import gradients, groups, stack, tuning
 from pallas_kernels.grouped_matmul.quantized import BLOCK, Quantized, fine_operands, operand
 from pallas_kernels.number_formats import four_times_e2m1, from_ue8m0
 from pallas_kernels.online_softmax import dot
@@ -32,17 +32,19 @@ warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", Dep
 LEAST = 16  # size of a Triton dot in every dimension, at least
 
 
-def matmul(lhs, rhs, group_sizes, *, transpose=False):
+def matmul(lhs, rhs, group_sizes, *, transpose=False, layer=None):
     """`[M, F]`, or with `transpose` `[M, D]` from `[M, F]` and `[E, D, F]`."""
-    (out,) = _products("triton_matmul", lhs, (rhs,), group_sizes, 1, _first, transpose=transpose)
+    (out,) = _products(
+        "triton_matmul", lhs, (rhs,), group_sizes, 1, _first, transpose=transpose, layer=layer
+    )
     return out
 
 
-def swiglu(lhs, gate, up, group_sizes, clamp, *, preactivations):
+def swiglu(lhs, gate, up, group_sizes, clamp, *, preactivations, layer=None):
     """`(out, g, u)`; g and u only with `preactivations`."""
     outs = 3 if preactivations else 1
     finish = functools.partial(_gated, clamp=clamp)
-    return _products("triton_swiglu", lhs, (gate, up), group_sizes, outs, finish)
+    return _products("triton_swiglu", lhs, (gate, up), group_sizes, outs, finish, layer=layer)
 
 
 def outer(lhs, dout, group_sizes, dtype):
@@ -63,13 +65,14 @@ def outer(lhs, dout, group_sizes, dtype):
     )(ends - group_sizes.astype(jnp.int32), ends, lhs, dout.astype(lhs.dtype))
 
 
-def _products(op, lhs, weights, group_sizes, outs, finish, *, transpose=False):
-    """Multiply `lhs` with each of the weights and apply `finish`, in one kernel."""
-    m, k = lhs.shape
-    e, n = weights[0].shape[0], weights[0].shape[1 if transpose else 2]
+def _products(op, lhs, weights, group_sizes, outs, finish, *, transpose=False, layer=None):
+    """`finish` of the products of `lhs` with each of the weights, one kernel."""
+    weights, layer = _in_reach(weights, layer)
+    (m, k), (e,) = lhs.shape, group_sizes.shape
+    matrices, n = weights[0].shape[0], weights[0].shape[1 if transpose else 2]
     if isinstance(weights[0], Quantized) and weights[0].is_fine:
         assert not transpose, "gradients.py refuses it"
-        return _fine_products(op, lhs, weights, group_sizes, outs, finish)
+        return _fine_products(op, lhs, weights, group_sizes, outs, finish, layer)
     weights, scales = zip(*(operand(w, transpose=transpose) for w in weights), strict=True)
     if m == 0:
         return [_zeros(lhs, (0, n), lhs.dtype)] * outs
@@ -78,11 +81,11 @@ def _products(op, lhs, weights, group_sizes, outs, finish, *, transpose=False):
     scaled = scales[0] is not None
     if scaled and scales[0].shape[1] > 1 and BLOCK % block.k:
         raise ValueError(f"{op}: blocks of {BLOCK} rows share a scale; tuned for k={block.k}")
-    tiles = groups.tiles(group_sizes, m, block.m)
+    tiles = _tiles(group_sizes, m, block.m, layer, matrices)
     return pl.pallas_call(
         functools.partial(
             _products_kernel, block=block, count=len(weights), scaled=scaled, finish=finish,
-            transpose=transpose, shape=(e, n, k),
+            transpose=transpose, shape=(matrices, n, k),
         ),
         grid=(tiles.group.shape[0] * pl.cdiv(n, block.n),),
         out_shape=[_like(lhs, (m, n), lhs.dtype)] * outs,
@@ -92,9 +95,9 @@ def _products(op, lhs, weights, group_sizes, outs, finish, *, transpose=False):
     )(*tiles, lhs, *weights, *(scales if scaled else ()))  # fmt: skip
 
 
-def _fine_products(op, lhs, weights, group_sizes, outs, finish):
-    """Do `_products` of weights that are widened tile by tile, exact in bfloat16."""
-    (m, k), (e, _, n) = lhs.shape, weights[0].shape
+def _fine_products(op, lhs, weights, group_sizes, outs, finish, layer):
+    """As `_products`, of weights that are made whole tile by tile, exact in bfloat16."""
+    (m, k), (e,), (matrices, _, n) = lhs.shape, group_sizes.shape, weights[0].shape
     if m == 0:
         return [_zeros(lhs, (0, n), lhs.dtype)] * outs
     interpret, packed = target_platform() == "cpu", weights[0].packed
@@ -106,11 +109,11 @@ def _fine_products(op, lhs, weights, group_sizes, outs, finish):
         if block.m > 64:  # every warp makes whole what it multiplies by, and would spill
             block = dataclasses.replace(block, n=min(block.n, 64))
     block = dataclasses.replace(block, k=math.gcd(block.k, k))  # a block ends where rows do
-    tiles = groups.tiles(group_sizes, m, block.m)
+    tiles = _tiles(group_sizes, m, block.m, layer, matrices)
     operands = zip(*(fine_operands(w) for w in weights), strict=True)
     return pl.pallas_call(
         functools.partial(
-            _fine_kernel, block=block, count=len(weights), finish=finish, shape=(e, n, k),
+            _fine_kernel, block=block, count=len(weights), finish=finish, shape=(matrices, n, k),
             packed=packed, group_rows=weights[0].group,
         ),
         grid=(tiles.group.shape[0] * pl.cdiv(n, block.n),),
@@ -119,6 +122,25 @@ def _fine_products(op, lhs, weights, group_sizes, outs, finish):
         interpret=interpret,
         name=f"grouped_matmul_{op.removeprefix('triton_')}_fine",
     )(*tiles, lhs, *(x for xs in operands for x in xs))  # fmt: skip
+
+
+def _in_reach(weights, layer):
+    """`(weights, layer)`: a whole stack as matrices; or a layer's alone, and None."""
+    # 2026-11: Pallas-Triton counts elements in 32 bits, with a sign, up to 4 GiB, and in 64 bits
+    # above: of bytes it would not reach what lies past 2 GiB.
+    parts = [(x.size, x.dtype.itemsize) for x in jax.tree.leaves(weights)]
+    if layer is not None and any(1 << 31 < n <= 1 << 32 for n, itemsize in parts if itemsize == 1):
+        return stack.one_layer(weights, layer), None
+    return [stack.all_matrices(w, layer) for w in weights], layer
+
+
+def _tiles(group_sizes, rows, tile, layer, matrices):
+    """Tiles whose group is that of all matrices; `matrices`: rows past the last group."""
+    tiles, (groups_,) = groups.tiles(group_sizes, rows, tile), group_sizes.shape
+    if layer is None:
+        return tiles
+    matrix = stack.matrix_of(tiles.group, groups_, layer)
+    return tiles._replace(group=jnp.where(tiles.group < groups_, matrix, matrices))
 
 
 def _fit(tuned, m, n, k):
@@ -191,9 +213,8 @@ def _products_kernel(*refs, block, count, scaled, finish, transpose, shape):
     at_columns = pl.ds(column, block.n)
 
     def scale_of(ref, row):
-        return _read(
-            ref, (group, pl.ds(row, 1), at_columns), (1, block.n), None, columns, jnp.float32
-        )
+        at = stack.index(group, ref.shape[0], groups_), pl.ds(row, 1), at_columns
+        return _read(ref, at, (1, block.n), None, columns, jnp.float32)
 
     def step(index, sums):
         at = pl.ds(index * block.k, block.k)
@@ -273,7 +294,7 @@ def _fine_kernel(*refs, block, count, finish, shape, packed, group_rows):
     steps = jnp.where(real, jnp.int32(steps), jnp.int32(0))
     zeros = jnp.zeros((block.m, block.n), jnp.float32)
     sums = jax.lax.fori_loop(0, steps, step, (zeros,) * count)
-    at = group, pl.ds(0, 1), at_columns
+    at = stack.index(group, whole_refs[0].shape[0], groups_), pl.ds(0, 1), at_columns
     wholes = [_read(ref, at, (1, block.n), None, columns, jnp.float32) for ref in whole_refs]
     sums = [total * x for total, x in zip(sums, wholes, strict=True)]
     mask = jnp.broadcast_to(_both(rows, columns), zeros.shape)

@@ -12,7 +12,7 @@ import pytest
 from slow import slow_but
 
 from pallas_kernels import grouped_matmul, grouped_swiglu
-from pallas_kernels.grouped_matmul import dequantize, quantize, quantized
+from pallas_kernels.grouped_matmul import Quantized, dequantize, quantize, quantized
 from pallas_kernels.grouped_matmul.api import IMPLEMENTATIONS
 from pallas_kernels.number_formats import four_times_e2m1, from_ue8m0, to_e2m1, to_ue8m0
 from pallas_kernels.testing.grouped_matmul import CASES, check, product
@@ -174,3 +174,104 @@ def test_rows_that_no_block_divides(implementation, packed):
     exact = np.asarray(dequantize(w), np.float64)
     expected = np.concatenate([np.asarray(x[:9]) @ exact[0], np.asarray(x[9:]) @ exact[1]])
     np.testing.assert_allclose(product(x, w, sizes), expected, atol=1e-3)
+
+
+STACKS = {
+    "plain": lambda w: w,
+    "int8": jax.vmap(quantize),
+    "float8 by block": jax.vmap(functools.partial(quantize, format="float8_e4m3fn", block=True)),
+    "nvfp4": jax.vmap(functools.partial(quantize, format="nvfp4")),
+    "mxfp4": jax.vmap(functools.partial(quantize, format="mxfp4")),
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "implementation", "columns"),
+    slow_but(
+        itertools.product(STACKS, IMPLEMENTATIONS, (128, 40)),  # Mosaic pads 40
+        lambda case: case[0] != "mxfp4" and (case[2] == 128 or case[:2] == ("int8", "mosaic_tpu")),
+    ),
+)
+def test_a_layer_of_a_stack_is_its_slice(form, implementation, columns):
+    rng = np.random.default_rng(0)
+    layers, summed, sizes = 3, 256, jnp.array([5, 0, 8, 4])
+    shape = layers, sizes.size, summed, columns
+    draw = (rng.normal(size=shape) * summed**-0.5 for _ in range(2))
+    gate, up = (STACKS[form](jnp.asarray(w, jnp.float32)) for w in draw)
+    x = jnp.asarray(rng.normal(size=(20, summed)), jnp.float32)  # 3 rows of no group
+
+    @jax.jit
+    def both(gate, up, layer=None):
+        options = {"layer": layer, "implementation": implementation}
+        swiglu = grouped_swiglu(x, gate, up, sizes, clamp=2.0, **options)
+        return grouped_matmul(x, gate, sizes, **options), swiglu
+
+    @jax.jit
+    def scanned(gate, up):
+        def step(_, layer):
+            return None, both(gate, up, layer)
+
+        return jax.lax.scan(step, None, jnp.arange(layers))[1]
+
+    in_scan = scanned(gate, up)
+    for layer in range(layers):
+        expected = both(*jax.tree.map(lambda w, i=layer: w[i], (gate, up)))
+        assert all(np.asarray(x).any() for x in expected)
+        for got in (both(gate, up, jnp.int32(layer)), [x[layer] for x in in_scan]):
+            jax.tree.map(np.testing.assert_array_equal, tuple(got), expected)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_layer_out_of_range_reads_no_other_memory(implementation):
+    weights = jnp.arange(1.0, 4.0)[:, None, None, None] * jnp.ones((3, 2, 16, 16))
+    x, sizes = jnp.ones((4, 16)), jnp.array([1, 3])
+    product = jax.jit(functools.partial(grouped_matmul, implementation=implementation))
+    for layer, nearest in ((-1, 1.0), (3, 3.0)):
+        out = product(x, weights, sizes, layer=jnp.int8(layer))
+        np.testing.assert_array_equal(out, jnp.full((4, 16), 16 * nearest))
+
+
+@pytest.mark.parametrize(("layers", "in_place"), [(10, True), (15, False), (40, True)])
+def test_triton_slices_stacks_that_it_cannot_reach(layers, in_place):
+    """Offsets have 32 bits and a sign up to 4 GiB, and 64 bits above: bytes past 2 GiB are lost."""
+    shape = layers, 32, 4096, 1536  # 192 MiB a layer
+    weights = Quantized(
+        jax.ShapeDtypeStruct(shape, jnp.int8),
+        jax.ShapeDtypeStruct((layers, 32, 1, 1536), jnp.float32),
+    )
+    given = jax.ShapeDtypeStruct((16, 4096), jnp.bfloat16), weights, jnp.zeros(32, jnp.int32)
+    product = functools.partial(grouped_matmul, implementation="triton")
+    program = jax.make_jaxpr(lambda layer, *given: product(*given, layer=layer))(0, *given)
+    (kernel,) = [e for e in program.eqns if e.primitive.name == "pallas_call"]
+    matrices = layers * 32 if in_place else 32
+    assert (matrices, 4096, 1536) in [x.aval.shape for x in kernel.invars]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_stack_has_no_gradient(implementation):
+    x, sizes, w = jnp.ones((4, 16)), jnp.array([1, 3]), jnp.ones((3, 2, 16, 16))
+    options = {"layer": 1, "implementation": implementation}
+    losses = (
+        lambda x, w: grouped_matmul(x, w, sizes, **options).sum(),
+        lambda x, w: grouped_swiglu(x, w, w, sizes, **options).sum(),
+    )
+    for loss, side in itertools.product(losses, (0, 1)):
+        with pytest.raises(NotImplementedError, match="slice the layer"):
+            jax.eval_shape(jax.grad(loss, side), x, w)
+
+
+def test_a_stack_that_does_not_fit_is_named():
+    x, sizes, w = jnp.ones((4, 16)), jnp.array([1, 3]), jnp.ones((3, 2, 16, 16))
+    with pytest.raises(ValueError, match=r"with a layer rhs \[L,E,D,F\].*layer=1"):
+        grouped_matmul(x, w[0], sizes, layer=1)
+    with pytest.raises(ValueError, match=r"rhs \[E,D,F\].*\(3, 2, 16, 16\).*layer=None"):
+        grouped_swiglu(x, w, w, sizes)
+    for layer in (-1, 3, np.int64(3)):
+        with pytest.raises(ValueError, match=f"one of 3.*layer={layer}"):
+            grouped_matmul(x, w, sizes, layer=layer)
+    for layer in (1.0, jnp.array([1]), True):
+        with pytest.raises(ValueError, match="one integer"):
+            grouped_matmul(x, w, sizes, layer=layer)
+    one_scale_a_layer = dataclasses.replace(jax.vmap(quantize)(w), scales=jnp.ones((2, 1, 16)))
+    with pytest.raises(ValueError, match="scales"):
+        grouped_matmul(x, one_scale_a_layer, sizes, layer=1)

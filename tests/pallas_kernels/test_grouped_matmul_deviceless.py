@@ -6,6 +6,7 @@ computes the right thing takes the chip.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -110,3 +111,57 @@ def test_weights_of_4_bits_compile(target, format):
     report = compile_for(layer, (rows, weights, weights, sizes), mesh)
     assert report.kernels in (2, None)
     assert report.temp_bytes < EXPERTS * EMBED * MLP * 2, "of two matrices in 16 bits, half"
+
+
+STACKS = {
+    "bfloat16": lambda w: w.astype(jnp.bfloat16),
+    "int8": jax.vmap(quantize),
+    "float8 by block": jax.vmap(functools.partial(quantize, format="float8_e4m3fn", block=True)),
+    "nvfp4": jax.vmap(functools.partial(quantize, format="nvfp4")),
+    "mxfp4": jax.vmap(functools.partial(quantize, format="mxfp4")),
+}
+
+
+@pytest.mark.parametrize(
+    ("target", "form"),
+    slow_but(
+        itertools.product(("rtx-pro-6000:2", "v5p:2x2x1", "v6e:2x2"), STACKS),
+        lambda case: case in [("rtx-pro-6000:2", "nvfp4"), ("v6e:2x2", "bfloat16")],
+    ),
+)
+def test_a_scan_over_layers_copies_no_expert(target, form):
+    """A slice in front of a kernel would copy all experts of a layer at every step."""
+    mesh, layers, experts, embed, mlp = mesh_of(target), 4, 64, 2048, 1536
+
+    def stack(*shape):
+        shape = jax.ShapeDtypeStruct((layers, experts, *shape), jnp.float32)
+        weights = jax.eval_shape(STACKS[form], shape)
+        return jax.tree.map(lambda x: described(mesh, x.shape, x.dtype), weights)
+
+    wide, back = stack(embed, mlp), stack(mlp, embed)
+    rows = described(mesh, (16, embed), jnp.bfloat16)
+    sizes = described(mesh, (layers, experts), jnp.int32)
+
+    def run(in_place, rows, sizes, *weights):
+        def layer(rows, step):
+            index, sizes = step
+            gate, up, down = weights
+            if not in_place:
+                gate, up, down = jax.tree.map(lambda x: x[index], weights)
+                index = None
+            hidden = grouped_swiglu(rows, gate, up, sizes, layer=index)
+            return grouped_matmul(hidden, down, sizes, layer=index), None
+
+        return jax.lax.scan(layer, rows, (jnp.arange(layers), sizes))[0]
+
+    def temp_bytes(in_place):
+        program = functools.partial(run, in_place)
+        program = jax.shard_map(program, in_specs=(P(),) * 5, out_specs=P())
+        report = compile_for(program, (rows, sizes, wide, wide, back), mesh)
+        assert report.kernels in (2 * layers, None)
+        return report.temp_bytes
+
+    one_matrix = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(wide)) // layers
+    # scales of blocks, which no kernel reads as they are, become 4 bytes for 128 weights
+    assert temp_bytes(in_place=True) < one_matrix / (8 if form == "float8 by block" else 100)
+    assert temp_bytes(in_place=False) > one_matrix / 2
