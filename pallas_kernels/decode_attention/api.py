@@ -30,13 +30,14 @@ MAX_QUERIES = 16
 
 def decode_attention(
     q: Float[Array, "B T N H"],
-    k: Num[Array, "B S K H"],
-    v: Num[Array, "B S K V"],
+    k: Num[Array, "*L B S K H"],
+    v: Num[Array, "*L B S K V"],
     *,
+    layer: Int[Array, ""] | int | None = None,
     q_positions: Int[Array, "B T"],
     kv_positions: Int[Array, "B S"] | None = None,
-    k_scale: Float[Array, "B K S"] | None = None,
-    v_scale: Float[Array, "B K S"] | None = None,
+    k_scale: Float[Array, "*L B K S"] | None = None,
+    v_scale: Float[Array, "*L B K S"] | None = None,
     window: int | None = None,
     sinks: Float[Array, "N"] | None = None,
     soft_cap: float | None = None,
@@ -55,6 +56,9 @@ def decode_attention(
     Args:
       k, v: of q's dtype, of another float dtype (converted a block at a time), or quantized:
         int8 and float8_e4m3fn, with scales from `quantize_cache`.
+      layer: which of L layers to read, where the cache is a stack of them, axis L in front of k, v
+        and the scales. For a scan over layers: `k[layer]` in front of a kernel would copy the
+        layer at every step. A traced one beyond the stack reads the nearest.
       q_positions, kv_positions: global position of each token. A slot belongs to no position:
         `kv_positions` (default `0..S-1`) says which token lies there, in any order;
         `PAD_POSITION` marks an empty slot, and a pad among the queries.
@@ -73,7 +77,9 @@ def decode_attention(
       NotImplementedError: the chosen implementation cannot; the message names those that can.
         And in a gradient: there is none, `flash_attention` has one.
 
-    "triton" copies a cache whose head dim is no power of two, "mosaic_tpu" one of under 128 slots.
+    "triton" copies a cache whose head dim is no power of two, "mosaic_tpu" one of under 128 slots,
+    of a head dim that 128 does not divide or of two KV heads in 8 bits; of a stack the layer alone.
+    So does "triton" from an 8-bit stack of 2^31 to 2^32 entries.
     Source: split KV: Flash-Decoding (Dao et al., 2023, crfm.stanford.edu/2023/10/12/flashdecoding).
 
     >>> q = jax.random.normal(jax.random.key(0), (1, 1, 8, 64))
@@ -84,16 +90,18 @@ def decode_attention(
     ((1, 1, 8, 64), (1, 1, 8))
     """
     if kv_positions is None:
-        kv_positions = default_positions(k)
-    check(q, k, v, k_scale, v_scale, q_positions, kv_positions, sinks, soft_cap)
+        kv_positions = default_positions(k if layer is None else _layer_shape(k))
+    check(q, k, v, k_scale, v_scale, layer, q_positions, kv_positions, sinks, soft_cap)
+    if layer is not None:
+        layer = jnp.clip(jnp.asarray(layer, jnp.int32), 0, k.shape[0] - 1)
     options = dict(
         mask=Mask(window=window),
         soft_cap=soft_cap,
         scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
     )
-    best = BEST if 128 % k.shape[2] == 0 else BEST | {"tpu": "xla"}
+    best = BEST if 128 % k.shape[-2] == 0 else BEST | {"tpu": "xla"}
     backend = resolve("decode_attention", implementation, IMPLEMENTATIONS, best)
-    arrays = q, k, v, k_scale, v_scale, hide_pads(q_positions), kv_positions
+    arrays = q, k, v, k_scale, v_scale, layer, hide_pads(q_positions), kv_positions
     out, lse = _attend(backend, tuple(options.items()), *arrays)
     if sinks is not None:
         out, lse = apply_sinks(out, lse, sinks)
@@ -135,8 +143,9 @@ def _no_gradient(backend, options, primals, tangents):
     raise NotImplementedError("decode_attention has no gradient; use flash_attention")
 
 
-def check(q, k, v, k_scale, v_scale, q_positions, kv_positions, sinks, soft_cap):
+def check(q, k, v, k_scale, v_scale, layer, q_positions, kv_positions, sinks, soft_cap):
     """Raise ValueError for arguments that no backend could make sense of."""
+    k, v, k_scale, v_scale = _check_layer(layer, k, v, k_scale, v_scale)
     check_shapes(q, k, v)
     if not 1 <= q.shape[1] <= MAX_QUERIES:
         raise ValueError(
@@ -151,6 +160,32 @@ def check(q, k, v, k_scale, v_scale, q_positions, kv_positions, sinks, soft_cap)
         raise ValueError(f"sinks must be one logit a query head, [{q.shape[2]}]; got {sinks.shape}")
     if soft_cap is not None and soft_cap <= 0:
         raise ValueError(f"soft_cap must be positive or None; got {soft_cap}")
+
+
+def _check_layer(layer, *cache):
+    """The cache's arrays, or of stacks their layers' shapes."""
+    shapes = [x.shape for x in cache if x is not None]
+    ranks = [4, 4, 3, 3] if layer is None else [5, 5, 4, 4]
+    if [len(shape) for shape in shapes] != ranks[: len(shapes)]:
+        raise ValueError(
+            "k and v must be [B, S, K, H] and scales [B, K, S], or with layer=... each a stack "
+            f"[L, ...]; got {'no layer' if layer is None else 'a layer'} and {shapes}"
+        )
+    if layer is None:
+        return cache
+    if jnp.ndim(layer) or not jnp.issubdtype(jnp.result_type(layer), jnp.integer):
+        raise ValueError(f"layer must be one integer; got {jnp.result_type(layer)} {layer}")
+    layers = {shape[0] for shape in shapes}
+    if len(layers) > 1 or (isinstance(layer, int) and not 0 <= layer < min(layers)):
+        raise ValueError(
+            "layer must be below L, of which k, v and scales have one; "
+            f"got layer={layer} and {shapes}"
+        )
+    return [None if x is None else _layer_shape(x) for x in cache]
+
+
+def _layer_shape(x):
+    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
 
 
 def _check_dtypes(q, k, v, k_scale, v_scale):

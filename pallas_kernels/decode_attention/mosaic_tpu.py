@@ -51,23 +51,29 @@ SCORES_BYTES = 8 << 20
 VMEM_BYTES = 48 << 20
 
 
-def forward(q, k, v, k_scale, v_scale, q_pos, kv_pos, *, mask, soft_cap, scale):
+def forward(q, k, v, k_scale, v_scale, layer, q_pos, kv_pos, *, mask, soft_cap, scale):
     tuning.unsupported("mosaic_tpu", q, v)
-    kv_heads = k.shape[2]
+    kv_heads = k.shape[-2]
     if LANES % kv_heads:
         raise NotImplementedError(
             f"decode_attention mosaic_tpu: a number of KV heads that divides {LANES}; got "
             f"{kv_heads}; use implementation='xla' or 'reference'"
         )
-    t = q.shape[1]
-    call = _Call(q, k, v, k_scale, q_pos, kv_pos, mask)
+    batch, t = q.shape[:2]
+    first, (k, v, k_scale, v_scale) = rows.of_layers(
+        layer, batch, (k, v, k_scale, v_scale), _readable
+    )
+    call = _Call(q, k, v, k_scale, first, q_pos, kv_pos, mask)
     queries = rows.together(q, kv_heads)
     real = queries.shape[2]
     row_pos = tiles.pad_axis(rows.positions(q_pos, real // t), call.rows, 1, NO_POSITION)
     scales = (
         []
         if k_scale is None
-        else [call.tokens(tiles.pad_axis(x, call.slots_there, 2)) for x in (k_scale, v_scale)]
+        else [
+            call.tokens(tiles.pad_axis(x, call.slots_there, 2), call.row)
+            for x in (k_scale, v_scale)
+        ]
     )
     kernel = functools.partial(_kernel, call=call, mask=mask, soft_cap=soft_cap, scale=scale)
     out, lse = call(
@@ -89,6 +95,13 @@ def forward(q, k, v, k_scale, v_scale, q_pos, kv_pos, *, mask, soft_cap, scale):
     return rows.apart(out, t), rows.apart(lse, t)
 
 
+def _readable(x):
+    """Whether the kernel reads the cache as it lies: the reshape in `_Call.slots` is free."""
+    slots, kv_heads, width = x.shape[-3:]
+    whole_words = kv_heads == 1 or kv_heads * x.dtype.itemsize % 4 == 0
+    return slots >= LANES and width % LANES == 0 and whole_words
+
+
 class _Call:
     """The kernel on one set of shapes: block sizes, padding, index maps and the list of blocks.
 
@@ -96,9 +109,10 @@ class _Call:
     a group of heads in the body of a loop, without and with a mask.
     """
 
-    def __init__(self, q, k, v, k_scale, q_pos, kv_pos, mask):
+    def __init__(self, q, k, v, k_scale, first, q_pos, kv_pos, mask):
         self.interpret = target_platform() == "cpu"
-        self.batch, slots, self.kv_heads, h = k.shape
+        self.batch, self.first = q.shape[0], first
+        _, slots, self.kv_heads, h = k.shape
         self.hv = v.shape[3]
         tuned = tuning.blocks("mosaic", max(h, self.hv), q.dtype, interpret=self.interpret)
         # the cache is never padded, unless it is shorter than the shortest block
@@ -135,6 +149,10 @@ class _Call:
         at = jnp.clip(worker * counts[2 * self.batch] + step, 0, counts[2 * b + 1] - 1)
         return order[b * self.blocks + jnp.maximum(at, 0)]
 
+    def row(self, b, worker, step, order, counts):
+        """The row of the cache that is a sequence's."""
+        return counts[2 * self.batch + 1] + b
+
     def each_chunk(self, chunk, carry, masked):
         """Run `chunk(lanes, carry)` over a group's rows of the block."""
         sub = self.sub[masked]
@@ -148,19 +166,19 @@ class _Call:
         parts = self.block // sub
         return part(0, carry) if parts == 1 else jax.lax.fori_loop(0, parts, part, carry)
 
-    def tokens(self, x):
-        """The block spec of `[B, 1 or K, S]`, a number a token."""
+    def tokens(self, x, row=lambda b, *_: b):
+        """`[rows, 1 or K, S]`, a number a token."""
         return x, pl.BlockSpec(
-            (None, x.shape[1], self.width), lambda *at: (at[0], 0, self.fetched(*at))
+            (None, x.shape[1], self.width), lambda *at: (row(*at), 0, self.fetched(*at))
         )
 
     def slots(self, x):
         """Reshape the cache to rows, which moves nothing on a TPU; with its block spec."""
         x = tiles.pad_axis(x, self.slots_there, 1)
-        x = x.reshape(self.batch, -1, x.shape[3])
+        x = x.reshape(x.shape[0], -1, x.shape[3])
         return x, pl.BlockSpec(
             (1, self.width * self.kv_heads, x.shape[2]),
-            lambda *at: (at[0], self.fetched(*at), 0),
+            lambda *at: (self.row(*at), self.fetched(*at), 0),
         )
 
     def rows_of(self, ref, g, rows, dtype):
@@ -185,7 +203,7 @@ class _Call:
         arrays, in_specs = zip(*inputs, strict=True)
         shapes = (self.groups * self.bands, self.hv), (self.groups * self.rows, LANES)
         lines = self.block // LANES, LANES
-        counts = jnp.append(self.counts.reshape(-1), self.steps)
+        counts = jnp.append(self.counts.reshape(-1), jnp.stack([self.steps, self.first]))
         return pl.pallas_call(
             kernel,
             grid_spec=pltpu.PrefetchScalarGridSpec(

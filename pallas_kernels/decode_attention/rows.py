@@ -2,6 +2,7 @@
 """Lays out the queries of a KV head as rows of one matrix, and lists the blocks they need."""
 
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.flash_attention import blocks as tiles
 from pallas_kernels.flash_attention.mask import NO_POSITION, PAD_POSITION
@@ -24,6 +25,24 @@ def apart(x, queries):
 def positions(q_pos, group):
     """Repeat positions for the rows of `together`: `[B, T] -> [B, T * G]`."""
     return jnp.repeat(q_pos, group, axis=1)
+
+
+def of_layer(layer, *cache):
+    """The layer of each stack `[L, B, ...]`, a copy; the arrays as they are where it is None."""
+    if layer is None:
+        return cache
+    return [x if x is None else lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in cache]
+
+
+def of_layers(layer, batch, cache, in_place=lambda x: True):
+    """`(first, cache)`: each stack as `[L * B, ...]`, where sequence `b` is row `first + b`.
+
+    It moves nothing, unless keys or values cannot be read `in_place`: then it is `of_layer`'s copy.
+    Without a layer `first` is 0 and the arrays are as they are.
+    """
+    if layer is None or not all(map(in_place, cache[:2])):
+        return 0, of_layer(layer, *cache)
+    return layer * batch, [x if x is None else x.reshape(-1, *x.shape[2:]) for x in cache]
 
 
 def block_list(mask, q_pos, kv_pos, block):

@@ -30,17 +30,17 @@ CORES = 128
 """The number of multiprocessors assumed for a GPU that `devices` does not list."""
 
 
-def forward(q, k, v, k_scale, v_scale, q_pos, kv_pos, *, mask, soft_cap, scale):
+def forward(q, k, v, k_scale, v_scale, layer, q_pos, kv_pos, *, mask, soft_cap, scale):
     tuning.unsupported("triton", q, v)
-    _addressable(k, v)
     interpret = target_platform() == "cpu"
     b, t = q.shape[:2]
+    first, (k, v, k_scale, v_scale) = rows.of_layers(layer, b, (k, v, k_scale, v_scale), _readable)
+    _addressable(k, v)
     kv_heads, hv = k.shape[2], v.shape[3]
     tuned = tuning.blocks("triton", max(k.shape[3], hv), q.dtype, interpret=interpret)
-    k, v = _whole(k), _whole(v)
     slots = max(k.shape[1], 16)
     block = min(tuned.rows, 1 << (slots.bit_length() - 1))  # no block is longer than the cache
-    cache = [tiles.pad_axis(x, slots, 1) for x in (k, v)]
+    cache = [tiles.pad_axis(_whole(x), slots, 1) for x in (k, v)]
     scales = [] if k_scale is None else [tiles.pad_axis(x, slots, 2) for x in (k_scale, v_scale)]
     kv_pos = tiles.pad_axis(kv_pos, slots, 1, PAD_POSITION)
     order, counts = rows.block_list(mask, q_pos, kv_pos, block)
@@ -52,15 +52,17 @@ def forward(q, k, v, k_scale, v_scale, q_pos, kv_pos, *, mask, soft_cap, scale):
     warps = tuned.warps if size <= 32 else 2 * tuned.warps  # 128 rows in 4 warps spill
     queries = tiles.pad_axis(queries, size, 2)
     row_pos = tiles.pad_axis(rows.positions(q_pos, real // t), size, 1, NO_POSITION)
-    # Whole sequences are one block to Pallas, which on a GPU is a pointer and no copy.
-    line = pl.BlockSpec((None, None, slots), lambda i, n, b: (b, n, 0))
+    # an index map of Pallas-Triton sees no array: the kernel is told which row is a sequence's
+    counts = jnp.column_stack([counts, first + jnp.arange(b, dtype=jnp.int32)])
+    # The whole cache is one block to Pallas, which on a GPU is a pointer and no copy.
+    line = pl.BlockSpec((k.shape[0], None, slots), lambda i, n, b: (0, n, 0))
     plan = [
         (row_pos, pl.BlockSpec((None, size), lambda i, n, b: (b, 0))),
         (kv_pos, pl.BlockSpec((None, slots), lambda i, n, b: (b, 0))),
         (order, pl.BlockSpec((None, order.shape[1]), lambda i, n, b: (b, 0))),
-        (counts, pl.BlockSpec((None, 2), lambda i, n, b: (b, 0))),
+        (counts, pl.BlockSpec((None, 3), lambda i, n, b: (b, 0))),
         (queries, _heads(size, queries.shape[3])),
-        *((x, _slots(slots, x.shape[3])) for x in cache),
+        *((x, _slots(*x.shape)) for x in cache),
         *((x, line) for x in scales),
     ]
     arrays, in_specs = zip(*plan, strict=True)
@@ -90,9 +92,8 @@ def forward(q, k, v, k_scale, v_scale, q_pos, kv_pos, *, mask, soft_cap, scale):
 
 
 def _addressable(*cache):
-    """Refuse arrays of 2^31 to 2^32 entries of 8 bits, which Pallas counts in 32 bits."""
     for x in cache:
-        if x.dtype.itemsize == 1 and 2**31 < math.prod(x.shape) <= 2**32:
+        if _out_of_reach(x):
             raise NotImplementedError(
                 f"decode_attention triton: an 8-bit cache of 2^31 to 2^32 entries, {x.shape}, is "
                 "out of reach of Pallas' 32-bit offsets; use implementation='xla', or fewer "
@@ -100,9 +101,23 @@ def _addressable(*cache):
             )
 
 
+def _out_of_reach(x):
+    """Pallas counts elements in 32 bits until an array has more than 2^32 bytes."""
+    return x.dtype.itemsize == 1 and 2**31 < math.prod(x.shape) <= 2**32
+
+
+def _readable(x):
+    """Whether the kernel reads the cache as it lies."""
+    return x.shape[-3] >= 16 and x.shape[-1] == _width(x) and not _out_of_reach(x)
+
+
+def _width(x):
+    return max(16, pl.next_power_of_2(x.shape[-1]))
+
+
 def _whole(x):
-    """Pad the head dim to a power of two, at least 16."""
-    return tiles.pad_axis(x, max(16, pl.next_power_of_2(x.shape[3])), 3)
+    """Head dim grown to a power of two, at least 16."""
+    return tiles.pad_axis(x, _width(x), 3)
 
 
 def _splits(programs):
@@ -116,8 +131,8 @@ def _heads(size, width):
     return pl.BlockSpec((None, None, size, width), lambda i, n, b: (b, n, 0, 0))
 
 
-def _slots(slots, width):
-    return pl.BlockSpec((None, slots, None, width), lambda i, n, b: (b, 0, n, 0))
+def _slots(every, slots, _, width):
+    return pl.BlockSpec((every, slots, None, width), lambda i, n, b: (0, 0, n, 0))
 
 
 def _kernel(
@@ -128,7 +143,7 @@ def _kernel(
     q = q_ref[...]
     size, width = out_ref.shape
     q_pos = q_pos_ref[...][:, None]
-    full, count = counts_ref[0], counts_ref[1]
+    full, count, row = counts_ref[0], counts_ref[1], counts_ref[2]
     share = pl.cdiv(count, splits)
     begin = jnp.minimum(pl.program_id(0) * share, count)
     end = jnp.minimum(begin + share, count)
@@ -140,9 +155,9 @@ def _kernel(
             first = order_ref[index] * block
             # the last block ends where the cache does: some of its slots were another's
             at = pl.ds(jnp.minimum(first, slots - block) if masked else first, block)
-            s = dot(q, k_ref[at, :].astype(q.dtype), (1, 1))
+            s = dot(q, k_ref[row, at, :].astype(q.dtype), (1, 1))
             if scales:
-                s *= scales[0][at].astype(jnp.float32)[None, :]
+                s *= scales[0][row, at].astype(jnp.float32)[None, :]
             s, _ = online_softmax.scores(s, scale, soft_cap)
             if masked:
                 pos = kv_pos_ref[at]
@@ -150,8 +165,8 @@ def _kernel(
                 s = jnp.where(tiles.visible(mask, [q_pos], [pos[None, :]]), s, -jnp.inf)
             p, alpha, m, total = online_softmax.update(s, m, total, axis=1)
             if scales:
-                p *= scales[1][at].astype(jnp.float32)[None, :]
-            values = v_ref[at, :].astype(q.dtype)
+                p *= scales[1][row, at].astype(jnp.float32)[None, :]
+            values = v_ref[row, at, :].astype(q.dtype)
             return acc * alpha + dot(p.astype(q.dtype), values, (1, 0)), m, total
 
         return body

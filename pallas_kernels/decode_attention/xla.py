@@ -16,8 +16,9 @@ from pallas_kernels.flash_attention.mask import PAD_POSITION
 BLOCK = 1024
 
 
-def forward(q, k, v, k_scale, v_scale, q_pos, kv_pos, *, mask, soft_cap, scale):
-    t = q.shape[1]
+def forward(q, k, v, k_scale, v_scale, layer, q_pos, kv_pos, *, mask, soft_cap, scale):
+    batch, t = q.shape[:2]
+    first, (k, v, k_scale, v_scale) = rows.of_layers(layer, batch, (k, v, k_scale, v_scale))
     kv_heads, slots = k.shape[2], k.shape[1]
     acc = np.promote_types(q.dtype, np.float32)
     # a CPU multiplies float32 faster, and the products of bfloat16 numbers are float32 numbers
@@ -29,19 +30,21 @@ def forward(q, k, v, k_scale, v_scale, q_pos, kv_pos, *, mask, soft_cap, scale):
 
     def step(index, carry):
         high, total, out = carry
-        first = order[index] * block
-        start = jnp.minimum(first, slots - block)  # the last block ends where the cache does
+        begin = order[index] * block
+        start = jnp.minimum(begin, slots - block)  # the last block ends where the cache does
 
-        def take(x, axis=1):
-            return lax.dynamic_slice_in_dim(x, start, block, axis)
+        def take(x, axis=1, row=first):
+            at, sizes = [row] + [0] * (x.ndim - 1), [batch, *x.shape[1:]]
+            at[axis], sizes[axis] = start, block
+            return lax.dynamic_slice(x, at, sizes)
 
         s = _dot("bkrh,bskh->bkrs", queries, take(k).astype(q.dtype).astype(compute)) * scale
         if k_scale is not None:
             s *= _per_key(take(k_scale, 2), acc)
         if soft_cap is not None:
             s = soft_cap * jnp.tanh(s / soft_cap)
-        fresh = start + jnp.arange(block, dtype=jnp.int32) >= first
-        pos = jnp.where(fresh, take(kv_pos), PAD_POSITION)
+        fresh = start + jnp.arange(block, dtype=jnp.int32) >= begin
+        pos = jnp.where(fresh, take(kv_pos, row=0), PAD_POSITION)
         s = jnp.where(mask.visible(row_pos, pos)[:, None], s, -jnp.inf)
         new_high = jnp.maximum(high, s.max(-1))
         shift = jnp.where(jnp.isneginf(new_high), 0.0, new_high)

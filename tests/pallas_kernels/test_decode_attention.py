@@ -13,7 +13,21 @@ from slow import slow_but
 
 from pallas_kernels import PAD_POSITION, decode_attention, quantize_cache
 from pallas_kernels.decode_attention.api import IMPLEMENTATIONS
-from pallas_kernels.testing.decode_attention import CASES, Case, check, expected, rms
+from pallas_kernels.testing.decode_attention import CASES, Case, arrays, check, expected, rms
+
+LAYERED = {
+    "one row": Case(slots=160, heads=4, kv_heads=2, head_dim=128),
+    "rows, window": Case(batch=3, queries=2, head_dim=128, window=150, layout="shuffled"),
+    "int8, window": Case(
+        batch=2, queries=3, heads=8, kv_heads=4, head_dim=128, cache="int8", layout="pads",
+        window=120,
+    ),
+    "float8, copied": Case(
+        batch=2, slots=40, heads=4, kv_heads=2, head_dim=80, cache="float8_e4m3fn", sinks=True
+    ),
+}  # fmt: skip
+"""Of a stack: what every backend reads where it lies, and what the kernels slice first."""
+LAYERS = 3
 
 SKIPPING = ("xla", "triton", "mosaic_tpu")
 
@@ -96,12 +110,58 @@ def test_blocks_with_nothing_to_see_are_not_read(implementation):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    slow_but(
+        itertools.product(LAYERED, IMPLEMENTATIONS),
+        lambda case: "8" in case[0] or case[1] not in ("triton", "mosaic_tpu"),
+    ),
+)
+def test_a_layer_of_a_stack_is_bitwise_the_layer_alone(name, implementation):
+    """With the layer traced, a scan's and a number; no two layers are alike."""
+    case = LAYERED[name]
+    given = [arrays(dataclasses.replace(case, seed=seed)) for seed in range(LAYERS)]
+    names = [key for key in given[0] if key in ("k", "v", "k_scale", "v_scale")]
+    stack = {key: jnp.asarray(np.stack([x[key] for x in given])) for key in names}
+    rest = {key: jnp.asarray(x) for key, x in given[0].items() if key not in names}
+    attend = functools.partial(
+        decode_attention, **rest, window=case.window, implementation=implementation
+    )
+
+    def by_index(layer, stack):
+        return attend(**stack, layer=layer)
+
+    def by_slice(layer, stack):
+        take = functools.partial(jax.lax.dynamic_index_in_dim, index=layer, keepdims=False)
+        return attend(**jax.tree.map(take, stack))
+
+    def results(read):
+        traced = jax.jit(read)
+        every = [traced(layer, stack) for layer in range(LAYERS)]
+        scanned = jax.lax.map(functools.partial(read, stack=stack), jnp.arange(LAYERS))
+        number = jax.jit(read, static_argnums=0)(LAYERS - 1, stack)
+        return jax.tree.map(np.asarray, (every, scanned, number))
+
+    got, expected_results = results(by_index), results(by_slice)
+    jax.tree.map(np.testing.assert_array_equal, got, expected_results)
+    assert len({out.tobytes() for out, _ in got[0]}) == LAYERS
+
+
+def test_a_traced_layer_beyond_the_stack_is_the_nearest():
+    case = Case(slots=40, head_dim=32)
+    stack = {key: jnp.stack([x, 2 * x]) for key, x in arrays(case).items() if key in ("k", "v")}
+    rest = {key: x for key, x in arrays(case).items() if key not in stack}
+    attend = jax.jit(lambda layer: decode_attention(**rest, **stack, layer=layer))
+    for layer, nearest in ((-1, 0), (7, 1)):
+        jax.tree.map(np.testing.assert_array_equal, attend(layer), attend(nearest))
+
+
 def attend(*, q=(1, 1, 2, 32), kv=(1, 40, 2, 32), dtype="float32", cache=None, **options):
     """Shapes alone: what is refused is refused before anything runs."""
     q_positions = jax.ShapeDtypeStruct(q[:2], jnp.int32)
     k = jax.ShapeDtypeStruct(kv, cache or dtype)
     q = jax.ShapeDtypeStruct(q, dtype)
-    scale = jax.ShapeDtypeStruct((kv[0], kv[2], kv[1]), jnp.float32)
+    scale = jax.ShapeDtypeStruct((*kv[:-3], kv[-2], kv[-3]), jnp.float32)
     options = {name: scale if x == "scale" else x for name, x in options.items()}
     arrays = {name: x for name, x in options.items() if name.endswith("scale")}
     static = {name: x for name, x in options.items() if name not in arrays}
@@ -120,6 +180,12 @@ def attend(*, q=(1, 1, 2, 32), kv=(1, 40, 2, 32), dtype="float32", cache=None, *
         (dict(kv=(2, 40, 2, 32)), "agree in B"),
         (dict(soft_cap=-1.0), "soft_cap"),
         (dict(window=0), "window"),
+        (dict(layer=1), r"with layer.*\[L, \.\.\.\].*a layer and \[\(1, 40, 2, 32\)"),
+        (dict(kv=(3, 1, 40, 2, 32)), r"with layer.*no layer and \[\(3, 1, 40, 2, 32\)"),
+        (dict(kv=(3, 1, 40, 2, 32), layer=3), "below L.*layer=3"),
+        (dict(kv=(3, 1, 40, 2, 32), layer=-1), "below L.*layer=-1"),
+        (dict(kv=(3, 1, 40, 2, 32), layer=1.0), "one integer.*float32 1.0"),
+        (dict(kv=(3, 2, 40, 2, 32), layer=1), "agree in B"),
     ],
 )
 def test_nonsense_is_refused(options, message):
@@ -142,6 +208,10 @@ def test_what_one_kernel_cannot_do_names_who_can():
     with pytest.raises(NotImplementedError, match=r"32-bit offsets.*xla"):
         large = dict(q=(3, 1, 8, 128), kv=(3, 2**20, 8, 128), cache="int8")
         attend(**large, **scales, implementation="triton")
+    # as many entries in three layers, of which the kernel gets one
+    stack = dict(q=(1, 1, 8, 128), kv=(3, 1, 2**20, 8, 128), cache="int8", layer=2)
+    out, _ = attend(**stack, **scales, implementation="triton")
+    assert out.shape == (1, 1, 8, 128)
     with pytest.raises(ValueError, match=r"int8.*float16"):
         quantize_cache(jnp.zeros((1, 2, 1, 32)), "float16")
 

@@ -4,6 +4,9 @@
 That no copy of the cache is made is a fact about the compiled program: its temporaries.
 """
 
+import functools
+import itertools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -59,6 +62,66 @@ def test_a_million_slots_compile_and_are_not_copied(target, cache):
     report = compiled(target, cache)
     assert report.kernels == 1
     assert report.temp_bytes < 16 * SLOTS, "neither keys, values nor scales are copied"
+
+
+LAYERS, LAYER_SLOTS = 8, 1 << 15
+
+
+def scanned(target, cache, read, *, kv_heads):
+    """A step of two sequences through `LAYERS` layers, each of which writes and then reads."""
+    target = parse_target(target)
+    mesh = target.mesh(seq=target.size)
+    stack = jax.ShapeDtypeStruct((LAYERS, 2, LAYER_SLOTS, kv_heads, 128), cache)
+    scales = None
+    if jnp.dtype(cache).itemsize == 1:
+        scales = jax.ShapeDtypeStruct((LAYERS, 2, kv_heads, LAYER_SLOTS), jnp.float32)
+    q = jax.ShapeDtypeStruct((2, 1, 16, 128), "bfloat16")
+    args = stack, stack, q, scales, jax.ShapeDtypeStruct((2, 1), jnp.int32)
+
+    def local(k, v, q, scales, now):
+        def body(carry, layer):
+            k, v, q = carry
+            new = q[None, :, :, :kv_heads].astype(cache)
+            at = layer, 0, now[0, 0], 0, 0
+            k, v = (jax.lax.dynamic_update_slice(x, new, at) for x in (k, v))
+            return (k, v, read(q, k, v, scales, now, layer)), None
+
+        return jax.lax.scan(body, (k, v, q), jnp.arange(LAYERS))[0]
+
+    def step(*args):
+        return jax.shard_map(local, in_specs=(P(),) * len(args), out_specs=(P(),) * 3)(*args)
+
+    return compile_for(jax.jit(step, donate_argnums=(0, 1)), args, mesh)
+
+
+def by_index(q, k, v, scales, now, layer):
+    return decode_attention(
+        q, k, v, layer=layer, k_scale=scales, v_scale=scales, q_positions=now
+    )[0]  # fmt: skip
+
+
+def by_slice(q, *cache_and_now_and_layer):
+    *cache, now, layer = cache_and_now_and_layer
+    take = functools.partial(jax.lax.dynamic_index_in_dim, index=layer, keepdims=False)
+    k, v, scales = jax.tree.map(take, cache)
+    return decode_attention(q, k, v, k_scale=scales, v_scale=scales, q_positions=now)[0]
+
+
+@pytest.mark.parametrize(
+    ("target", "cache", "kv_heads"),
+    slow_but(
+        itertools.product(("rtx-pro-6000:1", "v5p:2x2x1"), ("bfloat16", "int8"), (8, 1)),
+        lambda case: case[1:] == ("bfloat16", 8),
+    ),
+)
+def test_a_scan_over_layers_copies_none(target, cache, kv_heads):
+    """Of a stack that the caller slices a layer's keys and values are: what `layer` is for."""
+    keys_bytes = 2 * LAYER_SLOTS * kv_heads * 128 * jnp.dtype(cache).itemsize
+    report = scanned(target, cache, by_index, kv_heads=kv_heads)
+    assert report.kernels == LAYERS
+    assert report.temp_bytes < keys_bytes / (16 if kv_heads == 8 else 2)
+    if kv_heads == 8:
+        assert scanned(target, cache, by_slice, kv_heads=kv_heads).temp_bytes > 2 * keys_bytes
 
 
 @pytest.mark.slow
