@@ -96,7 +96,7 @@ def forward(q, k, v, k_scale, v_scale, layer, q_pos, kv_pos, *, mask, soft_cap, 
 
 
 def _readable(x):
-    """Whether the kernel reads the cache as it lies: the reshape in `_Call.slots` is free."""
+    """Tell whether the kernel reads the cache as it lies: the reshape in `_Call.slots` is free."""
     slots, kv_heads, width = x.shape[-3:]
     whole_words = kv_heads == 1 or kv_heads * x.dtype.itemsize % 4 == 0
     return slots >= LANES and width % LANES == 0 and whole_words

@@ -107,7 +107,7 @@ def _out_of_reach(x):
 
 
 def _readable(x):
-    """Whether the kernel reads the cache as it lies."""
+    """Tell whether the kernel reads the cache as it lies."""
     return x.shape[-3] >= 16 and x.shape[-1] == _width(x) and not _out_of_reach(x)
 
 

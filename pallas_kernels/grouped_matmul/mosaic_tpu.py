@@ -128,7 +128,7 @@ def _products(op, lhs, weights, group_sizes, outs, finish, *, transpose=False, l
 
 
 def _fine_products(op, lhs, weights, group_sizes, outs, finish, block, layer):
-    """As `_products`, of weights that are made whole piece by piece on their way in."""
+    """Do `_products` of weights that are made whole piece by piece on their way in."""
     m, (e,), n = lhs.shape[0], group_sizes.shape, weights[0].shape[2]
     packed, group = weights[0].packed, weights[0].group
     if packed and packed not in (64, 128, PACKED):

@@ -65,7 +65,7 @@ class Quantized:
 
     @property
     def scales_are_final(self) -> bool:
-        """Whether `operand` gives the scales as they are stored."""
+        """Tell whether `operand` gives the scales as they are stored."""
         return self.by_channel and self.scales.dtype == jnp.float32 and self.channel_scales is None
 
     @property
@@ -79,7 +79,7 @@ class Quantized:
 
     @property
     def has_gradient(self) -> bool:
-        """Whether there is a transposed product: its scales lie along whole columns or blocks."""
+        """Tell whether there is a transposed product: its scales lie along whole columns or blocks."""
         wide = self.scales.shape[-1]
         return not self.packed and (
             self.by_channel or (not self.is_fine and wide == -(-self.shape[-1] // BLOCK))
@@ -87,7 +87,7 @@ class Quantized:
 
     @property
     def is_fine(self) -> bool:
-        """Whether a kernel makes whole weights, in the rows' dtype, before it multiplies. What
+        """Tell whether a kernel makes whole weights, in the rows' dtype, before it multiplies. What
         `quantize` gives is exact in bfloat16."""
         return bool(self.packed) or self.group < min(BLOCK, self.shape[-2])
 

@@ -32,11 +32,11 @@ def all_matrices(weights, layer):
 
 
 def matrix_of(group, groups, layer):
-    """Which of `L * E` matrices each group has; rows past the last group are given any."""
+    """Choose which of `L * E` matrices each group has; rows past the last group are given any."""
     group = jnp.minimum(group, groups - 1)
     return group if layer is None else layer * groups + group
 
 
 def index(matrix, length, matrices):
-    """Where an array of `length` holds a matrix: one of all, of a layer's, or the only one."""
+    """Find a matrix in an array of `length`: one of all, of a layer's, or the only one."""
     return matrix if length == matrices else jax.lax.rem(matrix, jnp.int32(length))

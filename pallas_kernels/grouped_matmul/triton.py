@@ -96,7 +96,7 @@ def _products(op, lhs, weights, group_sizes, outs, finish, *, transpose=False, l
 
 
 def _fine_products(op, lhs, weights, group_sizes, outs, finish, layer):
-    """As `_products`, of weights that are made whole tile by tile, exact in bfloat16."""
+    """Do `_products` of weights that are made whole tile by tile, exact in bfloat16."""
     (m, k), (e,), (matrices, _, n) = lhs.shape, group_sizes.shape, weights[0].shape
     if m == 0:
         return [_zeros(lhs, (0, n), lhs.dtype)] * outs
