@@ -79,7 +79,7 @@ class Quantized:
 
     @property
     def has_gradient(self) -> bool:
-        """Tell whether there is a transposed product: its scales lie along whole columns or blocks."""
+        """Tell whether there is a transposed product: scales lie along whole columns or blocks."""
         wide = self.scales.shape[-1]
         return not self.packed and (
             self.by_channel or (not self.is_fine and wide == -(-self.shape[-1] // BLOCK))
