@@ -4,8 +4,7 @@
 The last piece of a prompt and a step of decoding, compiled by the chip's own compiler for each
 mesh; nothing runs. Memory is what the compiler allots, what is sent the most that any choice of
 experts can need, beside what the algorithm says must be sent. The first layer is dense, each other
-one a mixture of experts, 80 are the whole model: `--layers 80` compiles it, else it is extrapolated
-from the two largest numbers of layers.
+one a mixture of experts; all 80 are compiled, as one program of two blocks.
 
     python -m benchmarks.model_memory --out benchmarks/results
 
@@ -91,7 +90,7 @@ class Args:
     out: pathlib.Path | None = None
     """A folder for model_memory.md and model_memory.json; None prints alone."""
     targets: tuple[str, ...] = tuple(MESHES)
-    layers: tuple[int, ...] = (1, 2, 3)
+    layers: tuple[int, ...] = (WHOLE,)
     context: int = 262_144
     """Tokens that the cache is made for."""
     chunk: int | None = 16_384
@@ -189,20 +188,6 @@ def unexpected(r: dict[str, Any]) -> str:
     return ", ".join(surplus) or "none"
 
 
-def whole(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The 80 layers of one target and program: compiled, or a line through the last two rows."""
-    rows = sorted((r for r in rows if "refused" not in r), key=lambda r: r["layers"])
-    if rows and rows[-1]["layers"] == WHOLE:
-        return rows[-1] | {"how": "compiled"}
-    if len(rows) < 2 or rows[-2]["layers"] < 2:  # the first layer is of another kind
-        return None
-    a, b = rows[-2:]
-    more, step = WHOLE - b["layers"], b["layers"] - a["layers"]
-    names = ("argument_bytes", "temp_bytes", "total_bytes")
-    sizes = {name: b[name] + (b[name] - a[name]) * more // step for name in names}
-    return b | sizes | {"how": f"a line through {a['layers']} and {b['layers']} layers"}
-
-
 def markdown(head: list[str], lines: list[list[str]]) -> str:
     return "".join("| " + " | ".join(x) + " |\n" for x in [head, ["---"] * len(head), *lines])
 
@@ -238,17 +223,15 @@ def table(rows: list[dict[str, Any]]) -> str:
 def fits(rows: list[dict[str, Any]]) -> str:
     """The whole model on each target."""
     head = ["target", "program", "arguments GiB", "temporaries GiB", "together GiB"]
-    head += ["the device has GiB", "fits", "how it is known"]
+    head += ["the device has GiB", "fits"]
     lines = []
-    for target in MESHES:
-        for program in ("prefill", "decode"):
-            r = whole([r for r in rows if (r["target"], r["program"]) == (target, program)])
-            if r is None:
-                continue
-            sizes = [f"{r[f'{x}_bytes'] / GIB:.2f}" for x in ("argument", "temp", "total", "hbm")]
-            left = (r["hbm_bytes"] - r["total_bytes"]) / GIB
-            says = f"yes, {left:.1f} GiB left" if left >= 0 else f"no, {-left:.1f} GiB too much"
-            lines.append([target, program, *sizes, says, r["how"]])
+    for r in rows:
+        if r["layers"] != WHOLE or "refused" in r:
+            continue
+        sizes = [f"{r[f'{x}_bytes'] / GIB:.2f}" for x in ("argument", "temp", "total", "hbm")]
+        left = (r["hbm_bytes"] - r["total_bytes"]) / GIB
+        says = f"yes, {left:.1f} GiB left" if left >= 0 else f"no, {-left:.1f} GiB too much"
+        lines.append([r["target"], r["program"], *sizes, says])
     return markdown(head, lines)
 
 
