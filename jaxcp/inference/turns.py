@@ -56,7 +56,7 @@ class Piece:
     used: int | None = None
     """Slots of a shard that are looked at; None: the cache was empty."""
     halos: dict[int, dict[int, np.ndarray] | None] = dataclasses.field(default_factory=dict)
-    """By window, what shards send each other of the new tokens: see `jaxcp.attention.window.attend`."""
+    """By window, what shards send each other of the new tokens: see `window.attend`."""
 
     @property
     def program(self) -> tuple:
