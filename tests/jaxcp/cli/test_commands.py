@@ -311,7 +311,7 @@ def test_a_pipe_at_both_ends(short):
 
 def test_an_interrupt_exits_as_shells_expect(tmp_path):
     (tmp_path / "slow.py").write_text(
-        "import os, signal\n\ndef config():\n    os.kill(os.getpid(), signal.SIGINT)\n"
+        "import signal\n\ndef config():\n    signal.raise_signal(signal.SIGINT)\n"
     )
     done = shell(f"$PYTHON -m jaxcp train {tmp_path / 'slow.py'}")
     assert done.returncode == 130 and done.stderr.strip() == "jaxcp: interrupted"
