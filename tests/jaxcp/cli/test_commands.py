@@ -311,7 +311,10 @@ def test_a_pipe_at_both_ends(short):
 
 def test_an_interrupt_exits_as_shells_expect(tmp_path):
     (tmp_path / "slow.py").write_text(
-        "import signal\n\ndef config():\n    signal.raise_signal(signal.SIGINT)\n"
+        # a shell's background job ignores interrupts, and so would this child of one
+        "import signal\n\ndef config():\n"
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "    signal.raise_signal(signal.SIGINT)\n"
     )
     done = shell(f"$PYTHON -m jaxcp train {tmp_path / 'slow.py'}")
     assert done.returncode == 130 and done.stderr.strip() == "jaxcp: interrupted"

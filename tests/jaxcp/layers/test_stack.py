@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from slow import slow_but
 
 import jaxcp
 from jaxcp import HybridMoE, HybridMoEConfig
@@ -134,7 +135,7 @@ def unrolled(model, tokens, positions):
     return model.final_norm(x)
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", slow_but([False, True], lambda remat: remat))
 def test_values_and_gradients_are_those_of_blocks_one_by_one(remat):
     one = model(dataclasses.replace(MIXED, remat=remat, num_mtp_layers=0))
     assert one.layers.names == ["0", "1:7:2", "2:7:2"]
@@ -153,6 +154,7 @@ def test_values_and_gradients_are_those_of_blocks_one_by_one(remat):
         np.testing.assert_allclose(ours, theirs, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_more_layers_are_no_longer_program_and_copy_no_experts():
     """A decode step on a TPU: its equations, and its temporary memory beside a layer's experts."""
     lengths, sizes = set(), []
