@@ -133,6 +133,8 @@ def _extended(q, new, stack, layer, q_pos, kv_pos, lengths, weights, *, scale, w
     absorbed = jnp.einsum("btnh,lnh->btnl", q[..., :nope], k_up)
     q = jnp.concatenate([absorbed, q[..., nope:]], axis=-1)
     options = {"window": None, "soft_cap": None, "scale": scale}
+    if stack.shape[-1] > 256:  # wider than the kernels take
+        options["implementation"] = "xla"
     rows = layer_of(stack, layer)
     out, lse = attend_shard(q, rows, rows[..., : k_up.shape[0]], q_pos, kv_pos, **options)
     out, _ = merged(out, lse)
