@@ -177,7 +177,7 @@ class Striped(Layout):
 
 @dataclasses.dataclass(frozen=True)
 class Balanced(Layout):
-    """For packed documents: every shard visits equally many tiles, however long the documents are.
+    """Layout for packed documents: shards visit equally many tiles, whatever the lengths.
 
     Causal work is per document, so a zigzag over the row is not fair to packed rows: with one
     document of half of the row the busiest of eight shards has 1.5 to 3 times the mean. Here each

@@ -26,7 +26,7 @@ LAYERED = {
         batch=2, slots=40, heads=4, kv_heads=2, head_dim=80, cache="float8_e4m3fn", sinks=True
     ),
 }  # fmt: skip
-"""Of a stack: what every backend reads where it lies, and what the kernels slice first."""
+"""Cases of a stack: what every backend reads where it lies, and what the kernels slice first."""
 LAYERS = 3
 
 SKIPPING = ("xla", "triton", "mosaic_tpu")

@@ -115,7 +115,7 @@ def by_slice(q, *cache_and_now_and_layer):
     ),
 )
 def test_a_scan_over_layers_copies_none(target, cache, kv_heads):
-    """Of a stack that the caller slices a layer's keys and values are: what `layer` is for."""
+    """A layer's keys and values are, where the caller slices a stack: what `layer` is for."""
     keys_bytes = 2 * LAYER_SLOTS * kv_heads * 128 * jnp.dtype(cache).itemsize
     report = scanned(target, cache, by_index, kv_heads=kv_heads)
     assert report.kernels == LAYERS

@@ -30,7 +30,7 @@ LENGTHS = (1, 5, 70, 129, 500)
 
 
 class Keeps(NamedTuple):
-    """What a layer keeps; None: everything."""
+    """A layer that keeps a window; None: everything."""
 
     window: int | None
 

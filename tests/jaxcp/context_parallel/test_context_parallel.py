@@ -111,7 +111,7 @@ def test_every_strategy_is_tested():
 
 
 def refused(strategy, shards):
-    """Whether heads cannot be exchanged over so many shards, or 16 pieces do not lie on them."""
+    """Tell whether heads or 16 pieces cannot be dealt to so many shards."""
     if isinstance(strategy, FixedOrder):
         return 16 % shards != 0 or Zigzag().padded_length(T, shards) % 16 != 0
     among = {Ulysses: shards, USP: getattr(strategy, "ulysses", 1)}.get(type(strategy), 1)

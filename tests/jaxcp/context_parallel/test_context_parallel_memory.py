@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What attention holds beside its arguments, by the compiler's count, is what `Strategy.cost` says.
+"""Bytes that attention holds beside its arguments, as the compiler counts, are `Strategy.cost`'s.
 
 Compiled for NVIDIA GPUs that are not there, up to 16 of them, forward, in bfloat16.
 """

@@ -6,10 +6,12 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from published import R1
 from tiny_checkpoints import FIXTURES
 
 import jaxcp
-from jaxcp.compile import compile_for, decode_program, prefill_program
+from jaxcp import models
+from jaxcp.compile import compile_for, decode_program, parse_target, prefill_program
 from jaxcp.inference import steps
 from jaxcp.layers.stack import Layers
 
@@ -84,3 +86,15 @@ def test_programs_of_a_compressed_cache():
         report = compile_for(*program, mesh)
         sent[held] = {c.kind: c.bytes for c in report.collectives}
     assert sent[0] == sent[1024] and sent[0]["all-gather"] > 96 // 8 * 32 * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["v6e:2x2", "rtx-pro-6000:4"])
+def test_decoding_over_latents_as_wide_as_published_ones_compiles(target):
+    """576 channels, where decode kernels take 256; DeepSeek-V3 less most of its layers."""
+    config = models.config_from_dict(R1 | {"num_hidden_layers": 4, "num_nextn_predict_layers": 0})
+    mesh = parse_target(target).mesh(seq=4)
+    fn, arrays = decode_program(
+        jaxcp.abstract_model(config), mesh, max_len=1024, rules=jaxcp.Rules(experts="seq")
+    )
+    assert compile_for(fn, arrays, mesh).temp_bytes > 0

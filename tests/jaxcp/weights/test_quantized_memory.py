@@ -48,7 +48,7 @@ def abstract(how):
 
 
 def widened_bytes(model):
-    """Of the quantized weights, were they bfloat16."""
+    """Bytes of the quantized weights, were they bfloat16."""
     leaves = jax.tree.leaves(model, is_leaf=is_quantized)
     return sum(2 * int(np.prod(x.shape)) for x in leaves if is_quantized(x))
 
