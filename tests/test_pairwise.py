@@ -3,7 +3,7 @@
 
 import itertools
 
-from pairwise import pairwise
+from pairwise import each_value, pairwise
 
 FACTORS = {"a": range(4), "b": "xyz", "c": (True, False), "d": (None, 1.5)}
 
@@ -18,3 +18,11 @@ def test_every_pair_that_may_meet_meets():
         met = {(case[one], case[other]) for case in cases}
         may = set(itertools.product(FACTORS[one], FACTORS[other]))
         assert met == (may - {(3, "x")} if (one, other) == ("a", "b") else may)
+
+
+def test_each_value_is_met_in_few_cases():
+    cases = pairwise(FACTORS)
+    few = each_value(cases)
+    assert all(case in cases for case in few) and len(few) == 4
+    for name, values in FACTORS.items():
+        assert {case[name] for case in few} == set(values)

@@ -32,8 +32,7 @@ LAYERS = 3
 SKIPPING = ("xla", "triton", "mosaic_tpu")
 
 
-TELLING = ("eight KV heads, int8", "eight KV heads, bfloat16", "no block divides", "window")
-TELLING += ("dealt to slots", "nothing to see", "float8, outliers", "everything")
+TELLING = ("eight KV heads, int8", "no block divides", "nothing to see", "everything")
 """Cases that an interpreted kernel runs in `make test`: each option is in one of them."""
 
 
@@ -114,7 +113,7 @@ def test_blocks_with_nothing_to_see_are_not_read(implementation):
     ("name", "implementation"),
     slow_but(
         itertools.product(LAYERED, IMPLEMENTATIONS),
-        lambda case: "8" in case[0] or case[1] not in ("triton", "mosaic_tpu"),
+        lambda case: "int8" in case[0] or case[1] not in ("triton", "mosaic_tpu"),
     ),
 )
 def test_a_layer_of_a_stack_is_bitwise_the_layer_alone(name, implementation):

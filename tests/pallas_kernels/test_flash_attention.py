@@ -18,8 +18,8 @@ from pallas_kernels.testing.flash_attention import CASES, TOLERANCE, check
 KERNELS = ("triton", "mosaic_tpu")
 
 
-TELLING = ("causal", "everything", "bfloat16, everything", "pads and rows with nothing to see")
-TELLING += ("window, bidirectional", "no block divides", "GQA 3:1", "values wider", "carry only")
+TELLING = ("everything", "bfloat16, everything", "window, bidirectional")
+TELLING += ("pads and rows with nothing to see",)
 """Cases that an interpreted kernel runs in `make test`: each option is in one of them."""
 
 
@@ -27,7 +27,7 @@ TELLING += ("window, bidirectional", "no block divides", "GQA 3:1", "values wide
     "name, implementation",
     slow_but(
         itertools.product(CASES, IMPLEMENTATIONS),
-        lambda case: case[0] in TELLING or "infin" in case[0] or case[1] not in KERNELS,
+        lambda case: case[0] in TELLING or case[1] not in KERNELS,
     ),
 )
 def test_matches_float64_and_repeats(name, implementation):

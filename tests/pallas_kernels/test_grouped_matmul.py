@@ -18,6 +18,7 @@ from pallas_kernels.number_formats import four_times_e2m1, from_ue8m0, to_e2m1, 
 from pallas_kernels.testing.grouped_matmul import CASES, check, product
 
 OTHERS = ("several blocks", "none has a row", "bfloat16", "int8", "mxfp4", "swiglu, bfloat16")
+OTHERS += ("float8 by block", "mxfp8")
 """Cases that differ from the others by less: an interpreted kernel runs them in `make test-all`."""
 
 

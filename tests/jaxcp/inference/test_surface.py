@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every option of the surface beside every other: meshes, rows, pads, first and second turn.
 
-Two options at a time (`pairwise`), on a model that has a window, experts and n-grams. What is right
+Two options at a time (`pairwise`; in `make test` each one), on a model that has a window, experts and n-grams. What is right
 comes from one pass over the whole sequence on one device, and from the definition of sampling.
 """
 
@@ -11,7 +11,8 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from pairwise import pairwise
+from pairwise import each_value, pairwise
+from slow import slow_but
 
 import jaxcp
 from jaxcp.inference.sampling import Sampler
@@ -60,7 +61,14 @@ def logits_after(ids: tuple[int, ...]):
 
 
 def cases(factors, allowed=lambda case: True):
-    return [pytest.param(case, id=str([*case.values()])) for case in pairwise(factors, allowed)]
+    """Every two values that meet; those that `make test` has time for meet every value once."""
+    every = pairwise(factors, allowed)
+    quick = each_value(every)
+    return slow_but(every, lambda case: case in quick)
+
+
+def named(case):
+    return str([*case.values()])
 
 
 def rows_fit(case):
@@ -78,7 +86,7 @@ CACHES = {
 
 
 @pytest.mark.parametrize(
-    "case", cases(CACHES, lambda c: rows_fit(c) and c["rows"] >= 1 + c["ragged"])
+    "case", cases(CACHES, lambda c: rows_fit(c) and c["rows"] >= 1 + c["ragged"]), ids=named
 )
 def test_prefill_and_decode_step(case, mesh_of):
     """Two turns and two tokens, ragged ones with pads, against the whole sequence."""
@@ -107,7 +115,7 @@ def test_prefill_and_decode_step(case, mesh_of):
 WHOLE = {"axes": MESHES, "strategy": STRATEGIES, "rows": (1, 2), "length": (7, LENGTH)}
 
 
-@pytest.mark.parametrize("case", cases(WHOLE, rows_fit))
+@pytest.mark.parametrize("case", cases(WHOLE, rows_fit), ids=named)
 def test_logits(case, mesh_of):
     expected = whole()[: case["rows"], : case["length"]]
     model = on(case["axes"], mesh_of)
@@ -139,7 +147,7 @@ def answer_by_definition(ids, count, sampler, key, stop):
     return answer, None, key
 
 
-@pytest.mark.parametrize("case", cases(SENT))
+@pytest.mark.parametrize("case", cases(SENT), ids=named)
 def test_send(case, mesh_of):
     """Two turns and a fork: what is said, where it stops, and what is counted."""
     prompts = b"the first turn, of some length", b"second", b"fork"
@@ -234,7 +242,7 @@ def documents_if_balanced(case):
     return case["packed"] or case["strategy"] != TRAINED["strategy"][-1]
 
 
-@pytest.mark.parametrize("case", cases(TRAINED, documents_if_balanced))
+@pytest.mark.parametrize("case", cases(TRAINED, documents_if_balanced), ids=named)
 def test_train(case, plainly, tmp_path):
     expected = plainly(case["seq_len"], case["packed"])
     np.testing.assert_allclose(trained(tmp_path, case), expected, rtol=2e-5)
