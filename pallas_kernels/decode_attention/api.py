@@ -6,6 +6,7 @@ It never sees a sink: sinks enter the softmax's denominator once, after the last
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,7 @@ def decode_attention(
     v: Num[Array, "*L B S K V"],
     *,
     layer: Int[Array, ""] | int | None = None,
+    pages: Int[Array, "B M"] | None = None,
     q_positions: Int[Array, "B T"],
     kv_positions: Int[Array, "B S"] | None = None,
     k_scale: Float[Array, "*L B K S"] | None = None,
@@ -59,6 +61,10 @@ def decode_attention(
       layer: which of L layers to read, where the cache is a stack of them, axis L in front of k, v
         and the scales. For a scan over layers: `k[layer]` in front of a kernel would copy the
         layer at every step. A traced one beyond the stack reads the nearest.
+      pages: where each sequence's slots lie in a pool: k, v are `[*L, P, page, K, H]`, scales
+        `[*L, P, K, page]`, and slot s of sequence b is slot `s % page` of page `pages[b, s //
+        page]`; S is `M * page`. Sequences may share pages. A page where no query sees a slot is
+        not read; numbers beyond the pool stand for the nearest page.
       q_positions, kv_positions: global position of each token. A slot belongs to no position:
         `kv_positions` (default `0..S-1`) says which token lies there, in any order;
         `PAD_POSITION` marks an empty slot, and a pad among the queries.
@@ -89,11 +95,15 @@ def decode_attention(
     >>> out.shape, lse.shape
     ((1, 1, 8, 64), (1, 1, 8))
     """
+    cache = k, v, k_scale, v_scale
+    shapes = _of_sequences(_of_layer(cache, layer), q, pages)
     if kv_positions is None:
-        kv_positions = default_positions(k if layer is None else _layer_shape(k))
-    check(q, k, v, k_scale, v_scale, layer, q_positions, kv_positions, sinks, soft_cap)
+        kv_positions = default_positions(shapes[0])
+    check(q, *shapes, q_positions, kv_positions, sinks, soft_cap)
     if layer is not None:
         layer = jnp.clip(jnp.asarray(layer, jnp.int32), 0, k.shape[0] - 1)
+    if pages is not None:
+        pages = jnp.clip(pages, 0, k.shape[-4] - 1)
     options = dict(
         mask=Mask(window=window),
         soft_cap=soft_cap,
@@ -101,7 +111,7 @@ def decode_attention(
     )
     best = BEST if 128 % k.shape[-2] == 0 else BEST | {"tpu": "xla"}
     backend = resolve("decode_attention", implementation, IMPLEMENTATIONS, best)
-    arrays = q, k, v, k_scale, v_scale, layer, hide_pads(q_positions), kv_positions
+    arrays = q, cache, layer, pages, hide_pads(q_positions), kv_positions
     out, lse = _attend(backend, tuple(options.items()), *arrays)
     if sinks is not None:
         out, lse = apply_sinks(out, lse, sinks)
@@ -143,9 +153,8 @@ def _no_gradient(backend, options, primals, tangents):
     raise NotImplementedError("decode_attention has no gradient; use flash_attention")
 
 
-def check(q, k, v, k_scale, v_scale, layer, q_positions, kv_positions, sinks, soft_cap):
+def check(q, k, v, k_scale, v_scale, q_positions, kv_positions, sinks, soft_cap):
     """Raise ValueError for arguments that no backend could make sense of."""
-    k, v, k_scale, v_scale = _check_layer(layer, k, v, k_scale, v_scale)
     check_shapes(q, k, v)
     if not 1 <= q.shape[1] <= MAX_QUERIES:
         raise ValueError(
@@ -162,8 +171,12 @@ def check(q, k, v, k_scale, v_scale, layer, q_positions, kv_positions, sinks, so
         raise ValueError(f"soft_cap must be positive or None; got {soft_cap}")
 
 
-def _check_layer(layer, *cache):
-    """The cache's arrays, or of stacks their layers' shapes."""
+def _of_layer(cache, layer):
+    """Keys, values and scales as they are, or of stacks the shapes of a layer.
+
+    Raises:
+      ValueError: a layer and arrays that are no stack of it, or the other way round.
+    """
     shapes = [x.shape for x in cache if x is not None]
     ranks = [4, 4, 3, 3] if layer is None else [5, 5, 4, 4]
     if [len(shape) for shape in shapes] != ranks[: len(shapes)]:
@@ -181,11 +194,35 @@ def _check_layer(layer, *cache):
             "layer must be below L, of which k, v and scales have one; "
             f"got layer={layer} and {shapes}"
         )
-    return [None if x is None else _layer_shape(x) for x in cache]
+    return [x if x is None else jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in cache]
 
 
-def _layer_shape(x):
-    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+def _of_sequences(cache, q, pages) -> tuple[Any, Any, Any, Any]:
+    """Keys, values and scales as they are, or the shapes of what sequences have of a pool.
+
+    Raises:
+      ValueError: pages that are no table, or pools of several sizes.
+    """
+    if pages is None:
+        return tuple(cache)
+    if pages.ndim != 2 or pages.shape[0] != q.shape[0] or pages.dtype != jnp.int32:
+        raise ValueError(
+            f"pages must be int32 [B, pages of a sequence], B={q.shape[0]}; got {pages.dtype} "
+            f"{pages.shape}"
+        )
+    sizes = {(x.shape[0], x.shape[1 if x.ndim == 4 else 2]) for x in cache if x is not None}
+    if len(sizes) > 1:
+        raise ValueError(f"k, v and scales must have as many pages of one size; got {sizes}")
+    (_, page), (batch, count) = sizes.pop(), pages.shape
+    k, v, k_scale, v_scale = cache
+
+    def wide(x):
+        return jax.ShapeDtypeStruct((batch, count * page, *x.shape[2:]), x.dtype)
+
+    def long(x):
+        return x if x is None else jax.ShapeDtypeStruct((batch, x.shape[1], count * page), x.dtype)
+
+    return wide(k), wide(v), long(k_scale), long(v_scale)
 
 
 def _check_dtypes(q, k, v, k_scale, v_scale):

@@ -26,6 +26,7 @@ not fetched. Interpreted on CPU; inside `shard_map` the interpreter needs the ca
 """
 
 import functools
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -51,30 +52,20 @@ SCORES_BYTES = 8 << 20
 VMEM_BYTES = 48 << 20
 
 
-def forward(q, k, v, k_scale, v_scale, layer, q_pos, kv_pos, *, mask, soft_cap, scale):
-    tuning.unsupported("mosaic_tpu", q, v)
-    kv_heads = k.shape[-2]
+def forward(q, cache, layer, pages, q_pos, kv_pos, *, mask, soft_cap, scale):
+    tuning.unsupported("mosaic_tpu", q, cache[1])
+    kv_heads = cache[0].shape[-2]
     if LANES % kv_heads:
         raise NotImplementedError(
             f"decode_attention mosaic_tpu: a number of KV heads that divides {LANES}; got "
             f"{kv_heads}; use implementation='xla' or 'reference'"
         )
-    batch, t = q.shape[:2]
-    first, (k, v, k_scale, v_scale) = rows.of_layers(
-        layer, batch, (k, v, k_scale, v_scale), _readable
-    )
-    call = _Call(q, k, v, k_scale, first, q_pos, kv_pos, mask)
+    t = q.shape[1]
+    cache = rows.lines(cache, layer, pages, _readable if pages is None else _readable_pages)
+    call = _Call(q, cache, q_pos, kv_pos, mask)
     queries = rows.together(q, kv_heads)
     real = queries.shape[2]
     row_pos = tiles.pad_axis(rows.positions(q_pos, real // t), call.rows, 1, NO_POSITION)
-    scales = (
-        []
-        if k_scale is None
-        else [
-            call.tokens(tiles.pad_axis(x, call.slots_there, 2), call.row)
-            for x in (k_scale, v_scale)
-        ]
-    )
     kernel = functools.partial(_kernel, call=call, mask=mask, soft_cap=soft_cap, scale=scale)
     out, lse = call(
         kernel,
@@ -82,9 +73,10 @@ def forward(q, k, v, k_scale, v_scale, layer, q_pos, kv_pos, *, mask, soft_cap, 
             (row_pos[..., None], pl.BlockSpec((None, call.rows, 1), lambda b, *_: (b, 0, 0))),
             call.tokens(tiles.pad_axis(kv_pos, call.blocks * call.width, 1, PAD_POSITION)[:, None]),
             call.queries(queries),
-            call.slots(k),
-            call.slots(v),
-            *scales,
+            *call.slots(cache.k),
+            *call.slots(cache.v),
+            *call.scales(cache.k_scale),
+            *call.scales(cache.v_scale),
         ],
     )
     # [workers, B, K, rows, V] and [workers, B, K, rows]
@@ -102,19 +94,36 @@ def _readable(x):
     return slots >= LANES and width % LANES == 0 and whole_words
 
 
+def _readable_pages(x):
+    return _readable(x) and x.shape[-3] % LANES == 0
+
+
+class _Chunk(NamedTuple):
+    """Rows of a group of heads that one product takes."""
+
+    part: int
+    """The part of the block that they are in: a page, or the whole block."""
+    rows: pl.Slice
+    """Where they are in the part."""
+    lanes: pl.Slice
+    """Where they are in the block."""
+
+
 class _Call:
     """The kernel on one set of shapes: block sizes, padding, index maps and the list of blocks.
 
     `rows` are queries of one KV head; `width` tokens are `block` rows of the cache. `sub`: rows of
-    a group of heads in the body of a loop, without and with a mask.
+    a group of heads in the body of a loop, without and with a mask. A block comes in `parts`: its
+    pages, each of which Pallas fetches from where it lies; without pages it is one.
     """
 
-    def __init__(self, q, k, v, k_scale, first, q_pos, kv_pos, mask):
+    def __init__(self, q, cache, q_pos, kv_pos, mask):
         self.interpret = target_platform() == "cpu"
-        self.batch, self.first = q.shape[0], first
-        _, slots, self.kv_heads, h = k.shape
-        self.hv = v.shape[3]
-        tuned = tuning.blocks("mosaic", max(h, self.hv), q.dtype, interpret=self.interpret)
+        k, slots, self.cache = cache.k, cache.slots, cache
+        self.batch: int = q.shape[0]
+        self.kv_heads: int = k.shape[2]
+        self.hv = cache.v.shape[3]
+        tuned = tuning.blocks("mosaic", max(k.shape[3], self.hv), q.dtype, interpret=self.interpret)
         # the cache is never padded, unless it is shorter than the shortest block
         self.slots_there = max(slots, LANES)
         group_rows = q.shape[1] * (q.shape[2] // self.kv_heads)
@@ -129,60 +138,105 @@ class _Call:
         self.bands = self.heads * self.rows
         most = min(tuned.rows, SCORES_BYTES // (4 * self.rows)) // self.kv_heads
         most = max(LANES, most // LANES * LANES)
-        self.width = tokens = min(most, self.slots_there // LANES * LANES)
-        self.block = tokens * self.heads
+        tokens = min(most, self.slots_there // LANES * LANES)
+        self.parts = 1
+        if cache.pages is not None:
+            self.parts = min(max(1, tokens // k.shape[1]), cache.pages.shape[1])
+            tokens = self.parts * k.shape[1]
+        self.width, self.block = tokens, tokens * self.heads
         # straight-line code overlaps best and takes long to compile: under a mask, and for many
         # rows, a loop
         whole = pl.next_power_of_2(max(LANES, tuned.sub * SUBLANES // self.rows))
-        self.sub = tuple(math.gcd(n, self.block) for n in (whole, min(whole, MASKED)))
+        part = self.block // self.parts
+        self.sub = tuple(math.gcd(n, part) for n in (whole, min(whole, MASKED)))
         self.blocks = pl.cdiv(self.slots_there, tokens)
-        self.ragged = self.slots_there % tokens * self.heads  # rows of the last block, or 0
-        self.scaled = k_scale is not None
+        # rows of the last block where it ends before its width; pages that are none are others
+        self.ragged = 0 if cache.pages is not None else self.slots_there % tokens * self.heads
+        self.scaled = cache.k_scale is not None
         self.order, self.counts = rows.block_list(mask, q_pos, kv_pos, tokens)
         self.workers = min(tuned.splits, self.blocks)
         # the longest list, dealt evenly; at least one step, which writes the results
         self.steps = jnp.maximum(1, pl.cdiv(self.counts[:, 1].max(), self.workers))
         self.varies = jax.typeof(q).manual_axis_type  # inside shard_map, as the inputs vary
 
-    def fetched(self, b, worker, step, order, counts):
+    def fetched(self, b, worker, step, order, counts, pages):
         """The block to fetch; beyond the list its last one, which is loaded already."""
         at = jnp.clip(worker * counts[2 * self.batch] + step, 0, counts[2 * b + 1] - 1)
         return order[b * self.blocks + jnp.maximum(at, 0)]
 
-    def row(self, b, worker, step, order, counts):
-        """The row of the cache that is a sequence's."""
-        return counts[2 * self.batch + 1] + b
+    def place(self, part):
+        """The index map of a part of a block: `(line of the cache, its place in the line)`."""
+
+        def of_sequence(b, *at):
+            counts = at[3]
+            return counts[2 * self.batch + 1] + b, self.fetched(b, *at)
+
+        def of_page(b, *at):
+            counts, pages = at[3:]
+            count = self.cache.pages.shape[1]
+            number = jnp.minimum(self.fetched(b, *at) * self.parts + part, count - 1)
+            return counts[2 * self.batch + 1] + pages[b * count + number], 0
+
+        return of_sequence if self.cache.pages is None else of_page
 
     def each_chunk(self, chunk, carry, masked):
-        """Run `chunk(lanes, carry)` over a group's rows of the block."""
+        """Run `chunk(_Chunk, carry)` over a group's rows of the block."""
         sub = self.sub[masked]
         size = math.gcd(CHUNK, sub)
+        there = self.block // self.parts
 
-        def part(i, carry):
+        def turn(i, carry, part):
             for offset in range(0, sub, size):
-                carry = chunk(_at(i * sub + offset, size), carry)
+                begin = i * sub + offset
+                lanes = _at(part * there + begin, size)
+                carry = chunk(_Chunk(part, _at(begin, size), lanes), carry)
             return carry
 
-        parts = self.block // sub
-        return part(0, carry) if parts == 1 else jax.lax.fori_loop(0, parts, part, carry)
+        for part in range(self.parts):
+            step = functools.partial(turn, part=part)
+            turns = there // sub
+            carry = step(0, carry) if turns == 1 else jax.lax.fori_loop(0, turns, step, carry)
+        return carry
 
-    def tokens(self, x, row=lambda b, *_: b):
-        """`[rows, 1 or K, S]`, a number a token."""
+    def tokens(self, x):
+        """`[B, 1, S]`, a number a token; with its block spec."""
         return x, pl.BlockSpec(
-            (None, x.shape[1], self.width), lambda *at: (row(*at), 0, self.fetched(*at))
+            (None, x.shape[1], self.width), lambda b, *at: (b, 0, self.fetched(b, *at))
         )
+
+    def scales(self, x):
+        """`[lines, K, S]`, with the block spec of each part; nothing where there are none."""
+        if x is None:
+            return []
+        if self.cache.pages is None:
+            x = tiles.pad_axis(x, self.slots_there, 2)
+        shape = None, x.shape[1], self.width // self.parts
+
+        def spec(part):
+            place = self.place(part)
+
+            def index(*at):
+                line, where = place(*at)
+                return line, 0, where
+
+            return pl.BlockSpec(shape, index)
+
+        return [(x, spec(part)) for part in range(self.parts)]
 
     def slots(self, x):
-        """Reshape the cache to rows, which moves nothing on a TPU; with its block spec."""
-        x = tiles.pad_axis(x, self.slots_there, 1)
+        """Reshape the cache to rows, which moves nothing on a TPU; with the specs of its parts."""
+        if self.cache.pages is None:
+            x = tiles.pad_axis(x, self.slots_there, 1)
         x = x.reshape(x.shape[0], -1, x.shape[3])
-        return x, pl.BlockSpec(
-            (1, self.width * self.kv_heads, x.shape[2]),
-            lambda *at: (self.row(*at), self.fetched(*at), 0),
-        )
+        shape = 1, self.width // self.parts * self.kv_heads, x.shape[2]
+        places = [self.place(part) for part in range(self.parts)]
+        return [
+            (x, pl.BlockSpec(shape, lambda *at, place=place: (*place(*at), 0))) for place in places
+        ]
 
-    def rows_of(self, ref, g, rows, dtype):
-        """Load `rows` of group `g` from a block of the cache, in `dtype`."""
+    def rows_of(self, parts, g, chunk, dtype):
+        """Load a chunk's rows of group `g` from the parts of a block, in `dtype`."""
+        ref, rows = parts[chunk.part], chunk.rows
         if self.groups == 1 and ref.dtype.itemsize > 1:
             return ref[0, rows, :].astype(dtype)
         stored = ref.dtype
@@ -203,11 +257,12 @@ class _Call:
         arrays, in_specs = zip(*inputs, strict=True)
         shapes = (self.groups * self.bands, self.hv), (self.groups * self.rows, LANES)
         lines = self.block // LANES, LANES
-        counts = jnp.append(self.counts.reshape(-1), jnp.stack([self.steps, self.first]))
+        counts = jnp.append(self.counts.reshape(-1), jnp.stack([self.steps, self.cache.first]))
+        pages = jnp.zeros(1, jnp.int32) if self.cache.pages is None else self.cache.pages
         return pl.pallas_call(
             kernel,
             grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=2,
+                num_scalar_prefetch=3,
                 grid=(self.batch, self.workers, self.steps),
                 in_specs=in_specs,
                 out_specs=[
@@ -235,25 +290,27 @@ class _Call:
             ),
             interpret=self.interpret,
             name="decode_attention",
-        )(self.order.reshape(-1), counts, *arrays)
+        )(self.order.reshape(-1), counts, pages.reshape(-1), *arrays)
 
 
 class _Refs(NamedTuple):
     """The kernel's arguments in their order: scalars, inputs, results, scratch.
 
-    `k_scale`, `v_scale`, `k_lanes` and `v_lanes` are None where the cache has no scales. What ends
-    in `lanes` holds a number a token as `_lay_out` puts it.
+    Those of the cache are a tuple of a block's parts. `k_scale`, `v_scale`, `k_lanes` and `v_lanes`
+    are None where the cache has no scales. What ends in `lanes` holds a number a token as
+    `_lay_out` puts it.
     """
 
     order: jax.Ref
     counts: jax.Ref
+    pages: jax.Ref
     q_pos: jax.Ref
     kv_pos: jax.Ref
     q: jax.Ref
-    k: jax.Ref
-    v: jax.Ref
-    k_scale: jax.Ref | None
-    v_scale: jax.Ref | None
+    k: tuple[jax.Ref, ...]
+    v: tuple[jax.Ref, ...]
+    k_scale: tuple[jax.Ref, ...] | None
+    v_scale: tuple[jax.Ref, ...] | None
     out: jax.Ref
     lse: jax.Ref
     acc: jax.Ref
@@ -265,19 +322,26 @@ class _Refs(NamedTuple):
     v_lanes: jax.Ref | None
 
     @classmethod
-    def of(cls, refs, scaled):
+    def of(cls, refs, call):
         of_scales = ("k_scale", "v_scale", "k_lanes", "v_lanes")
-        names = [name for name in cls._fields if scaled or name not in of_scales]
-        fields: dict[str, Any] = dict.fromkeys(cls._fields)
-        return cls(**fields | dict(zip(names, refs, strict=True)))
+        left = iter(refs)
+        fields: dict[str, Any] = {}
+        for name in cls._fields:
+            if name in of_scales and not call.scaled:
+                fields[name] = None
+            elif name in ("k", "v", "k_scale", "v_scale"):
+                fields[name] = tuple(itertools.islice(left, call.parts))
+            else:
+                fields[name] = next(left)
+        return cls(**fields)
 
 
 def _kernel(*refs, call, mask, soft_cap, scale):
-    r = _Refs.of(refs, call.scaled)
+    r = _Refs.of(refs, call)
     b, worker, step = (pl.program_id(axis) for axis in range(3))
-    at = worker * r.counts[2 * call.batch] + step
-    some = at < r.counts[2 * b + 1]
-    every = at < r.counts[2 * b]
+    number = worker * r.counts[2 * call.batch] + step
+    some = number < r.counts[2 * b + 1]
+    every = number < r.counts[2 * b]
     # the rows of a group of heads in what holds a number a head, and those of its bands
     stats = [pl.ds(g * call.rows, call.rows) for g in range(call.groups)]
     bands = [pl.ds(g * call.bands, call.bands) for g in range(call.groups)]
@@ -289,8 +353,9 @@ def _kernel(*refs, call, mask, soft_cap, scale):
         r.total[...] = jnp.zeros(r.total.shape, jnp.float32)
 
     def score(g, masked):
-        def chunk(lanes, most):
-            s = dot(r.q[bands[g], :], call.rows_of(r.k, g, lanes, r.q.dtype), (1, 1))
+        def chunk(at, most):
+            lanes = at.lanes
+            s = dot(r.q[bands[g], :], call.rows_of(r.k, g, at, r.q.dtype), (1, 1))
             s = _own_bands(s, call)
             if call.scaled:
                 s *= _line(r.k_lanes, g, lanes)
@@ -305,8 +370,8 @@ def _kernel(*refs, call, mask, soft_cap, scale):
         return _over_heads(most, jnp.maximum, call.heads)
 
     def weigh(g, masked, shift, carry):
-        def chunk(lanes, carry):
-            sums, added = carry
+        def chunk(at, carry):
+            (sums, added), lanes = carry, at.lanes
             parts = [jnp.exp2(tile - shift) for tile in _tiles(r.scores[stats[g], lanes])]
             sums = functools.reduce(jnp.add, parts, sums)
             p = jnp.concatenate(parts, axis=1)
@@ -314,10 +379,10 @@ def _kernel(*refs, call, mask, soft_cap, scale):
                 weighed = p * _line(r.v_lanes, g, lanes)
                 # what lies behind the cache may be NaN, here and below
                 p = jnp.where(p > 0, weighed, 0.0) if masked else weighed
-            values = call.rows_of(r.v, g, lanes, r.q.dtype)
+            values = call.rows_of(r.v, g, at, r.q.dtype)
             if masked and call.ragged:
                 row = jax.lax.broadcasted_iota(jnp.int32, values.shape, 0) + lanes.start
-                last = r.order[b * call.blocks + at] == call.blocks - 1
+                last = r.order[b * call.blocks + number] == call.blocks - 1
                 values = jnp.where((row < call.ragged) | ~last, values, jnp.zeros_like(values))
             return sums, added + dot(_spread(p, call, r.q.dtype), values, (1, 0))
 
@@ -328,7 +393,7 @@ def _kernel(*refs, call, mask, soft_cap, scale):
             scales, lanes = (r.k_scale, r.v_scale), (r.k_lanes, r.v_lanes)
             _lay_out(scales, lanes, call, unroll=not masked)
         if masked:
-            _lay_out([r.kv_pos], [r.pos_lanes], call, unroll=False)
+            _lay_out([(r.kv_pos,)], [r.pos_lanes], call, unroll=False)
         ahead = score(0, masked)
         for g in range(call.groups):
             m = ahead
@@ -364,25 +429,30 @@ def _line(ref, g, lanes):
 
 
 def _lay_out(sources, targets, call, unroll):
-    """Lay out numbers of tokens, `[1 or K, tokens]`, like the rows of the cache, 128 a line.
+    """Lay out numbers of tokens, `[1 or K, tokens]` in parts, like rows of the cache, 128 a line.
 
     `[1, lines, 128]`, or `[groups, lines, 128]` where every head has its own.
     """
     n = call.heads
 
-    def turn(i, _):
+    parts = len(sources[0])
+    turns = call.width // LANES // parts
+
+    def turn(i, _, part):
         at = pl.ds(pl.multiple_of(i * LANES, LANES), LANES)
         for source, target in zip(sources, targets, strict=True):
-            own = source.shape[0] > 1
+            own = source[part].shape[0] > 1
             for g in range(call.groups if own else 1):
-                x = source[pl.ds(g * n if own else 0, n if own else 1), at].astype(target.dtype)
+                heads = pl.ds(g * n if own else 0, n if own else 1)
+                x = source[part][heads, at].astype(target.dtype)
                 if n > 1:
                     x = jnp.concatenate([x] * (max(n, SUBLANES) // x.shape[0]), axis=0)
                     x = _interleave(x, n) if own else _repeat(x, n)
-                target[g, pl.ds(i * n, n), :] = x[:n]
+                target[g, pl.ds((part * turns + i) * n, n), :] = x[:n]
 
-    turns = call.width // LANES
-    jax.lax.fori_loop(0, turns, turn, None, unroll=unroll and turns <= 16)
+    for part in range(parts):
+        step = functools.partial(turn, part=part)
+        jax.lax.fori_loop(0, turns, step, None, unroll=unroll and parts * turns <= 16)
 
 
 def _repeat(x, k):

@@ -12,10 +12,10 @@ import numpy as np
 from pallas_kernels.decode_attention import rows
 
 
-def forward(q, k, v, k_scale, v_scale, layer, q_pos, kv_pos, *, mask, soft_cap, scale):
+def forward(q, cache, layer, pages, q_pos, kv_pos, *, mask, soft_cap, scale):
     """`(out, lse)` in float32 (float64 for float64)."""
     b, t, n, h = q.shape
-    k, v, k_scale, v_scale = rows.of_layer(layer, k, v, k_scale, v_scale)
+    *_, k, v, k_scale, v_scale = rows.whole(cache, layer, pages)
     kv_heads = k.shape[2]
     acc = np.promote_types(q.dtype, np.float32)
     q = q.reshape(b, t, kv_heads, n // kv_heads, h)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lays out the queries of a KV head as rows of one matrix, and lists the blocks they need."""
 
+from typing import Any, NamedTuple
+
 import jax.numpy as jnp
 from jax import lax
 
@@ -27,22 +29,61 @@ def positions(q_pos, group):
     return jnp.repeat(q_pos, group, axis=1)
 
 
-def of_layer(layer, *cache):
-    """The layer of each stack `[L, B, ...]`, a copy; the arrays as they are where it is None."""
-    if layer is None:
-        return cache
-    return [x if x is None else lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in cache]
+class Lines(NamedTuple):
+    """A cache as a kernel reads it: lines `[lines, S, K, H]`, and which are a sequence's.
 
-
-def of_layers(layer, batch, cache, in_place=lambda x: True):
-    """`(first, cache)`: each stack as `[L * B, ...]`, where sequence `b` is row `first + b`.
-
-    It moves nothing, unless keys or values cannot be read `in_place`: then it is `of_layer`'s copy.
-    Without a layer `first` is 0 and the arrays are as they are.
+    Without pages line `first + b` has all slots of sequence `b`. With pages line `first +
+    pages[b, j]` has its slots `[j * S, (j + 1) * S)`.
     """
-    if layer is None or not all(map(in_place, cache[:2])):
-        return 0, of_layer(layer, *cache)
-    return layer * batch, [x if x is None else x.reshape(-1, *x.shape[2:]) for x in cache]
+
+    first: Any
+    pages: Any
+    k: Any
+    v: Any
+    k_scale: Any
+    v_scale: Any
+
+    @property
+    def slots(self) -> int:
+        """Slots of a sequence."""
+        return self.k.shape[1] * (1 if self.pages is None else self.pages.shape[1])
+
+
+def whole(cache, layer, pages):
+    """Copy the layer's keys, values and scales `[B, S, ...]` that the sequences have.
+
+    Args:
+      cache: k, v and their scales, each with the axis of layers and that of pages where there are
+        any.
+    """
+    if layer is not None:
+        cache = [
+            x if x is None else lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in cache
+        ]
+    if pages is None:
+        return Lines(0, None, *cache)
+    k, v, *scales = cache
+    batch = len(pages)
+    k, v = (x[pages].reshape(batch, -1, *x.shape[2:]) for x in (k, v))
+    scales = [
+        x if x is None else x[pages].swapaxes(1, 2).reshape(batch, x.shape[1], -1) for x in scales
+    ]
+    return Lines(0, None, k, v, *scales)
+
+
+def lines(cache, layer, pages, in_place=lambda x: True):
+    """Give the cache as lines, which moves nothing where keys and values can be read `in_place`.
+
+    Else it is the copy of `whole`.
+    """
+    if layer is None and pages is None:
+        return Lines(0, None, *cache)
+    if not all(map(in_place, cache[:2])):
+        return whole(cache, layer, pages)
+    if layer is None:
+        return Lines(0, pages, *cache)
+    first = layer * cache[0].shape[1]
+    return Lines(first, pages, *(x if x is None else x.reshape(-1, *x.shape[2:]) for x in cache))
 
 
 def block_list(mask, q_pos, kv_pos, block):

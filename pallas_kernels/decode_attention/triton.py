@@ -30,18 +30,21 @@ CORES = 128
 """The number of multiprocessors assumed for a GPU that `devices` does not list."""
 
 
-def forward(q, k, v, k_scale, v_scale, layer, q_pos, kv_pos, *, mask, soft_cap, scale):
-    tuning.unsupported("triton", q, v)
+def forward(q, cache, layer, pages, q_pos, kv_pos, *, mask, soft_cap, scale):
+    tuning.unsupported("triton", q, cache[1])
     interpret = target_platform() == "cpu"
     b, t = q.shape[:2]
-    first, (k, v, k_scale, v_scale) = rows.of_layers(layer, b, (k, v, k_scale, v_scale), _readable)
-    _addressable(k, v)
-    kv_heads, hv = k.shape[2], v.shape[3]
-    tuned = tuning.blocks("triton", max(k.shape[3], hv), q.dtype, interpret=interpret)
-    slots = max(k.shape[1], 16)
-    block = min(tuned.rows, 1 << (slots.bit_length() - 1))  # no block is longer than the cache
-    cache = [tiles.pad_axis(_whole(x), slots, 1) for x in (k, v)]
-    scales = [] if k_scale is None else [tiles.pad_axis(x, slots, 2) for x in (k_scale, v_scale)]
+    cache = rows.lines(cache, layer, pages, _readable if pages is None else _readable_pages)
+    _addressable(cache.k, cache.v)
+    kv_heads, hv = cache.k.shape[2], cache.v.shape[3]
+    tuned = tuning.blocks("triton", max(cache.k.shape[3], hv), q.dtype, interpret=interpret)
+    there = max(cache.k.shape[1], 16)  # slots of a line
+    block = min(tuned.rows, 1 << (there.bit_length() - 1))  # no block is longer
+    if cache.pages is not None:
+        block = math.gcd(block, there)
+    slots = max(cache.slots, 16)
+    keys_values = [tiles.pad_axis(_whole(x), there, 1) for x in (cache.k, cache.v)]
+    scales = [tiles.pad_axis(x, there, 2) for x in (cache.k_scale, cache.v_scale) if x is not None]
     kv_pos = tiles.pad_axis(kv_pos, slots, 1, PAD_POSITION)
     order, counts = rows.block_list(mask, q_pos, kv_pos, block)
     splits = min(order.shape[1], tuned.splits or _splits(b * kv_heads))
@@ -52,25 +55,28 @@ def forward(q, k, v, k_scale, v_scale, layer, q_pos, kv_pos, *, mask, soft_cap, 
     warps = tuned.warps if size <= 32 else 2 * tuned.warps  # 128 rows in 4 warps spill
     queries = tiles.pad_axis(queries, size, 2)
     row_pos = tiles.pad_axis(rows.positions(q_pos, real // t), size, 1, NO_POSITION)
-    # an index map of Pallas-Triton sees no array: the kernel is told which row is a sequence's
-    counts = jnp.column_stack([counts, first + jnp.arange(b, dtype=jnp.int32)])
+    # an index map of Pallas-Triton sees no array: the kernel is told which lines are a sequence's
+    whose = jnp.arange(b, dtype=jnp.int32)[:, None] if cache.pages is None else cache.pages
+    whose = cache.first + whose
     # The whole cache is one block to Pallas, which on a GPU is a pointer and no copy.
-    line = pl.BlockSpec((k.shape[0], None, slots), lambda i, n, b: (0, n, 0))
+    line = pl.BlockSpec((cache.k.shape[0], None, there), lambda i, n, b: (0, n, 0))
     plan = [
         (row_pos, pl.BlockSpec((None, size), lambda i, n, b: (b, 0))),
         (kv_pos, pl.BlockSpec((None, slots), lambda i, n, b: (b, 0))),
         (order, pl.BlockSpec((None, order.shape[1]), lambda i, n, b: (b, 0))),
-        (counts, pl.BlockSpec((None, 3), lambda i, n, b: (b, 0))),
+        (counts, pl.BlockSpec((None, 2), lambda i, n, b: (b, 0))),
+        (whose, pl.BlockSpec((None, whose.shape[1]), lambda i, n, b: (b, 0))),
         (queries, _heads(size, queries.shape[3])),
-        *((x, _slots(*x.shape)) for x in cache),
+        *((x, _slots(*x.shape)) for x in keys_values),
         *((x, line) for x in scales),
     ]
     arrays, in_specs = zip(*plan, strict=True)
     varies = jax.typeof(q).manual_axis_type  # inside shard_map, as the inputs vary
-    width = cache[1].shape[3]
+    width = keys_values[1].shape[3]
     kernel = functools.partial(
-        _kernel, block=block, slots=slots, splits=splits, mask=mask, soft_cap=soft_cap, scale=scale
-    )
+        _kernel, block=block, there=there, splits=splits, mask=mask, soft_cap=soft_cap, scale=scale,
+        paged=cache.pages is not None,
+    )  # fmt: skip
     out, lse = pl.pallas_call(
         kernel,
         grid=(splits, kv_heads, b),
@@ -111,6 +117,10 @@ def _readable(x):
     return x.shape[-3] >= 16 and x.shape[-1] == _width(x) and not _out_of_reach(x)
 
 
+def _readable_pages(x):
+    return _readable(x) and x.shape[-3] % 16 == 0
+
+
 def _width(x):
     return max(16, pl.next_power_of_2(x.shape[-1]))
 
@@ -136,14 +146,14 @@ def _slots(every, slots, _, width):
 
 
 def _kernel(
-    q_pos_ref, kv_pos_ref, order_ref, counts_ref, q_ref, k_ref, v_ref, *refs,
-    block, slots, splits, mask, soft_cap, scale,
+    q_pos_ref, kv_pos_ref, order_ref, counts_ref, lines_ref, q_ref, k_ref, v_ref, *refs,
+    block, there, splits, mask, soft_cap, scale, paged,
 ):  # fmt: skip
     *scales, out_ref, lse_ref = refs
     q = q_ref[...]
     size, width = out_ref.shape
     q_pos = q_pos_ref[...][:, None]
-    full, count, row = counts_ref[0], counts_ref[1], counts_ref[2]
+    full, count = counts_ref[0], counts_ref[1]
     share = pl.cdiv(count, splits)
     begin = jnp.minimum(pl.program_id(0) * share, count)
     end = jnp.minimum(begin + share, count)
@@ -153,20 +163,24 @@ def _kernel(
         def body(index, carry):
             acc, m, total = carry
             first = order_ref[index] * block
-            # the last block ends where the cache does: some of its slots were another's
-            at = pl.ds(jnp.minimum(first, slots - block) if masked else first, block)
-            s = dot(q, k_ref[row, at, :].astype(q.dtype), (1, 1))
+            begin = first
+            if masked and not paged:  # blocks divide pages
+                # the last block ends where the cache does: some of its slots were another's
+                begin = jnp.minimum(first, there - block)
+            line = lines_ref[begin // there] if paged else lines_ref[0]
+            at = pl.ds(begin % there if paged else begin, block)
+            s = dot(q, k_ref[line, at, :].astype(q.dtype), (1, 1))
             if scales:
-                s *= scales[0][row, at].astype(jnp.float32)[None, :]
+                s *= scales[0][line, at].astype(jnp.float32)[None, :]
             s, _ = online_softmax.scores(s, scale, soft_cap)
             if masked:
-                pos = kv_pos_ref[at]
-                pos = jnp.where(at.start + jnp.arange(block) >= first, pos, PAD_POSITION)
+                pos = kv_pos_ref[pl.ds(begin, block)]
+                pos = jnp.where(begin + jnp.arange(block) >= first, pos, PAD_POSITION)
                 s = jnp.where(tiles.visible(mask, [q_pos], [pos[None, :]]), s, -jnp.inf)
             p, alpha, m, total = online_softmax.update(s, m, total, axis=1)
             if scales:
-                p *= scales[1][row, at].astype(jnp.float32)[None, :]
-            values = v_ref[row, at, :].astype(q.dtype)
+                p *= scales[1][line, at].astype(jnp.float32)[None, :]
+            values = v_ref[line, at, :].astype(q.dtype)
             return acc * alpha + dot(p.astype(q.dtype), values, (1, 0)), m, total
 
         return body

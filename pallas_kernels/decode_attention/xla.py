@@ -5,6 +5,8 @@ Memory beside the cache is one block's scores. Blocks that no query of any seque
 skipped; the cache is sliced where it lies.
 """
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -16,14 +18,14 @@ from pallas_kernels.flash_attention.mask import PAD_POSITION
 BLOCK = 1024
 
 
-def forward(q, k, v, k_scale, v_scale, layer, q_pos, kv_pos, *, mask, soft_cap, scale):
+def forward(q, cache, layer, pages, q_pos, kv_pos, *, mask, soft_cap, scale):
     batch, t = q.shape[:2]
-    first, (k, v, k_scale, v_scale) = rows.of_layers(layer, batch, (k, v, k_scale, v_scale))
-    kv_heads, slots = k.shape[2], k.shape[1]
+    cache = rows.lines(cache, layer, pages)
+    kv_heads, slots = cache.k.shape[2], cache.slots
     acc = np.promote_types(q.dtype, np.float32)
     # a CPU multiplies float32 faster, and the products of bfloat16 numbers are float32 numbers
     compute = acc if target_platform() == "cpu" else q.dtype
-    block = min(BLOCK, slots)
+    block = _block(cache)
     queries = rows.together(q, kv_heads).astype(compute)
     row_pos = rows.positions(q_pos, queries.shape[2] // t)
     order, count = _needed(mask, q_pos, kv_pos, block)
@@ -33,39 +35,55 @@ def forward(q, k, v, k_scale, v_scale, layer, q_pos, kv_pos, *, mask, soft_cap, 
         begin = order[index] * block
         start = jnp.minimum(begin, slots - block)  # the last block ends where the cache does
 
-        def take(x, axis=1, row=first):
-            at, sizes = [row] + [0] * (x.ndim - 1), [batch, *x.shape[1:]]
-            at[axis], sizes[axis] = start, block
-            return lax.dynamic_slice(x, at, sizes)
-
-        s = _dot("bkrh,bskh->bkrs", queries, take(k).astype(q.dtype).astype(compute)) * scale
-        if k_scale is not None:
-            s *= _per_key(take(k_scale, 2), acc)
+        at = functools.partial(_slots, cache, batch=batch, start=start, block=block)
+        s = _dot("bkrh,bskh->bkrs", queries, at(cache.k).astype(q.dtype).astype(compute)) * scale
+        if cache.k_scale is not None:
+            s *= _per_key(at(cache.k_scale, axis=2), acc)
         if soft_cap is not None:
             s = soft_cap * jnp.tanh(s / soft_cap)
         fresh = start + jnp.arange(block, dtype=jnp.int32) >= begin
-        pos = jnp.where(fresh, take(kv_pos, row=0), PAD_POSITION)
+        pos = jnp.where(fresh, lax.dynamic_slice_in_dim(kv_pos, start, block, 1), PAD_POSITION)
         s = jnp.where(mask.visible(row_pos, pos)[:, None], s, -jnp.inf)
         new_high = jnp.maximum(high, s.max(-1))
         shift = jnp.where(jnp.isneginf(new_high), 0.0, new_high)
         p = jnp.exp(s - shift[..., None])
         keep = jnp.exp(high - shift)
         total = total * keep + p.sum(-1)
-        if v_scale is not None:
-            p *= _per_key(take(v_scale, 2), acc)
-        values = take(v).astype(q.dtype).astype(compute)
+        if cache.v_scale is not None:
+            p *= _per_key(at(cache.v_scale, axis=2), acc)
+        values = at(cache.v).astype(q.dtype).astype(compute)
         out = out * keep[..., None] + _dot("bkrs,bskh->bkrh", p.astype(compute), values)
         return new_high, total, out
 
     shape = queries.shape[:3]
     start = jnp.full(shape, -jnp.inf, acc), jnp.zeros(shape, acc)
     high, total, out = lax.fori_loop(
-        0, count, step, (*start, jnp.zeros((*shape, v.shape[-1]), acc))
+        0, count, step, (*start, jnp.zeros((*shape, cache.v.shape[-1]), acc))
     )
     nothing = total == 0
     out = out / jnp.where(nothing, 1.0, total)[..., None]
     lse = jnp.where(nothing, -jnp.inf, high + jnp.log(total))
     return rows.apart(out, t), rows.apart(lse, t)
+
+
+def _block(cache):
+    """Slots of a block: of paged sequences, whole pages."""
+    page = cache.k.shape[1]
+    if cache.pages is None:
+        return min(BLOCK, page)
+    return page * min(max(1, BLOCK // page), cache.pages.shape[1])
+
+
+def _slots(cache, x, *, batch, start, block, axis=1):
+    """Slots `[start, start + block)` of every sequence; `axis` of x, the cache's, is theirs."""
+    if cache.pages is None:
+        at, sizes = [cache.first] + [0] * (x.ndim - 1), [batch, *x.shape[1:]]
+        at[axis], sizes[axis] = start, block
+        return lax.dynamic_slice(x, at, sizes)
+    page = x.shape[axis]
+    pages = lax.dynamic_slice_in_dim(cache.pages, start // page, block // page, 1)
+    parts = jnp.moveaxis(x[cache.first + pages], 1, axis)  # the pages beside their slots
+    return parts.reshape(*parts.shape[:axis], block, *parts.shape[axis + 2 :])
 
 
 def _needed(mask, q_pos, kv_pos, block):

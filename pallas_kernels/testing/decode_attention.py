@@ -50,6 +50,10 @@ class Case:
     sinkless: int = 0  # heads, of those with sinks, whose sink is -inf
     layout: str = "natural"
     outliers: bool = False
+    page: int | None = None
+    """Slots of a page: the cache lies in a pool, pages in any order, NaN or the like in others."""
+    layers: int | None = None
+    """Layers of a stack, of which the last is the cache."""
     seed: int = 0
 
 
@@ -68,6 +72,8 @@ OUTLIERS = Case(
 GROUPS = Case(
     batch=2, queries=3, slots=420, heads=16, kv_heads=8, dtype="bfloat16", window=150, sinks=True
 )  # fmt: skip
+
+CACHE = {"k", "v", "k_scale", "v_scale"}
 
 CASES = {
     "one query, 8:1": Case(heads=16, kv_heads=2, slots=512, head_dim=128),
@@ -93,6 +99,14 @@ CASES = {
     "everything, bfloat16": dataclasses.replace(
         EVERYTHING, dtype="bfloat16", cache="float8_e4m3fn"
     ),
+    "pages": Case(batch=2, queries=2, slots=800, head_dim=128, page=128),
+    "pages of a stack, int8": dataclasses.replace(
+        GROUPS, cache="int8", slots=520, head_dim=128, layout="pads", page=128, layers=3
+    ),
+    "short pages, a window": Case(
+        batch=3, kv_heads=2, slots=200, head_dim=32, page=16, window=40, layout="shuffled", layers=2
+    ),
+    "odd pages": Case(slots=70, kv_heads=2, cache="float8_e4m3fn", page=5),
 }
 
 
@@ -220,7 +234,33 @@ def program(implementation: str, case: Case):
         out, lse = decode_attention(**given, **options)
         return {"out": out, "lse": lse}
 
-    return attend, {name: jnp.asarray(x) for name, x in arrays(case).items()}
+    given = arrays(case)
+    given = given if case.page is None else paged(given, case.page)
+    if case.layers is not None:
+        cache = {name: x for name, x in given.items() if name in CACHE}
+        stacks = {name: np.stack([x[::-1]] * (case.layers - 1) + [x]) for name, x in cache.items()}
+        given = given | stacks | {"layer": np.asarray(case.layers - 1, np.int32)}
+    return attend, {name: jnp.asarray(x) for name, x in given.items()}
+
+
+def paged(given: dict[str, np.ndarray], page: int) -> dict[str, np.ndarray]:
+    """Deal the slots to pages of a pool, in any order; pages that nobody has are not zero."""
+    batch, slots = given["kv_positions"].shape
+    count = -(-slots // page)
+    rng = np.random.default_rng(2)
+    pages = rng.permutation(batch * count + 3)[: batch * count].reshape(batch, count)
+    behind = (0, count * page - slots)
+    positions = np.pad(given["kv_positions"], [(0, 0), behind], constant_values=PAD_POSITION)
+    dealt = given | {"pages": pages.astype(np.int32), "kv_positions": positions}
+    for name in CACHE & given.keys():
+        x, axis = given[name], 2 if name.endswith("scale") else 1
+        x = np.pad(x, [behind if i == axis else (0, 0) for i in range(x.ndim)])
+        x = np.moveaxis(x.reshape(*x.shape[:axis], count, page, *x.shape[axis + 1 :]), axis, 1)
+        integers = np.issubdtype(x.dtype, np.integer)
+        pool = np.full((batch * count + 3, *x.shape[2:]), 99 if integers else np.nan, x.dtype)
+        pool[pages] = x
+        dealt[name] = pool
+    return dealt
 
 
 @functools.cache

@@ -155,6 +155,35 @@ def test_a_traced_layer_beyond_the_stack_is_the_nearest():
         jax.tree.map(np.testing.assert_array_equal, attend(layer), attend(nearest))
 
 
+def test_values_and_scales_come_in_as_many_pages():
+    q, pool = jnp.zeros((1, 1, 2, 32)), jnp.zeros((4, 16, 2, 32))
+    now, pages = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 2), jnp.int32)
+    options = {"q_positions": now, "pages": pages}
+    with pytest.raises(ValueError, match="as many pages of one size"):
+        decode_attention(q, pool, pool[:3], **options)
+    values, scale = quantize_cache(pool, "int8")
+    with pytest.raises(ValueError, match="as many pages of one size"):
+        decode_attention(q, values, values, k_scale=scale, v_scale=scale[:3], **options)
+    with pytest.raises(ValueError, match=r"kv_positions must be int32 \(1, 32\)"):
+        decode_attention(q, pool, pool, kv_positions=jnp.zeros((1, 16), jnp.int32), **options)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_sequences_share_pages_and_numbers_beyond_the_pool_read_no_other_memory(implementation):
+    case = Case(slots=256, kv_heads=1, heads=2, head_dim=32)
+    given = {name: jnp.asarray(x) for name, x in arrays(case).items()}
+    attend = functools.partial(decode_attention, implementation=implementation)
+    out, lse = attend(**given)
+    pool = {name: given[name].reshape(2, 128, 1, 32) for name in ("k", "v")}
+    rest = {name: jnp.tile(x, (3, *[1] * (x.ndim - 1))) for name, x in given.items()
+            if name not in pool}  # fmt: skip
+    pages = jnp.array([[0, 1], [-7, 1], [0, 99]], jnp.int32)
+    many, many_lse = attend(**pool, **rest, pages=pages)
+    for row in range(3):
+        np.testing.assert_allclose(many[row], out[0], atol=1e-6, rtol=0)
+        np.testing.assert_allclose(many_lse[row], lse[0], atol=1e-6, rtol=0)
+
+
 def attend(*, q=(1, 1, 2, 32), kv=(1, 40, 2, 32), dtype="float32", cache=None, **options):
     """Shapes alone: what is refused is refused before anything runs."""
     q_positions = jax.ShapeDtypeStruct(q[:2], jnp.int32)
@@ -162,7 +191,9 @@ def attend(*, q=(1, 1, 2, 32), kv=(1, 40, 2, 32), dtype="float32", cache=None, *
     q = jax.ShapeDtypeStruct(q, dtype)
     scale = jax.ShapeDtypeStruct((*kv[:-3], kv[-2], kv[-3]), jnp.float32)
     options = {name: scale if x == "scale" else x for name, x in options.items()}
-    arrays = {name: x for name, x in options.items() if name.endswith("scale")}
+    if "pages" in options:
+        options["pages"] = jax.ShapeDtypeStruct(options["pages"], jnp.int32)
+    arrays = {name: x for name, x in options.items() if name.endswith("scale") or name == "pages"}
     static = {name: x for name, x in options.items() if name not in arrays}
     call = functools.partial(decode_attention, **static)
     return jax.eval_shape(call, q, k, k, q_positions=q_positions, **arrays)
@@ -185,6 +216,10 @@ def attend(*, q=(1, 1, 2, 32), kv=(1, 40, 2, 32), dtype="float32", cache=None, *
         (dict(kv=(3, 1, 40, 2, 32), layer=-1), "below L.*layer=-1"),
         (dict(kv=(3, 1, 40, 2, 32), layer=1.0), "one integer.*float32 1.0"),
         (dict(kv=(3, 2, 40, 2, 32), layer=1), "agree in B"),
+        (dict(pages=(2, 3)), r"pages must be int32 \[B, .*B=1; got int32 \(2, 3\)"),
+        (dict(pages=(3,)), r"pages must be int32 \[B, .*\(3,\)"),
+        (dict(kv=(3, 40, 2, 32), pages=(1, 3), layer=1), "a layer and"),
+        (dict(kv=(3, 1, 40, 2, 32), pages=(1, 3)), "no layer and"),
     ],
 )
 def test_nonsense_is_refused(options, message):

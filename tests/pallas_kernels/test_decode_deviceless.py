@@ -64,6 +64,41 @@ def test_a_million_slots_compile_and_are_not_copied(target, cache):
     assert report.temp_bytes < 16 * SLOTS, "neither keys, values nor scales are copied"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("target", "cache", "page"),
+    [
+        ("rtx-pro-6000:1", "bfloat16", 64),
+        ("v6e:2x2", "int8", 512),
+        ("tpu7x:2x2x1", "bfloat16", 256),
+    ],
+)
+def test_pages_of_a_stack_are_read_where_they_lie(target, cache, page):
+    target = parse_target(target)
+    layers, rows = 8, 2
+    count = SLOTS // layers // page
+    keys = jax.ShapeDtypeStruct((layers, rows * count, page, 8, 128), cache)
+    scales = None
+    if cache == "int8":
+        scales = jax.ShapeDtypeStruct((layers, rows * count, 8, page), jnp.float32)
+    args = jax.ShapeDtypeStruct((rows, 1, 64, 128), "bfloat16"), keys, keys, scales
+    args += tuple(
+        jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, 1), (rows, count), ())
+    )
+
+    def local(q, k, v, scales, now, pages, layer):
+        return decode_attention(
+            q, k, v, k_scale=scales, v_scale=scales, q_positions=now, pages=pages, layer=layer,
+        )  # fmt: skip
+
+    def step(*args):
+        return jax.shard_map(local, in_specs=(P(),) * len(args), out_specs=(P(),) * 2)(*args)
+
+    report = compile_for(step, args, target.mesh(seq=target.size))
+    assert report.kernels == 1
+    assert report.temp_bytes < 2 * rows * count * page * 8 * 128 / 16, "of 8 bits, a layer's"
+
+
 LAYERS, LAYER_SLOTS = 8, 1 << 15
 
 
