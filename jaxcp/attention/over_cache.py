@@ -7,21 +7,14 @@ becomes of them is the business of each kind.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 
 from jaxcp.attention.attend import Attend
 from jaxcp.attention.cache import Cache
-from jaxcp.attention.slots import (
-    MAX_EXTEND,
-    ROWS,
-    TOKENS,
-    deal_rows,
-    write_first,
-    write_rows,
-)
+from jaxcp.attention.places import OwnSlots
+from jaxcp.attention.slots import MAX_EXTEND, ROWS, TOKENS
 from jaxcp.context_parallel.shards import on_shards
 from jaxcp.context_parallel.strategy import Strategy
 from pallas_kernels import PAD_POSITION
@@ -42,6 +35,8 @@ class NewTokens:
     """(static) The cache was empty."""
     halos: Any
     """By window, what shards send each other of the new tokens: see `window.attend`."""
+    place: Any
+    """Where kinds write and read slots: `OwnSlots` or `PagedSlots`."""
     slots: Any = None
     """int32 `[B, S]`: the position in each slot, of the new tokens too; None without slots."""
 
@@ -49,13 +44,6 @@ class NewTokens:
     def after(self):
         """int32 `[B]`: tokens in the cache after them."""
         return self.before + self.added
-
-    @property
-    def write(self):
-        """`write(stack, layer, new, lengths)`, which puts rows into the slots of a shard."""
-        if not self.sharded:
-            return deal_rows
-        return write_first if self.first else write_rows
 
 
 class OverCache(Attend):
@@ -109,21 +97,21 @@ class OverCache(Attend):
             used=positions.shape[1] // cache.shards if first else used,
             first=first,
             halos={} if halos is None else halos,
+            place=OwnSlots(cache.lengths, sharded=sharded, first=first),
         )
         if cache.positions is not None:
             slots = self._slots(cache, positions)
             self.tokens = dataclasses.replace(self.tokens, slots=slots)
 
     def _slots(self, cache, positions):
-        write, spec = self.tokens.write, TOKENS if self.tokens.sharded else ROWS
-        if not self.tokens.sharded:
-            write = functools.partial(write, pad=PAD_POSITION)
+        place, spec = self.tokens.place, TOKENS if self.tokens.sharded else ROWS
+        pads = {} if self.tokens.sharded else {"pad": PAD_POSITION}
 
-        def local(held, new, lengths):
-            return write(held[None], 0, new, lengths)[0]
+        def local(held, new, place):
+            return place.write(held[None], 0, new, **pads)[0]
 
-        return on_shards(local, (TOKENS, spec, ROWS), TOKENS)(
-            cache.positions, positions, cache.lengths
+        return on_shards(local, (TOKENS, spec, place.specs), TOKENS)(
+            cache.positions, positions, place
         )
 
     def kept(self, name):

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every option of the surface beside every other: meshes, rows, pads, first and second turn.
 
-Two options at a time (`pairwise`; in `make test` each one), on a model that has a window, experts and n-grams. What is right
-comes from one pass over the whole sequence on one device, and from the definition of sampling.
+Two options at a time (`pairwise`; in `make test` each one), on a model that has a window, experts
+and n-grams. What is right comes from one pass over the whole sequence on one device, and from the
+definition of sampling.
 """
 
 import functools
