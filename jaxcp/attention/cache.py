@@ -85,6 +85,12 @@ class Room:
         array = jnp.zeros((layers, self.batch_size, self.slots, *shape), self.dtype)
         return on_mesh(array, P(*OwnSlots.stack, *spec))
 
+    def for_state(self, layers: int, *shape: int, spec: tuple) -> jax.Array:
+        """Zeros for each row, `[layers, B, *shape]`, the same on every shard of `seq`."""
+        return on_mesh(
+            jnp.zeros((layers, self.batch_size, *shape), self.dtype), P(None, "data", *spec)
+        )
+
 
 def empty_cache(
     makers: Mapping[str, Callable[[Room], Any]],

@@ -7,6 +7,7 @@ becomes of them is the business of each kind.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -36,7 +37,7 @@ class NewTokens:
     halos: Any
     """By window, what shards send each other of the new tokens: see `window.attend`."""
     place: Any
-    """Where kinds write and read slots: `OwnSlots` or `PagedSlots`."""
+    """`OwnSlots` or `PagedSlots`, through which kinds write and read slots."""
     slots: Any = None
     """int32 `[B, S]`: the position in each slot, of the new tokens too; None without slots."""
 
@@ -46,7 +47,25 @@ class NewTokens:
         return self.before + self.added
 
 
-class OverCache(Attend):
+class OverKept(Attend):
+    """Attention of `tokens` over what layers keep, a kind by the name of a stack of layers."""
+
+    keeps_rows = True
+
+    def __init__(self, layers: Mapping[str, Any], tokens: NewTokens):
+        self.layers, self.tokens = dict(layers), tokens
+
+    def kept(self, name):
+        return self.layers[name]
+
+    def keep(self, name, state):
+        self.layers[name] = state
+
+    def of(self, state, layer):
+        return OverLayer(self.tokens, state, layer)
+
+
+class OverCache(OverKept):
     """Attention over `cache`; `cache_after` is what it becomes.
 
     Args:
@@ -63,8 +82,6 @@ class OverCache(Attend):
       ValueError: more than `MAX_EXTEND` tokens that are not sharded.
       NotImplementedError: the strategy cannot fill a cache.
     """
-
-    keeps_rows = True
 
     def __init__(
         self,
@@ -87,8 +104,7 @@ class OverCache(Attend):
             )
         first = sharded and used is None
         self.cache = cache
-        self.layers = dict(cache.layers)
-        self.tokens = NewTokens(
+        tokens = NewTokens(
             positions=positions,
             before=cache.lengths,
             added=added,
@@ -100,28 +116,8 @@ class OverCache(Attend):
             place=OwnSlots(cache.lengths, sharded=sharded, first=first),
         )
         if cache.positions is not None:
-            slots = self._slots(cache, positions)
-            self.tokens = dataclasses.replace(self.tokens, slots=slots)
-
-    def _slots(self, cache, positions):
-        place, spec = self.tokens.place, TOKENS if self.tokens.sharded else ROWS
-        pads = {} if self.tokens.sharded else {"pad": PAD_POSITION}
-
-        def local(held, new, place):
-            return place.write(held[None], 0, new, **pads)[0]
-
-        return on_shards(local, (TOKENS, spec, place.specs), TOKENS)(
-            cache.positions, positions, place
-        )
-
-    def kept(self, name):
-        return self.layers[name]
-
-    def keep(self, name, state):
-        self.layers[name] = state
-
-    def of(self, state, layer):
-        return OverLayer(self.tokens, state, layer)
+            tokens = dataclasses.replace(tokens, slots=_positions_after(cache, tokens))
+        super().__init__(cache.layers, tokens)
 
     def cache_after(self, recent) -> Cache:
         """The cache after all layers; `recent [B, W - 1]`: its latest token ids."""
@@ -132,6 +128,17 @@ class OverCache(Attend):
             lengths=self.tokens.after,
             recent=recent,
         )
+
+
+def _positions_after(cache, tokens):
+    """The position in each slot of the cache, of the new tokens too."""
+    pads = {} if tokens.sharded else {"pad": PAD_POSITION}
+
+    def local(held, new, place):
+        return place.write(held[None], 0, new, **pads)[0]
+
+    specs = TOKENS, TOKENS if tokens.sharded else ROWS, tokens.place.specs
+    return on_shards(local, specs, TOKENS)(cache.positions, tokens.positions, tokens.place)
 
 
 class OverLayer(Attend):

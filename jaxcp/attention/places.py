@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the slots of a sequence are: in rows of its own, or in pages of a pool.
+"""Places of the slots of a sequence: rows of its own, or pages of a pool.
 
 A kind that keeps slots writes and reads them through one of these, which goes into the functions of
 a shard beside the arrays: what a kind does is the same in a cache and in a pool.
@@ -17,6 +17,7 @@ from jaxcp.attention.slots import (
     ROWS,
     deal_rows,
     layer_of,
+    with_layer,
     write_first,
     write_pages,
     write_rows,
@@ -55,20 +56,33 @@ class OwnSlots:
         """Rows `[B, used, ...]` of this shard."""
         return layer_of(stack, layer)[:, :used]
 
+    def state(self, stacks, layer):
+        """The layer's arrays `[B, ...]` of what is not kept in slots (a tree)."""
+        return layer_of(stacks, layer)
+
+    def with_state(self, stacks, layer, new):
+        """`stacks` with `new [B, ...]` in the layer (trees)."""
+        return with_layer(stacks, layer, new)
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["positions", "pages"],
+    data_fields=["positions", "pages", "states"],
     meta_fields=["sharded"],
 )
 @dataclasses.dataclass(frozen=True)
 class PagedSlots:
-    """Slots `[L, P, page, ...]`: page j of a sequence is on shard `j % shards`."""
+    """Slots `[L, P, page, ...]`: page j of a sequence is on shard `j % shards`.
+
+    States, which are what is not kept in slots, are `[L, states, ...]`.
+    """
 
     positions: Any
     """int32 `[B, T]` of the new tokens."""
     pages: Any
     """int32 `[B, M]`, a shard's: its pages of each sequence, in order."""
+    states: Any
+    """int32 `[B]`: which state is a sequence's; beyond the last one for a row that has none."""
     sharded: bool
 
     stack = (None, ("data", AXIS), None)
@@ -76,7 +90,7 @@ class PagedSlots:
     @property
     def specs(self) -> "PagedSlots":
         tokens = P("data", AXIS) if self.sharded else ROWS
-        return dataclasses.replace(self, positions=tokens, pages=P("data", AXIS))
+        return dataclasses.replace(self, positions=tokens, pages=P("data", AXIS), states=ROWS)
 
     def write(self, stack, layer, new):
         """The layer's pages of this shard with those of the rows `new [B, T, ...]` that lie there.
@@ -91,3 +105,13 @@ class PagedSlots:
         pages = self.pages if used is None else self.pages[:, : -(-used // page)]
         rows = stack[layer, pages]
         return rows.reshape(len(pages), -1, *rows.shape[3:])[:, :used]
+
+    def state(self, stacks, layer):
+        """The layer's arrays `[B, ...]` of what is not kept in slots (a tree)."""
+        return jax.tree.map(lambda x: x.at[layer, self.states].get(mode="clip"), stacks)
+
+    def with_state(self, stacks, layer, new):
+        """`stacks` with `new [B, ...]` in the layer (trees)."""
+        return jax.tree.map(
+            lambda x, y: x.at[layer, self.states].set(y.astype(x.dtype), mode="drop"), stacks, new
+        )
