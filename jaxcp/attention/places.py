@@ -39,7 +39,7 @@ class OwnSlots:
     first: bool
 
     stack = (None, "data", AXIS)
-    """How layers, sequences and slots are sharded."""
+    """Mesh axes of layers, sequences and slots."""
     pages = None
 
     @property
