@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from jaxcp.attention.places import OwnSlots
 from jaxcp.attention.slots import (
     MAX_EXTEND,
     ROWS,
@@ -78,6 +79,17 @@ class Room:
     slots: int
     """Slots of all shards."""
     dtype: Any
+
+    def for_slots(self, layers: int, *shape: int, spec: tuple) -> jax.Array:
+        """Zeros for each slot, `[layers, B, slots, *shape]`; `spec` says how `shape` is sharded."""
+        array = jnp.zeros((layers, self.batch_size, self.slots, *shape), self.dtype)
+        return on_mesh(array, P(*OwnSlots.stack, *spec))
+
+    def for_state(self, layers: int, *shape: int, spec: tuple) -> jax.Array:
+        """Zeros for each row, `[layers, B, *shape]`, the same on every shard of `seq`."""
+        return on_mesh(
+            jnp.zeros((layers, self.batch_size, *shape), self.dtype), P(None, "data", *spec)
+        )
 
 
 def empty_cache(

@@ -21,8 +21,6 @@ from jaxcp.attention.slots import (
     TOKENS,
     WHOLE,
     axis_in_scope,
-    layer_of,
-    on_mesh,
 )
 from jaxcp.context_parallel.ring import Ring
 from jaxcp.context_parallel.ring_pass_q import RingPassQ
@@ -31,8 +29,6 @@ from pallas_kernels import decode_attention, flash_attention
 from pallas_kernels.decode_attention import MAX_QUERIES
 from pallas_kernels.flash_attention import Mask, apply_sinks, attention_forward
 from pallas_kernels.online_softmax import merge_stacked
-
-STACK = P(None, *SHARDED)
 
 
 @jax.tree_util.register_dataclass
@@ -47,37 +43,38 @@ class Full:
 
     @classmethod
     def empty(cls, room: Room, *, layers: int, num_kv_heads: int, head_dim: int) -> "Full":
-        shape = layers, room.batch_size, room.slots, num_kv_heads, head_dim
-        return cls(*(on_mesh(jnp.zeros(shape, room.dtype), STACK) for _ in range(2)))
+        shape = layers, num_kv_heads, head_dim
+        return cls(*(room.for_slots(*shape, spec=("model", None)) for _ in range(2)))
 
     def attend(self, tokens, layer, q, k, v, *, window, sinks=None, scale=None, soft_cap=None):
         """`(out [B, T, N, H], what is kept then)`: see `OverCache`."""
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        options = {"window": window, "scale": scale, "soft_cap": soft_cap, "write": tokens.write}
+        options = {"window": window, "scale": scale, "soft_cap": soft_cap}
         new, positions = (SHARDED, TOKENS) if tokens.sharded else (WHOLE, ROWS)
         local = functools.partial(_extended, **options)
         if tokens.sharded:
             local = functools.partial(
                 _prefilled, used=tokens.used, strategy=tokens.strategy, **options
             )
+        stack = P(*tokens.place.stack, "model", None)
         run = on_shards(
             local,
-            (new, new, new, STACK, STACK, P(), positions, TOKENS, ROWS, P("model")),
-            (new, STACK, STACK),
+            (new, new, new, stack, stack, P(), positions, TOKENS, tokens.place.specs, P("model")),
+            (new, stack, stack),
         )
         out, *kept = run(
             q, k, v, self.k, self.v, jnp.int32(layer), tokens.positions, tokens.slots,
-            tokens.before, () if sinks is None else (sinks,),
+            tokens.place, () if sinks is None else (sinks,),
         )  # fmt: skip
         return out, Full(*kept)
 
 
 def _prefilled(
-    q, k, v, kept_k, kept_v, layer, q_pos, kv_pos, lengths, sinks,
-    *, write, used, strategy, window, **options,
+    q, k, v, kept_k, kept_v, layer, q_pos, kv_pos, place, sinks,
+    *, used, strategy, window, **options,
 ):  # fmt: skip
-    kept_k, kept_v = write(kept_k, layer, k, lengths), write(kept_v, layer, v, lengths)
-    k, v = (layer_of(x, layer)[:, :used].astype(q.dtype) for x in (kept_k, kept_v))
+    kept_k, kept_v = place.write(kept_k, layer, k), place.write(kept_v, layer, v)
+    k, v = (place.read(x, layer, used).astype(q.dtype) for x in (kept_k, kept_v))
     kv_pos = kv_pos[:, :used]
     if axis_in_scope() is None:
         positions = {"q_positions": q_pos, "kv_positions": kv_pos}
@@ -91,24 +88,28 @@ def _prefilled(
 
 
 def _extended(
-    q, k, v, kept_k, kept_v, layer, q_pos, kv_pos, lengths, sinks, *, write, **options
+    q, k, v, kept_k, kept_v, layer, q_pos, kv_pos, place, sinks, **options
 ):  # fmt: skip
-    kept_k, kept_v = write(kept_k, layer, k, lengths), write(kept_v, layer, v, lengths)
-    out, lse = attend_shard(q, kept_k, kept_v, q_pos, kv_pos, layer=layer, **options)
+    kept_k, kept_v = place.write(kept_k, layer, k), place.write(kept_v, layer, v)
+    if q.shape[1] > MAX_QUERIES:
+        k, v = place.read(kept_k, layer), place.read(kept_v, layer)
+        out, lse = attend_shard(q, k, v, q_pos, kv_pos, **options)
+    else:
+        options |= {"layer": layer, "pages": place.pages}
+        out, lse = attend_shard(q, kept_k, kept_v, q_pos, kv_pos, **options)
     out, lse = merged(out, lse)
     return with_sinks(out, lse, sinks).astype(q.dtype), kept_k, kept_v
 
 
-def attend_shard(q, k, v, q_pos, kv_pos, *, window, layer=None, **options):
+def attend_shard(q, k, v, q_pos, kv_pos, *, window, **options):
     """`(out, lse)` of this shard, out in float32: no backward pass comes, so few rows may split.
 
-    `layer`: k and v are stacks, of which this layer is read where it lies.
+    Few queries may have options of `decode_attention` that say where keys and values lie.
     """
     options["out_dtype"] = jnp.float32
     if q.shape[1] <= MAX_QUERIES:
         positions = {"q_positions": q_pos, "kv_positions": kv_pos}
-        return decode_attention(q, k, v, **positions, window=window, layer=layer, **options)
-    k, v = (k, v) if layer is None else layer_of((k, v), layer)
+        return decode_attention(q, k, v, **positions, window=window, **options)
     k, v = k.astype(q.dtype), v.astype(q.dtype)
     arrays = q, k, v, q_pos, kv_pos, None, None
     return attention_forward(*arrays, mask=Mask(window=window), **options)

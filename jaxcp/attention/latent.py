@@ -26,21 +26,16 @@ from jaxcp.attention.full import attend_shard, merged
 from jaxcp.attention.selected import attend_selected
 from jaxcp.attention.slots import (
     AXIS,
-    ROWS,
     SHARDED,
     TOKENS,
     WHOLE,
     axis_in_scope,
-    layer_of,
-    on_mesh,
 )
 from jaxcp.context_parallel.api import weight_spec
 from jaxcp.context_parallel.ring import Ring
 from jaxcp.context_parallel.shards import on_shards
 from pallas_kernels import flash_attention
 from pallas_kernels.flash_attention import Mask
-
-STACK = P(None, "data", AXIS, None, None)
 
 
 @jax.tree_util.register_dataclass
@@ -56,8 +51,7 @@ class Latent:
     @classmethod
     def empty(cls, room: Room, *, layers: int, size: int, index_size: int = 0) -> "Latent":
         def zeros(size):
-            shape = layers, room.batch_size, room.slots, 1, size
-            return on_mesh(jnp.zeros(shape, room.dtype), STACK)
+            return room.for_slots(layers, 1, size, spec=(None, None))
 
         return cls(zeros(size), zeros(index_size) if index_size else None)
 
@@ -66,20 +60,21 @@ class Latent:
         spec, heads = (TOKENS, SHARDED) if tokens.sharded else (P("data"), WHOLE)
         if tokens.sharded:
             local = functools.partial(
-                _prefilled, expand=expand, scale=scale, used=tokens.used, write=tokens.write,
+                _prefilled, expand=expand, scale=scale, used=tokens.used,
                 strategy=Ring() if tokens.strategy is None else tokens.strategy,
             )  # fmt: skip
         else:
-            local = functools.partial(_extended, scale=scale, write=tokens.write)
+            local = functools.partial(_extended, scale=scale)
         whole = tuple(weight_spec(x, heads) for x in weights)
+        stack = P(*tokens.place.stack, None, None)
         run = on_shards(
             local,
-            (heads, spec, STACK, P(), spec, TOKENS, ROWS, whole),
-            (heads, STACK),
+            (heads, spec, stack, P(), spec, TOKENS, tokens.place.specs, whole),
+            (heads, stack),
         )
         new = jnp.concatenate(latent, axis=-1)[:, :, None]
         out, rows = run(
-            q, new, self.rows, jnp.int32(layer), tokens.positions, tokens.slots, tokens.before,
+            q, new, self.rows, jnp.int32(layer), tokens.positions, tokens.slots, tokens.place,
             weights,
         )  # fmt: skip
         return out, dataclasses.replace(self, rows=rows)
@@ -92,28 +87,30 @@ class Latent:
         spec = TOKENS if tokens.sharded else P("data", None)
         heads, wide = P(*spec, "model", None), P(*spec, None, None)
         local = functools.partial(
-            _selected, write=tokens.write, used=tokens.used if tokens.sharded else None,
+            _selected, used=tokens.used if tokens.sharded else None,
             top_k=selection.top_k, scale=scale, value_dim=value_dim,
         )  # fmt: skip
+        stacks = (P(*tokens.place.stack, None, None),) * 2
+        place = tokens.place.specs
         run = on_shards(
             local,
-            (heads, (wide, P(*spec, None)), (wide, wide), (STACK, STACK), P(), spec, TOKENS, ROWS),
-            (heads, (STACK, STACK)),
+            (heads, (wide, P(*spec, None)), (wide, wide), stacks, P(), spec, TOKENS, place),
+            (heads, stacks),
         )
         new = keys[:, :, None], selection.keys[:, :, None]
         queries = selection.queries, selection.weights
         out, kept = run(
             q, queries, new, (self.rows, self.index), jnp.int32(layer), tokens.positions,
-            tokens.slots, tokens.before,
+            tokens.slots, tokens.place,
         )  # fmt: skip
         return out, Latent(*kept)
 
 
 def _prefilled(
-    q, new, stack, layer, q_pos, kv_pos, lengths, weights, *, expand, scale, used, write, strategy
+    q, new, stack, layer, q_pos, kv_pos, place, weights, *, expand, scale, used, strategy
 ):  # fmt: skip
-    stack = write(stack, layer, new, lengths)
-    rows = layer_of(stack, layer)[:, :used, 0].astype(q.dtype)
+    stack = place.write(stack, layer, new)
+    rows = place.read(stack, layer, used)[:, :, 0].astype(q.dtype)
     latent = jnp.split(rows, [weights[0].shape[0]], axis=-1)
     kv_pos = kv_pos[:, :used]
     if axis_in_scope() is None:
@@ -126,24 +123,24 @@ def _prefilled(
     return out, stack
 
 
-def _extended(q, new, stack, layer, q_pos, kv_pos, lengths, weights, *, scale, write):
+def _extended(q, new, stack, layer, q_pos, kv_pos, place, weights, *, scale):
     """Heads meet the latent itself, projections absorbed."""
-    stack, (k_up, v_up) = write(stack, layer, new, lengths), weights
+    stack, (k_up, v_up) = place.write(stack, layer, new), weights
     nope = k_up.shape[-1]
     absorbed = jnp.einsum("btnh,lnh->btnl", q[..., :nope], k_up)
     q = jnp.concatenate([absorbed, q[..., nope:]], axis=-1)
     options = {"window": None, "soft_cap": None, "scale": scale}
     if stack.shape[-1] > 256:  # wider than the kernels take
         options["implementation"] = "xla"
-    rows = layer_of(stack, layer)
+    rows = place.read(stack, layer)
     out, lse = attend_shard(q, rows, rows[..., : k_up.shape[0]], q_pos, kv_pos, **options)
     out, _ = merged(out, lse)
     return jnp.einsum("btnl,lnv->btnv", out.astype(q.dtype), v_up), stack
 
 
-def _selected(q, picks, new, stacks, layer, q_pos, kv_pos, lengths, *, write, used, **options):
-    stacks = tuple(write(x, layer, rows, lengths) for x, rows in zip(stacks, new, strict=True))
-    keys, index_keys = (x[:, :used, 0] for x in layer_of(stacks, layer))
+def _selected(q, picks, new, stacks, layer, q_pos, kv_pos, place, *, used, **options):
+    stacks = tuple(place.write(x, layer, rows) for x, rows in zip(stacks, new, strict=True))
+    keys, index_keys = (place.read(x, layer, used)[:, :, 0] for x in stacks)
     axis, positions = axis_in_scope(), kv_pos[:, :used]
     limit = positions.shape[1] * (1 if axis is None else lax.axis_size(axis))
     # by position: of equal scores the earlier token is taken, wherever its slot is

@@ -7,21 +7,15 @@ becomes of them is the business of each kind.
 """
 
 import dataclasses
-import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from jaxcp.attention.attend import Attend
 from jaxcp.attention.cache import Cache
-from jaxcp.attention.slots import (
-    MAX_EXTEND,
-    ROWS,
-    TOKENS,
-    deal_rows,
-    write_first,
-    write_rows,
-)
+from jaxcp.attention.places import OwnSlots
+from jaxcp.attention.slots import MAX_EXTEND, ROWS, TOKENS
 from jaxcp.context_parallel.shards import on_shards
 from jaxcp.context_parallel.strategy import Strategy
 from pallas_kernels import PAD_POSITION
@@ -42,6 +36,8 @@ class NewTokens:
     """(static) The cache was empty."""
     halos: Any
     """By window, what shards send each other of the new tokens: see `window.attend`."""
+    place: Any
+    """`OwnSlots` or `PagedSlots`, through which kinds write and read slots."""
     slots: Any = None
     """int32 `[B, S]`: the position in each slot, of the new tokens too; None without slots."""
 
@@ -50,15 +46,26 @@ class NewTokens:
         """int32 `[B]`: tokens in the cache after them."""
         return self.before + self.added
 
-    @property
-    def write(self):
-        """`write(stack, layer, new, lengths)`, which puts rows into the slots of a shard."""
-        if not self.sharded:
-            return deal_rows
-        return write_first if self.first else write_rows
+
+class OverKept(Attend):
+    """Attention of `tokens` over what layers keep, a kind by the name of a stack of layers."""
+
+    keeps_rows = True
+
+    def __init__(self, layers: Mapping[str, Any], tokens: NewTokens):
+        self.layers, self.tokens = dict(layers), tokens
+
+    def kept(self, name):
+        return self.layers[name]
+
+    def keep(self, name, state):
+        self.layers[name] = state
+
+    def of(self, state, layer):
+        return OverLayer(self.tokens, state, layer)
 
 
-class OverCache(Attend):
+class OverCache(OverKept):
     """Attention over `cache`; `cache_after` is what it becomes.
 
     Args:
@@ -75,8 +82,6 @@ class OverCache(Attend):
       ValueError: more than `MAX_EXTEND` tokens that are not sharded.
       NotImplementedError: the strategy cannot fill a cache.
     """
-
-    keeps_rows = True
 
     def __init__(
         self,
@@ -99,8 +104,7 @@ class OverCache(Attend):
             )
         first = sharded and used is None
         self.cache = cache
-        self.layers = dict(cache.layers)
-        self.tokens = NewTokens(
+        tokens = NewTokens(
             positions=positions,
             before=cache.lengths,
             added=added,
@@ -109,31 +113,11 @@ class OverCache(Attend):
             used=positions.shape[1] // cache.shards if first else used,
             first=first,
             halos={} if halos is None else halos,
+            place=OwnSlots(cache.lengths, sharded=sharded, first=first),
         )
         if cache.positions is not None:
-            slots = self._slots(cache, positions)
-            self.tokens = dataclasses.replace(self.tokens, slots=slots)
-
-    def _slots(self, cache, positions):
-        write, spec = self.tokens.write, TOKENS if self.tokens.sharded else ROWS
-        if not self.tokens.sharded:
-            write = functools.partial(write, pad=PAD_POSITION)
-
-        def local(held, new, lengths):
-            return write(held[None], 0, new, lengths)[0]
-
-        return on_shards(local, (TOKENS, spec, ROWS), TOKENS)(
-            cache.positions, positions, cache.lengths
-        )
-
-    def kept(self, name):
-        return self.layers[name]
-
-    def keep(self, name, state):
-        self.layers[name] = state
-
-    def of(self, state, layer):
-        return OverLayer(self.tokens, state, layer)
+            tokens = dataclasses.replace(tokens, slots=_positions_after(cache, tokens))
+        super().__init__(cache.layers, tokens)
 
     def cache_after(self, recent) -> Cache:
         """The cache after all layers; `recent [B, W - 1]`: its latest token ids."""
@@ -144,6 +128,17 @@ class OverCache(Attend):
             lengths=self.tokens.after,
             recent=recent,
         )
+
+
+def _positions_after(cache, tokens):
+    """The position in each slot of the cache, of the new tokens too."""
+    pads = {} if tokens.sharded else {"pad": PAD_POSITION}
+
+    def local(held, new, place):
+        return place.write(held[None], 0, new, **pads)[0]
+
+    specs = TOKENS, TOKENS if tokens.sharded else ROWS, tokens.place.specs
+    return on_shards(local, specs, TOKENS)(cache.positions, tokens.positions, tokens.place)
 
 
 class OverLayer(Attend):

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from pallas_kernels import PAD_POSITION
+
 AXIS = "seq"
 TOKENS, ROWS, SAME = P("data", AXIS), P("data"), P(None)
 SHARDED, WHOLE = P("data", AXIS, "model", None), P("data", None, "model", None)
@@ -82,6 +84,29 @@ def deal_rows(stack, layer, new, lengths, pad=0):
     turn = (_rank() - lengths[0]) % shards
     own = lax.dynamic_index_in_dim(dealt, turn, 2, keepdims=False)
     return lax.dynamic_update_slice(stack, own[None], _corner(layer, _fill(lengths[0]), own))
+
+
+def write_pages(stack, layer, new, positions, pages):
+    """`stack [L, P, page, ...]` with rows `new [B, T, ...]` in its `layer`: those that fall to this
+    shard, in the pages of the shard that are a row's.
+
+    The token at position p lies in slot `p % page` of its row's page `p // page`, which is on the
+    shard `p // page % shards` and the next in its list.
+    """
+    count, page = stack.shape[1:3]
+    place = positions // page
+    own = (positions != PAD_POSITION) & (place % _shards() == _rank())
+    listed = jnp.minimum(place // _shards(), pages.shape[1] - 1)
+    number = jnp.where(own, jnp.take_along_axis(pages, listed, axis=1), count)  # beyond: dropped
+    return stack.at[layer, number, positions % page].set(new.astype(stack.dtype), mode="drop")
+
+
+def positions_in_pages(lengths, count: int, page: int):
+    """`[B, count * page]`: the position in each slot of rows that have `lengths [B]` tokens and
+    `count` pages on this shard."""
+    place = jnp.arange(count, dtype=jnp.int32) * _shards() + _rank()
+    positions = (place[:, None] * page + jnp.arange(page, dtype=jnp.int32)).reshape(-1)
+    return jnp.where(positions < lengths[:, None], positions, PAD_POSITION)
 
 
 def _scattered(stack, layer, new, start):

@@ -28,16 +28,13 @@ from jaxcp.attention.slots import (
     TOKENS,
     WHOLE,
     axis_in_scope,
-    layer_of,
-    on_mesh,
-    with_layer,
 )
 from jaxcp.context_parallel.exchange import gathered
 from jaxcp.context_parallel.halo import fetch
 from jaxcp.context_parallel.shards import on_shards
 from pallas_kernels import PAD_POSITION, flash_attention
 
-STACK = P(None, *WHOLE)
+SPEC = (None, "model", None)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["k", "v"], meta_fields=["window"])
@@ -56,8 +53,8 @@ class Window:
     def empty(
         cls, room: Room, *, layers: int, num_kv_heads: int, head_dim: int, window: int
     ) -> "Window":
-        shape = layers, room.batch_size, window - 1 + MAX_EXTEND, num_kv_heads, head_dim
-        k, v = (on_mesh(jnp.zeros(shape, room.dtype), STACK) for _ in range(2))
+        shape = layers, window - 1 + MAX_EXTEND, num_kv_heads, head_dim
+        k, v = (room.for_state(*shape, spec=SPEC) for _ in range(2))
         return cls(k, v, window)
 
     def attend(self, tokens, layer, q, k, v, *, window, sinks=None, scale=None, soft_cap=None):
@@ -71,22 +68,25 @@ class Window:
         if tokens.sharded:
             new, positions, halo = SHARDED, TOKENS, tokens.halos[window]
             local = functools.partial(_prefilled, first=tokens.first, **options)
+        place, stack = tokens.place, P(None, "data", *SPEC)
         run = on_shards(
             local,
-            (new, new, new, STACK, STACK, P(), positions, ROWS, ROWS, SAME, P("model")),
-            (new, STACK, STACK),
-        )
+            (new, new, new, stack, stack, P(), positions, place.specs, ROWS, ROWS, SAME,
+             P("model")),
+            (new, stack, stack),
+        )  # fmt: skip
         out, k, v = run(
-            q, k, v, self.k, self.v, jnp.int32(layer), tokens.positions, tokens.before,
+            q, k, v, self.k, self.v, jnp.int32(layer), tokens.positions, place, tokens.before,
             tokens.after, halo, () if sinks is None else (sinks,),
         )  # fmt: skip
         return out, Window(k, v, window)
 
 
 def _prefilled(
-    q, k, v, stack_k, stack_v, layer, positions, before, after, halo, sinks, *, first, **options
+    q, k, v, stack_k, stack_v, layer, positions, place, before, after, halo, sinks,
+    *, first, **options,
 ):  # fmt: skip
-    kept = layer_of((stack_k, stack_v), layer)
+    kept = place.state((stack_k, stack_v), layer)
     held = None
     if not first:
         rows = positions_held(before, kept[0].shape[1])
@@ -97,20 +97,20 @@ def _prefilled(
         renew(x, new, positions, before, after, axis_name=axis_name)
         for x, new in zip(kept, (k, v), strict=True)
     )
-    return with_sinks(out, lse, sinks), *with_layer((stack_k, stack_v), layer, kept)
+    return with_sinks(out, lse, sinks), *place.with_state((stack_k, stack_v), layer, kept)
 
 
 def _extended(
-    q, k, v, stack_k, stack_v, layer, positions, before, after, halo, sinks, **options
+    q, k, v, stack_k, stack_v, layer, positions, place, before, after, halo, sinks, **options
 ):  # fmt: skip
     del halo  # every shard has all of the new tokens
-    kept = layer_of((stack_k, stack_v), layer)
+    kept = place.state((stack_k, stack_v), layer)
     kept = tuple(append(x, new, positions) for x, new in zip(kept, (k, v), strict=True))
     after = before + (positions != PAD_POSITION).sum(1, dtype=jnp.int32)
     kv_pos = positions_held(after, kept[0].shape[1])
     out, lse = attend_shard(q, kept[0], kept[1], positions, kv_pos, **options)
     out = with_sinks(out, lse, sinks).astype(q.dtype)
-    return out, *with_layer((stack_k, stack_v), layer, kept)
+    return out, *place.with_state((stack_k, stack_v), layer, kept)
 
 
 def positions_held(lengths, rows: int):

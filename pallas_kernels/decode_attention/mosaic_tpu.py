@@ -104,9 +104,9 @@ class _Chunk(NamedTuple):
     part: int
     """The part of the block that they are in: a page, or the whole block."""
     rows: pl.Slice
-    """Where they are in the part."""
+    """Their place in the part."""
     lanes: pl.Slice
-    """Where they are in the block."""
+    """Their place in the block."""
 
 
 class _Call:

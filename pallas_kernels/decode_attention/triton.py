@@ -55,24 +55,17 @@ def forward(q, cache, layer, pages, q_pos, kv_pos, *, mask, soft_cap, scale):
     warps = tuned.warps if size <= 32 else 2 * tuned.warps  # 128 rows in 4 warps spill
     queries = tiles.pad_axis(queries, size, 2)
     row_pos = tiles.pad_axis(rows.positions(q_pos, real // t), size, 1, NO_POSITION)
-    # an index map of Pallas-Triton sees no array: the kernel is told which lines are a sequence's
-    whose = jnp.arange(b, dtype=jnp.int32)[:, None] if cache.pages is None else cache.pages
-    whose = cache.first + whose
     # The whole cache is one block to Pallas, which on a GPU is a pointer and no copy.
     line = pl.BlockSpec((cache.k.shape[0], None, there), lambda i, n, b: (0, n, 0))
     plan = [
-        (row_pos, pl.BlockSpec((None, size), lambda i, n, b: (b, 0))),
-        (kv_pos, pl.BlockSpec((None, slots), lambda i, n, b: (b, 0))),
-        (order, pl.BlockSpec((None, order.shape[1]), lambda i, n, b: (b, 0))),
-        (counts, pl.BlockSpec((None, 2), lambda i, n, b: (b, 0))),
-        (whose, pl.BlockSpec((None, whose.shape[1]), lambda i, n, b: (b, 0))),
+        *((x, _sequence(x)) for x in (row_pos, kv_pos, order, counts, _lines(cache, b))),
         (queries, _heads(size, queries.shape[3])),
         *((x, _slots(*x.shape)) for x in keys_values),
         *((x, line) for x in scales),
     ]
     arrays, in_specs = zip(*plan, strict=True)
     varies = jax.typeof(q).manual_axis_type  # inside shard_map, as the inputs vary
-    width = keys_values[1].shape[3]
+    results = (size, keys_values[1].shape[3]), (size,)
     kernel = functools.partial(
         _kernel, block=block, there=there, splits=splits, mask=mask, soft_cap=soft_cap, scale=scale,
         paged=cache.pages is not None,
@@ -81,13 +74,10 @@ def forward(q, cache, layer, pages, q_pos, kv_pos, *, mask, soft_cap, scale):
         kernel,
         grid=(splits, kv_heads, b),
         in_specs=in_specs,
-        out_specs=[
-            pl.BlockSpec((None, None, None, size, width), lambda i, n, b: (i, b, n, 0, 0)),
-            pl.BlockSpec((None, None, None, size), lambda i, n, b: (i, b, n, 0)),
-        ],
+        out_specs=[_result(*x) for x in results],
         out_shape=[
-            jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=varies)
-            for shape in ((splits, b, kv_heads, size, width), (splits, b, kv_heads, size))
+            jax.ShapeDtypeStruct((splits, b, kv_heads, *x), jnp.float32, manual_axis_type=varies)
+            for x in results
         ],
         compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=tuned.stages),
         interpret=interpret,
@@ -95,6 +85,21 @@ def forward(q, cache, layer, pages, q_pos, kv_pos, *, mask, soft_cap, scale):
     )(*arrays)
     out, lse = online_softmax.merge_stacked(out[..., :real, :hv], lse[..., :real])
     return rows.apart(out, t), rows.apart(lse, t)
+
+
+def _lines(cache, batch):
+    """`[B, lines]` of each sequence: an index map of Pallas-Triton sees no array."""
+    pages = jnp.arange(batch, dtype=jnp.int32)[:, None] if cache.pages is None else cache.pages
+    return cache.first + pages
+
+
+def _sequence(x):
+    return pl.BlockSpec((None, x.shape[1]), lambda i, n, b: (b, 0))
+
+
+def _result(*shape):
+    zeros = [0] * len(shape)
+    return pl.BlockSpec((None, None, None, *shape), lambda i, n, b: (i, b, n, *zeros))
 
 
 def _addressable(*cache):
