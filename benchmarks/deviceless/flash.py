@@ -47,7 +47,7 @@ class Splash:
         return text + (" lp scheduler" if self.scheduler else "")
 
 
-# The few that were best somewhere, of those that compile in seconds; search.py looks wider.
+# The best of 30 minutes' search on each chip that compile in seconds; the bar is the best of them.
 SPLASH = {
     "forward": (
         Splash(1024, 1024, 512, scheduler=True),
@@ -55,13 +55,6 @@ SPLASH = {
     ),
     "backward": (Splash(1024, 1024, 512), Splash(1024, 1024, 256)),
 }
-# chip, forward or backward, head dim: others that won there
-ALSO: dict[tuple[str, str, int], tuple[Splash, ...]] = {}
-
-
-def blocks_of(chip: str, what: str, head_dim: int) -> tuple[Splash, ...]:
-    """The sizes that tokamax's kernel is compiled with; the bar is its best of them."""
-    return SPLASH[what] + ALSO.get((chip, what, head_dim), ())
 
 
 def splash(head_dim, blocks: Splash, *, gradient):

@@ -46,7 +46,7 @@ def flash_rows(compiler: Compiler, theirs: bool):
         row = {"op": f"flash_{what}", "head_dim": head_dim}
         program = flash.ours(what, head_dim, "mosaic_tpu")
         yield row | {"whose": "ours"} | attempt(compiler, program, ours)
-        for blocks in flash.blocks_of(compiler.chip, what, head_dim) if theirs else ():
+        for blocks in flash.SPLASH[what] if theirs else ():
             row["blocks"] = str(blocks)
             program = flash.splash(head_dim, blocks, gradient=what == "backward")
             yield row | {"whose": "tokamax"} | attempt(compiler, program, their)
