@@ -39,7 +39,8 @@ lint: $(VENV)/.installed-dev
 
 # Without such a Python what is compared with tokamax says so, and the target fails.
 bench-deviceless: $(BENCH_VENV)/.installed
-	$(BENCH_VENV)/bin/python -m benchmarks.deviceless --picture docs/tile_cost.png
+	$(BENCH_VENV)/bin/python -m benchmarks.deviceless --out benchmarks/results \
+	  --picture docs/tile_cost.png
 
 bench-cp: bench-cp-cpu
 	$(BENCH_VENV)/bin/python -m benchmarks.cp.deviceless --out benchmarks/results
