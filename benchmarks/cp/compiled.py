@@ -48,8 +48,6 @@ def jobs(chip: str):
         row = {"chip": chip, "slice": name, "devices": mesh.size, "tokens": tokens}
         for strategy in strategies:
             kind, fused = strategy.split("(")[0], "fused" in strategy
-            if fused and not hasattr(jaxcp.Ring(), "fused"):
-                continue
             value = getattr(jaxcp, kind)(**{"fused": True} if fused else {})
             program = functools.partial(programs.ours, value, mesh, tokens=tokens)
             yield row | {"whose": "ours", "strategy": strategy}, mesh, program

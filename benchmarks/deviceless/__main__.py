@@ -18,7 +18,9 @@ import tyro
 
 from benchmarks.deviceless import bars
 from benchmarks.tables import RESULTS, table, versions, write
-from jaxcp.compile import gpu_code
+
+WHEELS = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "tokamax")
+WHEELS += ("nvidia-cuda-nvcc", "nvidia-cuda-nvdisasm")  # ptxas and nvdisasm
 
 
 @dataclasses.dataclass
@@ -42,17 +44,6 @@ def measure(chip: str, folder: str) -> list[dict]:
     return json.loads(out.read_text())
 
 
-def tools() -> str:
-    """Versions of what reads the machine code of a GPU."""
-    named = []
-    for tool in gpu_code.TOOLS:
-        try:
-            named.append(f"{tool} {gpu_code.tool_version(tool)}")
-        except FileNotFoundError:
-            named.append(f"{tool} not installed")
-    return ", ".join(named)
-
-
 def markdown(rows: list[bars.Row], chips: tuple[str, ...]) -> str:
     lines = []
     for row in rows:
@@ -63,7 +54,7 @@ def markdown(rows: list[bars.Row], chips: tuple[str, ...]) -> str:
         "# Kernels compiled for chips that are not there",
         "`make bench-deviceless`. Counts of machine code, not measurements: bundles of a TPU tile "
         "are cycles where DMA is hidden; instructions of a GPU loop are a necessary condition.",
-        f"{versions('jax', 'jaxlib', 'libtpu', 'jax-cuda13-plugin', 'tokamax')}, {tools()}",
+        versions(*WHEELS),
         f"Chips of this run: {', '.join(chips)}.",
         f"{sum(row.reached for row in rows)} of {len(rows)} bars are reached.",
         table(("what", "value", "bar", "", "against", "detail"), lines),
