@@ -89,9 +89,10 @@ def count(compiler: Compiler, mesh: Mesh, program) -> dict:
 
 
 def main(chip: str, out: str) -> None:
-    compiler = Compiler(chip)
-    rows = [row | count(compiler, mesh, program) for row, mesh, program in jobs(chip)]
-    pathlib.Path(out).write_text(json.dumps(rows))
+    compiler, rows = Compiler(chip), []
+    for row, mesh, program in jobs(chip):
+        rows.append(row | count(compiler, mesh, program))
+        pathlib.Path(out).write_text(json.dumps(rows))
     compiler.close()
 
 

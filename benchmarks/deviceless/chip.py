@@ -128,8 +128,10 @@ def decode_step(chip: str, kernels) -> dict:
 
 
 def main(chip: str, out: str) -> None:
-    compiler = Compiler(chip)
-    pathlib.Path(out).write_text(json.dumps([{"chip": chip} | row for row in rows(compiler)]))
+    compiler, counts = Compiler(chip), []
+    for row in rows(compiler):
+        counts.append({"chip": chip} | row)
+        pathlib.Path(out).write_text(json.dumps(counts))
     compiler.close()
 
 
