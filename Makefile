@@ -8,8 +8,6 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # The benchmarks have an environment of their own: tokamax needs Python 3.12 or newer.
 BENCH_VENV ?= .venv-bench
-# So have other packages for context parallelism, which are compared with and depended on by nothing.
-CP_VENV ?= .venv-bench-cp
 
 # Demo and tests emulate eight devices on the CPU, whatever the machine has.
 export JAX_PLATFORMS = cpu
@@ -41,17 +39,18 @@ lint: $(VENV)/.installed-dev
 
 # Without such a Python what is compared with tokamax says so, and the target fails.
 bench-deviceless: $(BENCH_VENV)/.installed
-	$(BENCH_VENV)/bin/python -m benchmarks.deviceless --picture docs/tile_cost.png
+	$(BENCH_VENV)/bin/python -m benchmarks.deviceless --out benchmarks/results \
+	  --picture docs/tile_cost.png
 
-bench-cp: $(BENCH_VENV)/.installed bench-cp-cpu
-	$(BENCH_VENV)/bin/python -m benchmarks.cp deviceless
+bench-cp: bench-cp-cpu
+	$(BENCH_VENV)/bin/python -m benchmarks.cp.deviceless --out benchmarks/results
 
-# Wall clock: four minutes on a machine with nothing else to do.
-bench-cp-cpu: $(CP_VENV)/.installed
-	$(CP_VENV)/bin/python -m benchmarks.cp cpu emulation
+# Wall clock: minutes on a machine with nothing else to do.
+bench-cp-cpu: $(BENCH_VENV)/.installed
+	$(BENCH_VENV)/bin/python -m benchmarks.cp.cpu --out benchmarks/results
 
 clean:
-	rm -rf $(VENV) $(BENCH_VENV) $(CP_VENV) build dist *.egg-info
+	rm -rf $(VENV) $(BENCH_VENV) build dist *.egg-info
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -89,13 +88,4 @@ $(BENCH_VENV)/.installed: pyproject.toml
 	done; \
 	echo "making the environment $(BENCH_VENV) with $$python"; "$$python" -m venv $(BENCH_VENV)
 	$(BENCH_VENV)/bin/python -m pip install -qq -e '.[bench]'
-	@touch $@
-
-# One peer after the other: one that cannot be installed is a row of the table that says so.
-$(CP_VENV)/.installed: pyproject.toml benchmarks/cp/requirements.txt
-	@$(PYTHON) -m venv $(CP_VENV)
-	$(CP_VENV)/bin/python -m pip install -qq -e .
-	@grep -v '^#' benchmarks/cp/requirements.txt | while read -r peer; do \
-	  $(CP_VENV)/bin/python -m pip install -qq "$$peer" || echo "not installed: $$peer"; \
-	done
 	@touch $@

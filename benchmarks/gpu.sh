@@ -30,5 +30,5 @@ done
 "$python" -m benchmarks.gpu "$out" --report
 status=$?
 cat "$out/report.md"
-echo "written to $out: put report.md and report.json into benchmarks/results/, named by date and device"
+echo "written to $out: put report.md into benchmarks/results/, named by date and device"
 exit $status

@@ -13,7 +13,6 @@ Rows in the folder that are not compiled again stay, so one target a run makes t
 
 import dataclasses
 import datetime
-import importlib.metadata
 import json
 import pathlib
 from typing import Any
@@ -25,6 +24,7 @@ from flax import nnx
 from rich.progress import track
 
 import jaxcp
+from benchmarks.tables import table, versions, write
 from jaxcp.compile import compile_for, decode_program, parse_target, prefill_program
 from jaxcp.layers.expert_exchange import capacity
 from jaxcp.models import config_from_dict
@@ -64,25 +64,7 @@ HY3: dict[str, Any] = {
     "dtype": "bfloat16",
 }
 GIB, MIB = 1 << 30, 1 << 20
-WHOLE = HY3["num_hidden_layers"]
 KEY = ("target", "layers", "program", "context", "new")
-PREFACE = """# Hy3-295B at {context:,} tokens, compiled with no device
-
-`python -m benchmarks.model_memory`, {made}, {date}. Bytes a device;
-weights and cache in bfloat16; a cache for {context:,} tokens, of which prefill adds the last piece,
-decode the last token. Layer 1 is dense, the others are mixtures of 192 experts. Memory is what the
-compiler allots to the program; what a runtime keeps beside it is not in it.
-
-## The whole model, {layers} layers
-
-{fits}
-## What was compiled
-
-Sent: times and MiB, all that the program may send: of the exchange of experts every round, which
-only the worst choice of experts needs. Unexpected: a kind that the algorithm has not, or one that
-sends over 1 % and 1 MiB a layer more than it must (`must_send`).
-
-{table}"""
 
 
 @dataclasses.dataclass
@@ -90,7 +72,7 @@ class Args:
     out: pathlib.Path | None = None
     """A folder for model_memory.md and model_memory.json; None prints alone."""
     targets: tuple[str, ...] = tuple(MESHES)
-    layers: tuple[int, ...] = (WHOLE,)
+    layers: tuple[int, ...] = (HY3["num_hidden_layers"],)
     context: int = 262_144
     """Tokens that the cache is made for."""
     chunk: int | None = 16_384
@@ -123,8 +105,9 @@ def row(target: str, layers: int, program: str, args: Args) -> dict[str, Any]:
     else:
         fn, inputs = decode_program(model_of(layers), mesh, **options)
     record: dict[str, Any] = {"target": target, "mesh": axes, "layers": layers, "program": program}
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in COMPILERS[mesh_kind(mesh)]]
-    record |= {"context": args.context, "new": new, "compiler": ", ".join(versions)}
+    tpu = mesh.devices.flat[0].platform == "tpu"
+    compiler = versions("jax", "libtpu" if tpu else "jax-cuda13-plugin")
+    record |= {"context": args.context, "new": new, "compiler": compiler}
     try:
         report = compile_for(fn, inputs, mesh)
     except jax.errors.JaxRuntimeError as error:
@@ -136,13 +119,6 @@ def row(target: str, layers: int, program: str, args: Args) -> dict[str, Any]:
         "seconds": round(report.compile_seconds, 1),
         "collectives": None if sent is None else {c.kind: [c.count, c.bytes] for c in sent},
     }
-
-
-COMPILERS = {"tpu": ("jax", "libtpu"), "gpu": ("jax", "jax-cuda13-plugin")}
-
-
-def mesh_kind(mesh) -> str:
-    return "tpu" if mesh.devices.flat[0].platform == "tpu" else "gpu"
 
 
 def must_send(r: dict[str, Any]) -> dict[str, int] | None:
@@ -188,71 +164,45 @@ def unexpected(r: dict[str, Any]) -> str:
     return ", ".join(surplus) or "none"
 
 
-def markdown(head: list[str], lines: list[list[str]]) -> str:
-    return "".join("| " + " | ".join(x) + " |\n" for x in [head, ["---"] * len(head), *lines])
-
-
-def table(rows: list[dict[str, Any]]) -> str:
+def compiled(rows: list[dict[str, Any]]) -> str:
     """Table of all that was compiled."""
     head = ["target", "mesh", "layers", "program", "arguments GiB", "temporaries GiB"]
-    head += [
-        "together GiB",
-        "of the device's",
-        "sent: times, MiB a device",
-        "unexpected",
-        "seconds",
-    ]
+    head += ["together GiB", "of the device's", "left GiB", "sent: times, MiB a device"]
+    head += ["unexpected", "seconds"]
     lines = []
     for r in rows:
         mesh = " ".join(f"{axis}={size}" for axis, size in r["mesh"].items())
         first = [r["target"], mesh, str(r["layers"]), r["program"]]
         if "refused" in r:
-            lines.append([*first, r["refused"], *[""] * 6])
+            lines.append([*first, r["refused"]])
             continue
         sizes = [f"{r[f'{x}_bytes'] / GIB:.2f}" for x in ("argument", "temp", "total")]
-        share = f"{r['total_bytes'] / r['hbm_bytes']:.0%}"
+        sizes.append(f"{r['total_bytes'] / r['hbm_bytes']:.0%}")
+        left = (r["hbm_bytes"] - r["total_bytes"]) / GIB
+        sizes.append(f"{left:.1f}" if left >= 0 else f"**{left:.1f}: does not fit**")
         kinds = r["collectives"]
         sent = "not read"
         if kinds is not None:
             listed = (f"{k} {count} x, {size / MIB:,.1f}" for k, (count, size) in kinds.items())
             sent = ", ".join(listed)
-        lines.append([*first, *sizes, share, sent, unexpected(r), str(r["seconds"])])
-    return markdown(head, lines)
-
-
-def fits(rows: list[dict[str, Any]]) -> str:
-    """The whole model on each target."""
-    head = ["target", "program", "arguments GiB", "temporaries GiB", "together GiB"]
-    head += ["the device has GiB", "fits"]
-    lines = []
-    for r in rows:
-        if r["layers"] != WHOLE or "refused" in r:
-            continue
-        sizes = [f"{r[f'{x}_bytes'] / GIB:.2f}" for x in ("argument", "temp", "total", "hbm")]
-        left = (r["hbm_bytes"] - r["total_bytes"]) / GIB
-        says = f"yes, {left:.1f} GiB left" if left >= 0 else f"no, {-left:.1f} GiB too much"
-        lines.append([r["target"], r["program"], *sizes, says])
-    return markdown(head, lines)
+        lines.append([*first, *sizes, sent, unexpected(r), str(r["seconds"])])
+    return table(head, lines)
 
 
 def report(rows: list[dict[str, Any]], args: Args) -> str:
     made = "; ".join(sorted({r["compiler"] for r in rows}))
-    return PREFACE.format(
-        context=args.context,
-        made=made,
-        date=datetime.date.today(),
-        layers=WHOLE,
-        fits=fits(rows),
-        table=table(rows),
-    )
+    return f"""# Hy3-295B at {args.context:,} tokens, compiled with no device
 
+`python -m benchmarks.model_memory`, {made}, {datetime.date.today()}. Bytes a device;
+weights and cache in bfloat16; a cache for {args.context:,} tokens, of which prefill adds the last
+piece, decode the last token. Layer 1 is dense, the others are mixtures of 192 experts. Memory is
+what the compiler allots to the program; what a runtime keeps beside it is not in it.
 
-def kept(args: Args) -> dict[tuple, dict[str, Any]]:
-    """Rows of the folder, by what was compiled."""
-    path = None if args.out is None else args.out / "model_memory.json"
-    if path is None or not path.exists():
-        return {}
-    return {tuple(r[k] for k in KEY): r for r in json.loads(path.read_text())}
+Sent: times and MiB, all that the program may send: of the exchange of experts every round, which
+only the worst choice of experts needs. Unexpected: a kind that the algorithm has not, or one that
+sends over 1 % and 1 MiB a layer more than it must (`must_send`).
+
+{compiled(rows)}"""
 
 
 def in_order(r: dict[str, Any]) -> tuple:
@@ -260,18 +210,21 @@ def in_order(r: dict[str, Any]) -> tuple:
 
 
 def main(args: Args) -> None:
+    jax.config.update("jax_platforms", "cpu")  # devices are described, not there
+    kept = None if args.out is None else args.out / "model_memory.json"
+    records = []
+    if kept is not None and kept.exists():
+        records = json.loads(kept.read_text())
     todo = [(t, n, p) for t in args.targets for n in args.layers for p in ("prefill", "decode")]
-    records = kept(args)
     for job in track(todo, description="compiling Hy3-295B"):
-        r = row(*job, args)
-        records[tuple(r[k] for k in KEY)] = r
-        rows = sorted(records.values(), key=in_order)
-        if args.out is not None:  # after each: a compilation may take minutes
-            args.out.mkdir(parents=True, exist_ok=True)
-            (args.out / "model_memory.md").write_text(report(rows, args))
-            (args.out / "model_memory.json").write_text(json.dumps(rows, indent=1) + "\n")
-    print(report(rows, args))
+        new = row(*job, args)
+        others = [r for r in records if any(r[k] != new[k] for k in KEY)]
+        records = sorted([*others, new], key=in_order)
+        if kept is not None:  # after each: a compilation may take minutes
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(json.dumps(records, indent=1) + "\n")
+    write(args.out, "model_memory.md", report(records, args))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Args, description=__doc__))

@@ -1,23 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Errors of every operation on every backend, beside those of the reference in the same dtype.
 
-    python benchmarks/numerics.py --out benchmarks/results     # about 3 minutes on a CPU
-    python benchmarks/numerics.py --op decode_attention        # one operation
+    python -m benchmarks.numerics --out benchmarks/results     # about 3 minutes on a CPU
+    python -m benchmarks.numerics --ops decode_attention       # one operation
 
 Forward and each gradient against float64, on random inputs and on outlier-heavy ones. Kernels run
 interpreted: that is their arithmetic, not their machine code. Exits with 1 where an error is more
 than 1.5 times the reference's own, or two runs differ by a bit.
 """
 
-import argparse
 import dataclasses
-import json
 import pathlib
 import sys
 
 import jax
 import numpy as np
+import tyro
 
+from benchmarks.gpu.check import relative
+from benchmarks.tables import table, versions, write
 from pallas_kernels.grouped_matmul.quantized import FORMATS
 from pallas_kernels.testing import decode_attention, flash_attention, grouped_matmul
 
@@ -110,38 +111,24 @@ def results(suite, implementation, inputs) -> dict:
     return runs
 
 
-def relative(got, exact) -> float:
-    """Root of the mean square error as a part of that of the exact values; -inf has to be there."""
-    got = np.asarray(got, np.float64)
-    dead = np.isneginf(exact)
-    if got.shape != exact.shape or not np.array_equal(dead, np.isneginf(got)):
-        return float("nan")
-    size = np.linalg.norm(np.where(dead, 0, exact))
-    return float(np.linalg.norm(np.where(dead, 0, got) - np.where(dead, 0, exact)) / size)
-
-
 def rounding():
     """Measure the cost of narrow values: the error against inputs that were not rounded to them."""
-    for outliers in (False, True):
-        inputs = INPUTS[outliers]
-        for cache in CACHES[1:]:
-            case = _with(_decode, dtype="float32", cache=cache, outliers=outliers)
-            exact = decode_attention.expected(_with(case, cache=None))["out"]
-            got = decode_attention.run("reference", case)[0]["out"]
-            yield {"what": f"cache {cache}", "inputs": inputs, "error": relative(got, exact)}
-        for weights in CACHES[1:]:
-            for block in (False, True):
-                case = _with(_grouped, weights=weights, block=block, outliers=outliers)
-                exact = grouped_matmul.expected(_with(case, weights=None))["out"]
-                got = grouped_matmul.expected(case)["out"]
-                what = f"weights {weights}, a scale for {'128 x 128' if block else 'a channel'}"
-                yield {"what": what, "inputs": inputs, "error": relative(got, exact)}
-        for format, rows in FORMATS.items():
-            case = _with(_grouped, weights=format, outliers=outliers)
-            exact = grouped_matmul.expected(_with(case, weights=None))["out"]
-            got = grouped_matmul.expected(case)["out"]
-            what = f"weights {format}, a scale for {rows} rows"
-            yield {"what": what, "inputs": inputs, "error": relative(got, exact)}
+    cases = {f"cache {x}": (decode_attention, _with(_decode, cache=x)) for x in CACHES[1:]}
+    for weights in CACHES[1:]:
+        for block in (False, True):
+            what = f"weights {weights}, a scale for {'128 x 128' if block else 'a channel'}"
+            cases[what] = grouped_matmul, _with(_grouped, weights=weights, block=block)
+    for format, rows in FORMATS.items():
+        what = f"weights {format}, a scale for {rows} rows"
+        cases[what] = grouped_matmul, _with(_grouped, weights=format)
+    for what, (suite, case) in cases.items():
+        errors = []
+        for outliers in (False, True):
+            case = _with(case, dtype="float32", outliers=outliers)
+            wide = {"cache": None} if suite is decode_attention else {"weights": None}
+            exact = suite.expected(_with(case, **wide))["out"]
+            errors.append(relative(suite.expected(case)["out"], exact))
+        yield [what, *errors]
 
 
 def broken(row) -> str | None:
@@ -158,66 +145,49 @@ def broken(row) -> str | None:
     return None
 
 
-def markdown(report) -> str:
-    lines = ["# Numerics", "", ", ".join(f"{k} {v}" for k, v in report["versions"].items()), ""]
-    lines += [
+def markdown(rows: list[dict], narrow: list[list]) -> str:
+    head = ["operation", "dtype", "backend", "inputs", "result", "error", "reference", "ratio"]
+    lines = []
+    for row in rows:
+        line = [row["op"], row["kind"], row["backend"]]
+        if "error" not in row:
+            lines.append([*line, "", "not supported" if "not" in row else "FAILED"])
+            continue
+        ratio = row["error"] / row["reference_error"] if row["reference_error"] else float("nan")
+        line += [row["inputs"], row["result"], f"{row['error']:.2e}"]
+        line += [f"{row['reference_error']:.2e}", f"{ratio:.2f}"]
+        lines.append([*line, "yes" if row["same_bits"] else "NO"])
+    costs = [[what, *(f"{error:.2e}" for error in errors)] for what, *errors in narrow]
+    missed = [line for row in rows if (line := broken(row))]
+    parts = [
+        "# Numerics",
+        f"`python -m benchmarks.numerics`, {versions('jax', 'jaxlib')}.",
         f"Relative error in the 2-norm against float64. Bar: {BAR} of the reference's own in the "
         f"same dtype, and {NOISE:.0e} for the order of float32 sums. Every entry of `same bits` is "
         "two runs. Outliers: attention has one channel of keys and values times 30, matrices 1 "
         "entry in 500. Kernels are interpreted on a CPU.",
-        "",
-        "| operation | dtype | backend | inputs | result | error | reference | ratio | same bits |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in report["rows"]:
-        start = f"| {row['op']} | {row['kind']} | {row['backend']} |"
-        if "error" not in row:
-            said = "not supported" if "not" in row else "FAILED"
-            lines.append(f"{start} | | {said} | | | |")
-            continue
-        ratio = row["error"] / row["reference_error"] if row["reference_error"] else float("nan")
-        bits = "yes" if row["same_bits"] else "NO"
-        lines.append(
-            f"{start} {row['inputs']} | {row['result']} | {row['error']:.2e} | "
-            f"{row['reference_error']:.2e} | {ratio:.2f} | {bits} |"
-        )
-    lines += [
-        "",
+        table([*head, "same bits"], lines),
         "What narrow values cost: error against inputs that were not rounded to them.",
-        "",
+        table(("values", *INPUTS), costs),
+        "Missed: " + ("; ".join(missed) or "nothing."),
     ]
-    lines += ["| values | random | outliers |", "|---|---|---|"]
-    costs: dict = {}
-    for row in report["rounding"]:
-        costs.setdefault(row["what"], {})[row["inputs"]] = row["error"]
-    lines += [f"| {what} | {c['random']:.2e} | {c['outliers']:.2e} |" for what, c in costs.items()]
-    lines += ["", "Missed: " + ("; ".join(report["broken"]) or "nothing.")]
-    return "\n".join(lines)
+    return "\n\n".join(parts)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--op", nargs="*", choices=CASES, default=list(CASES))
-    parser.add_argument("--out", type=pathlib.Path, help="folder for numerics.json and numerics.md")
-    args = parser.parse_args()
+@dataclasses.dataclass
+class Args:
+    out: pathlib.Path | None = None
+    """A folder for numerics.md; None prints alone."""
+    ops: tuple[str, ...] = tuple(CASES)
+
+
+def main(args: Args) -> int:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_default_matmul_precision", "highest")
-    every = [row for op in args.op for row in rows(op)]
-    report = {
-        "versions": {"jax": jax.__version__, "jaxlib": jax.lib.__version__},
-        "rows": every,
-        "rounding": list(rounding()),
-        "broken": [line for row in every if (line := broken(row))],
-    }
-    print(markdown(report))
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "numerics.json").write_text(json.dumps(report, indent=1) + "\n")
-        (args.out / "numerics.md").write_text(markdown(report) + "\n")
-    for line in report["broken"]:
-        print(f"missed: {line}", file=sys.stderr)
-    return int(bool(report["broken"]))
+    every = [row for op in args.ops for row in rows(op)]
+    write(args.out, "numerics.md", markdown(every, list(rounding())))
+    return int(any(broken(row) for row in every))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(tyro.cli(Args, description=__doc__)))

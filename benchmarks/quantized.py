@@ -10,8 +10,6 @@ float32, so that a difference is that of the weights alone.
 
 import dataclasses
 import datetime
-import importlib.metadata
-import json
 import math
 import pathlib
 import tempfile
@@ -23,6 +21,7 @@ import tyro
 from rich.progress import track
 
 import jaxcp
+from benchmarks.tables import table, versions, write
 from jaxcp.checkpoints import NEEDLE
 from jaxcp.data.haystack import DIGITS, QUESTION, make_haystack
 from jaxcp.weights.quantizing import Weights, quantize
@@ -33,7 +32,7 @@ SEED = 20261127
 @dataclasses.dataclass
 class Args:
     out: pathlib.Path | None = None
-    """A folder for quantized.md and quantized.json; None prints alone."""
+    """A folder for quantized.md; None prints alone."""
     length: int = 4_096
     """Bytes of a text, without the questions."""
     texts: int = 4
@@ -88,7 +87,8 @@ def rows(args: Args) -> list[dict[str, Any]]:
         size = {"error_max": float(error.max()), "error_mean": float(error.mean())}
         size["error_999"] = float(np.quantile(error, 0.999))
         results.append({"weights": weights, "only": only, **size, **one})
-    results[0] |= {"logit_std": float(exact.std())}
+    about = {"logit_std": float(exact.std()), "tokens": tokens.size}
+    results[0] |= about | {"questions": digits.sum() // DIGITS}
     return results
 
 
@@ -98,9 +98,9 @@ HEAD = (
 )  # fmt: skip
 
 
-def table(results: list[dict[str, Any]]) -> str:
+def markdown(results: list[dict[str, Any]], args: Args) -> str:
     plain = results[0]
-    lines: list[tuple[str, ...]] = [HEAD, ("---",) * len(HEAD)]
+    lines = []
     for r in results:
         errors = [
             f"{r[f'error_{x}']:.3f}" if f"error_{x}" in r else "" for x in ("max", "999", "mean")
@@ -108,26 +108,20 @@ def table(results: list[dict[str, Any]]) -> str:
         row = [r["weights"], r["only"], f"{r['bytes'] / 1024:,.0f}", *errors]
         for name in ("perplexity", "perplexity_answers"):
             row += [f"{r[name]:.4f}", "" if r is plain else f"{r[name] / plain[name] - 1:+.2%}"]
-        lines.append((*row, f"{r['answers']:.1%}"))
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        lines.append([*row, f"{r['answers']:.1%}"])
+    return (
+        "# Quantized weights of the shipped checkpoint\n\n"
+        f"`python -m benchmarks.quantized --out benchmarks/results`, {versions('jax')} on CPU, "
+        f"{datetime.date.today()}: {plain['tokens']:,} bytes of {args.texts} texts, "
+        f"{plain['questions']} questions. Logits have a standard deviation of "
+        f"{plain['logit_std']:.2f}. Computed in float32; KiB are those of all parameters in "
+        f"memory.\n\n{table(HEAD, lines)}"
+    )
 
 
 def main(args: Args) -> None:
-    results = rows(args)
-    tokens, digits = texts(args)
-    text = "# Quantized weights of the shipped checkpoint\n\n"
-    text += "`python -m benchmarks.quantized --out benchmarks/results`, jax "
-    text += f"{importlib.metadata.version('jax')} on CPU, {datetime.date.today()}: "
-    text += f"{tokens.size:,} bytes of {args.texts} texts, {digits.sum() // DIGITS} questions. "
-    text += f"Logits have a standard deviation of {results[0]['logit_std']:.2f}. "
-    text += "Computed in float32; KiB are those of all parameters in memory.\n\n"
-    text += table(results) + "\n"
-    print(text)
-    if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "quantized.md").write_text(text)
-        (args.out / "quantized.json").write_text(json.dumps(results, indent=1) + "\n")
+    write(args.out, "quantized.md", markdown(rows(args), args))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Args, description=__doc__))

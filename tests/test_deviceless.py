@@ -102,19 +102,15 @@ def test_a_bar_is_a_number_and_what_else_it_asks():
     from benchmarks.deviceless import bars
 
     kernel = {"name": "k", "registers": 200, "spilled_bytes": 0, "matrix_names": ["mma.m16n8k16"]}
-    kernel["loops"] = [{"instructions": 380, "matrix": 100, "opcodes": {}}]
-    found = {"chip": "rtx-pro-6000", "op": "flash_forward", "head_dim": 128, "kernels": [kernel]}
+    kernel["loops"] = [{"instructions": 380, "matrix": 100}]
+    found = {
+        "chip": "rtx-pro-6000",
+        "op": "flash_forward",
+        "head_dim": 128,
+        "kernels": {"k": kernel},
+    }
     (row,) = [row for row in bars.rows([found]) if "forward, D=128, causal" in row.what]
     assert row.reached and row.value == 3.8
     kernel["spilled_bytes"] = 4
     (row,) = [row for row in bars.rows([found]) if "forward, D=128, causal" in row.what]
     assert not row.reached
-
-
-def test_zigzag_visits_what_holds_a_pair(monkeypatch):
-    from benchmarks.deviceless import zigzag
-
-    monkeypatch.setattr(zigzag, "TOKENS", 64)
-    found = zigzag.count(16, 8)
-    assert found["wrong"] == 0 and found["visited"] == found["needed"] > 0
-    assert 0 < found["masked"] == found["partial"] < found["visited"]

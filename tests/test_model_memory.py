@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report on a model too large for this machine: what it expects, and of what it speaks."""
 
-from benchmarks.model_memory import GIB, MIB, fits, must_send, unexpected
+from benchmarks.model_memory import GIB, MIB, compiled, must_send, unexpected
 
 
 def row(layers, **changes):
-    sizes = {"argument_bytes": layers * GIB, "temp_bytes": GIB, "total_bytes": (layers + 1) * GIB}
+    sizes = {
+        "seconds": 1.0,
+        "argument_bytes": layers * GIB,
+        "temp_bytes": GIB,
+        "total_bytes": (layers + 1) * GIB,
+    }
     return {
         "target": "h200:8", "mesh": {"seq": 2, "model": 4}, "layers": layers, "program": "prefill",
         "context": 262_144, "new": 16_384, "hbm_bytes": 80 * GIB, "collectives": {}, **sizes,
@@ -33,7 +38,8 @@ def test_what_is_unexpected():
     assert unexpected(row(2, collectives=None)) == "not compared"
 
 
-def test_the_whole_model_is_compiled_or_not_spoken_of():
-    assert "GiB left" not in fits([row(3, hbm_bytes=90 * GIB)])
-    assert "no, 1.0 GiB too much" in fits([row(80)])
-    assert "yes, 9.0 GiB left" in fits([row(80, hbm_bytes=90 * GIB)])
+def test_the_table_says_whether_it_fits():
+    assert "| 101% | **-1.0: does not fit** |" in compiled([row(80)])
+    assert "| 90% | 9.0 |" in compiled([row(80, hbm_bytes=90 * GIB)])
+    refused = row(80) | {"refused": "out of memory"}
+    assert "| prefill | out of memory |" in compiled([refused])

@@ -4,9 +4,7 @@
     make bench-cp
 
 deviceless: predicted times on TPU slices, from compiled programs, beside tokamax's ring.
-cpu: wall clock, errors and bits on four emulated CPU devices, beside five packages.
-emulation: what eight emulated devices cost against one.
+cpu: wall clock and errors on four emulated CPU devices, beside the package `ringattention`.
 
-By themselves: `benchmarks.cp.memory` (bytes a device, 32K to 1M tokens) and
-`benchmarks.cp.reproducible` (what the same bits cost).
+By itself: `benchmarks.cp.memory`, bytes a device for 32K to 1M tokens.
 """

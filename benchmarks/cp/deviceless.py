@@ -1,20 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Predicted times on slices that are not there: what is compiled, the model's rows, their table."""
+"""Predicted times on TPU slices that are not there, every strategy beside tokamax's ring.
+
+    python -m benchmarks.cp.deviceless --out benchmarks/results
+
+Compiles for ten minutes of two cores; needs libtpu and tokamax (pip install jaxcp[bench], Python
+3.12 or newer). With `--counts` it compiles nothing: what a cp_deviceless.json holds goes through
+the model once more.
+"""
 
 import dataclasses
+import datetime
 import json
 import pathlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+
+import tyro
+from rich.progress import track
 
 from benchmarks.cp import model
 from benchmarks.cp.links import Torus
 from benchmarks.cp.programs import HEAD_DIM, HEADS, KV_HEADS
+from benchmarks.tables import RESULTS, table, versions, write
 from jaxcp.compile.target import parse_target
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 K = 1024
 CASES = (
     ("v5p:2x2x4", 32 * K),
@@ -29,26 +39,31 @@ BEST_BAR, RING_BAR, FROM = 0.6, 1.05, 16 * K
 SHOWN = {"forward": "forward", "both": "forward+backward"}
 
 
-def compiled(
-    chips: tuple[str, ...], known: list[dict], progress: Callable = lambda _: None
-) -> list[dict]:
-    """Run `compiled.py`, each chip in a process of its own; `known` rows are kept."""
+@dataclasses.dataclass
+class Args:
+    out: pathlib.Path | None = None
+    """A folder for cp_deviceless.json and .md; None prints alone."""
+    chips: tuple[str, ...] = CHIPS
+    counts: pathlib.Path | None = None
+    """A cp_deviceless.json whose counts are taken instead of compiling."""
+
+
+def compiled(chips: tuple[str, ...]) -> list[dict]:
+    """Run `compiled.py`, each chip in a process of its own."""
     rows = []
-    for chip in chips:
-        progress(f"{chip}: compile")
+    for chip in track(chips, description="compiling"):
         with tempfile.TemporaryDirectory() as folder:
             out = pathlib.Path(folder) / "rows.json"
-            out.write_text(json.dumps([row for row in known if row["chip"] == chip]))
             command = [sys.executable, "-m", "benchmarks.cp.compiled", chip, str(out)]
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            done = subprocess.run(command, cwd=RESULTS.parents[1], capture_output=True, text=True)
             if done.returncode:
                 error = f"the run failed: {done.stderr[-200:]}"
                 rows.append({"chip": chip, "whose": "", "strategy": "", "error": error})
-            rows += json.loads(out.read_text())
+            rows += json.loads(out.read_text()) if out.exists() else []
     return rows
 
 
-def predict(counts: list[dict], progress: Callable = lambda _: None, cases=CASES) -> list[dict]:
+def predict(counts: list[dict], cases=CASES) -> list[dict]:
     """A row a slice, length, pass and contender, from what was compiled."""
     rows = []
     for name, length in cases:
@@ -56,7 +71,6 @@ def predict(counts: list[dict], progress: Callable = lambda _: None, cases=CASES
         of_chip = [row for row in counts if row["chip"] == target.kind]
         if not of_chip:
             continue
-        progress(f"{name}, {length // K}K")
         torus = Torus.of(target)
         case = model.Case(torus, length // target.size, of_chip)
         online = model.Case(torus, length // target.size, of_chip, bounded=False)
@@ -110,96 +124,100 @@ def bar(what: str, said: str, ratio: float | None, limit: float) -> dict:
     return {"what": what, "ratio_of": said, "ratio": ratio, "bar": limit, "reached": reached}
 
 
-def markdown(report: dict) -> list[str]:
-    rows = report["rows"]
+def markdown(report: dict) -> str:
+    bars = [
+        [
+            x["what"],
+            x["ratio_of"],
+            "none" if x["ratio"] is None else f"{x['ratio']:.2f}",
+            f"{x['bar']:g}",
+            "reached" if x["reached"] else "**not reached**",
+        ]
+        for x in report["bars"]
+    ]
     good = sum(x["reached"] for x in report["bars"])
-    lines = [
+    parts = [
         f"{HEADS} query heads, {KV_HEADS} KV heads, D={HEAD_DIM}, bfloat16, batch 1, causal (Llama "
         "3 8B). The model, its assumptions and what overlaps: `benchmarks/cp/model.py`. Bundles "
         "are trusted to about 10 %. Limit is what most of the time goes to: MXU (the matrix units' "
         "peak), bundles (other units), skipping (steps of the grid with nothing to do), "
         "glue (XLA between kernels), wire (what is not hidden). Running maximum: the time where no "
         "bound on the scores spares ours the maximum; tokamax always looks for it.",
-        "",
-        f"{good} of {len(report['bars'])} bars are reached.",
-        "",
-        "| what | of | ratio | bar | |",
-        "|---|---|---|---|---|",
+        f"{good} of {len(bars)} bars are reached.",
+        table(("what", "of", "ratio", "bar", ""), bars),
     ]
-    for x in report["bars"]:
-        ratio = "none" if x["ratio"] is None else f"{x['ratio']:.2f}"
-        verdict = "reached" if x["reached"] else "**not reached**"
-        lines.append(f"| {x['what']} | {x['ratio_of']} | {ratio} | {x['bar']:g} | {verdict} |")
     for name, length in CASES:
-        of_case = [r for r in rows if (r["slice"], r["length"]) == (name, length)]
+        of_case = [r for r in report["rows"] if (r["slice"], r["length"]) == (name, length)]
         if of_case:
-            lines += case_table(name, length, of_case)
-    return [*lines, *compiled_table(report["found"])]
+            title = f"{name}, {length // K}K tokens, {of_case[0]['tokens']:,} a device"
+            parts += [f"### {title}", case_table(of_case)]
+    return "\n\n".join([*parts, "### What was compiled", compiled_table(report["found"])])
 
 
-def case_table(name: str, length: int, rows: list[dict]) -> list[str]:
-    lines = ["", f"### {name}, {length // K}K tokens, {rows[0]['tokens']:,} a device", ""]
-    lines += [
-        "| | pass | ms | of tokamax | running maximum, ms | blocks, ms | skipped, ms | "
-        "glue, ms | wire, ms | limit |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+def case_table(rows: list[dict]) -> str:
+    head = ["", "pass", "ms", "of tokamax", "running maximum, ms"]
+    head += ["blocks, ms", "skipped, ms", "glue, ms", "wire, ms", "limit"]
+    lines = []
     for which, said in SHOWN.items():
         these = sorted((r for r in rows if r.get("pass") == which), key=lambda r: r["total"])
         theirs = [r["total"] for r in these if r["whose"] == "tokamax"]
         for r in these:
-            cells = [
-                r["label"] if r["whose"] == "ours" else "tokamax ring",
-                said,
-                f"{1e3 * r['total']:.2f}",
-                f"{r['total'] / theirs[0]:.2f}" if theirs else "",
-                *(f"{1e3 * r[x]:.2f}" for x in ("online", "works", "skips", "glue", "wire")),
-                r["limit"],
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-    for r in rows:
-        if "error" in r:
-            lines.append(f"| {r['whose']} {r['label']} | {r['error']} | | | | | | | | |")
-    return lines
+            parts = (f"{1e3 * r[x]:.2f}" for x in ("online", "works", "skips", "glue", "wire"))
+            label = r["label"] if r["whose"] == "ours" else "tokamax ring"
+            ratio = f"{r['total'] / theirs[0]:.2f}" if theirs else ""
+            lines.append([label, said, f"{1e3 * r['total']:.2f}", ratio, *parts, r["limit"]])
+    lines += [[f"{r['whose']} {r['label']}", r["error"]] for r in rows if "error" in r]
+    return table(head, lines)
 
 
-def compiled_table(counts: list[dict]) -> list[str]:
-    lines = [
-        "",
-        "### What was compiled",
-        "",
-        "| chip | program, tokens a device x devices | hot bundles, forward | backward | glue of a "
-        "pass or turn, MB | XLA expects, thousand cycles | sent a device, forward+backward |",
-        "|---|---|---|---|---|---|---|",
-    ]
+def compiled_table(counts: list[dict]) -> str:
+    head = ["chip", "program, tokens a device x devices", "hot bundles, forward", "backward"]
+    head += ["glue of a pass or turn, MB", "XLA expects, thousand cycles"]
+    head += ["sent a device, forward+backward"]
+    lines = []
     for row in counts:
         about = f"{row['whose']} {row['strategy']}"
         if "error" in row:
-            lines.append(f"| {row['chip']} | {about} | {row['error']} | | | | |")
+            lines.append([row["chip"], about, row["error"]])
             continue
-        about += f", {row['tokens']:,} x {row['devices']}"
         glue = {
             f"{what} {part}": value
             for what, parts in row["glue"].items()
             for part, value in parts.items()
             if value["ops"]
         }
-        cells = [
-            row["chip"],
-            about,
-            bundles(row["kernels"], "forward", "fwd"),
-            bundles(row["kernels"], "backward", "dkv"),
-            ", ".join(f"{k} {v['hbm_bytes'] / 1e6:,.0f}" for k, v in glue.items()),
-            ", ".join(f"{k} {v['cycles'] / 1e3:,.0f}" for k, v in glue.items()),
-            ", ".join(
-                f"{c['count']} {c['kind']} {c['bytes'] / 1e6:,.1f} MB" for c in row["collectives"]
-            ),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        glues = (
+            ", ".join(f"{name} {value[key] / unit:,.0f}" for name, value in glue.items())
+            for key, unit in (("hbm_bytes", 1e6), ("cycles", 1e3))
+        )
+        sent = (f"{c['count']} {c['kind']} {c['bytes'] / 1e6:,.1f} MB" for c in row["collectives"])
+        about += f", {row['tokens']:,} x {row['devices']}"
+        hot = bundles(row["kernels"], "forward", "fwd"), bundles(row["kernels"], "backward", "dkv")
+        lines.append([row["chip"], about, *hot, *glues, ", ".join(sent)])
+    return table(head, lines)
 
 
 def bundles(kernels: dict, *names: str) -> str:
     """List the bundles of every hot region, in the order of the code."""
     hot = [k["hot"] for name, k in kernels.items() if any(x in name for x in names)]
     return ", ".join(f"{h['bundles']:,}" for k in hot for h in sorted(k, key=lambda h: h["first"]))
+
+
+def main(args: Args) -> None:
+    if args.counts is None:
+        counts, made = compiled(args.chips), datetime.date.today().isoformat()
+        made += f", {versions('jax', 'jaxlib', 'libtpu', 'tokamax')}"
+    else:
+        kept = json.loads(args.counts.read_text())
+        counts, made = kept["found"], kept["compiled"]
+    rows = predict(counts)
+    report = {"compiled": made, "bars": bars(rows), "rows": rows, "found": counts}
+    about = f"`python -m benchmarks.cp.deviceless`, compiled {made}."
+    title = "# Context parallelism on TPUs that are not there"
+    write(args.out, "cp_deviceless.md", "\n\n".join([title, about, markdown(report)]))
+    if args.out is not None:
+        (args.out / "cp_deviceless.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

@@ -4,18 +4,18 @@
 python -m benchmarks.cp.memory --out benchmarks/results
 """
 
-import argparse
-import os
+import dataclasses
 import pathlib
-from importlib import metadata
 
 import jax
 import jax.numpy as jnp
+import tyro
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.progress import track
 
 import jaxcp
+from benchmarks.tables import table, versions, write
 from jaxcp.compile import compile_for, parse_target
 from jaxcp.compile.report import MIB
 
@@ -29,8 +29,17 @@ STRATEGIES = {
     "Ulysses()": jaxcp.Ulysses(),
     "USP(ulysses=2)": jaxcp.USP(ulysses=2),
     "RingPassQ()": jaxcp.RingPassQ(),
+    "FixedOrder()": jaxcp.FixedOrder(),
     f"Halo(), window {WINDOW}": jaxcp.context_parallel.Halo(checked=False),
 }
+
+
+@dataclasses.dataclass
+class Args:
+    out: pathlib.Path | None = None
+    """A folder for cp_memory.md; None prints alone."""
+    chip: str = "rtx-pro-6000"
+    """A GPU of pallas_kernels.devices."""
 
 
 def held(strategy: jaxcp.context_parallel.Strategy, target: str, context: int) -> int:
@@ -54,19 +63,12 @@ def held(strategy: jaxcp.context_parallel.Strategy, target: str, context: int) -
     return report.temp_bytes + report.output_bytes
 
 
-def table(first: str, columns: list[str], rows: dict[str, list[int]]) -> list[str]:
-    lines = [f"| {first} | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
-    for name, sizes in rows.items():
-        lines.append(f"| {name} | {' | '.join(f'{size / MIB:,.0f}' for size in sizes)} |")
-    return lines
+def mib(name: str, sizes) -> list[str]:
+    return [name, *(f"{size / MIB:,.0f}" for size in sizes)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
-    parser.add_argument("--chip", default="rtx-pro-6000", help="a GPU of pallas_kernels.devices")
-    args = parser.parse_args()
-    os.environ["JAX_PLATFORMS"] = "cpu"  # devices are described, not there
+def main(args: Args) -> None:
+    jax.config.update("jax_platforms", "cpu")  # devices are described, not there
     shards, lengths, numbers = 8, CONTEXTS, (2, 4, 8, 16)
     jobs = [(name, shards, length) for name in STRATEGIES for length in lengths]
     jobs += [("Ring()", n, n * each) for n in numbers for each in (CONTEXTS[0], WIDER // n)]
@@ -75,42 +77,26 @@ def main() -> None:
         for job in track(list(dict.fromkeys(jobs)), description="compiling")
     }
     kept = (HEADS + 2 * KV_HEADS) * HEAD_DIM * 2 // shards
-    texts = [f"{length >> 10}K" for length in lengths]
-    lines = [
+    by_length = [mib("q, k and v, for comparison", [kept * length for length in lengths])]
+    by_length += [mib(x, [sizes[x, shards, length] for length in lengths]) for x in STRATEGIES]
+    whole = mib(f"{WIDER >> 10}K tokens in all", [sizes["Ring()", n, WIDER] for n in numbers])
+    each = [sizes["Ring()", n, n * CONTEXTS[0]] for n in numbers]
+    parts = [
         "# What attention holds beside its arguments",
-        "",
-        "`python -m benchmarks.cp.memory --out benchmarks/results`. MiB a device: temporaries and",
+        "`python -m benchmarks.cp.memory --out benchmarks/results`. MiB a device: temporaries and\n"
         "the result of one forward pass, as the compiler counts them. Nothing was run.",
-        "",
         f"{args.chip}, {HEADS} query heads, {KV_HEADS} KV heads of {HEAD_DIM}, bfloat16, one row; "
-        f"jax {jax.__version__}, jax-cuda13-plugin {metadata.version('jax-cuda13-plugin')}.",
-        "",
+        f"{versions('jax', 'jax-cuda13-plugin')}.",
         f"## {shards} devices",
-        "",
-        *table(
-            "tokens in all",
-            texts,
-            {"q, k and v, for comparison": [kept * length for length in lengths]}
-            | {name: [sizes[name, shards, length] for length in lengths] for name in STRATEGIES},
-        ),
-        "",
+        table(["tokens in all", *(f"{length >> 10}K" for length in lengths)], by_length),
         "## Ring(), on more devices",
-        "",
-        *table(
-            "devices",
-            [str(n) for n in numbers],
-            {
-                f"{WIDER >> 10}K tokens in all": [sizes["Ring()", n, WIDER] for n in numbers],
-                f"{CONTEXTS[0] >> 10}K tokens a device": [
-                    sizes["Ring()", n, n * CONTEXTS[0]] for n in numbers
-                ],
-            },
+        table(
+            ["devices", *map(str, numbers)],
+            [whole, mib(f"{CONTEXTS[0] >> 10}K tokens a device", each)],
         ),
     ]
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "cp_memory.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    write(args.out, "cp_memory.md", "\n\n".join(parts))
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Args, description=__doc__))

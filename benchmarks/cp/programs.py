@@ -7,13 +7,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxcp
-from benchmarks.deviceless.flash import Splash
+from benchmarks.deviceless.programs import Splash
 from pallas_kernels.flash_attention import Mask, attention_backward, attention_forward
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128  # Llama 3 8B, and a chip's share of larger models
 TOKENS = 2048  # a device's, where programs are compiled
 
-# Of those of deviceless/flash.py that compile in seconds the best at head dim 128, on every chip.
+# Of those in deviceless/programs.py the best at head dim 128, on every chip.
 SPLASH = {"forward": Splash(1024, 2048, 512, scheduler=True), "backward": Splash(1024, 1024, 512)}
 
 

@@ -10,9 +10,9 @@ import dataclasses
 import numpy as np
 
 from benchmarks.cp.programs import HEAD_DIM
-from benchmarks.deviceless import flash
 from jaxcp.compile.tpu_code import Hot, Kernel
 from jaxcp.tune import tpu_cost
+from jaxcp.tune.parts import attention_flops
 from pallas_kernels.devices import CHIPS
 from pallas_kernels.flash_attention import Mask, blocks
 
@@ -62,7 +62,7 @@ def costs(chip: str, kernel: dict, what: str, q: int, kv: int, *, bounded=True, 
     `Costs`.
     """
     read = Kernel([Hot(**hot) for hot in kernel["hot"]], kernel["around"], kernel["windows"])
-    flops = flash.flops(what, HEAD_DIM) * q * kv
+    flops = attention_flops(f"mosaic_{what}", HEAD_DIM) * q * kv
     most = max(hot.matmuls for hot in read.hot)
     whole = [hot for hot in read.hot if hot.matmuls > 0.9 * most]
     parts = [hot for hot in read.hot if hot.matmuls <= 0.9 * most]

@@ -1,29 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw what an attention tile costs on each chip, from deviceless.json.
+"""Draw what an attention tile costs on each chip: docs/tile_cost.png."""
 
-python -m benchmarks.deviceless.picture benchmarks/results/deviceless.json docs/tile_cost.png
-"""
-
-import json
 import pathlib
-import sys
 
 import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from benchmarks.deviceless.bars import INSTRUCTIONS, TPUS, pick
+from benchmarks.deviceless.bars import INSTRUCTIONS, TPUS, Row, pick
 
 OURS, MASKED, THEIRS, BAR = "#1f4e79", "#7fa8cf", "#c8c8c8", "#b5392b"
 
 
-def draw(report: dict, path: pathlib.Path) -> None:
+def draw(counts: list[dict], rows: list[Row], path: pathlib.Path) -> None:
     figure, (left, right) = pyplot.subplots(
         1, 2, figsize=(11, 4), width_ratios=(3, 1), layout="constrained"
     )
-    tpu(left, report["found"])
-    gpu(right, report["rows"])
+    tpu(left, counts)
+    gpu(right, rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, metadata={"Software": None})
     pyplot.close(figure)
@@ -53,19 +48,14 @@ def tpu(axes, counts):
 
 
 def gpu(axes, rows):
-    chosen = [row for row in rows if row["what"].startswith("SM120 flash forward")]
+    chosen = [row for row in rows if row.what.startswith("SM120 flash forward")]
     if not chosen:  # a run of some chips only
         axes.set_axis_off()
         return
     for at, row in enumerate(chosen):
-        axes.bar(at, row["value"] or 0, 0.5, color=OURS)
-        axes.hlines(row["bar"], at - 0.35, at + 0.35, color=BAR)
+        axes.bar(at, row.value or 0, 0.5, color=OURS)
+        axes.hlines(row.bar, at - 0.35, at + 0.35, color=BAR)
     axes.set_xticks(range(len(chosen)), [f"D={d}" for d in INSTRUCTIONS], fontsize=8)
     axes.set_ylabel("instructions a matrix instruction")
     axes.set_title("SM120, hot loop (line: the bar)", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-if __name__ == "__main__":
-    source, target = map(pathlib.Path, sys.argv[1:])
-    draw(json.loads(source.read_text()), target)

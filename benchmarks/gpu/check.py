@@ -2,6 +2,7 @@
 """Checks the kernels' results: fresh random inputs, float64 on the CPU, poisoned memory."""
 
 import dataclasses
+import math
 import secrets
 
 import jax
@@ -132,18 +133,25 @@ def check(case, pool_bytes: int) -> dict:
     arrays, again = poisoned(fn, given, pool_bytes)
     problems, errors = [], {}
     for name, exact in suite.expected(case).items():
-        got = np.asarray(arrays[name], np.float64)
-        if not np.array_equal(np.isneginf(exact), np.isneginf(got)) or np.isnan(got).any():
+        error = relative(arrays[name], exact)
+        if math.isnan(error):
             problems.append(f"{name}: NaN, or rows with nothing to see differ")
             continue
-        exact, got = (np.where(np.isneginf(x), 0.0, x) for x in (exact, got))
-        norm = np.linalg.norm(exact)
-        errors[name] = float(np.linalg.norm(got - exact) / (norm if norm > 0 else 1.0))
+        errors[name] = error
         if not errors[name] <= TOLERANCE[case.dtype]:
             problems.append(f"{name}: relative error {errors[name]:.2e}")
         if np.asarray(arrays[name]).tobytes() != np.asarray(again[name]).tobytes():
             problems.append(f"{name}: two runs differ")
     return {"seed": case.seed, "errors": errors, "problems": problems}
+
+
+def relative(got, exact) -> float:
+    """Error as a part of `exact`, in the 2-norm; NaN where got is, or where its -inf differ."""
+    got, dead = np.asarray(got, np.float64), np.isneginf(exact)
+    if got.shape != exact.shape or not np.array_equal(dead, np.isneginf(got)):
+        return float("nan")
+    got, exact = (np.where(dead, 0, x) for x in (got, exact))
+    return float(np.linalg.norm(got - exact) / (np.linalg.norm(exact) or 1.0))
 
 
 def poisoned(fn, given, pool_bytes: int) -> list[dict]:

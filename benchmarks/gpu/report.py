@@ -4,6 +4,8 @@
 import json
 import pathlib
 
+from benchmarks.tables import table
+
 # Name, rows that are compared (theirs and ours are milliseconds), least ratio.
 LONG = "B1 T16384 N32/32 H128 causal"
 HY3 = "grouped 192 x 4096 x 1536, 512 tokens an expert, bfloat16"
@@ -79,34 +81,40 @@ def write(out: pathlib.Path) -> list[str]:
 
 
 def markdown(report: dict) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    lines = [f"# The Triton kernels on {report['device']}, {report['date']}", "", versions, ""]
-    lines += [report["note"], ""] if report["note"] else []
-    lines += ["| goal | at least | found |", "|---|---|---|"]
-    for goal in report["goals"]:
-        ratio = "not measured" if goal["ratio"] is None else f"{goal['ratio']:.2f}"
-        lines.append(f"| {goal['goal']} | {goal['least']} | {ratio} |")
-    lines += ["", "Against float64; the error is of the worst result, relative in the 2-norm.", ""]
-    lines += ["| part | case | error | |", "|---|---|---|---|"]
-    for row in (row for row in report["rows"] if row["part"].startswith("check")):
-        worst = max(row.get("errors", {}).values(), default=None)
-        error = "" if worst is None else f"{worst:.1e}"
-        lines.append(f"| {row['part']} | {row['name']} | {error} | {_verdict(row)} |")
-    lines += ["", "| case | contender | median ms (min, max) | TFLOP/s | GB/s | of the limit |"]
-    lines += ["|---|---|---|---|---|---|"]
-    for row in (row for row in report["rows"] if row["part"].startswith("time")):
+    named = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    goals = [
+        [goal["goal"], goal["least"], f"{goal['ratio']:.2f}" if goal["ratio"] else "not measured"]
+        for goal in report["goals"]
+    ]
+    checks, times = [], []
+    for row in report["rows"]:
+        if row["part"].startswith("check"):
+            worst = max(row.get("errors", {}).values(), default=None)
+            error = "" if worst is None else f"{worst:.1e}"
+            checks.append([row["part"], row["name"], error, _verdict(row)])
+            continue
         case, contender = row["name"].split(" | ")
         if "failed" in row:
-            lines.append(f"| {case} | {contender} | {_verdict(row)} | | | |")
+            times.append([case, contender, _verdict(row)])
             continue
         limit = f"{row['of_peak']:.0%}" if "of_peak" in row else ""
         span = f"{row['ms']:.3f} ({row['ms_min']:.3f}, {row['ms_max']:.3f})"
-        speeds = f"{row['tflops']:.1f} | {row['gbytes']:.0f} | {limit}"
-        lines.append(f"| {case} | {contender} | {span} | {speeds} |")
-    return "\n".join(lines)
+        speeds = f"{row['tflops']:.1f}", f"{row['gbytes']:.0f}"
+        times.append([case, contender, span, *speeds, limit])
+    head = ("case", "contender", "median ms (min, max)", "TFLOP/s", "GB/s", "of the limit")
+    parts = [
+        f"# The Triton kernels on {report['device']}, {report['date']}",
+        named,
+        report["note"],
+        table(("goal", "at least", "found"), goals),
+        "Against float64; the error is of the worst result, relative in the 2-norm.",
+        table(("part", "case", "error", ""), checks),
+        table(head, times),
+    ]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _verdict(row: dict) -> str:
     said = row.get("failed"), "; ".join(row.get("problems", [])), "right"
     text = next(text for text in said if text)
-    return text.splitlines()[0][:120].replace("|", "/")
+    return text.splitlines()[0][:120]

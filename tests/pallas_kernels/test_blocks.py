@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The block plan drops no visible pair, and skips what it can."""
 
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -54,6 +56,18 @@ def test_against_every_pair(along, causal, window, documents):
             elif (i, j) not in partial:
                 assert not tiles[i, j].any()
         assert not full & partial
+
+
+def test_a_causal_ring_in_zigzag_visits_what_holds_a_pair():
+    """And masks what a diagonal crosses: of each pair of shards, no block more."""
+    early_and_late = np.arange(8 * 64, dtype=np.int32).reshape(16, 32)
+    shards = [np.concatenate([early_and_late[r], early_and_late[15 - r]]) for r in range(8)]
+    for q, kv in itertools.product(shards, shards):
+        full, partial = plan(Mask(), jnp.asarray(q), jnp.asarray(kv), along="kv")
+        visible = (kv <= q[:, None]).reshape(64 // QUERIES, QUERIES, 64 // KEYS, KEYS)
+        some, every = visible.any((1, 3)), visible.all((1, 3))
+        assert full == {*zip(*np.nonzero(every), strict=True)}
+        assert partial == {*zip(*np.nonzero(some & ~every), strict=True)}
 
 
 @pytest.mark.parametrize("along", ["q", "kv"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The attention programs that are compiled: ours on both kinds of chip, tokamax's on TPUs."""
+"""The programs that are compiled: ours on both kinds of chip, tokamax's on TPUs."""
 
 import dataclasses
 
@@ -7,28 +7,41 @@ import jax
 import jax.numpy as jnp
 
 from jaxcp.tune import programs
-from jaxcp.tune.parts import attention_flops
-from pallas_kernels.flash_attention import tuning
 
 TOKENS, HEADS, KV_HEADS = 4096, 2, 1
 HEAD_DIMS = (64, 128, 256)
+EXPERTS = dict(experts=192, embed=4096, width=1536)  # Hy3
+TOKENS_PER_EXPERT = (8, 512)
 
 
-def ours(what, head_dim, implementation):
-    """`(fn, args)`: causal, positions and segments on."""
+def flash(what, head_dim, implementation):
+    """`(fn, args)` of attention: causal, positions and segments on."""
     program = programs.flash_forward if what == "forward" else programs.flash_backward
     return program(implementation, tokens=TOKENS, heads=HEADS, kv_heads=KV_HEADS, head_dim=head_dim)
 
 
-def flops(what, head_dim):
-    """FLOPs of one query and key."""
-    return attention_flops(f"mosaic_{what}", head_dim)
+def decode(cache, implementation):
+    """`(fn, args)` of one query a head against a long cache, 8 query heads a KV head."""
+    return programs.decode(implementation, cache=jnp.dtype(cache), **programs.DECODE)
 
 
-def tile(what, head_dim):
-    """Queries and keys a block of our kernel on the mesh's chip."""
-    sizes = tuning.blocks(f"mosaic_{what}", head_dim, jnp.bfloat16, interpret=False)
-    return sizes.q, sizes.kv
+def matmul(tokens, implementation):
+    """`(fn, args)` of one product at Hy3's shapes, `tokens` an expert."""
+    return programs.matmul(implementation, **EXPERTS, tokens=tokens)
+
+
+def ragged_dot(tokens, chosen: list):
+    """`(fn, args)` of tokamax's; the tile sizes that it chooses are put into `chosen`."""
+    from tokamax._src.ops.gmm_v2 import gmm_v2 as kernel
+
+    def tile_sizes(*args, **kwargs):
+        chosen.append(kernel.calculate_tiling(*args, **kwargs))
+        return chosen[-1]
+
+    def run(lhs, rhs, sizes):
+        return kernel.gmm_v2(lhs, rhs, sizes, tile_info=tile_sizes, zero_initialize=False)
+
+    return run, matmul(tokens, "mosaic_tpu")[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +60,7 @@ class Splash:
         return text + (" lp scheduler" if self.scheduler else "")
 
 
-# The few that were best somewhere, of those that compile in seconds; search.py looks wider.
+# The best of 30 minutes' search on each chip that compile in seconds; the bar is the best of them.
 SPLASH = {
     "forward": (
         Splash(1024, 1024, 512, scheduler=True),
@@ -55,21 +68,14 @@ SPLASH = {
     ),
     "backward": (Splash(1024, 1024, 512), Splash(1024, 1024, 256)),
 }
-# chip, forward or backward, head dim: others that won there
-ALSO: dict[tuple[str, str, int], tuple[Splash, ...]] = {}
 
 
-def blocks_of(chip: str, what: str, head_dim: int) -> tuple[Splash, ...]:
-    """The sizes that tokamax's kernel is compiled with; the bar is its best of them."""
-    return SPLASH[what] + ALSO.get((chip, what, head_dim), ())
-
-
-def splash(head_dim, blocks: Splash, *, gradient):
+def splash(what, head_dim, blocks: Splash):
     """`(fn, args)` of tokamax's splash attention, causal: the forward kernel, or its backward."""
     from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_kernel as kernel
     from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_mask as masks
 
-    layout = kernel.QKVLayout
+    layout, gradient = kernel.QKVLayout, what == "backward"
     config = kernel.SplashConfig(
         block_q=blocks.q,
         block_kv=blocks.kv,

@@ -3,11 +3,10 @@
 
 Above for one document, below for a row into which documents of very different lengths are packed.
 
-python -m benchmarks.zigzag_picture docs/zigzag.png
+python docs/zigzag.py
 """
 
 import pathlib
-import sys
 
 import matplotlib
 
@@ -73,4 +72,4 @@ def draw(path: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    draw(pathlib.Path(sys.argv[1]))
+    draw(pathlib.Path(__file__).with_suffix(".png"))
