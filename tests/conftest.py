@@ -40,6 +40,8 @@ hypothesis.settings.load_profile("jaxcp")
 
 pytest_plugins = ["costs"]
 LINUX = sys.platform == "linux"
+SHARE = os.sysconf("SC_PHYS_PAGES") // 5 if LINUX else 0
+"""Pages of memory for one of two workers, whose tests also start processes."""
 # Tracing makes many objects and few cycles: collecting them was 5 % of a run.
 gc.set_threshold(50_000, 20, 50)
 
@@ -50,10 +52,10 @@ def pytest_sessionstart(session):
 
 @pytest.fixture(scope="module", autouse=True)
 def bounded_memory():
-    """Compiled programs of modules that are done go, so that a worker does not grow to 5 GB."""
+    """Compiled programs of modules that are done go where a worker has grown to its share."""
     yield
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1]) if LINUX else 0
-    if pages * os.sysconf("SC_PAGE_SIZE") > 2 << 30:
+    if pages > SHARE:
         jax.clear_caches()
 
 
