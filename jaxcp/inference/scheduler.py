@@ -25,7 +25,8 @@ class Limits:
     """The most that a scheduler gives out.
 
     Args:
-      max_rows: requests that run at a time.
+      max_rows: requests that run at a time. A pool with states has more of them than rows: what
+        is left over holds snapshots.
       max_len: tokens of a request, prompt and answer.
       chunks: see `ChunkLimits`.
       overcommit: the share of the pool that running requests may come to hold together. At 1
@@ -193,12 +194,11 @@ class Scheduler:
         guessed = 0 if left > 1 else count - 1
         if left > 1:
             budget.spend(count, start)
-        ends_there = start + count == stop and not guessed
-        snapshot = self._take_state() if ends_there else None
+        wanted = start + count == stop and not guessed
         plan.rows.append(
             Row(
                 request=request, seat=seat, start=start, count=count, drafts=guessed,
-                samples=count >= left, snapshot=snapshot,
+                samples=count >= left, snapshot=self._take_snapshot() if wanted else None,
             )
         )  # fmt: skip
         seat.scheduled += count
@@ -373,6 +373,11 @@ class Scheduler:
         if page is None and self.tree.evict(place % self.pages.shards):
             page = self.pages.take(place)
         return page
+
+    def _take_snapshot(self) -> int | None:
+        """A state for a snapshot, as long as enough are left for all rows."""
+        states = self.pages.states
+        return self._take_state() if states.size - states.held > len(self._free_rows) else None
 
     def _take_state(self) -> int | None:
         state = self.pages.states.take()
