@@ -15,7 +15,7 @@ def next_token(tokens):
 
 def right_answer(request):
     """The answer to a request that is alone in the world."""
-    tokens = request.tokens[: request.prompt_len]
+    tokens = request.tokens[: request.prompt_len].tolist()
     for _ in range(request.max_new_tokens):
         token = next_token(tokens)
         if token in request.stop_tokens:
@@ -25,8 +25,10 @@ def right_answer(request):
 
 
 class PaperDevice:
+    """`careful`: it accepts no draft behind a stop token."""
+
     def __init__(self, pages):
-        self.geometry = pages
+        self.geometry, self.careful = pages, True
         self.erase()
 
     def erase(self):
@@ -57,7 +59,7 @@ class PaperDevice:
             assert got == (position, token), f"position {position}: {got}, not token {token}"
 
     def _run_row(self, row, right):
-        before = row.request.tokens[: row.start]
+        before = row.request.tokens[: row.start].tolist()
         self.reads(row.seat.table, before)
         if self.states and row.start:
             assert self.states[row.seat.state] == before, "the state of other tokens"
@@ -74,7 +76,7 @@ class PaperDevice:
         if row.samples:
             sampled.append(next_token(accepted))
             while len(accepted) < len(tokens) and tokens[len(accepted)] == sampled[-1]:
-                if sampled[-1] in row.request.stop_tokens:
+                if self.careful and sampled[-1] in row.request.stop_tokens:
                     break
                 accepted.append(sampled[-1])
                 sampled.append(next_token(accepted))

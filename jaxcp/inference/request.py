@@ -15,6 +15,7 @@ exception in a step ends it. Whatever the end, the seat is given back whole and 
 import dataclasses
 import enum
 import itertools
+from array import array
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -103,7 +104,7 @@ class Request:
             raise ValueError("the prompt is empty; send at least one token")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be positive; got {max_new_tokens=}")
-        self.tokens = list(prompt)
+        self.tokens = array("i", prompt)
         self.prompt_len, self.max_new_tokens = len(self.tokens), max_new_tokens
         self.sampling, self.stop_tokens = sampling, frozenset(stop_tokens)
         self.status = Status.WAITING
@@ -115,7 +116,7 @@ class Request:
 
     @property
     def answer(self) -> list[int]:
-        return self.tokens[self.prompt_len :]
+        return self.tokens[self.prompt_len :].tolist()
 
     @property
     def max_computed(self) -> int:

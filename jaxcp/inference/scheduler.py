@@ -175,6 +175,8 @@ class Scheduler:
         self.pages.states.check([s for s in states if s is not None], self.tree.snapshots())
         arrivals = [request.arrival for request in (*self.running, *self.waiting)]
         assert arrivals == sorted(arrivals) and len(seats) == len(self.running)
+        assert all(request.status is Status.RUNNING for request in self.running)
+        assert all(request.status is Status.WAITING for request in self.waiting)
         rows = sorted([seat.row for seat in seats] + self._free_rows)
         assert rows == list(range(self.limits.max_rows))
 
@@ -194,7 +196,7 @@ class Scheduler:
         guessed = 0 if left > 1 else count - 1
         if left > 1:
             budget.spend(count, start)
-        wanted = start + count == stop and not guessed
+        wanted = start + count >= stop
         plan.rows.append(
             Row(
                 request=request, seat=seat, start=start, count=count, drafts=guessed,
@@ -207,7 +209,7 @@ class Scheduler:
 
     def _admit(self, plan, request, budget, now) -> bool:
         """Give the request a seat, if it can have one by now."""
-        if not self._free_rows or request is self._too_large:
+        if not self._free_rows or request is self._too_large or not budget.most(1, 0):
             return False
         match = self.tree.match(request.tokens, len(request.tokens) - 1)
         if not budget.most(len(request.tokens) - match.length, match.length):
@@ -303,7 +305,8 @@ class Scheduler:
             self._leave(request, settled=True)
             self._end(request, Status.FINISHED, now)
         elif row.snapshot is not None:
-            self._publish(request, seat, row.snapshot)
+            if seat.computed >= self._next_snapshot(request, row.start):  # else drafts were wrong
+                self._publish(request, seat, row.snapshot)
         elif not self.pages.states.size and row.start < request.prompt_len <= seat.computed:
             self._publish(request, seat, None)
         return kept

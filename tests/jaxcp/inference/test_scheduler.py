@@ -196,6 +196,7 @@ def test_the_youngest_is_preempted_and_nobody_notices():
     assert old.stats.preempted == 0 and old.answer == right_answer(old)
     assert len(young.answer) > said and young.answer == right_answer(young)
     assert young.stats.reused > 0, "some of what it had computed was still there"
+    assert young.stats.preempted == 1, "it came back when all of it had room"
 
 
 def test_answers_end_at_a_stop_token_in_the_middle_of_a_page():

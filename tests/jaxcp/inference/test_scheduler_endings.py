@@ -51,6 +51,14 @@ def test_a_step_that_raises_ends_its_requests_alone():
     assert second.answer == right_answer(second)
 
 
+def test_a_step_that_raises_adds_nothing_to_the_tree():
+    bench = Bench()
+    request = bench.add(PROMPT)
+    bench.step(), bench.step()
+    bench.scheduler.fail(bench.plan(), RuntimeError(), bench.now)
+    assert bench.scheduler.tree.match(request.tokens, 12).length == 10, "the prompt was there"
+
+
 def test_a_device_that_lost_its_pages_costs_time_alone():
     bench = Bench()
     first, second = bench.add(PROMPT, new=9), bench.add([0, *PROMPT], new=9)
@@ -130,6 +138,29 @@ class TestSnapshots:
         assert bench.pages.states.held == 2
         bench.finish(*rows)
         assert [row.answer for row in rows] == [right_answer(row) for row in rows]
+
+    @pytest.mark.parametrize("careful", [False, True])
+    def test_drafts_behind_a_stop_token_cost_the_snapshot(self, careful):
+        bench = Bench(states=8)
+        bench.device.careful = careful
+        stop = right_answer(Request(PROMPT, max_new_tokens=9))[1]
+        request = bench.add(PROMPT, new=9, stop_tokens=[stop])
+        bench.step(), bench.step(drafts=3, right=3)
+        assert request.done and request.answer == right_answer(request)
+        assert len(bench.scheduler.tree.snapshots()) == 1 + careful
+
+    def test_a_row_with_drafts_takes_it_where_it_comes_by(self):
+        bench = Bench(states=8)
+        request = bench.add(PROMPT, new=9)
+        bench.step()
+        assert bench.step(drafts=3, right=0).rows[0].snapshot is not None, "might reach 12 of 14"
+        assert len(bench.scheduler.tree.snapshots()) == 1, "but has not"
+        bench.step(drafts=3, right=3)
+        assert len(bench.scheduler.tree.snapshots()) == 2
+        bench.finish(request)
+        again = bench.add([*request.tokens[:15], 0, 0])
+        bench.finish(again)
+        assert again.stats.reused == 15 and again.answer == right_answer(again)
 
     def test_a_snapshot_behind_unread_tokens_is_not_kept(self):
         """The state of a row that is cancelled under a step is that of some other moment."""
