@@ -60,8 +60,9 @@ class Node:
 class PrefixTree:
     """The tree over the pages of one pool.
 
-    Two orders of use are kept, of nodes that are not locked and of nodes with a snapshot. A node
-    comes before its parent in both: whoever uses a node uses its whole path.
+    Nodes that are not locked are kept in the order of their latest use. Whoever uses a node uses
+    its path, so a node comes before its parent, and the first of all is a leaf. Snapshots have an
+    order of their own: those that a growing conversation has left behind go before its latest.
     """
 
     def __init__(self, pages: Pages):
@@ -85,6 +86,8 @@ class PrefixTree:
                 node = node.parent
             length = node.end
         self._use(node)
+        if node.state is not None:
+            self._snapshots.move_to_end(node)
         full, rest = divmod(length, self._size)
         source = self._page(node, full) if rest else None
         return Match(length, pages[:full], source, node.state)
@@ -239,8 +242,6 @@ class PrefixTree:
         for above in node.path():
             if above in self._unlocked:
                 self._unlocked.move_to_end(above)
-            if above in self._snapshots:
-                self._snapshots.move_to_end(above)
 
     def _nodes(self):
         pending = [*self._root.children.values()]

@@ -182,6 +182,19 @@ class TestWithStates:
         assert tree.snapshots() == [new] and pages.states.free == 1
         assert tree.match(HISTORY[:5], 4).length == 0
 
+    def test_a_conversation_loses_its_oldest_snapshot(self, tree, pages):
+        compute(tree, HISTORY[:4], state=pages.states.take())
+        compute(tree, HISTORY, state=pages.states.take())
+        assert tree.evict_state()
+        assert tree.match([*HISTORY, 0], 10).length == 10
+
+    def test_a_snapshot_that_is_used_stays(self, tree, pages):
+        compute(tree, HISTORY[:4], state=pages.states.take())
+        compute(tree, HISTORY, state=pages.states.take())
+        tree.match([*HISTORY[:4], 0], 4)
+        assert tree.evict_state()
+        assert tree.match([*HISTORY, 0], 10).length == 4
+
     def test_snapshots_go_with_their_tokens(self, tree, pages):
         compute(tree, HISTORY, state=pages.states.take())
         tree.clear()
