@@ -183,20 +183,14 @@ class Scheduler:
     def _continue(self, plan, request, seat, budget, drafts):
         """Put the next tokens of a running request into the plan."""
         start, left = seat.scheduled, len(request.tokens) - seat.scheduled
-        stop = self._next_snapshot(request, start)
-        if left > 1:
-            count = min(budget.most(left, start), stop - start)
-        elif left < 0 or start >= request.max_computed:
-            return  # its drafts or its last token are in flight
-        else:
-            count = 1 + min(drafts(request), request.max_computed - start - 1)
+        count = self._next_tokens(request, start, left, budget, drafts)
         count = count and self._grow(request, seat, start + count) - start
         if not count:
             return
         guessed = 0 if left > 1 else count - 1
         if left > 1:
             budget.spend(count, start)
-        wanted = start + count >= stop
+        wanted = start + count >= self._next_snapshot(request, start)
         plan.rows.append(
             Row(
                 request=request, seat=seat, start=start, count=count, drafts=guessed,
@@ -206,6 +200,14 @@ class Scheduler:
         seat.scheduled += count
         request.stats.computed += count
         request.stats.drafted += guessed
+
+    def _next_tokens(self, request, start, left, budget, drafts) -> int:
+        """Count the tokens to compute behind `start`, `left` of which are known."""
+        if left > 1:  # of a prompt; 1: the latest token; 0: that one is not read yet
+            return min(budget.most(left, start), self._next_snapshot(request, start) - start)
+        if left < 0 or start == request.max_computed:
+            return 0  # its drafts or its last token are in flight
+        return 1 + min(drafts(request), request.max_computed - start - 1)
 
     def _admit(self, plan, request, budget, now) -> bool:
         """Give the request a seat, if it can have one by now."""

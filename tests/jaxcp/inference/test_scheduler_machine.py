@@ -49,7 +49,7 @@ class Machine(RuleBasedStateMachine):
                 seconds=lambda tokens, context: tokens * (1 + context / 16),
                 max_wait=draw.choice([1.0, 12.0]),
             ),
-            overcommit=draw.choice([1.0, 1.5, 4.0]),
+            overcommit=draw.choice([1.0, 4.0]),
             snapshot_pages=draw.randint(1, 4),
         )
         self.scheduler = Scheduler(self.pages, self.limits)
