@@ -40,6 +40,11 @@ NEVER = {
     "jaxcp.text": {"jax", "flax", "jaxcp.models", "jaxcp.layers", "pallas_kernels"},
     "jaxcp.data": {"flax", "jaxcp.models", "jaxcp.layers", "jaxcp.text"},
 }
+# The host side of the engine: plain Python that can be tested without a device.
+HOST = {
+    f"jaxcp.inference.{name}"
+    for name in ("chunks", "pages", "plan", "prefix_tree", "request", "scheduler")
+}
 KERNEL_LIBRARIES = {"pallas_kernels", "jax", "numpy", "jaxtyping", *sys.stdlib_module_names}
 BACKENDS = ("reference", "xla", "triton", "mosaic_tpu")
 
@@ -86,6 +91,8 @@ def violations(module, imported, strategies=frozenset()):
         yield "no package imports configs, examples, benchmarks or tests"
     if module.startswith("pallas_kernels") and top not in KERNEL_LIBRARIES:
         yield "pallas_kernels stands on jax and numpy alone"
+    if module in HOST and imported not in HOST and top not in sys.stdlib_module_names:
+        yield "the host side of the engine is plain Python"
     for never in {top, room_of(imported)} & NEVER.get(room_of(module), set()):
         yield f"{room_of(module)} knows no {never}"
     if top not in PACKAGES or module == "jaxcp":
@@ -140,6 +147,8 @@ def test_import_direction():
         ("jaxcp.context_parallel.ring", "flax.nnx"),
         ("jaxcp.attention.cache", "jaxcp.layers.attention"),
         ("jaxcp.layers.ngram", "jaxcp.data.windows"),
+        ("jaxcp.inference.scheduler", "numpy"),
+        ("jaxcp.inference.pages", "jaxcp.inference.steps"),
         ("jaxcp.models.base", "jaxcp.weights.files"),
         ("jaxcp.text.tokenizer", "jax.numpy"),
         ("pallas_kernels.dispatch", "flax"),
@@ -156,6 +165,7 @@ def test_every_room_has_a_place():
     rooms = {room_of(module) for module in MODULES if module.split(".")[0] in PACKAGES}
     assert rooms - {"jaxcp"} <= RANK.keys(), "put the new module into RANKS"
     assert len(strategy_modules()) >= 2
+    assert HOST <= MODULES
 
 
 def test_no_circles():

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Remembers which token sequences lie in which pages, so that a common prefix is computed once.
+
+A radix tree over token ids: a node has a run of tokens, and a path from the root spells a sequence
+that has been computed. A place (page number of a row) belongs to the one node of a path in whose
+run the place's tokens end: a node that ends inside a page leaves that page to its children, each of
+which has its own with the common tokens in front, and keeps it only while it has no child. So every
+page of the tree belongs to one node, and splitting a node divides its pages.
+
+    page_size 4      "abcdef" ── "gh"      pages: [p0]  [p1: e f g h]
+                              └─ "xyz"                  [p2: e f x y] [p3: z]
+
+A row locks the path of the whole pages that it shares; what is not locked may be evicted, least
+recently used first and from the end of a leaf. A node can have a snapshot: a state after exactly
+the tokens up to its end.
+"""
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from jaxcp.inference.pages import Pages
+
+
+class Match(NamedTuple):
+    """The part of a sequence that need not be computed."""
+
+    length: int
+    """Tokens."""
+    pages: list[int]
+    """Pages that are full of them: they can be shared."""
+    source: int | None
+    """The page to copy from, where they end inside a page."""
+    state: int | None
+    """The snapshot to copy from, where a row has a state."""
+
+
+class Node:
+    __slots__ = ("children", "locks", "pages", "parent", "start", "state", "tokens")
+
+    def __init__(self, start: int, tokens: array, pages: list[int], parent: "Node | None"):
+        self.start, self.tokens, self.pages, self.parent = start, tokens, pages, parent
+        self.children: dict[int, Node] = {}
+        self.locks = 0
+        self.state: int | None = None
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.tokens)
+
+    def path(self) -> Iterator["Node"]:
+        """This node, its parent, and so on; not the root."""
+        node = self
+        while node.parent is not None:
+            yield node
+            node = node.parent
+
+
+class PrefixTree:
+    """The tree over the pages of one pool.
+
+    Nodes that are not locked are kept in the order of their latest use. Whoever uses a node uses
+    its path, so a node comes before its parent, and the first of all is a leaf. Snapshots have an
+    order of their own: those that a growing conversation has left behind go before its latest.
+    """
+
+    def __init__(self, pages: Pages):
+        self._pool, self._size = pages, pages.page_size
+        self._root = Node(0, array("i"), [], None)
+        self._unlocked: OrderedDict[Node, None] = OrderedDict()
+        self._snapshots: OrderedDict[Node, None] = OrderedDict()
+
+    def match(self, ids: Sequence[int], limit: int) -> Match:
+        """The longest prefix, of at most `limit` tokens, that a row can start from.
+
+        Where rows have states it ends at a snapshot. A row that wants logits computes at least its
+        last token: its limit is `len(ids) - 1`.
+        """
+        ids = array("i", ids[:limit])
+        node, length, pages = self._walk(ids)
+        if self._pool.states.size:
+            if length < node.end:
+                node = node.parent or node
+            while node.parent is not None and node.state is None:
+                node = node.parent
+            length = node.end
+        self._use(node)
+        if node.state is not None:
+            self._snapshots.move_to_end(node)
+        full, rest = divmod(length, self._size)
+        source = self._page(node, full) if rest else None
+        return Match(length, pages[:full], source, node.state)
+
+    def insert(self, ids: Sequence[int], table: Sequence[int], state: int | None = None) -> None:
+        """Keep the pages of a row that has computed `ids`, as far as they are new.
+
+        Tokens that are here already keep the pages they have: whoever holds copies matches again
+        and takes these. `state` is a snapshot after `ids`, kept unless there is one.
+        """
+        ids = array("i", ids)
+        node, length, _ = self._walk(ids)
+        if length < node.end and (length < len(ids) or state is not None):
+            node = self._split(node, length)
+        if length < len(ids):
+            node = self._append(node, ids[length:], table)
+        if state is not None and node.state is None and node is not self._root:
+            self._pool.states.keep(state)
+            node.state = state
+            self._snapshots[node] = None
+        self._use(node)
+
+    def lock(self, ids: Sequence[int], length: int) -> Node:
+        """Protect the first `length` tokens, whole pages that are here; give the end to `unlock`.
+
+        The caller holds all of these pages, and no others of the path: so a lock never keeps a page
+        from anybody.
+        """
+        node, found, _ = self._walk(array("i", ids[:length]))
+        if found != length or length % self._size:
+            raise ValueError(f"can lock whole pages of {found} tokens, not length={length}")
+        if length < node.end:
+            node = self._split(node, length)
+        for above in node.path():
+            above.locks += 1
+            self._unlocked.pop(above, None)
+        return node
+
+    def unlock(self, node: Node) -> None:
+        for above in node.path():
+            above.locks -= 1
+            if not above.locks:
+                self._unlocked[above] = None
+        self._use(node)
+
+    def evict(self, shard: int) -> bool:
+        """Make a page of this shard free; False where that cannot be."""
+        pool = self._pool.pools[shard]
+        while not pool.free and pool.evictable:
+            self._shorten(next(iter(self._unlocked)))
+        return pool.free > 0
+
+    def evict_state(self) -> bool:
+        """Make a state free; False where no snapshot is left. Locks protect pages alone."""
+        while not self._pool.states.free and self._snapshots:
+            self._forget_state(next(iter(self._snapshots)))
+        return self._pool.states.free > 0
+
+    def clear(self) -> None:
+        """Forget all that is not locked."""
+        while self._unlocked:
+            self._shorten(next(iter(self._unlocked)))
+
+    def pages(self) -> list[int]:
+        return [page for node in self._nodes() for page in node.pages]
+
+    def snapshots(self) -> list[int]:
+        return [node.state for node in self._snapshots if node.state is not None]
+
+    def check(self) -> None:
+        """Raise AssertionError where the tree contradicts itself."""
+        nodes = list(self._nodes())
+        age = {node: number for number, node in enumerate(self._unlocked)}
+        assert age.keys() == {node for node in nodes if not node.locks}
+        assert self._snapshots.keys() == {node for node in nodes if node.state is not None}
+        for node in nodes:
+            parent = node.parent
+            assert node.tokens and parent is not None and node.start == parent.end
+            assert parent.children[node.tokens[0]] is node
+            ends = node.end // self._size if node.children else self._pool.places(node.end)
+            assert len(node.pages) == ends - node.start // self._size
+            assert node.locks >= sum(child.locks for child in node.children.values())
+            assert not (node in age and parent in age) or age[node] < age[parent]
+
+    def _walk(self, ids):
+        """The last node of the common path, how many tokens are common, the pages of the path."""
+        node, length, pages = self._root, 0, []
+        while length < len(ids) and (child := node.children.get(ids[length])):
+            node = child
+            pages += child.pages
+            length += _common(child.tokens, ids[length : length + len(child.tokens)])
+            if length < child.end:
+                break
+        return node, length, pages
+
+    def _page(self, node, place):
+        """The page for the place in which `node` ends: its own, or any child's."""
+        while place >= node.start // self._size + len(node.pages):
+            node = next(iter(node.children.values()))
+        return node.pages[place - node.start // self._size]
+
+    def _split(self, node, at):
+        """Put the tokens before position `at` into a new parent of `node`, and return that."""
+        count, place = at - node.start, at // self._size - node.start // self._size
+        upper = Node(node.start, node.tokens[:count], node.pages[:place], node.parent)
+        upper.locks, upper.children = node.locks, {node.tokens[count]: node}
+        node.parent.children[node.tokens[0]] = node.parent = upper
+        node.start, node.tokens, node.pages = at, node.tokens[count:], node.pages[place:]
+        if not upper.locks:
+            self._unlocked[upper] = None
+            self._use(upper)
+        return upper
+
+    def _append(self, node, tokens, table):
+        """Add a leaf under `node`; the page in which a leaf so far ended passes to it."""
+        start = node.end
+        pages = list(table[start // self._size : self._pool.places(start + len(tokens))])
+        given = None
+        if not node.children and start % self._size:
+            given = node.pages.pop()
+        for page in pages:
+            if page != given:
+                self._pool.keep(page)
+        if given is not None and given != pages[0]:
+            self._pool.drop(given)
+        leaf = node.children[tokens[0]] = Node(start, tokens, pages, node)
+        self._unlocked[leaf] = None
+        return leaf
+
+    def _shorten(self, leaf):
+        """Forget the last page of a leaf, with its tokens."""
+        if leaf.state is not None:
+            self._forget_state(leaf)
+        page, parent = leaf.pages.pop(), leaf.parent
+        first = leaf.tokens[0]
+        del leaf.tokens[max(0, (leaf.end - 1) // self._size * self._size - leaf.start) :]
+        if leaf.tokens:
+            self._pool.drop(page)
+            return
+        del parent.children[first], self._unlocked[leaf]
+        if leaf.start % self._size and not parent.children:
+            parent.pages.append(page)  # which the parent's last tokens are in
+        else:
+            self._pool.drop(page)
+
+    def _forget_state(self, node):
+        self._pool.states.drop(node.state)
+        node.state = None
+        del self._snapshots[node]
+
+    def _use(self, node):
+        for above in node.path():
+            if above in self._unlocked:
+                self._unlocked.move_to_end(above)
+
+    def _nodes(self):
+        pending = [*self._root.children.values()]
+        while pending:
+            node = pending.pop()
+            yield node
+            pending.extend(node.children.values())
+
+
+def _common(run: array, ids: array) -> int:
+    """Count the tokens that two runs have in common at their beginning."""
+    if run == ids:
+        return len(run)
+    low, high = 0, min(len(run), len(ids))
+    while low < high:  # slices are compared in C, tokens one by one are not
+        middle = (low + high + 1) // 2
+        if run[low:middle] == ids[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A request: a prompt, what is asked for, what has come of it, and its seat while it runs.
+
+The life of a request, in eight sentences. `add` puts it into the queue, or refuses what can never
+fit. `schedule` admits the oldest that waits once there is room for all it may come to hold: it gets
+a `Seat`, whose table begins with the pages of a prefix that the tree knows. The rest of its prompt
+is computed in chunks, and the last of them gives its first token. From then on it is in every plan,
+with its latest token and, where there are some, drafted ones behind it. Its prompt is put into the
+tree when it is computed, the answer when it ends, where its next turn finds both. If pages run out
+the youngest loses its seat, goes back to the head of the queue with the tokens that it has, and
+computes again what the tree has not kept. A stop token, `max_new_tokens`, `finish`, `cancel` or an
+exception in a step ends it. Whatever the end, the seat is given back whole and at once.
+"""
+
+import dataclasses
+import enum
+import itertools
+from array import array
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from jaxcp.inference.prefix_tree import Node
+
+
+class Status(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Seat:
+    """All that a running request holds.
+
+    A request that is preempted and admitted anew has another seat; so a plan that is still in
+    flight tells by the seat whether its row is still meant.
+    """
+
+    row: int = -1
+    """Its number among `max_rows`: the index of what the device keeps a row."""
+    state: int | None = None
+    """Its state, where the model has layers that keep one."""
+    table: list[int] = dataclasses.field(default_factory=list)
+    """The page of every place."""
+    lock: Node | None = None
+    """The node of the tree up to which pages are shared; see `PrefixTree.lock`."""
+    computed: int = 0
+    """Tokens whose computation is known to be done."""
+    scheduled: int = 0
+    """`computed`, and the tokens of plans in flight."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class RequestStats:
+    """Times are those that the caller passes to the scheduler, in seconds."""
+
+    queued: float = 0.0
+    admitted: float | None = None
+    finished: float | None = None
+    token_times: list[float] = dataclasses.field(default_factory=list)
+    """When each token of the answer came."""
+    reused: int = 0
+    """Tokens that were found in the tree, at the latest admission."""
+    computed: int = 0
+    """Tokens that were computed, again after a preemption too."""
+    drafted: int = 0
+    accepted: int = 0
+    preempted: int = 0
+
+    @property
+    def queue_seconds(self) -> float | None:
+        return None if self.admitted is None else self.admitted - self.queued
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        return self.token_times[0] - self.queued if self.token_times else None
+
+    @property
+    def seconds_between_tokens(self) -> list[float]:
+        return [after - before for before, after in itertools.pairwise(self.token_times)]
+
+
+class Request:
+    """A prompt with what is asked for; `answer` grows until `status` says that it is over.
+
+    Args:
+      sampling: handed through to whoever samples.
+      stop_tokens: ids that end the answer, and are not part of it.
+    Raises:
+      ValueError: an empty prompt, or no token asked for.
+    """
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        *,
+        max_new_tokens: int,
+        sampling: Any = None,
+        stop_tokens: Collection[int] = (),
+    ):
+        if not len(prompt):
+            raise ValueError("the prompt is empty; send at least one token")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be positive; got {max_new_tokens=}")
+        self.tokens = array("i", prompt)
+        self.prompt_len, self.max_new_tokens = len(self.tokens), max_new_tokens
+        self.sampling, self.stop_tokens = sampling, frozenset(stop_tokens)
+        self.status = Status.WAITING
+        self.finish_reason: str | None = None
+        self.error: BaseException | None = None
+        self.seat: Seat | None = None
+        self.arrival = -1
+        self.stats = RequestStats()
+
+    @property
+    def answer(self) -> list[int]:
+        return self.tokens[self.prompt_len :].tolist()
+
+    @property
+    def max_computed(self) -> int:
+        """The most tokens it may come to hold: the last of its answer is not computed."""
+        return self.prompt_len + self.max_new_tokens - 1
+
+    @property
+    def done(self) -> bool:
+        return self.status not in (Status.WAITING, Status.RUNNING)
+
+    def extend(self, tokens: Sequence[int], now: float) -> int:
+        """Append to the answer what belongs to it; how many that are."""
+        for number, token in enumerate(tokens):
+            if token in self.stop_tokens:
+                self.finish_reason = "stop"
+                return number
+            self.tokens.append(token)
+            self.stats.token_times.append(now)
+            if len(self.tokens) > self.max_computed:
+                self.finish_reason = "length"
+                return number + 1
+        return len(tokens)

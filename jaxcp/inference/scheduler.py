@@ -1,0 +1,391 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decides which tokens of which requests the next step computes; sees no array and no clock.
+
+`schedule` makes a plan, the engine runs it, `advance` takes the tokens that it sampled, or `fail`
+the exception that it raised. `request.py` tells the life of a request, `plan.py` what a step is.
+
+- Who came first goes first: into a seat, to a chunk of its prompt, to a page that is free.
+- Every row that has its prompt decodes in every step; chunks take the time that is left.
+- The oldest request is never preempted and is in every plan, so everything comes to its end.
+"""
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from jaxcp.inference.chunks import ChunkBudget, ChunkLimits
+from jaxcp.inference.pages import Pages
+from jaxcp.inference.plan import Plan, Row
+from jaxcp.inference.prefix_tree import Match, PrefixTree
+from jaxcp.inference.request import Request, Seat, Status
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The most that a scheduler gives out.
+
+    Args:
+      max_rows: requests that run at a time. A pool with states has more of them than rows: what
+        is left over holds snapshots.
+      max_len: tokens of a request, prompt and answer.
+      chunks: see `ChunkLimits`.
+      overcommit: the share of the pool that running requests may come to hold together. At 1
+        nobody is ever preempted; above, more run at a time, since most answers stop early.
+      snapshot_pages: take a snapshot whenever a row has filled so many more pages.
+    """
+
+    max_rows: int
+    max_len: int
+    chunks: ChunkLimits
+    overcommit: float = 1.0
+    snapshot_pages: int = 64
+
+    def __post_init__(self):
+        for name in ("max_rows", "max_len", "overcommit", "snapshot_pages"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {name}={getattr(self, name)}")
+
+
+class Scheduler:
+    """Requests that wait and requests that run, both in the order of their arrival."""
+
+    def __init__(self, pages: Pages, limits: Limits):
+        self.pages, self.limits = pages, limits
+        self.tree = PrefixTree(pages)
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self._in_flight: deque[Plan] = deque()
+        self._free_rows = list(range(limits.max_rows))[::-1]
+        self._arrivals = 0
+        self._too_large: Request | None = None  # until somebody gives something back
+
+    def add(self, request: Request, now: float) -> None:
+        """Queue a request.
+
+        Raises:
+          ValueError: it could not run even if it were alone, or was added before.
+        """
+        if request.arrival >= 0:
+            raise ValueError(f"a request is added once; this one is {request.status.value}")
+        pages, most = self.pages, request.max_computed
+        asked = f"{request.prompt_len} tokens of the prompt and up to {request.max_new_tokens} new"
+        if most > self.limits.max_len:
+            raise ValueError(f"{asked} are more than max_len={self.limits.max_len}; ask for fewer")
+        needed = pages.on_shard(pages.places(most), 0)
+        if needed > pages.pages_per_shard:
+            raise ValueError(
+                f"{asked} need {needed} pages of {pages.page_size} tokens on a shard, which has "
+                f"{pages.pages_per_shard}; ask for fewer, or make the pool larger"
+            )
+        request.arrival, self._arrivals = self._arrivals, self._arrivals + 1
+        request.stats.queued = now
+        self.waiting.append(request)
+
+    def schedule(self, now: float, drafts: Callable[[Request], int] = lambda request: 0) -> Plan:
+        """The next step: every row that decodes, and chunks of prompts as far as time allows.
+
+        A row whose drafts are in flight is left out until they are read.
+
+        Args:
+          drafts: how many guessed tokens a request has for the step to verify.
+        """
+        plan = Plan()
+        seats = self._seats()
+        decoding = any(len(request.tokens) - seat.scheduled <= 1 for request, seat in seats)
+        budget = ChunkBudget(self.limits.chunks, bounded=decoding)
+        for request, seat in seats:  # the oldest first: whom it preempts is not in the plan yet
+            if request.seat is seat:
+                self._continue(plan, request, seat, budget, drafts)
+        while self.waiting and self._admit(plan, self.waiting[0], budget, now):
+            request = self.waiting.popleft()
+            self._continue(plan, request, request.seat, budget, drafts)
+        if plan.rows:
+            self._in_flight.append(plan)
+        return plan
+
+    def advance(self, plan: Plan, sampled: Sequence[Sequence[int]], now: float) -> list[int]:
+        """Take the tokens that a step sampled, and return how many of them each row's answer keeps.
+
+        Args:
+          sampled: for each row of the plan the accepted drafts and one more; nothing for a row
+            that does not sample.
+        """
+        for row, tokens in zip(plan.rows, sampled, strict=True):
+            least, most = (1, 1 + row.drafts) if row.samples else (0, 0)
+            if not least <= len(tokens) <= most:
+                raise ValueError(
+                    f"a row with {row.drafts} drafts gives {least} to {most} tokens, not "
+                    f"{len(tokens)}"
+                )
+        self._close(plan)
+        kept = []
+        for row, tokens in zip(plan.rows, sampled, strict=True):
+            kept.append(self._advance_row(row, tokens, now) if row.meant else 0)
+            self._release_snapshot(row)
+        return kept
+
+    def fail(self, plan: Plan, error: BaseException, now: float) -> None:
+        """End the requests of a plan whose step raised; none of what it computed is kept."""
+        self._close(plan)
+        for row in plan.rows:
+            self._release_snapshot(row)
+            if row.meant:
+                row.request.error = error
+                self._leave(row.request, keep=False)
+                self._end(row.request, Status.FAILED, now)
+
+    def finish(self, request: Request, length: int, now: float) -> None:
+        """End a running request with the first `length` tokens of its answer, at a stop string."""
+        if request.seat is None or length > len(request.answer):
+            raise ValueError(
+                f"can finish a running request with the tokens it has; this one is "
+                f"{request.status.value} and has {len(request.answer)}, not {length}"
+            )
+        del request.tokens[request.prompt_len + length :], request.stats.token_times[length:]
+        request.finish_reason = "stop"
+        self._leave(request)
+        self._end(request, Status.FINISHED, now)
+
+    def cancel(self, request: Request, now: float) -> None:
+        """End a request wherever it is; one that is over stays as it is."""
+        if request.done:
+            return
+        if request.seat is None:
+            self.waiting.remove(request)
+        else:
+            self._leave(request)
+        self._end(request, Status.CANCELLED, now)
+
+    def forget(self) -> None:
+        """Compute everything anew: the device has lost its pages, as when a step that raised had
+        taken them along. Close or fail the plans in flight first."""
+        if self._in_flight:
+            raise ValueError(f"{len(self._in_flight)} plans are in flight; advance or fail them")
+        while self.running:
+            self._preempt(self.running[-1], keep=False)
+        self.tree.clear()
+
+    def check(self) -> None:
+        """Raise AssertionError unless every page and state is held by whom it should be."""
+        seats = [seat for _, seat in self._seats()]
+        self.tree.check()
+        self.pages.check([page for seat in seats for page in seat.table], self.tree.pages())
+        states = [seat.state for seat in seats]
+        states += [row.snapshot for plan in self._in_flight for row in plan.rows]
+        self.pages.states.check([s for s in states if s is not None], self.tree.snapshots())
+        arrivals = [request.arrival for request in (*self.running, *self.waiting)]
+        assert arrivals == sorted(arrivals) and len(seats) == len(self.running)
+        assert all(request.status is Status.RUNNING for request in self.running)
+        assert all(request.status is Status.WAITING for request in self.waiting)
+        rows = sorted([seat.row for seat in seats] + self._free_rows)
+        assert rows == list(range(self.limits.max_rows))
+
+    def _continue(self, plan, request, seat, budget, drafts):
+        """Put the next tokens of a running request into the plan."""
+        start, left = seat.scheduled, len(request.tokens) - seat.scheduled
+        count = self._next_tokens(request, start, left, budget, drafts)
+        count = count and self._grow(request, seat, start + count) - start
+        if not count:
+            return
+        guessed = 0 if left > 1 else count - 1
+        if left > 1:
+            budget.spend(count, start)
+        wanted = start + count >= self._next_snapshot(request, start)
+        plan.rows.append(
+            Row(
+                request=request, seat=seat, start=start, count=count, drafts=guessed,
+                samples=count >= left, snapshot=self._take_snapshot() if wanted else None,
+            )
+        )  # fmt: skip
+        seat.scheduled += count
+        request.stats.computed += count
+        request.stats.drafted += guessed
+
+    def _next_tokens(self, request, start, left, budget, drafts) -> int:
+        """Count the tokens to compute behind `start`, `left` of which are known."""
+        if left > 1:  # of a prompt; 1: the latest token; 0: that one is not read yet
+            return min(budget.most(left, start), self._next_snapshot(request, start) - start)
+        if left < 0 or start == request.max_computed:
+            return 0  # its drafts or its last token are in flight
+        return 1 + min(drafts(request), request.max_computed - start - 1)
+
+    def _admit(self, plan, request, budget, now) -> bool:
+        """Give the request a seat, if it can have one by now."""
+        if not self._free_rows or request is self._too_large or not budget.most(1, 0):
+            return False
+        match = self.tree.match(request.tokens, len(request.tokens) - 1)
+        if not budget.most(len(request.tokens) - match.length, match.length):
+            return False
+        seat = Seat(computed=match.length, scheduled=match.length)
+        self._share(seat, request.tokens, match)
+        if not self._fits(request, seat) or not self._equip(seat):
+            self._give_back(seat)
+            self._too_large = request
+            return False
+        if match.source is not None:
+            plan.page_copies.append((match.source, seat.table[-1]))
+        if match.state is not None:
+            plan.state_copies.append((match.state, seat.state))
+        seat.row = self._free_rows.pop()
+        request.seat, request.status = seat, Status.RUNNING
+        self.running.append(request)
+        request.stats.reused = match.length
+        if request.stats.admitted is None:
+            request.stats.admitted = now
+        return True
+
+    def _fits(self, request, seat) -> bool:
+        """Compare the pool with all that this and the running requests may come to hold.
+
+        One that was preempted comes back without overcommitment, or it would be preempted again.
+        """
+        pages, factor = self.pages, 1 if request.stats.preempted else self.limits.overcommit
+        rows = [
+            (len(one.table), pages.places(other.max_computed))
+            for other, one in [*self._seats(), (request, seat)]
+        ]
+        for shard, pool in enumerate(pages.pools):
+            coming = sum(pages.on_shard(b, shard) - pages.on_shard(a, shard) for a, b in rows)
+            if pool.held + coming > factor * pool.size:
+                return False
+        return True
+
+    def _equip(self, seat) -> bool:
+        """Take the page of the first token to compute, and a state.
+
+        What is evicted for that may be the very page and snapshot to copy from. They keep what they
+        hold until the step has made its copies.
+        """
+        page = self._take_page(len(seat.table))
+        if page is None:
+            return False
+        seat.table.append(page)
+        seat.state = self._take_state()
+        return seat.state is not None or not self.pages.states.size
+
+    def _share(self, seat, ids, match: Match):
+        """Let a seat have the tree's pages wherever a whole page is there, and lock them."""
+        count = len(match.pages)
+        for page in match.pages:
+            self.pages.hold(page)
+        for page in seat.table[:count]:
+            self.pages.release(page)
+        seat.table[:count] = match.pages
+        lock, seat.lock = seat.lock, self.tree.lock(ids, count * self.pages.page_size)
+        if lock is not None:
+            self.tree.unlock(lock)
+
+    def _grow(self, request, seat, end) -> int:
+        """Take pages up to position `end`; up to where there are some.
+
+        Pages come from the free ones, then from the tree. A row that would stand still otherwise
+        has them from the youngest request, and waits anew if that is itself.
+        """
+        size = self.pages.page_size
+        while len(seat.table) * size < end:
+            page = self._take_page(len(seat.table))
+            if page is not None:
+                seat.table.append(page)
+            elif len(seat.table) * size > seat.scheduled:
+                return len(seat.table) * size
+            else:
+                assert len(self.running) > 1, "add() let in what cannot fit"
+                self._preempt(youngest := self.running[-1])
+                if youngest is request:
+                    return seat.scheduled
+        return end
+
+    def _advance_row(self, row, tokens, now) -> int:
+        request, seat = row.request, row.seat
+        accepted = max(0, len(tokens) - 1)
+        seat.computed = row.start + row.count - row.drafts + accepted
+        if row.drafts:
+            seat.scheduled = seat.computed
+        request.stats.accepted += accepted
+        kept = request.extend(tokens, now)
+        if request.finish_reason is not None:
+            self._leave(request, settled=True)
+            self._end(request, Status.FINISHED, now)
+        elif row.snapshot is not None:
+            if seat.computed >= self._next_snapshot(request, row.start):  # else drafts were wrong
+                self._publish(request, seat, row.snapshot)
+        elif not self.pages.states.size and row.start < request.prompt_len <= seat.computed:
+            self._publish(request, seat, None)
+        return kept
+
+    def _publish(self, request, seat, state):
+        """Put what a running request has computed into the tree, and have the tree's pages."""
+        ids = request.tokens[: seat.computed]
+        self.tree.insert(ids, seat.table, state)
+        self._share(seat, ids, self.tree.match(ids, len(ids)))
+        self._too_large = None
+
+    def _leave(self, request, *, keep=True, settled=False):
+        """Take the seat; what was computed stays in the tree for as long as there is room.
+
+        Args:
+          settled: whether the state is that after the computed tokens though plans are in flight.
+        """
+        seat = request.seat
+        length = min(seat.computed, len(request.tokens))
+        settled = length == seat.computed and (settled or seat.scheduled == seat.computed)
+        if keep and length and (settled or not self.pages.states.size):
+            self.tree.insert(request.tokens[:length], seat.table, seat.state)
+        self._give_back(seat)
+        self._free_rows.append(seat.row)
+        self.running.remove(request)
+        request.seat, self._too_large = None, None
+
+    def _give_back(self, seat):
+        self.tree.unlock(seat.lock)
+        for page in seat.table:
+            self.pages.release(page)
+        if seat.state is not None:
+            self.pages.states.release(seat.state)
+
+    def _preempt(self, request, *, keep=True):
+        self._leave(request, keep=keep)
+        request.status = Status.WAITING
+        request.stats.preempted += 1
+        self.waiting.appendleft(request)
+
+    def _end(self, request, status, now):
+        request.status, request.stats.finished = status, now
+
+    def _release_snapshot(self, row):
+        if row.snapshot is not None:
+            self.pages.states.release(row.snapshot)
+            self._too_large = None
+
+    def _close(self, plan):
+        if not self._in_flight or self._in_flight[0] is not plan:
+            raise ValueError("plans end in the order in which they were made, each once")
+        self._in_flight.popleft()
+
+    def _seats(self) -> list[tuple[Request, Seat]]:
+        return [(request, request.seat) for request in self.running if request.seat is not None]
+
+    def _next_snapshot(self, request, start) -> int:
+        """The next position after `start` at which a snapshot is taken."""
+        if not self.pages.states.size:
+            return self.limits.max_len + 1
+        stride = self.limits.snapshot_pages * self.pages.page_size
+        stop = (start // stride + 1) * stride
+        return min(stop, request.prompt_len) if start < request.prompt_len else stop
+
+    def _take_page(self, place) -> int | None:
+        page = self.pages.take(place)
+        if page is None and self.tree.evict(place % self.pages.shards):
+            page = self.pages.take(place)
+        return page
+
+    def _take_snapshot(self) -> int | None:
+        """A state for a snapshot, as long as enough are left for all rows."""
+        states = self.pages.states
+        return self._take_state() if states.size - states.held > len(self._free_rows) else None
+
+    def _take_state(self) -> int | None:
+        state = self.pages.states.take()
+        if state is None and self.tree.evict_state():
+            state = self.pages.states.take()
+        return state
