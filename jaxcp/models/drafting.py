@@ -51,11 +51,10 @@ class JoinedMTP(nnx.Module):
 class DraftingModel(LanguageModel):
     """A model that drafts by `mtp(embedded, state, next_tokens, positions, attend)`.
 
-    A model has `embed` and, where `config.num_mtp_layers`, `mtp`. Where it drafts from something
+    A model has, where `config.num_mtp_layers`, `mtp`. Where it drafts from something
     else than `forward` gives, it has `trunk`, `hidden_of` and `drafted` of its own.
     """
 
-    embed: Any
     mtp: Any
 
     def attentions(self):
