@@ -4,22 +4,16 @@
 import jax
 import numpy as np
 import pytest
-from flax import nnx
+from talkative import talkative_gpt
 
 import jaxcp
-from jaxcp import GPT, GPTConfig
 from jaxcp.text.tokenizer import byte_level
 from jaxcp.weights.placement import place
-
-CONFIG = GPTConfig(vocab_size=256, max_positions=160, num_layers=1, num_heads=2, embed_dim=16)
 
 
 @pytest.fixture(scope="module")
 def model():
-    model = GPT(CONFIG, rngs=nnx.Rngs(1))
-    model.embed[...] = model.embed[...] * 20  # or every answer is the same token for ever
-    model.position_embed[...] = model.position_embed[...] * 20
-    return model
+    return talkative_gpt(160)
 
 
 @pytest.fixture
