@@ -125,6 +125,7 @@ def _whole(model, tokens, positions, strategy):
     return model(tokens, positions, strategy=strategy, consecutive=True)
 
 
+@jax.named_scope("prefill")
 def _prefill(model, cache, tokens, positions, added, recent, halos, strategy, used):
     attend = OverCache(
         cache, positions, added, sharded=True, strategy=strategy, used=used, halos=halos
@@ -133,19 +134,26 @@ def _prefill(model, cache, tokens, positions, added, recent, halos, strategy, us
     return _at(model, hidden, positions, cache.lengths + added - 1), attend.cache_after(recent)
 
 
+@jax.named_scope("extend")
 def _extend(model, cache, tokens, positions, added, recent):
+    return _appended(model, cache, tokens, positions, added, recent)
+
+
+def _appended(model, cache, tokens, positions, added, recent):
+    """Run tokens that every shard has."""
     attend = OverCache(cache, positions, added, sharded=False)
     hidden, _ = model.forward(tokens, positions, attend)
     last = cache.lengths + added - 1
     return _at(model, hidden, positions, last), attend.cache_after(recent)
 
 
+@jax.named_scope("decode")
 def _decode(model, cache, token):
     if not jax.sharding.get_abstract_mesh().empty:  # it comes from the host
         token = jax.sharding.reshard(token, P("data"))
     window = jnp.concatenate([token[:, None], cache.recent], axis=1)
     tokens, positions = window[:, None] if window.shape[1] > 1 else window, cache.lengths[:, None]
-    return _extend(model, cache, tokens, positions, jnp.ones_like(token), window[:, :-1])
+    return _appended(model, cache, tokens, positions, jnp.ones_like(token), window[:, :-1])
 
 
 def _spread(model, cache, ids, positions, added, recent, halos, strategy, used):

@@ -43,7 +43,8 @@ class LanguageModel(nnx.Module):
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], attend: Attend
     ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
         """Final hidden states, and what the routers of all MoE layers did, if there are any."""
-        x = self.embedded(tokens, positions)
+        with jax.named_scope("embed"):
+            x = self.embedded(tokens, positions)
         x, stats = self.through(self.layers, x, attend, positions)
         return self.final_norm(x), stats
 
@@ -144,6 +145,7 @@ class LanguageModel(nnx.Module):
             return block
         return jax.checkpoint(block, static_argnums=static_argnums)
 
+    @jax.named_scope("head")
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Float32 logits of hidden states, accumulated in float32."""
         return jnp.einsum(

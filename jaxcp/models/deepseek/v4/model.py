@@ -6,6 +6,7 @@ Source: the report of DeepSeek-V4.
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -138,7 +139,8 @@ class DeepSeekV4(DraftingModel):
 
     def trunk(self, tokens, positions, attend):
         """Streams `[B, T, S, D]` after the last layer, for `draft`, and what its routers did."""
-        x = self.embedded(tokens, positions)
+        with jax.named_scope("embed"):
+            x = self.embedded(tokens, positions)
         return self.through(self.layers, x, attend, tokens, positions)
 
     def hidden_of(self, state):
