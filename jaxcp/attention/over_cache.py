@@ -119,8 +119,8 @@ class OverCache(Attend):
         if not self.tokens.sharded:
             write = functools.partial(write, pad=PAD_POSITION)
 
-        def local(held, new, lengths):
-            return write(held[None], 0, new, lengths)[0]
+        def local(kept, new, lengths):
+            return write(kept[None], 0, new, lengths)[0]
 
         return on_shards(local, (TOKENS, spec, ROWS), TOKENS)(
             cache.positions, positions, cache.lengths

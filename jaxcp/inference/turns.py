@@ -112,12 +112,12 @@ def layout_of(strategy: Strategy | None) -> Layout:
     return (Ring() if strategy is None else strategy).layout
 
 
-def latest(before: Any, found: jax.Array, taken: np.ndarray) -> jax.Array:
-    """Logits `[B, V]` after each row's last token so far; `found` where a row had some."""
+def latest(before: Any, newest: jax.Array, taken: np.ndarray) -> jax.Array:
+    """Logits `[B, V]` after each row's last token so far; `newest` where a row had some."""
     if before is None or taken.all():
-        return found
-    here = np.broadcast_to((taken > 0)[:, None], found.shape)
-    return jnp.where(jax.device_put(here, found.sharding), found, before)
+        return newest
+    here = np.broadcast_to((taken > 0)[:, None], newest.shape)
+    return jnp.where(jax.device_put(here, newest.sharding), newest, before)
 
 
 def _first(frame, lengths, layout):
@@ -211,17 +211,17 @@ def _halos(frame, layout, width, orders, taken):
 
     None where that does not do: a piece with few tokens has its windows on many shards.
     """
-    found = {}
+    plans = {}
     for window in _windows(frame):
         full = _full_halo(layout, frame.shards, width, window)
-        found[window] = full
+        plans[window] = full
         if full is None or set(taken) <= {0, frame.shards * width}:
             continue
         rows = rows_to_send(_distinct(orders, taken), window)
         if any(x.shape[1] > full.get(d, x[:, :0]).shape[1] for d, x in rows.items()):
             return None
-        found[window] = {d: _as_wide(rows.get(d), x) for d, x in full.items()}
-    return found
+        plans[window] = {d: _as_wide(rows.get(d), x) for d, x in full.items()}
+    return plans
 
 
 @functools.lru_cache(maxsize=64)
