@@ -34,7 +34,7 @@ def none_here() -> bool:
     """Tell whether jax surely finds no accelerator here. Linux only: elsewhere False."""
     if sys.platform != "linux" or device_files():
         return False
-    return all(re.fullmatch(KNOWN, name) for name in _plugins())
+    return all(re.fullmatch(KNOWN, name) for name in plugins())
 
 
 def choose_cpu(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -43,7 +43,7 @@ def choose_cpu(environment: MutableMapping[str, str] = os.environ) -> None:
         environment["JAX_PLATFORMS"] = "cpu"
 
 
-def _plugins() -> set[str]:
+def plugins() -> set[str]:
     """List the installed jax plugins, as jax itself finds them, without importing any."""
     spec = importlib.util.find_spec("jax_plugins")
     folders = spec.submodule_search_locations if spec else None

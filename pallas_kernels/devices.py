@@ -192,12 +192,12 @@ def find(device_kind: str) -> Chip | None:
     >>> find("TPU v6 lite").name
     'v6e'
     """
-    found = [
+    matches = [
         (len(kind), chip)
         for chip in CHIPS.values()
         for kind in chip.device_kinds
         if device_kind.startswith(kind)
     ]
     return (
-        max(found, key=lambda pair: pair[0])[1] if found else None
+        max(matches, key=lambda pair: pair[0])[1] if matches else None
     )  # "TPU v5 lite" is not "TPU v5"

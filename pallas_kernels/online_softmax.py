@@ -52,10 +52,10 @@ def update(s, m, total, axis):
 
 def finish(m, total):
     """`(1 / total, lse)` of finished rows; `(0, -inf)` where nothing was seen."""
-    seen = total > 0
-    safe = jnp.where(seen, total, 1.0)
-    lse = jnp.where(seen, m * (1 / LOG2E) + jnp.log(safe), -jnp.inf)
-    return jnp.where(seen, 1 / safe, 0.0), lse
+    any_key = total > 0
+    safe = jnp.where(any_key, total, 1.0)
+    lse = jnp.where(any_key, m * (1 / LOG2E) + jnp.log(safe), -jnp.inf)
+    return jnp.where(any_key, 1 / safe, 0.0), lse
 
 
 def backward_rows(lse, delta):

@@ -2,6 +2,7 @@
 """Who may import whom, how large a file may grow, and what every file starts with."""
 
 import ast
+import functools
 import re
 import sys
 from pathlib import Path
@@ -175,6 +176,58 @@ def test_no_circles():
     while ready := [m for m in arrows if m not in done and arrows[m] <= done | {m}]:
         done.update(ready)
     assert not arrows.keys() - done, f"circles among {sorted(arrows.keys() - done)}"
+
+
+PUBLIC = {"_asdict", "_fields", "_make", "_replace"}
+"""Methods of a NamedTuple: they begin so that no field can have their name."""
+
+
+@functools.cache
+def private_names_of_product():
+    return {name for path in PRODUCT for name in re.findall(r"\b_[a-zA-Z]\w*", path.read_text())}
+
+
+def private_names(path):
+    """`(line, name)` of every private name of the product that a file imports, reads or patches."""
+    own = {"self", "cls"}
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.Attribute) and getattr(node.value, "id", "") not in own:
+            names = [node.attr]
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "").endswith("setattr"):
+            patched = [x.value for x in node.args if isinstance(x, ast.Constant)]
+            names = [part for x in patched if isinstance(x, str) for part in x.split(".")]
+        for name in {*names} & private_names_of_product() - PUBLIC:
+            yield node.lineno, name
+
+
+def test_tests_reach_no_private_name():
+    reached = [
+        f"{path.relative_to(ROOT)}:{line} {name}"
+        for path in SOURCES
+        if path.is_relative_to(ROOT / "tests")
+        for line, name in private_names(path)
+    ]
+    assert not reached, "\n".join(reached)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from jaxcp.inference.steps import _put",
+        "steps._put(x)",
+        "jaxcp.inference.steps._put",
+        "engine.session()._cached",
+        'monkeypatch.setattr(steps, "_put", f)',
+        'monkeypatch.setattr("jaxcp.inference.steps._put", f)',
+    ],
+)
+def test_a_private_name_is_caught(tmp_path, code):
+    file = tmp_path / "code.py"
+    file.write_text(f"{code}\nself._own, x._replace(a=1), x.__dict__\n")
+    assert [line for line, _ in private_names(file)] == [1]
 
 
 def test_few_loose_files():

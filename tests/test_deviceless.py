@@ -82,10 +82,10 @@ def test_another_format_is_an_error(tmp_path, old, new):
 def test_innermost_loops_of_a_gpu_kernel():
     from jaxcp.compile import gpu_code
 
-    (loop,) = gpu_code._matrix_loops(SASS)
+    (loop,) = gpu_code.matrix_loops(SASS)
     assert loop.opcodes == {"LDSM": 1, "HMMA": 1, "FADD": 1, "BRA": 1}
     assert loop.per_matrix == 4
-    assert gpu_code._matrix_names("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f1}") == [
+    assert gpu_code.matrix_names("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f1}") == [
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
     ]
 

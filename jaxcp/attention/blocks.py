@@ -14,17 +14,36 @@ Source: compressed attention of DeepSeek-V4; its report sends the tokens themsel
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxcp.context_parallel.shards import on_shards
 from jaxcp.layout import Layout, Zigzag
 from pallas_kernels import PAD_POSITION
+
+NONE = -2
+"""The number of no block, and of none that comes after another."""
+
+
+class Parts(NamedTuple):
+    """Sums over some tokens of M blocks each; those of one block over several shards merge.
+
+    Of a block there are one or, where entries overlap, two halves: of the first and of the second
+    half of a token's channels. A batch has an axis B before M.
+    """
+
+    blocks: Int[Array, "*B M"]
+    """Numbers of the blocks; `NONE` where there is none."""
+    counts: Int[Array, "*B M halves"]
+    """Tokens that are summed."""
+    values: Float[Array, "*B M halves D"]
+    lse: Float[Array, "*B M halves D"]
 
 
 def compress(
@@ -65,8 +84,8 @@ def compress_shard(
 ):  # fmt: skip
     """`compress` on local shards; with `pending`, also what is pending after these tokens.
 
-    `pending`: parts (see `_of_row`) of the blocks that tokens before these began, the same on every
-    shard; `end [B]`: the position after a row's last token.
+    `pending`: `Parts` of the blocks that tokens before these began, the same on every shard;
+    `end [B]`: the position after a row's last token.
     """
     halves = 2 if overlap else 1
     slots = positions.shape[1] // ratio + 2 * runs  # a run touches at most two more than it fills
@@ -79,8 +98,9 @@ def compress_shard(
     everyone = sent
     if shards > 1:
         everyone = jax.tree.map(_flat, lax.all_gather(sent, axis_name, axis=1))
-        mine = jnp.arange(shards * runs * halves) // (runs * halves) == lax.axis_index(axis_name)
-        parts = join(parts, (jnp.where(mine, NONE, everyone[0]), *everyone[1:]))
+        sender = jnp.arange(shards * runs * halves) // (runs * halves)
+        others = jnp.where(sender == lax.axis_index(axis_name), NONE, everyone.blocks)
+        parts = join(parts, everyone._replace(blocks=others))
         good = lax.all_gather(good, axis_name).all(0)
     if pending is not None:
         parts = join(parts, pending)
@@ -105,7 +125,7 @@ def no_pending(batch: int, size: int, overlap: bool):
     """Make the parts that are pending before the first token, of entries of `size` channels."""
     halves = 2 if overlap else 1
     shape = batch, halves, halves
-    return (
+    return Parts(
         jnp.full(shape[:2], NONE, jnp.int32),
         jnp.zeros(shape, jnp.int32),
         jnp.zeros((*shape, size), jnp.float32),
@@ -115,67 +135,96 @@ def no_pending(batch: int, size: int, overlap: bool):
 
 def _no_parts(newest, like):
     """Empty parts of the newest block, after the one before it where blocks overlap."""
-    _, counts, values, lse = like
-    halves = counts.shape[1]
-    blocks = newest[:, None] - jnp.arange(halves - 1, -1, -1)
-    return blocks, jnp.zeros_like(counts), jnp.zeros_like(values), jnp.full_like(lse, -jnp.inf)
-
-
-NONE = -2
-"""The number of no block, and of none that comes after another."""
+    blocks = newest[:, None] - jnp.arange(like.counts.shape[1] - 1, -1, -1)
+    counts, values = jnp.zeros_like(like.counts), jnp.zeros_like(like.values)
+    return Parts(blocks, counts, values, jnp.full_like(like.lse, -jnp.inf))
 
 
 def _of_row(values, gates, positions, *, ratio, slots, halves, send):
-    """Sum up one row's local tokens, block by block.
+    """Sum up one row's local tokens, block by block: `(parts, sent, owned, good)`.
 
-    `parts`: blocks `[M]` (ascending, then `NONE`), and of each and of the block before it (of which
-    an overlapping entry takes the first halves): tokens `[M, halves]`, value and lse
-    `[M, halves, D]`. `sent`: the same `[send, ...]` of blocks whose entry another shard owns, each
-    half of the block itself. `owned [M]`: the block's last token is here. `good`: tokens ascend,
-    and all of this fits.
+    `parts` of `slots` blocks, ascending, then `NONE`: of each and, in the first half, of the block
+    before it, of which an overlapping entry takes the first halves. `sent`: `send` parts, of blocks
+    whose entry another shard owns, each half of the block itself. `owned [slots]`: the block's last
+    token is here. `good`: tokens ascend, and all of this fits.
     """
-    tokens = positions.shape[0]
+    places = _places(positions, ratio, slots)
+    value, lse = _softmax_sums(values, gates, places, halves)
+    counts = jnp.broadcast_to(places.member.sum(1)[:, None], (slots, halves))
+    parts = Parts(places.blocks, counts, value, lse)
+    owned = places.owned
+    follows = jnp.concatenate([jnp.zeros(1, bool), jnp.diff(parts.blocks) == 1])
+    needed = ~owned
+    if halves == 2:  # by the owner of the next block's entry
+        needed |= ~jnp.concatenate([(follows & owned)[1:], jnp.zeros(1, bool)])
+    needed &= parts.blocks != NONE
+    chosen = _where(needed, send)
+    sent = jax.tree.map(lambda x: x[chosen], parts)
+    sent = sent._replace(blocks=jnp.where(chosen < slots, sent.blocks, NONE))
+    good = ((jnp.diff(positions) > 0) | (places.of_token[1:] == NONE)).all()
+    good &= (places.begins.sum() <= slots) & (needed.sum() <= send)
+    if halves == 2:
+        parts = parts._replace(
+            counts=_half_before(counts, follows, 0),
+            values=_half_before(value, follows, 0.0),
+            lse=_half_before(lse, follows, -jnp.inf),
+        )
+    return parts, sent, owned, good
+
+
+class _Places(NamedTuple):
+    """The places of one row's local tokens, block by block.
+
+    Of positions 2 .. 9 with `ratio` 4, and room for four blocks; `N` is `NONE`:
+
+        position        2 3 4 5 6 7 8 9
+        of_token        0 0 1 1 1 1 2 2                             the block of each
+        begins          x . x . . . x .                             at 0, 2, 6, then 8: out of range
+        tokens          0 1 2 3 | 2 3 4 5 | 6 7 8 9 | 8 9 10 11     the `ratio` from each start on
+        member          x x . . | x x x x | x x . . | . . .  .      those that are of the block
+        blocks          0       | 1       | 2       | N
+        owned           x       | x       | .       | .             3 and 7 are here, 11 is not
+    """
+
+    of_token: Int[Array, "T"]
+    begins: Bool[Array, "T"]
+    tokens: Int[Array, "M ratio"]
+    member: Bool[Array, "M ratio"]
+    blocks: Int[Array, "M"]
+    owned: Bool[Array, "M"]
+
+
+def _places(positions, ratio: int, slots: int) -> _Places:
     of_token = jnp.where(positions == PAD_POSITION, NONE, positions // ratio)
-    first = (of_token != jnp.concatenate([jnp.full(1, NONE), of_token[:-1]])) & (of_token != NONE)
-    starts = _where(first, slots)
-    rows = starts[:, None] + jnp.arange(ratio)
-    there = jnp.where(rows < tokens, of_token[rows], NONE)
-    blocks = there[:, 0]
-    member = (there == blocks[:, None]) & (blocks != NONE)[:, None]
-    owned = (member & (positions[rows] == blocks[:, None] * ratio + ratio - 1)).any(1)
-    shape = slots, ratio, halves, values.shape[-1] // halves
-    values, gates = values[rows].reshape(shape), gates[rows].reshape(shape)
-    gates = jnp.where(member[..., None, None], gates, -jnp.inf)
+    before = jnp.concatenate([jnp.full(1, NONE), of_token[:-1]])
+    begins = (of_token != before) & (of_token != NONE)
+    tokens = _where(begins, slots)[:, None] + jnp.arange(ratio)
+    block = jnp.where(tokens < positions.shape[0], of_token[tokens], NONE)
+    blocks = block[:, 0]
+    member = (block == blocks[:, None]) & (blocks != NONE)[:, None]
+    owned = (member & (positions[tokens] == blocks[:, None] * ratio + ratio - 1)).any(1)
+    return _Places(of_token, begins, tokens, member, blocks, owned)
+
+
+def _softmax_sums(values, gates, places: _Places, halves: int):
+    """`(value, lse) [M, halves, D]`: the sum of each block's values by the softmax of its gates."""
+    shape = *places.tokens.shape, halves, values.shape[-1] // halves
+    values, gates = values[places.tokens].reshape(shape), gates[places.tokens].reshape(shape)
+    gates = jnp.where(places.member[..., None, None], gates, -jnp.inf)
     high = lax.stop_gradient(gates).max(1)
     high = jnp.where(jnp.isneginf(high), 0.0, high)
     weights = jnp.exp(gates - high[:, None])
     total = weights.sum(1)
     safe = jnp.where(total == 0, 1.0, total)
     value = (weights * values).sum(1) / safe
-    lse = jnp.where(total == 0, -jnp.inf, high + jnp.log(safe))
-    counts = jnp.broadcast_to(member.sum(1)[:, None], (slots, halves))
-    follows = jnp.concatenate([jnp.zeros(1, bool), jnp.diff(blocks) == 1])
-    needed = ~owned
-    if halves == 2:  # by the owner of the next block's entry
-        needed |= ~jnp.concatenate([(follows & owned)[1:], jnp.zeros(1, bool)])
-    needed &= blocks != NONE
-    out = _where(needed, send)
-    sent = jax.tree.map(lambda x: x[out], (blocks, counts, value, lse))
-    sent = (jnp.where(out < slots, sent[0], NONE), *sent[1:])
-    good = ((jnp.diff(positions) > 0) | (of_token[1:] == NONE)).all()
-    good &= (first.sum() <= slots) & (needed.sum() <= send)
-    if halves == 2:
-        counts, value, lse = (
-            _half_before(x, follows, empty)
-            for x, empty in ((counts, 0), (value, 0.0), (lse, -jnp.inf))
-        )
-    return (blocks, counts, value, lse), sent, owned, good
+    return value, jnp.where(total == 0, -jnp.inf, high + jnp.log(safe))
 
 
 def _where(flags, size: int):
     """Indices of the set flags, in order; then ones out of range."""
-    found = jnp.sort(jnp.where(flags, jnp.arange(flags.shape[0]), flags.shape[0]))[:size]
-    return jnp.pad(found, (0, size - found.shape[0]), constant_values=flags.shape[0])
+    count = flags.shape[0]
+    indices = jnp.sort(jnp.where(flags, jnp.arange(count), count))[:size]
+    return jnp.pad(indices, (0, size - indices.shape[0]), constant_values=count)
 
 
 def _half_before(x, follows, empty):
@@ -190,21 +239,20 @@ def _joined(parts, arrived, *, shift):
 
     `shift [halves]`: by how much the number of the block that a half counts for is greater.
     """
-    blocks, counts, value, lse = parts
-    theirs, their_counts, their_value, their_lse = arrived
-    wanted = theirs[:, None] + shift
-    match = (blocks[:, None, None] == wanted) & (theirs != NONE)[:, None]
-    rows = jnp.where(match.any(0), match.argmax(0), blocks.shape[0])  # out of range: dropped
+    entry_of = arrived.blocks[:, None] + shift
+    match = (parts.blocks[:, None, None] == entry_of) & (arrived.blocks != NONE)[:, None]
+    rows = jnp.where(match.any(0), match.argmax(0), parts.blocks.shape[0])  # out of range: dropped
     at = rows, jnp.broadcast_to(jnp.arange(shift.shape[0]), rows.shape)
-    high = lax.stop_gradient(lse).at[at].max(lax.stop_gradient(their_lse), mode="drop")
+    high = lax.stop_gradient(parts.lse).at[at].max(lax.stop_gradient(arrived.lse), mode="drop")
     high = jnp.where(jnp.isneginf(high), 0.0, high)
-    weight = jnp.exp(lse - high)
-    their_weight = jnp.exp(their_lse - high.at[at].get(mode="clip"))
-    total = weight.at[at].add(their_weight, mode="drop")
-    weighted = (weight * value).at[at].add(their_weight * their_value, mode="drop")
+    weight = jnp.exp(parts.lse - high)
+    new_weight = jnp.exp(arrived.lse - high.at[at].get(mode="clip"))
+    total = weight.at[at].add(new_weight, mode="drop")
+    weighted = (weight * parts.values).at[at].add(new_weight * arrived.values, mode="drop")
     safe = jnp.where(total == 0, 1.0, total)
     lse = jnp.where(total == 0, -jnp.inf, high + jnp.log(safe))
-    return blocks, counts.at[at].add(their_counts, mode="drop"), weighted / safe, lse
+    counts = parts.counts.at[at].add(arrived.counts, mode="drop")
+    return Parts(parts.blocks, counts, weighted / safe, lse)
 
 
 def _flat(x):

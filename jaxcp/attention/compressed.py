@@ -24,9 +24,9 @@ from jax.sharding import PartitionSpec as P
 
 from jaxcp.attention.blocks import compress_shard, no_pending, runs_of, shards_of
 from jaxcp.attention.cache import Room
+from jaxcp.attention.rolling import renew, row_positions
 from jaxcp.attention.selected import Selection, attend_selected, shared_head
 from jaxcp.attention.slots import AXIS, layer_of, on_mesh, with_layer
-from jaxcp.attention.window import positions_held
 from jaxcp.context_parallel.ring import Ring
 from jaxcp.context_parallel.shards import on_shards
 from pallas_kernels import PAD_POSITION, flash_attention
@@ -140,13 +140,14 @@ def _attend(q, kv, positions, blocks, new, picks, rows, entries, layer, start, e
     """`(out, lse, rows, entries)` of local queries; `rows` and `entries` are those of a stack."""
     done = _new_tokens(q, kv, positions, window, scale, strategy, axis)
     kept = layer_of(rows, layer)
-    before = positions_held(start, kept.shape[1])
+    before = row_positions(start, kept.shape[1])
     k, v = shared_head(kept.astype(q.dtype))
     out, lse = flash_attention(
         q, k, v, q_positions=positions, kv_positions=before, window=window, scale=scale,
         carry=done, out_dtype=jnp.float32,
     )  # fmt: skip
-    rows = with_layer(rows, layer, _renewed(kept, kv, positions, end, axis))
+    kept = renew(kept, kv, positions, start, end, axis_name=axis)
+    rows = with_layer(rows, layer, kept)
     if new:
         if axis is not None:
             new, blocks = lax.all_gather((new, blocks), axis, axis=1, tiled=True)
@@ -155,8 +156,8 @@ def _attend(q, kv, positions, blocks, new, picks, rows, entries, layer, start, e
             name: x.at[layer, line, blocks].set(new[name].astype(x.dtype), mode="drop")
             for name, x in entries.items()
         }
-        seen = layer_of(entries, layer)
-        keys = seen["kv"].astype(q.dtype)
+        of_layer = layer_of(entries, layer)
+        keys = of_layer["kv"].astype(q.dtype)
         number = jnp.arange(keys.shape[1])
         ends = jnp.where(number < (end // ratio)[:, None], (number + 1) * ratio - 1, PAD_POSITION)
         if picks is None:
@@ -166,7 +167,7 @@ def _attend(q, kv, positions, blocks, new, picks, rows, entries, layer, start, e
                 out_dtype=jnp.float32,
             )  # fmt: skip
         else:
-            index = seen["index"].astype(jnp.float32)
+            index = of_layer["index"].astype(jnp.float32)
             selected = attend_selected(
                 q, keys, picks[0], picks[1], index, positions, ends, top_k=top_k, scale=scale,
                 value_dim=q.shape[-1],
@@ -189,19 +190,6 @@ def _new_tokens(q, kv, positions, window, scale, strategy, axis):
         expand=shared_head, **options,
     )  # fmt: skip
     return out.astype(jnp.float32), lse
-
-
-def _renewed(rows, kv, positions, end, axis):
-    """The rows with the new tokens' that are among the last."""
-    batch, size = rows.shape[:2]
-    last = (positions != PAD_POSITION) & (positions >= end[:, None] - size)
-    slot = jnp.where(last, positions % size, size)  # out of range: dropped
-    line = jnp.arange(batch)[:, None]
-    new = jnp.zeros_like(rows).at[line, slot].set(kv.astype(rows.dtype), mode="drop")
-    taken = jnp.zeros((batch, size), jnp.int32).at[line, slot].set(1, mode="drop")
-    if axis is not None:  # each is on one shard
-        new, taken = lax.psum((new, taken), axis)
-    return jnp.where((taken > 0)[..., None], new, rows)
 
 
 def _whole(spec: P, x) -> P:

@@ -126,14 +126,14 @@ def _local(q, keys, positions, key_positions, selection, window_keys, *,
     there = keys, lax.stop_gradient(selection.keys)
     (keys, index_keys), key_positions = in_order(there, key_positions, limit, axis_name)
     queries, weights = lax.stop_gradient((selection.queries, selection.weights))
-    found = attend_selected(
+    selected = attend_selected(
         q, keys, queries, weights, index_keys, positions, key_positions,
         top_k=selection.top_k, scale=scale, value_dim=value_dim,
     )  # fmt: skip
     if done is None:
-        out, lse = found
+        out, lse = selected
     else:
-        out, lse = merge((done[0].astype(jnp.float32), done[1]), found)
+        out, lse = merge((done[0].astype(jnp.float32), done[1]), selected)
     return out.astype(q.dtype), lse
 
 
@@ -177,16 +177,16 @@ def attend_selected(
     def back(x):
         return jnp.moveaxis(x, 0, 1).reshape(b, -1, *x.shape[3:])[:, :t]
 
-    found = lax.map(jax.checkpoint(attend), jax.tree.map(blocks, rows))
-    return jax.tree.map(back, found)
+    attended = lax.map(jax.checkpoint(attend), jax.tree.map(blocks, rows))
+    return jax.tree.map(back, attended)
 
 
 def _attend_block(rows, *, keys, index_keys, key_positions, top_k, scale, value_dim):
     q, queries, weights, positions = rows
-    chosen, seen = select(queries, weights, index_keys, positions, key_positions, top_k)
+    chosen, visible = select(queries, weights, index_keys, positions, key_positions, top_k)
     there = jax.vmap(lambda x, rows: x[rows])(keys, chosen)  # [B, T, top_k, H]
     logits = jnp.einsum("btnh,btkh->btnk", q, there, preferred_element_type=jnp.float32) * scale
-    logits = jnp.where(seen[:, :, None], logits, -jnp.inf)
+    logits = jnp.where(visible[:, :, None], logits, -jnp.inf)
     high = lax.stop_gradient(logits).max(-1, keepdims=True)
     high = jnp.where(jnp.isneginf(high), 0.0, high)
     p = jnp.exp(logits - high)

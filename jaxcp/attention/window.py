@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cache of a sliding-window layer: the newest keys and values, the same on every device.
 
-Row `p % R` of R holds the token at position p, until the token at p + R takes its place; which
-position a row holds follows from how many tokens there were. R is the window and room for a short
-turn, so that such a turn may be written before it attends and still finds all that it sees.
+They lie in rolling rows (`rolling.py`), R of them: the window and room for a short turn, so that
+such a turn may be written before it attends and still finds all that it sees.
 
 Communication a device in prefill: the new tokens' own window (as `halo` does, or all of them by one
 all-gather where that is hardly more), and one sum of R rows of K and V, each of which one shard
@@ -15,11 +14,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from jaxcp.attention.cache import Room
 from jaxcp.attention.full import attend_shard, with_sinks
+from jaxcp.attention.rolling import append, renew, row_positions
 from jaxcp.attention.slots import (
     MAX_EXTEND,
     ROWS,
@@ -87,12 +86,12 @@ def _prefilled(
     *, first, **options,
 ):  # fmt: skip
     kept = place.state((stack_k, stack_v), layer)
-    held = None
+    earlier = None
     if not first:
-        rows = positions_held(before, kept[0].shape[1])
-        held = *(x.astype(q.dtype) for x in kept), rows
+        rows = row_positions(before, kept[0].shape[1])
+        earlier = *(x.astype(q.dtype) for x in kept), rows
     axis_name = axis_in_scope()
-    out, lse = attend(q, k, v, positions, held, halo, axis_name=axis_name, **options)
+    out, lse = attend(q, k, v, positions, earlier, halo, axis_name=axis_name, **options)
     kept = tuple(
         renew(x, new, positions, before, after, axis_name=axis_name)
         for x, new in zip(kept, (k, v), strict=True)
@@ -107,41 +106,17 @@ def _extended(
     kept = place.state((stack_k, stack_v), layer)
     kept = tuple(append(x, new, positions) for x, new in zip(kept, (k, v), strict=True))
     after = before + (positions != PAD_POSITION).sum(1, dtype=jnp.int32)
-    kv_pos = positions_held(after, kept[0].shape[1])
+    kv_pos = row_positions(after, kept[0].shape[1])
     out, lse = attend_shard(q, kept[0], kept[1], positions, kv_pos, **options)
     out = with_sinks(out, lse, sinks).astype(q.dtype)
     return out, *place.with_state((stack_k, stack_v), layer, kept)
 
 
-def positions_held(lengths, rows: int):
-    """`[B, rows]`: the position in each row after `lengths [B]` tokens."""
-    last = lengths[:, None] - 1
-    held = last - (last - jnp.arange(rows, dtype=jnp.int32)) % rows
-    return jnp.where(held < 0, PAD_POSITION, held)
-
-
-def append(held, new, positions):
-    """Rows `new [B, T, ...]`, which every shard has, take their places among `held [B, R, ...]`."""
-    return _put(held, new, positions, positions != PAD_POSITION)
-
-
-def renew(held, new, positions, start, end, *, axis_name):
-    """`held [B, R, ...]` after tokens `start..end - 1 [B]`, which lie in any order over shards."""
-    rows = held.shape[1]
-    newest = (positions != PAD_POSITION) & (positions >= end[:, None] - rows)
-    mine = _put(jnp.zeros_like(held), new, positions, newest)
-    if axis_name is not None:
-        mine = lax.psum(mine, axis_name)  # exact: every row has one owner
-    fresh = positions_held(end, rows) >= start[:, None]
-    fresh &= positions_held(end, rows) != PAD_POSITION
-    return jnp.where(fresh[..., None, None], mine, held)
-
-
-def attend(q, k, v, positions, held, halo, *, window, axis_name, **options):
-    """`(out, lse)` of new tokens, which lie in any order, over themselves and what is held.
+def attend(q, k, v, positions, earlier, halo, *, window, axis_name, **options):
+    """`(out, lse)` of new tokens, which lie in any order, over themselves and what is kept.
 
     Args:
-      held: `(k, v, positions)` of the tokens before; None where there are none.
+      earlier: `(k, v, positions)` of the tokens before; None where there are none.
       halo: `{distance: rows}`, what each shard sends of its new tokens, as `halo.rows_to_send` has
         it; None gathers all of them.
     """
@@ -150,7 +125,7 @@ def attend(q, k, v, positions, held, halo, *, window, axis_name, **options):
         keys = jax.tree.map(lambda x: gathered(x, axis_name), keys)
         halo = {}
     others = [fetch(keys, rows, distance, axis_name) for distance, rows in halo.items()]
-    others += [] if held is None else [held]
+    others += [] if earlier is None else [earlier]
     options |= {"q_positions": positions, "window": window}
     if not others:
         return _attend(q, keys, **options)
@@ -163,10 +138,3 @@ def attend(q, k, v, positions, held, halo, *, window, axis_name, **options):
 def _attend(q, keys, **options):
     k, v, positions = keys
     return flash_attention(q, k, v, kv_positions=positions, **options)
-
-
-def _put(held, new, positions, which):
-    rows = held.shape[1]
-    where = jnp.where(which, positions % rows, rows)  # the row after the last is dropped
-    batch = jnp.arange(held.shape[0])[:, None]
-    return held.at[batch, where].set(new.astype(held.dtype), mode="drop")

@@ -72,6 +72,13 @@ def read_lines() -> Iterator[str]:
         yield line
 
 
+def at_least_one(**options: int | None) -> None:
+    """Refuse an option below 1; None is one that was not given."""
+    for name, value in options.items():
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {value}")
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """End the process as a command should: an error is a line on stderr and exit code 1, an

@@ -100,8 +100,8 @@ def _assemble(path: pathlib.Path) -> list[Kernel]:
                 registers=_number(r"Used (\d+) registers", about[0]),
                 spilled_bytes=max(spills, default=0),
                 shared_bytes=_number(r"(\d+) bytes smem", about[0]),
-                matrix_names=tuple(sorted(set(_matrix_names(bodies.get(name, ""))))),
-                loops=tuple(_matrix_loops(section)),
+                matrix_names=tuple(sorted(set(matrix_names(bodies.get(name, ""))))),
+                loops=tuple(matrix_loops(section)),
             )
         )
     return kernels
@@ -111,7 +111,8 @@ def _entries(ptx: str) -> str:
     return re.sub(r"^(?:\.visible\s+)?\.entry", ".entry", ptx, flags=re.M)
 
 
-def _matrix_names(body: str) -> list[str]:
+def matrix_names(body: str) -> list[str]:
+    """List the matrix instructions of a kernel's PTX."""
     return re.findall(r"\b((?:mma|wgmma)\.[\w.:]+)", body)
 
 
@@ -120,7 +121,7 @@ def _number(pattern: str, text: str) -> int:
     return int(match[1]) if match else 0
 
 
-def _matrix_loops(section: str) -> list[Loop]:
+def matrix_loops(section: str) -> list[Loop]:
     """Find innermost loops with matrix instructions: a label up to the last branch back to it."""
     opcodes: list[str] = []
     labels: dict[str, int] = {}

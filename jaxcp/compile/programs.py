@@ -56,7 +56,7 @@ def prefill_program(
     where = jax.ShapeDtypeStruct(shape[:2], jnp.int32, sharding=shards)
     row = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
     recent = jax.ShapeDtypeStruct(cache.recent.shape, jnp.int32)
-    fn = steps._jitted(steps._prefill, True)
+    fn = steps.jitted(steps.prefill_piece, True)
     arrays = ids, where, row, recent, piece.halos
     return fn, (_model(model, mesh, rules), cache, *arrays, strategy, piece.used)
 
@@ -67,7 +67,7 @@ def decode_program(
     """The program of `jaxcp.decode_step` with a cache for `max_len` tokens."""
     cache = _cache(model, mesh, batch_size, max_len)
     token = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-    return steps._jitted(steps._decode, True), (_model(model, mesh, rules), cache, token)
+    return steps.jitted(steps.decode_tokens, True), (_model(model, mesh, rules), cache, token)
 
 
 def _model(model, mesh: Mesh, rules: Rules):

@@ -53,6 +53,7 @@ class Sampler:
         return np.float32(temperature), np.int32(top_k), np.float32(self.top_p)
 
 
+@jax.named_scope("sample")
 def sample(
     logits: Float[Array, "B V"], key: jax.Array, options: tuple[Any, ...] | None
 ) -> Int[Array, "B"]:

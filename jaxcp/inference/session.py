@@ -55,13 +55,18 @@ class Session:
         self.engine = engine
         seed = integer("seed", seed, 0, 2**32 - 1)  # jax.random.key drops what is above
         with engine.on_mesh():
-            self._cache = engine.model.init_cache(1, engine.max_len)
+            self.cache = engine.model.init_cache(1, engine.max_len)
             self._key = jax.random.key(seed)
         self._cached: list[int] = []  # the tokens in the cache
         self._pending: list[int] = []  # answered, not yet in the cache
         self._shared = False
         self._turn: object = None  # the latest `send`
-        self.stats = Stats(cache_bytes_per_device=self._cache.bytes_per_device())
+        self.stats = Stats(cache_bytes_per_device=self.cache.bytes_per_device())
+
+    @property
+    def tokens(self) -> list[int]:
+        """Ids of the conversation: those in the cache, then what the next turn will add to it."""
+        return [*self._cached, *self._pending]
 
     def send(
         self,
@@ -150,16 +155,16 @@ class Session:
     def _step(self, step, tokens: list, sampler: Sampler, **options) -> int:
         """Run one step over `tokens`, which join the cache; the next token."""
         array = np.asarray(tokens, np.int32)
-        added, held = array.ravel().tolist(), self.stats.tokens + array.size
+        added, length = array.ravel().tolist(), self.stats.tokens + array.size
         with self.engine.on_mesh():
-            logits, self._cache = step(
-                self.engine.model, self._cache, array, donate=not self._shared, **options
+            logits, self.cache = step(
+                self.engine.model, self.cache, array, donate=not self._shared, **options
             )
             # no call in between: what interrupts comes before all of these or after
             self._cached += added
-            self._shared, self._pending, self.stats.tokens = False, [], held
+            self._shared, self._pending, self.stats.tokens = False, [], length
             self._key, key = jax.random.split(self._key)
-            token = int(_sample(logits, key, sampler.options())[0])
+            token = int(draw(logits, key, sampler.options())[0])
             self._pending = [token]
             return token
 
@@ -181,15 +186,16 @@ class Session:
 
     def _restore_cache(self) -> None:
         """Make all tokens pending again if a step that failed has taken the cache with it."""
-        if _length(self._cache) == len(self._cached):
+        if _length(self.cache) == len(self._cached):
             return
         with self.engine.on_mesh():
-            self._cache = self.engine.model.init_cache(1, self.engine.max_len)
-        self._cached, self._pending = [], [*self._cached, *self._pending]
+            self.cache = self.engine.model.init_cache(1, self.engine.max_len)
+        self._cached, self._pending = [], self.tokens
         self._shared, self.stats.tokens = False, 0
 
 
-_sample = jax.jit(sample)
+draw = jax.jit(sample)
+"""`sample`, compiled."""
 
 
 def _length(cache: Any) -> int | None:

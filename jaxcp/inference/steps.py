@@ -65,10 +65,10 @@ def prefill(
         newest = recent[np.arange(len(done)), done]
         arrays = model, cache, ids, positions, piece.taken.astype(np.int32), newest
         if not piece.sharded:
-            found, cache = _replicated(*arrays)
+            newest_logits, cache = _replicated(*arrays)
         else:
-            found, cache = _spread(*arrays, piece.halos, strategy, piece.used)
-        logits = latest(logits, found, piece.taken)
+            newest_logits, cache = _spread(*arrays, piece.halos, strategy, piece.used)
+        logits = latest(logits, newest_logits, piece.taken)
     return logits, cache
 
 
@@ -91,7 +91,7 @@ def decode_step(
             f"next_token must be [{cache.lengths.shape[0]}], one a row; got {token.shape}"
         )
     cache = cache if donate else _copied(cache)
-    return _jitted(_decode, True)(model, cache, token)
+    return jitted(decode_tokens, True)(model, cache, token)
 
 
 def logits(model: Any, tokens: Any, *, strategy: Strategy | None = None) -> jax.Array:
@@ -117,15 +117,16 @@ def logits(model: Any, tokens: Any, *, strategy: Strategy | None = None) -> jax.
     tokens = windows(tokens, getattr(model.config, "ngram_width", 1))
     batch = strategy.layout.permute({"tokens": tokens, "positions": positions}, shards)
     batch = _put((batch["tokens"], batch["positions"]), P("data", "seq"))
-    whole = _jitted(_whole, False)
+    whole = jitted(whole_sequence, False)
     return strategy.layout.inverse(whole(model, *batch, strategy), shards, tokens.shape[1])
 
 
-def _whole(model, tokens, positions, strategy):
+def whole_sequence(model, tokens, positions, strategy):
     return model(tokens, positions, strategy=strategy, consecutive=True)
 
 
-def _prefill(model, cache, tokens, positions, added, recent, halos, strategy, used):
+@jax.named_scope("prefill")
+def prefill_piece(model, cache, tokens, positions, added, recent, halos, strategy, used):
     attend = OverCache(
         cache, positions, added, sharded=True, strategy=strategy, used=used, halos=halos
     )
@@ -133,33 +134,40 @@ def _prefill(model, cache, tokens, positions, added, recent, halos, strategy, us
     return _at(model, hidden, positions, cache.lengths + added - 1), attend.cache_after(recent)
 
 
-def _extend(model, cache, tokens, positions, added, recent):
+@jax.named_scope("extend")
+def extend_piece(model, cache, tokens, positions, added, recent):
+    return _appended(model, cache, tokens, positions, added, recent)
+
+
+def _appended(model, cache, tokens, positions, added, recent):
+    """Run tokens that every shard has."""
     attend = OverCache(cache, positions, added, sharded=False)
     hidden, _ = model.forward(tokens, positions, attend)
     last = cache.lengths + added - 1
     return _at(model, hidden, positions, last), attend.cache_after(recent)
 
 
-def _decode(model, cache, token):
+@jax.named_scope("decode")
+def decode_tokens(model, cache, token):
     if not jax.sharding.get_abstract_mesh().empty:  # it comes from the host
         token = jax.sharding.reshard(token, P("data"))
     window = jnp.concatenate([token[:, None], cache.recent], axis=1)
     tokens, positions = window[:, None] if window.shape[1] > 1 else window, cache.lengths[:, None]
-    return _extend(model, cache, tokens, positions, jnp.ones_like(token), window[:, :-1])
+    return _appended(model, cache, tokens, positions, jnp.ones_like(token), window[:, :-1])
 
 
 def _spread(model, cache, ids, positions, added, recent, halos, strategy, used):
     """Run a piece that is sharded."""
     arrays = *_put((ids, positions), P("data", "seq")), added, *_put((recent,), P("data", None))
-    return _jitted(_prefill, True)(model, cache, *arrays, halos, strategy, used)
+    return jitted(prefill_piece, True)(model, cache, *arrays, halos, strategy, used)
 
 
 def _replicated(model, cache, ids, positions, added, recent):
     """Run a piece that is the same everywhere; of one token it is a step of decoding."""
     if ids.shape[1] == 1 and added.all():
-        return _jitted(_decode, True)(model, cache, ids.reshape(len(ids), -1)[:, 0])
+        return jitted(decode_tokens, True)(model, cache, ids.reshape(len(ids), -1)[:, 0])
     ids, positions, recent = _put((ids, positions, recent), P("data", None))
-    return _jitted(_extend, True)(model, cache, ids, positions, added, recent)
+    return jitted(extend_piece, True)(model, cache, ids, positions, added, recent)
 
 
 def _at(model, hidden, positions, last):
@@ -170,7 +178,12 @@ def _at(model, hidden, positions, last):
     return model.logits(row[:, None])[:, 0]
 
 
-def _jitted(fn, donate: bool):
+STATIC = {prefill_piece: (7, 8), whole_sequence: (3,)}
+"""Arguments of which a program is compiled for each value."""
+
+
+def jitted(fn, donate: bool):
+    """Compile a function of this module for the platform in scope; `donate`: the cache."""
     return _jit(fn, donate, target_platform())
 
 
@@ -178,7 +191,7 @@ def _jitted(fn, donate: bool):
 def _jit(fn, donate: bool, platform: str):
     return jax.jit(
         fn,
-        static_argnums={_prefill: (7, 8), _whole: (3,)}.get(fn, ()),
+        static_argnums=STATIC.get(fn, ()),
         donate_argnums=(1,) if donate else (),
         compiler_options=compiler_options(platform),
     )

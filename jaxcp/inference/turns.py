@@ -112,12 +112,12 @@ def layout_of(strategy: Strategy | None) -> Layout:
     return (Ring() if strategy is None else strategy).layout
 
 
-def latest(before: Any, found: jax.Array, taken: np.ndarray) -> jax.Array:
-    """Logits `[B, V]` after each row's last token so far; `found` where a row had some."""
+def latest(before: Any, newest: jax.Array, taken: np.ndarray) -> jax.Array:
+    """Logits `[B, V]` after each row's last token so far; `newest` where a row had some."""
     if before is None or taken.all():
-        return found
-    here = np.broadcast_to((taken > 0)[:, None], found.shape)
-    return jnp.where(jax.device_put(here, found.sharding), found, before)
+        return newest
+    here = np.broadcast_to((taken > 0)[:, None], newest.shape)
+    return jnp.where(jax.device_put(here, newest.sharding), newest, before)
 
 
 def _first(frame, lengths, layout):
@@ -174,19 +174,27 @@ def _orders(layout, shards, width, start, taken):
 
     The layout's places are more than there are tokens. Which of them stay empty is chosen so that
     every shard gains what keeps it level with the others (`slots_in_use`); they are spread evenly,
-    so the work stays balanced as in the layout.
+    so the work stays balanced as in the layout. Of a zigzag over two shards, 4 places each, with 5
+    new tokens on a row that had 1:
+
+        places    0 1 6 7 | 2 3 4 5     of the layout
+        gains     2       | 3           of 6 tokens each shard has 3, and the first had one
+        taken     0 . 6 . | 2 3 4 .     places that get a token
+        natural   0   4   | 1 2 3       their ranks: which of the new tokens
+        order     0 4 5 5 | 1 2 3 5     pads, which are 5, come last
     """
     places = layout.places(shards * width, shards)
-    rank = np.arange(shards)
+    shard = np.arange(shards)
 
     @functools.cache
-    def of_row(first, length):
-        gains = slots_in_use(first + length, rank, shards) - slots_in_use(first, rank, shards)
-        kept = [
-            row[np.arange(n) * width // max(n, 1)] for row, n in zip(places, gains, strict=True)
+    def of_row(before, count):
+        gains = slots_in_use(before + count, shard, shards) - slots_in_use(before, shard, shards)
+        taken_places = [
+            own[np.arange(gain) * width // max(gain, 1)]
+            for own, gain in zip(places, gains, strict=True)
         ]
-        natural = np.argsort(np.argsort(np.concatenate(kept)))  # their ranks are the indices
-        order = np.full((shards, width), length)
+        natural = np.argsort(np.argsort(np.concatenate(taken_places)))
+        order = np.full((shards, width), count)
         for row, own in zip(order, np.split(natural, np.cumsum(gains)[:-1]), strict=True):
             row[: len(own)] = np.sort(own)
         return order
@@ -203,17 +211,17 @@ def _halos(frame, layout, width, orders, taken):
 
     None where that does not do: a piece with few tokens has its windows on many shards.
     """
-    found = {}
+    plans = {}
     for window in _windows(frame):
         full = _full_halo(layout, frame.shards, width, window)
-        found[window] = full
+        plans[window] = full
         if full is None or set(taken) <= {0, frame.shards * width}:
             continue
         rows = rows_to_send(_distinct(orders, taken), window)
         if any(x.shape[1] > full.get(d, x[:, :0]).shape[1] for d, x in rows.items()):
             return None
-        found[window] = {d: _as_wide(rows.get(d), x) for d, x in full.items()}
-    return found
+        plans[window] = {d: _as_wide(rows.get(d), x) for d, x in full.items()}
+    return plans
 
 
 @functools.lru_cache(maxsize=64)

@@ -5,6 +5,7 @@ Who sees whom, over which devices, and whether there is a cache is not known her
 given q, k, v and answers.
 """
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -64,7 +65,16 @@ class Attention(nnx.Module):
             return Full.empty(room, **heads)
         return Window.empty(room, window=self.window, **heads)
 
+    @jax.named_scope("attention")
     def __call__(self, x, positions, attend):
+        q, k, v = self._qkv(x, positions)
+        options = {"sinks": self.sinks.astype(jnp.float32)} if self.has_sinks else {}
+        with jax.named_scope("attend"):
+            out = attend(q, k, v, window=self.window, **options)
+        return self._output(out, tokens_spec(x))
+
+    @jax.named_scope("qkv")
+    def _qkv(self, x, positions):
         def project(name):
             y = linear("btd,dnh->btnh", x, getattr(self, name))
             return y + getattr(self, f"{name}_bias").astype(x.dtype) if self.use_bias else y
@@ -74,7 +84,9 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope is not None:
             q, k = rotate(q, positions, self.rope), rotate(k, positions, self.rope)
-        options = {"sinks": self.sinks.astype(jnp.float32)} if self.has_sinks else {}
-        out = attend(q, k, v, window=self.window, **options)
-        out = linear("btnh,nhd->btd", out, self.o, tokens_spec(x))
-        return out + self.o_bias.astype(x.dtype) if self.use_bias else out
+        return q, k, v
+
+    @jax.named_scope("output")
+    def _output(self, out, spec):
+        y = linear("btnh,nhd->btd", out, self.o, spec)
+        return y + self.o_bias.astype(y.dtype) if self.use_bias else y

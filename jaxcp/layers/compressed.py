@@ -12,6 +12,7 @@ Source: the report of DeepSeek-V4.
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -105,27 +106,37 @@ class CompressedAttention(nnx.Module):
             ratio=self.ratio, overlap=self.index is not None, sizes=sizes,
         )  # fmt: skip
 
+    @jax.named_scope("attention")
     def __call__(self, x, positions, attend):
-        d = self.dims
-        q_latent = self.q_norm(linear("btd,dr->btr", x, self.q_down))
-        q = linear("btr,rnh->btnh", q_latent, self.q_up)
-        q = rotate_last(unit_rms(q, self.norm_eps), positions, self.rope, d.rope_dim)
-        kv = self.kv_norm(linear("btd,dh->bth", x, self.kv))
-        kv = rotate_last(kv[:, :, None], positions, self.rope, d.rope_dim)[:, :, 0]
-        options = {"window": self.window, "scale": d.head_dim**-0.5}
+        q, q_latent, kv = self._qkv(x, positions)
+        options = {"window": self.window, "scale": self.dims.head_dim**-0.5}
         options["sinks"] = self.sinks.astype(jnp.float32)
         if self.compressor is None:
-            out = attend.shared(q, kv, **options)
+            with jax.named_scope("attend"):
+                out = attend.shared(q, kv, **options)
         else:
             entries, blocks = self.compressor(x, positions, attend, name="kv")
             if self.index is not None:
                 options["selection"] = self.index(x, q_latent, positions, attend)
-            out = attend.compressed(q, kv, entries, blocks, ratio=self.ratio, **options)
-        out = rotate_last(out, positions, self.rope, d.rope_dim, sign=-1)
-        return self._projected(out)
+            with jax.named_scope("attend"):
+                out = attend.compressed(q, kv, entries, blocks, ratio=self.ratio, **options)
+        return self._output(out, positions)
 
-    def _projected(self, out):
+    @jax.named_scope("qkv")
+    def _qkv(self, x, positions):
+        """Queries, their latent, and the one head of keys, which are values too."""
+        rope_dim = self.dims.rope_dim
+        q_latent = self.q_norm(linear("btd,dr->btr", x, self.q_down))
+        q = linear("btr,rnh->btnh", q_latent, self.q_up)
+        q = rotate_last(unit_rms(q, self.norm_eps), positions, self.rope, rope_dim)
+        kv = self.kv_norm(linear("btd,dh->bth", x, self.kv))
+        kv = rotate_last(kv[:, :, None], positions, self.rope, rope_dim)[:, :, 0]
+        return q, q_latent, kv
+
+    @jax.named_scope("output")
+    def _output(self, out, positions):
         """Project heads to the residual stream, group by group through a narrow middle."""
+        out = rotate_last(out, positions, self.rope, self.dims.rope_dim, sign=-1)
         b, t, n, h = out.shape
         groups = self.dims.out_groups
         out = out.reshape(b, t, groups, n // groups, h)
@@ -148,6 +159,7 @@ class Compressor(nnx.Module):
         self.ratio, self.overlap = ratio, overlap
         self.rope, self.rope_dim = rope, rope_dim
 
+    @jax.named_scope("compress")
     def __call__(self, x, positions, attend, *, name):
         """Compute entries in x's dtype, turned by the first position of their block; and blocks."""
         exact = x.astype(jnp.float32)
@@ -175,6 +187,7 @@ class BlockIndex(nnx.Module):
         self.compressor = Compressor(embed_dim, c, ratio, True, rope, rope_dim, norm_eps, std, rngs)
         self.index, self.rope, self.rope_dim = index, rope, rope_dim
 
+    @jax.named_scope("index")
     def __call__(self, x, q_latent, positions, attend) -> Selection:
         q = linear("btr,rnc->btnc", q_latent, self.q)
         q = rotate_last(q, positions, self.rope, self.rope_dim)

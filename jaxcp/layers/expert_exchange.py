@@ -68,6 +68,7 @@ class _Groups(NamedTuple):
         return jnp.where(place < self.counts[:, None], choices, self.by_device.size).reshape(-1)
 
 
+@jax.named_scope("exchange")
 def exchanged(
     rows: Float[Array, "M D"],
     chosen: Int[Array, "M k"],

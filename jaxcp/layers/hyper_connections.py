@@ -36,6 +36,7 @@ class HyperConnection(nnx.Module):
         self.scale = constant((3,), (None,), 1.0, keep_float32=True)
         self.streams, self.iterations, self.eps, self.norm_eps = streams, iterations, eps, norm_eps
 
+    @jax.named_scope("streams")
     def __call__(self, x):
         """Collapse streams `x [B, T, S, D]` to an input `[B, T, D]`; return `renew`'s `how` too."""
         n = self.streams
@@ -47,6 +48,7 @@ class HyperConnection(nnx.Module):
         square = _split_last(logits, n)
         return _collapse(pre, x), (post, sinkhorn(square, self.iterations, self.eps))
 
+    @jax.named_scope("streams")
     def renew(self, x, y, how):
         """Renew the streams `x [B, T, S, D]` by the sub-layer's output `y [B, T, D]`."""
         post, mixing = how
@@ -65,6 +67,7 @@ class StreamsToOne(nnx.Module):
         self.scale = constant((1,), (None,), 1.0, keep_float32=True)
         self.eps, self.norm_eps = eps, norm_eps
 
+    @jax.named_scope("streams")
     def __call__(self, x):
         u = _projected(x, self.mix, self.norm_eps)
         scale, base = self.scale.astype(jnp.float32), self.base.astype(jnp.float32)

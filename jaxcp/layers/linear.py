@@ -49,8 +49,8 @@ def _spread(x, weight: QuantizedLinear, out_sharding):
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or AxisType.Manual in mesh.axis_types:
         return _product(x, weight)
-    held = jax.tree.map(lambda part: jax.typeof(part).sharding.spec, weight)
-    _, rows, columns = held.matrix.values
+    specs = jax.tree.map(lambda part: jax.typeof(part).sharding.spec, weight)
+    _, rows, columns = specs.matrix.values
     kept = x.ndim - weight.summed
     tokens = (*jax.typeof(x).sharding.spec, *[None] * x.ndim)[:kept]
     inputs = P(*tokens, rows, *[None] * (weight.summed - 1))
@@ -61,7 +61,7 @@ def _spread(x, weight: QuantizedLinear, out_sharding):
         return y if rows is None else lax.psum(y, rows)
 
     # check_vma=False: kernels say nothing of the axes that their results vary over
-    run = jax.shard_map(local, in_specs=(inputs, held), out_specs=outputs, check_vma=False)
+    run = jax.shard_map(local, in_specs=(inputs, specs), out_specs=outputs, check_vma=False)
     y = run(jax.sharding.reshard(x, inputs), weight)
     return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
 

@@ -10,6 +10,7 @@ Sources: DeepSeek-V2 (arXiv 2405.04434), DeepSeek-V3.2 (arXiv 2512.02556).
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -93,7 +94,23 @@ class LatentAttention(nnx.Module):
         index_size = 0 if self.index is None else self.index.index.head_dim
         return Latent.empty(room, layers=layers, size=size, index_size=index_size)
 
+    @jax.named_scope("attention")
     def __call__(self, x, positions, attend):
+        q, q_latent, latent, key_part = self._qkv(x, positions)
+        kv_up = self.kv_up.astype(x.dtype)
+        up = kv_up[..., : self.dims.nope_dim], kv_up[..., self.dims.nope_dim :]
+        selection = None if self.index is None else self.index(x, q_latent, positions)
+        with jax.named_scope("attend"):
+            if selection is None:
+                out = attend.latent(q, (latent, key_part), up, expand=expanded, scale=self.scale)
+            else:
+                out = self._selected(q, latent, key_part, up, selection, attend)
+        with jax.named_scope("output"):
+            return linear("btnv,nvd->btd", out, self.o, tokens_spec(x))
+
+    @jax.named_scope("qkv")
+    def _qkv(self, x, positions):
+        """Queries, their latent, that of keys and values, and the rotated part of keys."""
         d = self.dims
         q_latent = self.q_norm(linear("btd,dr->btr", x, self.q_down))
         q = linear("btr,rnh->btnh", q_latent, self.q_up)
@@ -102,14 +119,7 @@ class LatentAttention(nnx.Module):
         kv = linear("btd,dr->btr", x, self.kv_down)
         latent = self.kv_norm(kv[..., : d.kv_rank])
         key_part = rotate(kv[..., None, d.kv_rank :], positions, self.rope)[:, :, 0]
-        kv_up = self.kv_up.astype(x.dtype)
-        up = kv_up[..., : d.nope_dim], kv_up[..., d.nope_dim :]
-        if self.index is None:
-            out = attend.latent(q, (latent, key_part), up, expand=expanded, scale=self.scale)
-        else:
-            selection = self.index(x, q_latent, positions)
-            out = self._selected(q, latent, key_part, up, selection, attend)
-        return linear("btnv,nvd->btd", out, self.o, tokens_spec(x))
+        return q, q_latent, latent, key_part
 
     def _selected(self, q, latent, key_part, up, selection, attend):
         d, (k_up, v_up) = self.dims, up
@@ -146,6 +156,7 @@ class TokenIndex(nnx.Module):
         self.index, self.rope_dim = index, rope_dim
         self.rope = dataclasses.replace(rope, interleaved=False)
 
+    @jax.named_scope("index")
     def __call__(self, x, q_latent, positions) -> Selection:
         q = self._rotated(linear("btr,rnc->btnc", q_latent, self.q), positions)
         k = self.k_norm(linear("btd,dc->btc", x, self.k))

@@ -38,6 +38,7 @@ class MLP(nnx.Module):
             self.down_bias = constant((embed_dim,), ("embed",), 0.0)
         self.activation, self.use_bias = activation, use_bias
 
+    @jax.named_scope("mlp")
     def __call__(self, x):
         h = linear("btd,df->btf", x, self.up)
         h = h + self.up_bias.astype(x.dtype) if self.use_bias else h
@@ -95,6 +96,7 @@ class GatedMLP(nnx.Module):
         self.down = normal(rngs, (mlp_dim, embed_dim), ("mlp", "embed"), out_std, summed=1)
         self.activation = activation
 
+    @jax.named_scope("mlp")
     def __call__(self, x):
         gate = linear("btd,df->btf", x, self.gate)
         up = linear("btd,df->btf", x, self.up)

@@ -81,6 +81,7 @@ class MoE(nnx.Module):
         self.routing, self.activation, self.use_bias = routing, activation, use_bias
         self.float32_sum, self.reproducible = float32_sum, reproducible
 
+    @jax.named_scope("moe")
     def __call__(self, x, chosen=None, *, positions=None) -> tuple[jax.Array, RouterStats]:
         """`(y [B, T, D], stats)`: what the router did with all real tokens, on every device alike.
 
@@ -146,16 +147,27 @@ class MoE(nnx.Module):
         num_experts = w["router"].shape[1]
         flat = x.reshape(b * t, d)
         of_rows = in_tiles if self.reproducible else _at_once
-        logits = of_rows(lambda x: self._logits(x, w), flat)
-        scores = of_rows(SCORES[self.routing.scores], logits)
-        chosen, stats = self._choice(logits, scores, chosen, positions, w, axes)
-        weights = of_rows(self.routing.weigh, scores, chosen)
+        with jax.named_scope("route"):
+            logits = of_rows(lambda x: self._logits(x, w), flat)
+            scores = of_rows(SCORES[self.routing.scores], logits)
+            chosen, stats = self._choice(logits, scores, chosen, positions, w, axes)
+            weights = of_rows(self.routing.weigh, scores, chosen)
         if experts in axes and lax.axis_size(experts) > 1:
             shared = {name: x for name, x in w.items() if name in EXPERT_WEIGHTS}
             options = {"axis_name": experts, "num_experts": num_experts}
             out = exchanged(flat, chosen, self._applied, shared, **options)
         else:
             out = self._own_experts(flat, chosen, w, experts)
+        y = self._combined(out, chosen, weights, w, of_rows, partial)
+        if "shared" in w:
+            shared = of_rows(lambda x: w["shared"](x[None])[0], flat)
+            dtype = y.dtype if self.float32_sum else x.dtype
+            y = y.astype(dtype) + shared.astype(dtype)
+        return y.reshape(b, t, d), stats
+
+    @jax.named_scope("combine")
+    def _combined(self, out, chosen, weights, w, of_rows, partial):
+        """Sum what the experts made of each row, `out [M, k, D]`, by the router's weights."""
         if partial and self.reproducible:
             out, partial = lax.psum(out, partial), ()  # exact: each choice is of one device
         y = of_rows(_weighed, out, weights)
@@ -164,12 +176,9 @@ class MoE(nnx.Module):
         if self.use_bias:  # after the sum over devices: once
             bias = w["down_bias"].astype(jnp.float32)[chosen]
             y = y + of_rows(_weighed, bias, weights)
-        if "shared" in w:
-            shared = of_rows(lambda x: w["shared"](x[None])[0], flat)
-            dtype = y.dtype if self.float32_sum else x.dtype
-            y = y.astype(dtype) + shared.astype(dtype)
-        return y.reshape(b, t, d), stats
+        return y
 
+    @jax.named_scope("dispatch")
     def _own_experts(self, rows, chosen, w, experts):
         """`[M, k, D]`: what each choice makes of its row; 0 where its expert is elsewhere."""
         each = _number(w["down"])
@@ -183,6 +192,7 @@ class MoE(nnx.Module):
         out = empty.at[order].set(out, unique_indices=True)
         return out.reshape(*chosen.shape, -1)
 
+    @jax.named_scope("experts")
     def _applied(self, w, rows, expert, sizes):
         """`[R, D]` of rows sorted by expert; 0 past the last one's."""
         if self.reproducible:

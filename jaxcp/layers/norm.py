@@ -27,6 +27,7 @@ class RMSNorm(nnx.Module):
         self.scale = constant((size,), (axis,), gain)
         self.eps, self.float32_scale = eps, float32_scale
 
+    @jax.named_scope("norm")
     def __call__(self, x):
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
@@ -43,6 +44,7 @@ class LayerNorm(nnx.Module):
         self.bias = constant((size,), ("embed",), 0.0)
         self.eps = eps
 
+    @jax.named_scope("norm")
     def __call__(self, x):
         y = x.astype(jnp.float32)
         y = y - jnp.mean(y, axis=-1, keepdims=True)

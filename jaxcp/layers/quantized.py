@@ -53,12 +53,12 @@ def of_experts(variable: nnx.Variable) -> bool:
     return "experts" in axes_of(variable)[: 1 + is_stacked(variable)]
 
 
-def quantized_leaf(variable: nnx.Variable, value: Float[Array, "..."], **how: Any) -> Any:
-    """`value` as `variable` holds it when quantized; `how` as `quantize` takes it."""
+def quantized_leaf(variable: nnx.Variable, value: Float[Array, "..."], **options: Any) -> Any:
+    """`value` as `variable` holds it when quantized; `options` as `quantize` takes it."""
     one = of_one_layer(variable)
 
     def of_layer(value):
-        return as_leaf(one, quantize(as_matrix(one, value), **how))
+        return as_leaf(one, quantize(as_matrix(one, value), **options))
 
     return jax.vmap(of_layer)(value) if is_stacked(variable) else of_layer(value)
 
@@ -90,17 +90,17 @@ def widened(value: Any, dtype: Any = jnp.float32) -> Array:
     return wide.reshape(value.shape) if isinstance(value, QuantizedLinear) else wide
 
 
-def quantized_model(model: Any, *, only: Literal["experts", "all"] = "all", **how: Any) -> Any:
+def quantized_model(model: Any, *, only: Literal["experts", "all"] = "all", **options: Any) -> Any:
     """The model with its experts, or every weight that its layers can use so, quantized.
 
-    `how` as `pallas_kernels.quantize` takes it. Embeddings, the head, routers, norms and what a
+    `options` as `pallas_kernels.quantize` takes it. Embeddings, the head, routers, norms and what a
     layer does not simply multiply by stay as they are.
     """
 
     def one(variable):
         if not can_be_quantized(variable) or (only == "experts" and not of_experts(variable)):
             return variable
-        return variable.replace(quantized_leaf(variable, variable.get_value(), **how))
+        return variable.replace(quantized_leaf(variable, variable.get_value(), **options))
 
     return jax.tree.map(one, model, is_leaf=_is_variable)
 
@@ -112,9 +112,11 @@ def widened_model(model: Any, dtype: Any = jnp.float32) -> Any:
 
 def quantized_names(model: Any) -> list[str]:
     """Paths of the parameters of a model that are quantized."""
-    found = jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_variable)
-    held = [(path, leaf) for path, leaf in found if _is_variable(leaf)]
-    named = [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in held]
+    leaves = jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_variable)
+    variables = [(path, leaf) for path, leaf in leaves if _is_variable(leaf)]
+    named = [
+        (jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in variables
+    ]
     return [name for name, leaf in named if is_quantized(leaf.get_value())]
 
 

@@ -57,8 +57,8 @@ class RouterStats(NamedTuple):
 
 def stacked(layers: Sequence[RouterStats | None]) -> RouterStats | None:
     """Stack the statistics of the layers that have a router; None without any."""
-    found = [stats for stats in layers if stats is not None]
-    return jax.tree.map(lambda *x: jnp.stack(x), *found) if found else None
+    routed = [stats for stats in layers if stats is not None]
+    return jax.tree.map(lambda *x: jnp.stack(x), *routed) if routed else None
 
 
 def joined(first: RouterStats | None, then: RouterStats | None) -> RouterStats | None:

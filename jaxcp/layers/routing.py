@@ -75,10 +75,10 @@ class Routing:
           ValueError: groups that `check` refuses.
         """
         self.check(scores.shape[-1], k)
-        wanted = lax.stop_gradient(scores if bias is None else scores + bias)
+        ranked = lax.stop_gradient(scores if bias is None else scores + bias)
         if self.num_groups > 1:
-            wanted = self._only_top_groups(wanted)
-        return lax.top_k(wanted, k)[1]
+            ranked = self._only_top_groups(ranked)
+        return lax.top_k(ranked, k)[1]
 
     def probabilities(self, logits: Float[Array, "M E"]) -> Float[Array, "M E"]:
         """Score all experts, chosen or not, with scores that sum to one: softmax as it is, sigmoid
@@ -95,10 +95,10 @@ class Routing:
             weights = _over_their_sum(weights)
         return weights * self.scale
 
-    def _only_top_groups(self, wanted):
-        tokens, experts = wanted.shape
+    def _only_top_groups(self, ranked):
+        tokens, experts = ranked.shape
         size = experts // self.num_groups
-        grouped = wanted.reshape(tokens, self.num_groups, size)
+        grouped = ranked.reshape(tokens, self.num_groups, size)
         best = lax.top_k(grouped, 2)[0].sum(-1)
         open_groups = lax.top_k(best, self.top_groups)[1]
         is_open = (open_groups[..., None] == jnp.arange(self.num_groups)).any(1)

@@ -139,8 +139,8 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 def _by_architecture(names: Any) -> str | None:
     """The one model_type that all known `names` are of."""
     names = names if isinstance(names, list) else []
-    found = {ARCHITECTURES[x] for x in names if isinstance(x, str) and x in ARCHITECTURES}
-    return found.pop() if len(found) == 1 else None
+    model_types = {ARCHITECTURES[x] for x in names if isinstance(x, str) and x in ARCHITECTURES}
+    return model_types.pop() if len(model_types) == 1 else None
 
 
 def abstract_model(config: Any) -> Any:

@@ -20,14 +20,20 @@ from jaxcp.sharding import tokens_spec
 
 
 class LanguageModel(nnx.Module):
-    """A model is `config`, `layers`, `forward` and `head_kernel`; the rest follows.
+    """A model is `config`, `embedded`, `layers`, `final_norm` and `lm_head`; the rest follows.
+
+    With `config.tie_embeddings` it has no `lm_head`: `embed` is the head. One whose layers are not
+    all of it has a `forward` of its own.
 
     Tokens are `[B, T]`, in the strategy's layout and sharded `P("data", "seq")` under a mesh, in
     natural order without one; `positions` says which token is which.
     """
 
     config: Any
+    embed: Any
     layers: Layers
+    final_norm: Any
+    lm_head: Any
     spelling: tuple[str, ...] = ()
     """Names of tensors in the checkpoint that was loaded, for `save` (`models/weight_table`)."""
     stop_tokens: tuple[int, ...] = ()
@@ -37,11 +43,20 @@ class LanguageModel(nnx.Module):
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], attend: Attend
     ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
         """Final hidden states, and what the routers of all MoE layers did, if there are any."""
+        with jax.named_scope("embed"):
+            x = self.embedded(tokens, positions)
+        x, stats = self.through(self.layers, x, attend, positions)
+        return self.final_norm(x), stats
+
+    def embedded(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Any:
+        """Make of the ids what the first layer takes, in the dtype of the computation."""
         raise NotImplementedError
 
     def head_kernel(self) -> Float[Array, "D V"]:
         """The matrix from hidden states to logits."""
-        raise NotImplementedError
+        if getattr(self.config, "tie_embeddings", False):
+            return self.embed.get_value().T
+        return self.lm_head.get_value()
 
     def attentions(self) -> dict[str, tuple[Any, int]]:
         """The attention of each stack of layers by its name, and how many layers it has.
@@ -130,6 +145,7 @@ class LanguageModel(nnx.Module):
             return block
         return jax.checkpoint(block, static_argnums=static_argnums)
 
+    @jax.named_scope("head")
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Float32 logits of hidden states, accumulated in float32."""
         return jnp.einsum(

@@ -4,6 +4,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -51,11 +52,10 @@ class JoinedMTP(nnx.Module):
 class DraftingModel(LanguageModel):
     """A model that drafts by `mtp(embedded, state, next_tokens, positions, attend)`.
 
-    A model has `embed` and, where `config.num_mtp_layers`, `mtp`. Where it drafts from something
+    A model has, where `config.num_mtp_layers`, `mtp`. Where it drafts from something
     else than `forward` gives, it has `trunk`, `hidden_of` and `drafted` of its own.
     """
 
-    embed: Any
     mtp: Any
 
     def attentions(self):
@@ -110,10 +110,12 @@ class DraftingModel(LanguageModel):
         _, drafts, _ = self.hidden_and_drafts(tokens, following, positions, **options)
         return [self.logits(x) for x in drafts]
 
+    @jax.named_scope("mtp")
     def _draft(self, state, next_tokens, positions, attend):
         if not self.config.num_mtp_layers:
             raise ValueError("drafting needs a model with an MTP layer; num_mtp_layers is 0")
-        embedded = embed(self.embed, next_tokens, state.dtype)
+        with jax.named_scope("embed"):
+            embedded = embed(self.embed, next_tokens, state.dtype)
         mtp = self.recomputed(_mtp, attend, static_argnums=5)
         here = attend.of(attend.kept(MTP), 0)
         drafted = mtp(self.mtp, embedded, state, next_tokens, positions, here)

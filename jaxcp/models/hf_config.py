@@ -187,8 +187,8 @@ class HFConfig(Mapping):
         """Raises NotImplementedError, naming all, for fields that are there with other values."""
         wrong = {k: self[k] for k in allowed if k in self._fields and self[k] not in allowed[k]}
         if wrong:
-            wanted = {k: allowed[k][0] for k in wrong}
-            raise NotImplementedError(f"{self.model_type}: supported are {wanted}; got {wrong}")
+            supported = {k: allowed[k][0] for k in wrong}
+            raise NotImplementedError(f"{self.model_type}: supported are {supported}; got {wrong}")
 
     def agree(self, **values: Any) -> None:
         """Raises ValueError for a field that is there and says something else than another one."""

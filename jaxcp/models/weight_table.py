@@ -48,8 +48,8 @@ class Row:
     @property
     def groups(self) -> list[list[str]]:
         """The axes of the tensor (a stack of experts, where `{e}`), each as the leaf axes in it."""
-        found = re.findall(r"\(([^)]*)\)|(\S+)", self.axes)
-        groups = [(inner or single).split() for inner, single in found]
+        axes = re.findall(r"\(([^)]*)\)|(\S+)", self.axes)
+        groups = [(inner or single).split() for inner, single in axes]
         return [["e"], *groups] if self.per_expert else groups
 
     def to_tensor(self, leaf: np.ndarray) -> np.ndarray:
@@ -165,7 +165,7 @@ def sources(
     Raises:
       ValueError: the table has no row for a leaf.
     """
-    present, wanted = frozenset(available or ()), frozenset(spelling)
+    present, patterns = frozenset(available or ()), frozenset(spelling)
     chosen = {}
     for path in leaves:
         options = [source for row in table for source in _at(row, path, leaves)]
@@ -174,7 +174,7 @@ def sources(
         fitting = (
             source
             for source in options
-            if source.pattern in wanted or not present.isdisjoint(source.names)
+            if source.pattern in patterns or not present.isdisjoint(source.names)
         )
         chosen[path] = next(fitting, options[0])
     return chosen
@@ -197,12 +197,12 @@ def _at(row: Row, path: str, leaves: Mapping[str, Shape]) -> Iterator[Source]:
     siblings = [p.replace("{i}", layer or "") for p in row.all_paths]
     if not all(sibling in leaves for sibling in siblings):
         return
-    held = tuple((sibling, leaves[sibling]) for sibling in siblings)
-    shapes = [row.tensor_shape(shape) for _, shape in held]
+    parts = tuple((sibling, leaves[sibling]) for sibling in siblings)
+    shapes = [row.tensor_shape(shape) for _, shape in parts]
     join = row.join + row.per_expert
     shape = list(shapes[0])
     shape[join] = sum(s[join] for s in shapes)
     experts = range(shape.pop(0)) if row.per_expert else (0,)
     for name in row.all_names:
         names = tuple(name.replace("{i}", layer or "").replace("{e}", str(e)) for e in experts)
-        yield Source(row, name, names, tuple(shape), held)
+        yield Source(row, name, names, tuple(shape), parts)

@@ -56,7 +56,7 @@ def train(
     mesh = config.mesh.make(jax.devices()[: config.mesh.size])
     claim(config)
     with jax.set_mesh(mesh):
-        return _Run(config, mesh).go((*callbacks, ProgressBar()) if progress else callbacks)
+        return Run(config, mesh).go((*callbacks, ProgressBar()) if progress else callbacks)
 
 
 def claim(config: TrainConfig) -> None:
@@ -87,7 +87,9 @@ def _recorded(path: pathlib.Path) -> Any:
 CHECKPOINTS = "checkpoints"
 
 
-class _Run:
+class Run:
+    """A run on a mesh: its source, its state, the program of a step."""
+
     def __init__(self, config: TrainConfig, mesh: jax.sharding.Mesh):
         self.began = time.perf_counter()
         self.config, self.mesh = config, mesh

@@ -52,7 +52,8 @@ def _walk(x, head, targets, weights, *, chunk):
     @jax.checkpoint
     def one(operands):
         hidden, target, weight = operands
-        logits = jnp.einsum("td,dv->tv", hidden, head, preferred_element_type=jnp.float32)
+        with jax.named_scope("head"):
+            logits = jnp.einsum("td,dv->tv", hidden, head, preferred_element_type=jnp.float32)
         # Compare instead of gather: it fuses, and it holds where the vocabulary is sharded too.
         hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == target[:, None]
         picked = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)

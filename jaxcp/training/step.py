@@ -247,6 +247,7 @@ def routing_health(stats: RouterStats) -> dict[str, jax.Array]:
     }
 
 
+@jax.named_scope("balance")
 def balance(others: dict[str, jax.Array], counts: jax.Array, rate: float) -> dict[str, jax.Array]:
     """Move the selection bias of every expert by `rate` towards even load (auxiliary-loss-free
     balancing, DeepSeek-V3, arXiv 2412.19437), and that of one with the mean load not at all.

@@ -99,11 +99,11 @@ class Part:
         fields = (dict(zip(self.values, chosen, strict=True)) for chosen in products)
         every = (dataclasses.replace(shipped, **chosen) for chosen in fields)
         yield shipped
-        for blocks in sorted(every, key=lambda blocks: self._doublings(shipped, blocks)):
+        for blocks in sorted(every, key=lambda blocks: self.doublings(shipped, blocks)):
             if blocks != shipped and fits(self, blocks, shape):
                 yield blocks
 
-    def _doublings(self, one: Any, other: Any) -> float:
+    def doublings(self, one: Any, other: Any) -> float:
         """Count how often a field must be doubled or halved to come from one to the other."""
         pairs = [(getattr(one, name) + 1, getattr(other, name) + 1) for name in self.values]
         return sum(abs(math.log2(a / b)) for a, b in pairs)

@@ -39,7 +39,7 @@ class Row:
     @property
     def text(self) -> str:
         """The row's source, as it would stand in the table."""
-        return self._text(_lines(self.path.read_text()))
+        return self._text(table_lines(self.path.read_text()))
 
     def write(self, path: pathlib.Path | None = None) -> bool:
         """Put the row into the table of `path` (default: the installed one); False if it is there.
@@ -52,7 +52,7 @@ class Row:
         """
         path = path or self.path
         source = path.read_text()
-        lines = _lines(source)
+        lines = table_lines(source)
         old = self._shadow(lines)
         if old is not None and repr(old.cells[4]) == repr(self.blocks):
             return False
@@ -63,7 +63,7 @@ class Row:
             end = old.end if old.cells[:4] == self._key(old) else first
         before, after = source.splitlines()[:first], source.splitlines()[end:]
         text = "\n".join([*before, self._text(lines), *after]) + "\n"
-        now = self._shadow(_lines(text))
+        now = self._shadow(table_lines(text))
         if now is None or repr(now.cells[4]) != repr(self.blocks):
             raise ValueError(f"{path}: with the row in it the table gives {now and now.cells}")
         try:
@@ -109,7 +109,7 @@ class Row:
         return "\n".join(["    (", *(f"        {cell}," for cell in cells), "    ),"])
 
 
-def _lines(source: str) -> list[_Line]:
+def table_lines(source: str) -> list[_Line]:
     """The rows of a table: run the source for their values, parse it for their places."""
     module = types.ModuleType("tuning")
     exec(compile(source, "tuning.py", "exec"), module.__dict__)

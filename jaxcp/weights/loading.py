@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,38 +85,38 @@ def load(
     config = fitted(path, config, checkpoint.shapes.keys())
     with naming(Path(path, CONFIG)):
         graph, state = nnx.split(models.abstract_model(config))
-    flat = [(".".join(map(str, keys)), keys, leaf) for keys, leaf in nnx.to_flat_state(state)]
-    if problem := indivisible(((name, leaf) for name, _, leaf in flat), rules):
+    leaves = [_Leaf(keys, variable) for keys, variable in nnx.to_flat_state(state)]
+    if problem := indivisible(((leaf.name, leaf.variable) for leaf in leaves), rules):
         raise ValueError(f"needed a mesh that divides {problem}")
-    layers = {name: members(name) for name, _, _ in flat}
-    shapes = {member: of_one_layer(leaf).shape for name, _, leaf in flat for member in layers[name]}
+    shapes = {name: leaf.shape_of_layer for leaf in leaves for name in leaf.layers}
     chosen = sources(family.table(config), shapes, checkpoint.shapes)
     ignored = family.weights.left_out(checkpoint.shapes.keys(), config)
     if ignored:
         log.info("%s: left out %d tensors, such as %s", path, len(ignored), min(ignored))
     copies = family.copies(config)
     _check(path, checkpoint, chosen, ignored, copies)
-    of_leaf = {name: [chosen[member] for member in layers[name]] for name in layers}
-    dtypes = {n: _final_dtype(leaf, of_leaf[n], checkpoint, config, dtype) for n, _, leaf in flat}
-    kept = {} if widen else _quantized(flat, chosen, checkpoint, rules)
+    of_leaf = {leaf.name: [chosen[layer] for layer in leaf.layers] for leaf in leaves}
+    dtypes = {
+        leaf.name: _final_dtype(leaf.variable, of_leaf[leaf.name], checkpoint, config, dtype)
+        for leaf in leaves
+    }
+    kept = {} if widen else _quantized(leaves, chosen, checkpoint, rules)
     _log_widened(path, of_leaf, checkpoint, kept)
-    sizes = {n: math.prod(leaf.shape) * dtypes[n].itemsize for n, _, leaf in flat}
-    total = sum((sizes | {n: sum(x.nbytes for x in kept[n]) for n in kept}).values())
     read: dict = {}
     nonfinite: collections.Counter = collections.Counter()
-    with progress_bar(total, progress) as advance:
-        for name, keys, leaf in flat:
-            final, stacked = dtypes[name], is_stacked(leaf)
-            if name in kept:
+    with progress_bar(_bytes(leaves, dtypes, kept), progress) as advance:
+        for leaf in leaves:
+            final, stacked = dtypes[leaf.name], is_stacked(leaf.variable)
+            if leaf.name in kept:
                 of_bytes = functools.partial(counted, advance=advance)
-                value, odd = stream_quantized(kept[name], of_bytes, stacked=stacked)
+                value, odd = stream_quantized(kept[leaf.name], of_bytes, stacked=stacked)
             else:
-                pieces = (chosen[x].pieces(x, checkpoint.read) for x in layers[name])
+                pieces = (chosen[layer].pieces(layer, checkpoint.read) for layer in leaf.layers)
                 joined = in_layers(pieces) if stacked else next(pieces)
                 joined = counted(joined, final.itemsize, advance)
-                value, odd = _stream(name, joined, leaf, final, rules)
+                value, odd = _stream(leaf.name, joined, leaf.variable, final, rules)
             nonfinite.update({(tensor, final): n for tensor, n in odd.items()})
-            read[keys] = leaf.replace(value)
+            read[leaf.keys] = leaf.variable.replace(value)
     if not allow_nonfinite:
         _check_finite(path, checkpoint, nonfinite)
     model = nnx.merge(graph, nnx.from_flat_state(list(read.items())))
@@ -125,6 +125,36 @@ def load(
     model.stop_tokens = stop_tokens
     tokenizer = Path(path, TOKENIZER)
     return model, Tokenizer.from_file(tokenizer) if tokenizer.exists() else None
+
+
+class _Leaf(NamedTuple):
+    """A leaf of the model without its array."""
+
+    keys: tuple
+    variable: nnx.Variable
+
+    @property
+    def name(self) -> str:
+        return ".".join(map(str, self.keys))
+
+    @property
+    def layers(self) -> list[str]:
+        """The name that each layer's part would have by itself; of no stack, its own."""
+        return members(self.name)
+
+    @property
+    def shape_of_layer(self) -> tuple[int, ...]:
+        return of_one_layer(self.variable).shape
+
+
+def _bytes(leaves: Sequence[_Leaf], dtypes: Mapping[str, Any], kept: Mapping[str, Any]) -> int:
+    """Count the bytes that the leaves will take; those that stay quantized, as they are."""
+    return sum(
+        sum(source.nbytes for source in kept[leaf.name])
+        if leaf.name in kept
+        else math.prod(leaf.variable.shape) * dtypes[leaf.name].itemsize
+        for leaf in leaves
+    )
 
 
 def _check_finite(path, checkpoint: Checkpoint, nonfinite: Mapping[tuple[str, Any], int]) -> None:
@@ -143,20 +173,22 @@ def _check_finite(path, checkpoint: Checkpoint, nonfinite: Mapping[tuple[str, An
 
 
 def _quantized(
-    flat, chosen: Mapping[str, Source], checkpoint: Checkpoint, rules: Rules
+    leaves: Sequence[_Leaf],
+    chosen: Mapping[str, Source],
+    checkpoint: Checkpoint,
+    rules: Rules,
 ) -> dict[str, list[QuantizedSource]]:
     """The sources of the leaves that stay quantized, by name: one, or one for each layer."""
     if not checkpoint.packed and not checkpoint.turned:
         return {}
     kept = {}
-    for name, _, leaf in flat:
-        one = of_one_layer(leaf)
+    for leaf in leaves:
+        one = of_one_layer(leaf.variable)
         every = (
-            quantized_source(one, member, chosen[member], checkpoint, rules)
-            for member in members(name)
+            quantized_source(one, layer, chosen[layer], checkpoint, rules) for layer in leaf.layers
         )
         if fitting := stackable(every):
-            kept[name] = fitting
+            kept[leaf.name] = fitting
     return kept
 
 

@@ -277,8 +277,8 @@ def check_carry(q, v, carry):
     """Raise ValueError for a carry that is no `(out, lse)` of these queries and values."""
     if carry is None:
         return
-    wanted = (*q.shape[:3], v.shape[3]), q.shape[:3]
-    if len(carry) != 2 or tuple(x.shape for x in carry) != wanted:
+    shapes = (*q.shape[:3], v.shape[3]), q.shape[:3]
+    if len(carry) != 2 or tuple(x.shape for x in carry) != shapes:
         raise ValueError(
-            f"carry must be (out, lse) of shapes {wanted}; got {[x.shape for x in carry]}"
+            f"carry must be (out, lse) of shapes {shapes}; got {[x.shape for x in carry]}"
         )

@@ -64,8 +64,8 @@ def visibility(mask: Mask, q: Bounds, kv: Bounds, segmented: bool):
 
 def visible(mask: Mask, q, kv):
     """Apply the mask to ids that broadcast: lists `[positions]` or `[positions, segment ids]`."""
-    seen = mask.sees_all(q[0], q[0], kv[0], kv[0])  # a pair is a block of one query and one key
-    return seen & (q[1] == kv[1]) if len(q) == 2 else seen
+    pairs = mask.sees_all(q[0], q[0], kv[0], kv[0])  # a pair is a block of one query and one key
+    return pairs & (q[1] == kv[1]) if len(q) == 2 else pairs
 
 
 MOST_PAIRS = 1 << 22  # pairs of blocks sorted at once; of more, some rows at a time
@@ -108,12 +108,12 @@ def _partition(some, every):
     """Make the `block_lists` of booleans `[B, rows, columns]`."""
     partly = some & ~every
     before = jnp.stack([jnp.cumsum(x, axis=-1) for x in (every, partly, ~some)]) - 1
-    full, seen = every.sum(-1, keepdims=True), some.sum(-1, keepdims=True)
+    full, visited = every.sum(-1, keepdims=True), some.sum(-1, keepdims=True)
     # a stable three-way partition; XLA's sort takes longer on a GPU than this
-    place = jnp.where(every, before[0], jnp.where(partly, full + before[1], seen + before[2]))
+    place = jnp.where(every, before[0], jnp.where(partly, full + before[1], visited + before[2]))
     column = jax.lax.broadcasted_iota(jnp.int32, some.shape, 2)
     order = jnp.put_along_axis(jnp.zeros_like(column), place, column, axis=-1, inplace=False)
-    return order, jnp.concatenate([full, seen], axis=-1).astype(jnp.int32)
+    return order, jnp.concatenate([full, visited], axis=-1).astype(jnp.int32)
 
 
 def unsupported(name, q, v, *, dtypes=("float32", "bfloat16"), head_dim=256):

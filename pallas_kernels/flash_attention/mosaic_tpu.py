@@ -37,7 +37,7 @@ def forward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, mask, soft_cap, scale, car
     b, t, n, _ = q.shape
     call = _Call("mosaic_forward", q, k, v, mask, q_pos, kv_pos, q_seg, kv_seg, queries_inner=False)
     lse = None if carry is None else carry[1]
-    call.scalars.append(_safe(q, k, q_pos, kv_pos, lse, soft_cap, scale).reshape(-1))
+    call.scalars.append(within_bound(q, k, q_pos, kv_pos, lse, soft_cap, scale).reshape(-1))
     before = [] if carry is None else [call.outs(*exactly(carry[0])), call.rows(carry[1])]
     kernel_dtype = jnp.float32 if jnp.dtype(out_dtype) == jnp.float16 else out_dtype
     out, lse = call(
@@ -56,7 +56,8 @@ def _check(q, v):
     tiles.unsupported("mosaic_tpu", q, v, dtypes=("float32", "bfloat16", "float16"), head_dim=512)
 
 
-def _safe(q, k, q_pos, kv_pos, lse, soft_cap, scale):
+def within_bound(q, k, q_pos, kv_pos, lse, soft_cap, scale):
+    """Tell for each head whether its scores are so small that no exponential overflows."""
     keys = tile.longest(k, kv_pos == PAD_POSITION)
     return tile.safe(tile.longest(q, q_pos == NO_POSITION), keys, lse, soft_cap, scale)
 

@@ -328,9 +328,9 @@ def backward_kernel(
     """
     *before, dq_ref, dk_ref, dv_ref, dq_acc, dk_acc, dv_acc = refs
 
-    def put(ref, found, which, new):
-        found = _columns(found, ref)
-        ref[...] = found + jnp.where(new, 0.0, before[which][...]) if before else found
+    def put(ref, gradient, which, new):
+        gradient = _columns(gradient, ref)
+        ref[...] = gradient + jnp.where(new, 0.0, before[which][...]) if before else gradient
 
     dq_new, dkv_new = (None, None) if fresh is None else fresh
 

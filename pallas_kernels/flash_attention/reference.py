@@ -24,8 +24,8 @@ def _scores(q, k, soft_cap, scale):
 def forward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, *, mask, soft_cap, scale, carry, out_dtype):
     b, t, n, _ = q.shape
     s = _scores(q, k, soft_cap, scale)
-    seen = mask.visible(q_pos, kv_pos, q_seg, kv_seg)[:, None, None]
-    s = jnp.where(seen, s, -jnp.inf)
+    visible = mask.visible(q_pos, kv_pos, q_seg, kv_seg)[:, None, None]
+    s = jnp.where(visible, s, -jnp.inf)
     lse = jax.nn.logsumexp(s, axis=-1)
     # a row with nothing to see has lse = -inf: shift by 0 there, so that exp(-inf) = 0 and not NaN
     p = jnp.exp(s - jnp.where(jnp.isneginf(lse), 0.0, lse)[..., None])
@@ -45,13 +45,13 @@ def backward(q, k, v, q_pos, kv_pos, q_seg, kv_seg, lse, dout, delta, *, mask, s
     group = (b, t, kv_heads, n // kv_heads)
     acc = np.promote_types(q.dtype, np.float32)
     s = _scores(q, k, soft_cap, scale)
-    seen = mask.visible(q_pos, kv_pos, q_seg, kv_seg)[:, None, None]
+    visible = mask.visible(q_pos, kv_pos, q_seg, kv_seg)[:, None, None]
 
     def per_row(x):  # [B, T, N] -> [B, K, G, T, 1]
         return x.reshape(group).transpose(0, 2, 3, 1)[..., None]
 
     shift = per_row(jnp.where(jnp.isneginf(lse), 0.0, lse))
-    p = jnp.where(seen, jnp.exp(jnp.where(seen, s, -jnp.inf) - shift), 0.0)
+    p = jnp.where(visible, jnp.exp(jnp.where(visible, s, -jnp.inf) - shift), 0.0)
     do = dout.reshape(*group, v.shape[-1])
     dv = jnp.einsum("bkgts,btkgh->bskh", p.astype(do.dtype), do, preferred_element_type=acc)
     dp = jnp.einsum("btkgh,bskh->bkgts", do, v, preferred_element_type=acc)

@@ -173,11 +173,11 @@ class _Ring(tile.Tile):
         ]
 
     def _coordinates(self, index):
-        found: list = []
+        coordinates: list = []
         for name in reversed(self.axes):
-            found.insert(0, index % lax.axis_size(name))
+            coordinates.insert(0, index % lax.axis_size(name))
             index = index // lax.axis_size(name)
-        return found
+        return coordinates
 
     def queries(self, x):
         return side_by_side(x, self.t, self.h)

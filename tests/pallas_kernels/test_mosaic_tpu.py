@@ -21,8 +21,8 @@ def test_gradients_of_more_queries_than_vmem_holds(monkeypatch, documents):
 def test_with_and_without_a_bound_on_the_scores(monkeypatch, scale, carry):
     """A head whose scores could overflow an exponential takes the online softmax, no other does."""
     said = []
-    safe = mosaic_tpu._safe
-    monkeypatch.setattr(mosaic_tpu, "_safe", lambda *args: noted(safe(*args)))
+    safe = mosaic_tpu.within_bound
+    monkeypatch.setattr(mosaic_tpu, "within_bound", lambda *args: noted(safe(*args)))
 
     def noted(flags):
         jax.debug.callback(said.append, flags)
@@ -39,7 +39,7 @@ def test_the_bound_counts_what_is_seen_and_refuses_nan():
     positions, pads = np.arange(4, dtype=np.int32)[None], np.full((1, 4), PAD_POSITION, np.int32)
 
     def safe(k, kv_positions, lse=None, soft_cap=None):
-        found = mosaic_tpu._safe(q, k, positions, kv_positions, lse, soft_cap, scale=1.0)
+        found = mosaic_tpu.within_bound(q, k, positions, kv_positions, lse, soft_cap, scale=1.0)
         return np.asarray(found)[0].tolist()
 
     assert safe(k, positions) == [1, 1]

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxcp.layers.attention import Attention
+from jaxcp.layers.block import ResidualBlock
 from jaxcp.layers.mlp import MLP
 from jaxcp.layers.norm import LayerNorm
 from jaxcp.layers.parameter import normal
@@ -13,7 +14,7 @@ from jaxcp.models.base import LanguageModel, embed
 from jaxcp.models.gpt.config import GPTConfig
 
 
-class Block(nnx.Module):
+class Block(ResidualBlock):
     def __init__(self, config: GPTConfig, layer: int, rngs: nnx.Rngs):
         std, out_std = 0.02, 0.02 * (2 * config.num_layers) ** -0.5
         heads = config.num_heads
@@ -40,10 +41,6 @@ class Block(nnx.Module):
             rngs=rngs,
         )
 
-    def __call__(self, x, positions, attend):
-        x = x + self.attention(self.attention_norm(x), positions, attend)
-        return x + self.mlp(self.mlp_norm(x)), None
-
 
 class GPT(LanguageModel):
     """GPT-2, at nanoGPT's scale: learned positions, LayerNorm, dense layers.
@@ -66,12 +63,6 @@ class GPT(LanguageModel):
             head = config.embed_dim, config.vocab_size
             self.lm_head = normal(rngs, head, ("embed", "vocab"), 0.02)
 
-    def forward(self, tokens, positions, attend):
+    def embedded(self, tokens, positions):
         dtype = jnp.dtype(self.config.dtype)
-        x = embed(self.embed, tokens, dtype) + embed(self.position_embed, positions, dtype)
-        x, _ = self.through(self.layers, x, attend, positions)
-        return self.final_norm(x), None
-
-    def head_kernel(self):
-        tied = self.config.tie_embeddings
-        return self.embed.get_value().T if tied else self.lm_head.get_value()
+        return embed(self.embed, tokens, dtype) + embed(self.position_embed, positions, dtype)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxcp.layers.attention import Attention
+from jaxcp.layers.block import ResidualBlock
 from jaxcp.layers.mlp import GatedMLP
 from jaxcp.layers.moe import MoE
 from jaxcp.layers.ngram import NGram
@@ -20,7 +21,7 @@ from jaxcp.models.drafting import DraftingModel, JoinedMTP
 from jaxcp.models.hybrid_moe.config import HybridMoEConfig
 
 
-class Block(nnx.Module):
+class Block(ResidualBlock):
     def __init__(self, config: HybridMoEConfig, layer: int, rngs: nnx.Rngs):
         c, kind = config, config.kind(layer)
         std = c.embed_dim**-0.5
@@ -62,14 +63,6 @@ class Block(nnx.Module):
                 rngs=rngs,
             )
 
-    def __call__(self, x, positions, attend):
-        x = x + self.attention(self.attention_norm(x), positions, attend)
-        x_norm = self.mlp_norm(x)
-        if isinstance(self.mlp, MoE):
-            y, stats = self.mlp(x_norm, positions=positions)
-            return x + y, stats
-        return x + self.mlp(x_norm), None
-
 
 class HybridMoE(DraftingModel):
     """A stack of full, window and position-free attention with dense and mixture-of-experts layers.
@@ -101,13 +94,9 @@ class HybridMoE(DraftingModel):
                 rngs=rngs,
             )
 
-    def forward(self, tokens, positions, attend):
-        x = self._embedded(tokens, jnp.dtype(self.config.dtype))
-        x, stats = self.through(self.layers, x, attend, positions)
-        return self.final_norm(x), stats
-
-    def _embedded(self, tokens, dtype):
-        width = self.config.ngram.width
+    def embedded(self, tokens, positions):
+        del positions  # attention turns by them, or nothing does
+        dtype, width = jnp.dtype(self.config.dtype), self.config.ngram.width
         if tokens.shape[2:] != ((width,) if width > 1 else ()):
             raise ValueError(
                 f"this model embeds windows of {width} tokens; got ids {tokens.shape}. "
@@ -117,10 +106,6 @@ class HybridMoE(DraftingModel):
         if width == 1:
             return embed(self.embed, tokens, dtype)
         return embed(self.embed, tokens[..., 0], dtype) + self.ngram(tokens, dtype)
-
-    def head_kernel(self):
-        tied = self.config.tie_embeddings
-        return self.embed.get_value().T if tied else self.lm_head.get_value()
 
 
 def norm(config: HybridMoEConfig) -> RMSNorm:

@@ -26,9 +26,9 @@ def _layer(name: str | tuple[str, ...], axes: str, path: str, leaf_axes: str) ->
     return Row(tuple(f"{LAYER}.{n}" for n in names), axes, f"layers.{{i}}.{path}", leaf_axes)
 
 
-def _both(name: str, axes: str, suffix: str, leaf_axes: str, **how) -> Row:
+def _both(name: str, axes: str, suffix: str, leaf_axes: str, **options) -> Row:
     paths = f"layers.{{i}}.mlp.gate{suffix}", f"layers.{{i}}.mlp.up{suffix}"
-    return Row(f"{EXPERTS}.{name}", axes, paths, leaf_axes, **how)
+    return Row(f"{EXPERTS}.{name}", axes, paths, leaf_axes, **options)
 
 
 def _shared(kind: str) -> tuple[str, str]:

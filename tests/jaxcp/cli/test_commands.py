@@ -233,7 +233,7 @@ def machine(monkeypatch):
 
     def has(*files, plugins=("xla_cuda13", "jax_plugins.xla_cuda13")):
         monkeypatch.setattr(sys, "platform", "linux")
-        monkeypatch.setattr(accelerators, "_plugins", lambda: set(plugins))
+        monkeypatch.setattr(accelerators, "plugins", lambda: set(plugins))
         monkeypatch.setattr(
             accelerators.glob, "glob", lambda pattern: fnmatch.filter(files, pattern)
         )
@@ -274,7 +274,7 @@ def test_cpus_are_chosen_where_there_is_surely_nothing_else(machine, monkeypatch
 def test_the_plugins_are_those_that_jax_finds():
     """What is installed here is known, so that commands are quiet here; nothing is imported."""
     code = (
-        "import sys; from jaxcp import accelerators as a; print(sorted(a._plugins()), "
+        "import sys; from jaxcp import accelerators as a; print(sorted(a.plugins()), "
         "[name for name in ('jax', 'jax_plugins', 'numpy') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

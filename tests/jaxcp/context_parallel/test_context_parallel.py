@@ -13,6 +13,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from pairwise import each_value, pairwise
 from slow import slow_but
+from strategies import VARIANTS
 
 import jaxcp
 from jaxcp.context_parallel import (
@@ -32,17 +33,6 @@ B, T, N, K, H = 2, 45, 8, 2, 8  # T: no number of shards but 1 and 3 divides it
 EVERYTHING = {"window": 17, "soft_cap": 2.0, "scale": 0.4}
 LAYOUTS = (Zigzag(), Contiguous(), Striped())
 TOLERANCE = 2e-6  # float32, relative to the greatest entry (at least 1)
-VARIANTS = (
-    Ring(),
-    Ring(bidirectional=True),
-    RingPassQ(),
-    AllGather(),
-    AllGather(chunks=3),
-    Ulysses(),
-    USP(ulysses=2),
-    Halo(),
-    FixedOrder(),
-)
 OPTIONS = (Ring(bidirectional=True), AllGather(chunks=3))
 HEADS, TOKENS = P("data", "seq", "model"), P("data", "seq")
 SPECS = {"q": HEADS, "k": HEADS, "v": HEADS, "dout": HEADS, "sinks": P("model")}

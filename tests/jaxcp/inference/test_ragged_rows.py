@@ -61,10 +61,9 @@ def short(monkeypatch):
 
     @functools.cache
     def jitted(fn, donate):
-        static = {steps._prefill: (7, 8), steps._whole: (3,)}.get(fn, ())
-        return jax.jit(fn, static_argnums=static, **options)
+        return jax.jit(fn, static_argnums=steps.STATIC.get(fn, ()), **options)
 
-    monkeypatch.setattr(steps, "_jitted", jitted)
+    monkeypatch.setattr(steps, "jitted", jitted)
     monkeypatch.setattr(steps, "EXTEND_SIZES", (1, 4))
 
 

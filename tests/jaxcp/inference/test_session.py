@@ -4,22 +4,16 @@
 import jax
 import numpy as np
 import pytest
-from flax import nnx
+from talkative import talkative_gpt
 
 import jaxcp
-from jaxcp import GPT, GPTConfig
 from jaxcp.text.tokenizer import byte_level
 from jaxcp.weights.placement import place
-
-CONFIG = GPTConfig(vocab_size=256, max_positions=160, num_layers=1, num_heads=2, embed_dim=16)
 
 
 @pytest.fixture(scope="module")
 def model():
-    model = GPT(CONFIG, rngs=nnx.Rngs(1))
-    model.embed[...] = model.embed[...] * 20  # or every answer is the same token for ever
-    model.position_embed[...] = model.position_embed[...] * 20
-    return model
+    return talkative_gpt(160)
 
 
 @pytest.fixture
@@ -28,7 +22,7 @@ def engine(model):
 
 
 def buffers(session):
-    return [x.unsafe_buffer_pointer() for x in jax.tree.leaves(session._cache.layers)]
+    return [x.unsafe_buffer_pointer() for x in jax.tree.leaves(session.cache.layers)]
 
 
 def say(session, ids, count=4, **options):
@@ -48,7 +42,7 @@ def test_only_the_new_turn_is_prefilled(engine):
     assert (stats.prefilled, stats.reused, stats.turns, stats.generated) == (1 + 3, 73, 2, 4)
     assert stats.tokens == 73 + 4 + 3
     assert stats.prefill_tokens_per_second > 0 and stats.decode_tokens_per_second > 0
-    assert stats.cache_bytes_per_device == session._cache.bytes_per_device() > 0
+    assert stats.cache_bytes_per_device == session.cache.bytes_per_device() > 0
     # and it is as if all had been said at once
     assert say(engine.session(), [*PROMPT, *first, 1, 2, 3]) == second
 
@@ -128,7 +122,7 @@ def test_a_session_remembers_its_mesh(model, mesh_of):
         engine = jaxcp.Engine(place(model), None, max_len=160)
     session = engine.session()
     first = say(session, PROMPT)
-    assert jax.tree.leaves(session._cache.layers)[0].sharding.device_set == set(devices)
+    assert jax.tree.leaves(session.cache.layers)[0].sharding.device_set == set(devices)
     alone = jaxcp.Engine(model, None, max_len=160).session()
     assert first == say(alone, PROMPT)
     assert say(session, [1, 2]) == say(alone, [1, 2])

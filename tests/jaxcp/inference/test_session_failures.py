@@ -5,26 +5,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from talkative import talkative_gpt
 from tiny_checkpoints import FIXTURES
 
 import jaxcp
-from jaxcp import GPT, GPTConfig
 from jaxcp.context_parallel import Halo
 from jaxcp.inference import session as session_module
 from jaxcp.text.tokenizer import byte_level
 from jaxcp.weights.placement import place
 
-CONFIG = GPTConfig(vocab_size=256, max_positions=64, num_layers=1, num_heads=2, embed_dim=16)
 SAMPLED = {"temperature": 2.0, "top_p": 0.9, "max_new_tokens": 3}
 
 
 @pytest.fixture(scope="module")
 def model():
-    model = GPT(CONFIG, rngs=nnx.Rngs(1))
-    model.embed[...] = model.embed[...] * 20  # or every answer is the same token for ever
-    model.position_embed[...] = model.position_embed[...] * 20
-    return model
+    return talkative_gpt(64)
 
 
 @pytest.fixture
@@ -34,6 +29,11 @@ def engine(model):
 
 def say(session, ids, **options):
     return list(session.send(ids, **(SAMPLED | options)))
+
+
+def say_later(session):
+    """An answer of one token that nobody has read yet; a later `send` would forbid to."""
+    return session.send([1], max_new_tokens=1)
 
 
 class Failure(BaseException):
@@ -60,7 +60,7 @@ def failing(fn, *, on=0, after=False):
 @pytest.mark.parametrize("shared", [False, True], ids=["", "fork"])
 @pytest.mark.parametrize(
     "name, after",
-    [("prefill", False), ("prefill", True), ("_sample", False)],
+    [("prefill", False), ("prefill", True), ("draw", False)],
     ids=["before the prefill", "after the prefill", "in sampling"],
 )
 def test_a_turn_that_fails_at_its_first_token_was_not(name, after, shared, engine, monkeypatch):
@@ -82,7 +82,7 @@ def test_a_turn_that_fails_at_its_first_token_was_not(name, after, shared, engin
 
 @pytest.mark.parametrize(
     "name, after, on",
-    [("decode_step", False, 1), ("decode_step", True, 1), ("_sample", False, 2)],
+    [("decode_step", False, 1), ("decode_step", True, 1), ("draw", False, 2)],
 )
 def test_a_turn_that_fails_later_holds_what_was_yielded(name, after, on, engine, monkeypatch):
     session, other = engine.session(), engine.session()
@@ -95,7 +95,7 @@ def test_a_turn_that_fails_later_holds_what_was_yielded(name, after, on, engine,
     assert len(seen) == 2 and session.stats.generated == 2
     assert say(session, [3], temperature=0) == say(other, [1, 2, *seen, 3], temperature=0)
     assert session.stats.tokens == other.stats.tokens
-    assert session._cached == other._cached and len(session._cached) == session.stats.tokens
+    assert session.tokens == other.tokens and len(session.tokens) == session.stats.tokens + 1
 
 
 def test_an_error_that_comes_with_the_result(engine, monkeypatch):
@@ -110,7 +110,7 @@ def test_an_error_that_comes_with_the_result(engine, monkeypatch):
 
     session, other = engine.session(), engine.session()
     first = say(session, [1, 2], temperature=0)
-    object.__setattr__(session._cache, "lengths", Poisoned())
+    object.__setattr__(session.cache, "lengths", Poisoned())
     assert say(session, [3], temperature=0) == say(other, [1, 2, *first, 3], temperature=0)
     assert (session.stats.reused, session.stats.prefilled) == (0, 6)
 
@@ -132,7 +132,7 @@ def test_an_error_of_the_tokenizer(model, monkeypatch):
         with pytest.raises(UnicodeError):
             list(session.send("ab", max_new_tokens=9))
     other = jaxcp.Engine(model, None, max_len=64).session()
-    assert session._cached + session._pending == [97, 98, *taken]
+    assert session.tokens == [97, 98, *taken]
     answer = "".join(session.send("c", max_new_tokens=3))
     ids = say(other, [97, 98, *taken, 99], temperature=0)
     assert answer == tokenizer.decode(ids)
@@ -158,13 +158,14 @@ NO_IDS = (
 @pytest.mark.parametrize("ids", NO_IDS, ids=repr)
 def test_what_is_no_prompt(ids, engine):
     session = engine.session()
+    answer = say_later(session)
     with pytest.raises(ValueError, match="ids"):
         session.send(ids)
-    assert session._turn is None
+    assert len(list(answer)) == 1
     for step in (
         lambda: jaxcp.logits(engine.model, [ids]),
-        lambda: jaxcp.prefill(engine.model, session._cache, [ids]),
-        lambda: jaxcp.decode_step(engine.model, session._cache, ids),
+        lambda: jaxcp.prefill(engine.model, session.cache, [ids]),
+        lambda: jaxcp.decode_step(engine.model, session.cache, ids),
     ):
         with pytest.raises(ValueError, match=r"token ids must|must be \["):
             step()
@@ -179,7 +180,7 @@ def test_integers_of_every_width_are_ids(engine):
 
 @pytest.mark.parametrize("lengths", [[1.9], [True], ["1"], [2**32 + 1], [None], 1, [[1]]], ids=repr)
 def test_what_is_no_length(lengths, engine):
-    cache = engine.session()._cache
+    cache = engine.session().cache
     with pytest.raises(ValueError, match="lengths must be"):
         jaxcp.prefill(engine.model, cache, [[1, 2]], lengths=lengths)
 
@@ -196,9 +197,10 @@ def test_what_is_no_length(lengths, engine):
 )
 def test_what_is_no_option_of_a_turn(options, message, engine):
     session = engine.session()
+    answer = say_later(session)
     with pytest.raises(ValueError, match=message):
         session.send([1], **options)
-    assert session._turn is None
+    assert len(list(answer)) == 1
 
 
 @pytest.mark.parametrize(

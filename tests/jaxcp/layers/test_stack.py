@@ -129,7 +129,7 @@ def test_layers_run_in_their_order_and_keep_their_own(wide):
 @jax.jit
 def unrolled(model, tokens, positions):
     """The model's hidden states, by its blocks one after the other."""
-    x, attend = model._embedded(tokens, jnp.float32), model.attend_over(positions)
+    x, attend = model.embedded(tokens, positions), model.attend_over(positions)
     for block in model.layers:
         x, _ = block(x, positions, attend)
     return model.final_norm(x)

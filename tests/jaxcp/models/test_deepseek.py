@@ -41,7 +41,7 @@ def states(model, batch, strategy=None, count=None):
     tokens, positions = batch["tokens"], batch["positions"]
     attend = WholeSequence(positions, strategy=strategy, consecutive=strategy is not None)
     v4 = isinstance(model, jaxcp.DeepSeekV4)
-    x = model.streams(tokens) if v4 else model.embedded(tokens)
+    x = model.embedded(tokens, positions)
     found = [x]
     for layer in model.layers[:count]:
         x, _ = layer(x, *([tokens] if v4 else []), positions, attend)

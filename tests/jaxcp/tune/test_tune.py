@@ -28,7 +28,7 @@ from jaxcp.tune import (
     tpu_cost,
 )
 from jaxcp.tune.inputs import fill
-from jaxcp.tune.rows import _lines
+from jaxcp.tune.rows import table_lines
 from pallas_kernels.dispatch import trying
 from pallas_kernels.flash_attention import flash_attention, tuning
 
@@ -141,7 +141,7 @@ def row(kind, head_dim=128, op="flash_attention", target="v6e", part="mosaic_for
 
 
 def table(path):
-    return [line.cells[:4] for line in _lines(path.read_text())]
+    return [line.cells[:4] for line in table_lines(path.read_text())]
 
 
 def test_a_row_goes_in_front_of_what_would_shadow_it(tmp_path):
@@ -292,7 +292,7 @@ def test_a_short_limit_leaves_the_worst_untried():
         shipped = about.tuning.Blocks(**record["shipped"]["blocks"])
         trial = list(about.candidates(shipped, record["shape"]))
         assert trial[0] == shipped and len(set(trial)) == len(trial)
-        steps = [about._doublings(shipped, blocks) for blocks in trial]
+        steps = [about.doublings(shipped, blocks) for blocks in trial]
         assert steps == sorted(steps) and steps[0] == 0 < steps[1]
         if record["op"] == "grouped_matmul":
             costs = {about.tuning.Blocks(**x["blocks"]): x["cost"] for x in record["tried"]}

@@ -8,6 +8,7 @@ and 2512.02556.
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxcp.layers.block import ResidualBlock
 from jaxcp.layers.mla import LatentAttention
 from jaxcp.layers.mlp import GatedMLP
 from jaxcp.layers.moe import MoE
@@ -19,7 +20,7 @@ from jaxcp.models.deepseek.v3.config import DeepSeekV3Config
 from jaxcp.models.drafting import DraftingModel, JoinedMTP
 
 
-class Block(nnx.Module):
+class Block(ResidualBlock):
     def __init__(self, config: DeepSeekV3Config, layer: int, rngs: nnx.Rngs):
         c = config
         std = c.embed_dim**-0.5
@@ -55,14 +56,6 @@ class Block(nnx.Module):
                 rngs=rngs,
             )
 
-    def __call__(self, x, positions, attend):
-        x = x + self.attention(self.attention_norm(x), positions, attend)
-        x_norm = self.mlp_norm(x)
-        if isinstance(self.mlp, MoE):
-            y, stats = self.mlp(x_norm, positions=positions)
-            return x + y, stats
-        return x + self.mlp(x_norm), None
-
 
 class DeepSeekV3(DraftingModel):
     """DeepSeek-V3, V3.2 and Kimi K2, with random weights: `DeepSeekV3(config, rngs=nnx.Rngs(0))`.
@@ -85,14 +78,6 @@ class DeepSeekV3(DraftingModel):
                 rngs=rngs,
             )
 
-    def forward(self, tokens, positions, attend):
-        x = self.embedded(tokens)
-        x, stats = self.through(self.layers, x, attend, positions)
-        return self.final_norm(x), stats
-
-    def embedded(self, tokens):
-        """`[..., D]` of token ids, in the dtype of the computation."""
+    def embedded(self, tokens, positions):
+        del positions  # attention turns by them
         return embed(self.embed, tokens, jnp.dtype(self.config.dtype))
-
-    def head_kernel(self):
-        return self.lm_head.get_value()

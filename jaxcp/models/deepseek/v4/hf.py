@@ -160,24 +160,26 @@ def _layers(d: HFConfig) -> tuple[str, int, int]:
     count = d.size("num_hidden_layers")
     types, ratios = d.kinds("layer_types", count), d.places("compress_ratios")
     rates = dict(d.get("compress_rates") or {})
-    found = []
+    patterns = []
     if types is not None:
         letters = {name: kind for kind, name in KINDS.items()}
-        found.append("".join(_each(types, letters, "layer_types")))
+        patterns.append("".join(_each(types, letters, "layer_types")))
         sparse, heavy = (d["compress_rates"][KINDS[kind]] for kind in "CH")
     else:
         sparse, heavy = rates.get(KINDS["C"], 4), rates.get(KINDS["H"], 128)
     if unknown := rates.keys() - {KINDS["C"], KINDS["H"]}:
         raise NotImplementedError(f"deepseek_v4: compress_rates, not known are {sorted(unknown)}")
     if ratios is not None:
-        found.append("".join(_each(ratios[:count], HUB_RATIOS, "compress_ratios")))
+        patterns.append("".join(_each(ratios[:count], HUB_RATIOS, "compress_ratios")))
         if (sparse, heavy) != (4, 128):
             raise ValueError(f"compress_ratios are of 4 and 128; got compress_rates={rates}")
-    if not found:
+    if not patterns:
         raise KeyError("compress_ratios")
-    if len(set(found)) > 1:
-        raise ValueError(f"layer_types and compress_ratios say {' and '.join(found)}: not the same")
-    return found[0], sparse, heavy
+    if len(set(patterns)) > 1:
+        raise ValueError(
+            f"layer_types and compress_ratios say {' and '.join(patterns)}: not the same"
+        )
+    return patterns[0], sparse, heavy
 
 
 def _each(values: Sequence, known: Mapping, field: str) -> list[str]:

@@ -6,6 +6,7 @@ Source: the report of DeepSeek-V4.
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -138,7 +139,8 @@ class DeepSeekV4(DraftingModel):
 
     def trunk(self, tokens, positions, attend):
         """Streams `[B, T, S, D]` after the last layer, for `draft`, and what its routers did."""
-        x = self.streams(tokens)
+        with jax.named_scope("embed"):
+            x = self.embedded(tokens, positions)
         return self.through(self.layers, x, attend, tokens, positions)
 
     def hidden_of(self, state):
@@ -147,13 +149,11 @@ class DeepSeekV4(DraftingModel):
     def drafted(self, state):
         return self.mtp.final_norm(self.mtp.streams_to_one(state))
 
-    def streams(self, tokens):
+    def embedded(self, tokens, positions):
         """The residual streams `[B, T, S, D]` before the first layer: all are the embedding."""
+        del positions  # attention turns by them
         x = embed(self.embed, tokens, jnp.dtype(self.config.dtype))[:, :, None]
         spec = tokens_spec(x)
         sharding = None if spec is None else type(spec)(*spec, None, None)
         shape = *x.shape[:2], self.config.streams.count, x.shape[3]
         return jnp.broadcast_to(x, shape, out_sharding=sharding)
-
-    def head_kernel(self):
-        return self.lm_head.get_value()
