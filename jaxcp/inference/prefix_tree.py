@@ -66,8 +66,8 @@ class PrefixTree:
     """
 
     def __init__(self, pages: Pages):
-        self._pool, self._size = pages, pages.page_size
-        self._root = Node(0, array("i"), [], None)
+        self.pool, self._size = pages, pages.page_size
+        self.root = Node(0, array("i"), [], None)
         self._unlocked: OrderedDict[Node, None] = OrderedDict()
         self._snapshots: OrderedDict[Node, None] = OrderedDict()
 
@@ -79,7 +79,7 @@ class PrefixTree:
         """
         ids = array("i", ids[:limit])
         node, length, pages = self._walk(ids)
-        if self._pool.states.size:
+        if self.pool.states.size:
             if length < node.end:
                 node = node.parent or node
             while node.parent is not None and node.state is None:
@@ -104,8 +104,8 @@ class PrefixTree:
             node = self._split(node, length)
         if length < len(ids):
             node = self._append(node, ids[length:], table)
-        if state is not None and node.state is None and node is not self._root:
-            self._pool.states.keep(state)
+        if state is not None and node.state is None and node is not self.root:
+            self.pool.states.keep(state)
             node.state = state
             self._snapshots[node] = None
         self._use(node)
@@ -135,16 +135,16 @@ class PrefixTree:
 
     def evict(self, shard: int) -> bool:
         """Make a page of this shard free; False where that cannot be."""
-        pool = self._pool.pools[shard]
+        pool = self.pool.pools[shard]
         while not pool.free and pool.evictable:
             self._shorten(next(iter(self._unlocked)))
         return pool.free > 0
 
     def evict_state(self) -> bool:
         """Make a state free; False where no snapshot is left. Locks protect pages alone."""
-        while not self._pool.states.free and self._snapshots:
+        while not self.pool.states.free and self._snapshots:
             self._forget_state(next(iter(self._snapshots)))
-        return self._pool.states.free > 0
+        return self.pool.states.free > 0
 
     def clear(self) -> None:
         """Forget all that is not locked."""
@@ -167,14 +167,14 @@ class PrefixTree:
             parent = node.parent
             assert node.tokens and parent is not None and node.start == parent.end
             assert parent.children[node.tokens[0]] is node
-            ends = node.end // self._size if node.children else self._pool.places(node.end)
+            ends = node.end // self._size if node.children else self.pool.places(node.end)
             assert len(node.pages) == ends - node.start // self._size
             assert node.locks >= sum(child.locks for child in node.children.values())
             assert not (node in age and parent in age) or age[node] < age[parent]
 
     def _walk(self, ids):
         """The last node of the common path, how many tokens are common, the pages of the path."""
-        node, length, pages = self._root, 0, []
+        node, length, pages = self.root, 0, []
         while length < len(ids) and (child := node.children.get(ids[length])):
             node = child
             pages += child.pages
@@ -204,15 +204,15 @@ class PrefixTree:
     def _append(self, node, tokens, table):
         """Add a leaf under `node`; the page in which a leaf so far ended passes to it."""
         start = node.end
-        pages = list(table[start // self._size : self._pool.places(start + len(tokens))])
+        pages = list(table[start // self._size : self.pool.places(start + len(tokens))])
         given = None
         if not node.children and start % self._size:
             given = node.pages.pop()
         for page in pages:
             if page != given:
-                self._pool.keep(page)
+                self.pool.keep(page)
         if given is not None and given != pages[0]:
-            self._pool.drop(given)
+            self.pool.drop(given)
         leaf = node.children[tokens[0]] = Node(start, tokens, pages, node)
         self._unlocked[leaf] = None
         return leaf
@@ -225,16 +225,16 @@ class PrefixTree:
         first = leaf.tokens[0]
         del leaf.tokens[max(0, (leaf.end - 1) // self._size * self._size - leaf.start) :]
         if leaf.tokens:
-            self._pool.drop(page)
+            self.pool.drop(page)
             return
         del parent.children[first], self._unlocked[leaf]
         if leaf.start % self._size and not parent.children:
             parent.pages.append(page)  # which the parent's last tokens are in
         else:
-            self._pool.drop(page)
+            self.pool.drop(page)
 
     def _forget_state(self, node):
-        self._pool.states.drop(node.state)
+        self.pool.states.drop(node.state)
         node.state = None
         del self._snapshots[node]
 
@@ -244,7 +244,7 @@ class PrefixTree:
                 self._unlocked.move_to_end(above)
 
     def _nodes(self):
-        pending = [*self._root.children.values()]
+        pending = [*self.root.children.values()]
         while pending:
             node = pending.pop()
             yield node

@@ -21,7 +21,7 @@ def tree(pages):
 
 def compute(tree, ids, *, shared=(), state=None):
     """A row that computes `ids`, behind pages that it shares, puts them in and ends; its table."""
-    pages = tree._pool
+    pages = tree.pool
     for page in shared:
         pages.hold(page)
     table = [*shared]
@@ -38,7 +38,7 @@ def compute(tree, ids, *, shared=(), state=None):
 
 def check(tree):
     tree.check()
-    tree._pool.check([], tree.pages())
+    tree.pool.check([], tree.pages())
 
 
 def test_an_empty_tree_knows_nothing(tree):

@@ -133,7 +133,7 @@ class Machine(RuleBasedStateMachine):
 
     def adds_up(self):
         self.scheduler.check()
-        for path, pages, state in paths(self.scheduler.tree._root):
+        for path, pages, state in paths(self.scheduler.tree.root):
             self.device.reads(pages, path)
             assert state is None or self.device.states[state] == path
         for request in self.requests:
