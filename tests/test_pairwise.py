@@ -23,6 +23,6 @@ def test_every_pair_that_may_meet_meets():
 def test_each_value_is_met_in_few_cases():
     cases = pairwise(FACTORS)
     few = each_value(cases)
-    assert all(case in cases for case in few) and len(few) == 4
+    assert all(case in cases for case in few) and len(few) <= 5 < len(cases)
     for name, values in FACTORS.items():
         assert {case[name] for case in few} == set(values)

@@ -73,19 +73,20 @@ def decode(
     """One query a head against a cache, whole or in pages, of type `cache` (default `dtype`)."""
     cache, dtype = jnp.dtype(dtype if cache is None else cache), jnp.dtype(dtype)
 
-    def run(q, k, v, q_positions, kv_positions, pages, *scales):
-        k_scale, v_scale = scales or (None, None)
+    def run(q, k, v, q_positions, kv_positions, *rest):
+        *pages, k_scale, v_scale = rest if quantized else (*rest, None, None)
         return decode_attention(
-            q, k, v, q_positions=q_positions, kv_positions=kv_positions, pages=pages,
-            k_scale=k_scale, v_scale=v_scale, implementation=implementation,
+            q, k, v, q_positions=q_positions, kv_positions=kv_positions,
+            pages=pages[0] if pages else None, k_scale=k_scale, v_scale=v_scale, implementation=implementation,
         )  # fmt: skip
 
+    quantized = cache != dtype
     count, size = (1, slots) if page is None else (slots // page, page)
     kv = array((count, size, kv_heads, head_dim), cache)
     ids = [array((1, n), jnp.int32) for n in (1, slots)]
-    pages = None if page is None else array((1, count), jnp.int32)
-    scales = [array((count, kv_heads, size), jnp.float32)] * (0 if cache == dtype else 2)
-    return run, (array((1, 1, heads, head_dim), dtype), kv, kv, *ids, pages, *scales)
+    pages = [] if page is None else [array((1, count), jnp.int32)]
+    scales = [array((count, kv_heads, size), jnp.float32)] * 2 * quantized
+    return run, (array((1, 1, heads, head_dim), dtype), kv, kv, *ids, *pages, *scales)
 
 
 def matmul(implementation=None, dtype=jnp.bfloat16, *, experts, embed, width, tokens):

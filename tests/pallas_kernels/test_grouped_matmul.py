@@ -17,6 +17,7 @@ from pallas_kernels.grouped_matmul.api import IMPLEMENTATIONS
 from pallas_kernels.number_formats import four_times_e2m1, from_ue8m0, to_e2m1, to_ue8m0
 from pallas_kernels.testing.grouped_matmul import CASES, check, product
 
+KERNELS = ("triton", "mosaic_tpu")
 OTHERS = ("several blocks", "none has a row", "bfloat16", "int8", "mxfp4", "swiglu, bfloat16")
 OTHERS += ("float8 by block", "mxfp8")
 """Cases that differ from the others by less: an interpreted kernel runs them in `make test-all`."""
@@ -26,7 +27,7 @@ OTHERS += ("float8 by block", "mxfp8")
     "name, implementation",
     slow_but(
         itertools.product(CASES, IMPLEMENTATIONS),
-        lambda case: case[0] not in OTHERS or case[1] not in ("triton", "mosaic_tpu"),
+        lambda case: case[0] not in OTHERS or case[1] == "xla",
     ),
 )
 def test_matches_a_float64_loop(name, implementation):
@@ -190,7 +191,10 @@ STACKS = {
     ("form", "implementation", "columns"),
     slow_but(
         itertools.product(STACKS, IMPLEMENTATIONS, (128, 40)),  # Mosaic pads 40
-        lambda case: case[0] != "mxfp4" and (case[2] == 128 or case[:2] == ("int8", "mosaic_tpu")),
+        lambda case: (
+            (case[1] not in KERNELS and case[2] == 128)
+            or case in (("nvfp4", "triton", 128), ("int8", "mosaic_tpu", 40))
+        ),
     ),
 )
 def test_a_layer_of_a_stack_is_its_slice(form, implementation, columns):

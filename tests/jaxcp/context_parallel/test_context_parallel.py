@@ -250,6 +250,7 @@ def test_a_mesh_whose_axes_are_auto(axis_name):
     np.testing.assert_allclose(out, dense(**natural), atol=2e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_inside_a_scan_over_layers_that_are_computed_again(mesh_of):
     """`lax.scan` over weights, `jax.checkpoint` around a layer: the gradients of a plain loop."""
     mesh_of(seq=4)

@@ -26,6 +26,7 @@ def ring(where):
     return compiled(where, jaxcp.Ring(), backward=True).text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", EVERY_CHIP)
 def test_ring_sends_what_it_says(where):
     """Forward n-1 rotations of K, V and positions; backward as many, and of dK and dV."""

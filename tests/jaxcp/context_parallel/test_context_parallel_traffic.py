@@ -35,6 +35,8 @@ SHARED = 1 if jax.__version_info__ < (0, 11) else 0
 
 
 COUNTED = (*VARIANTS, USP(ulysses=4), Halo(checked=False))
+TELLING = (Ring(bidirectional=True), AllGather(chunks=3), USP(ulysses=2), Halo())
+"""Strategies that `make test` counts: each kind of collective is one of theirs."""
 MASKS = {
     "plain": {"value_dim": 8},
     "window": {"window": 5, "batch": 2},
@@ -100,7 +102,7 @@ def turns_of(strategy, shards):
     "strategy, shards, mask",
     slow_but(
         [(x, n, mask) for x in COUNTED for n, mask in ((4, "packed"), (4, "window"), (8, "plain"))],
-        lambda case: case[2] == "packed",
+        lambda case: case[2] == "packed" and case[0] in TELLING,
     ),
     ids=str,
 )

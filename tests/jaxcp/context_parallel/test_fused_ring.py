@@ -110,6 +110,7 @@ def test_more_keys_a_chunk_and_more_queries_than_vmem_holds(mesh_of, races, monk
     assert races() == 0
 
 
+@pytest.mark.slow
 def test_several_blocks_of_queries_beside_several_of_keys_in_a_chunk(mesh_of, races, monkeypatch):
     """Two query heads a KV head, each of two blocks, whose gradients grow from step to step."""
     monkeypatch.setattr(mosaic_tpu, "MOST_CHUNKS", 1)
@@ -119,6 +120,7 @@ def test_several_blocks_of_queries_beside_several_of_keys_in_a_chunk(mesh_of, ra
     assert races() == 0
 
 
+@pytest.mark.slow
 def test_both_directions_over_two_mesh_axes(mesh_of, races):
     mesh_of(data=2, seq=2)
     fused = jaxcp.Ring(fused=True, bidirectional=True)

@@ -98,7 +98,7 @@ def test_an_agents_turns_run_what_was_compiled(mesh_of):
                 first, compiled = compiled, []
     finally:
         jax.monitoring.unregister_event_duration_listener(heard)
-    assert first.count("jit(_prefill)") == 1
-    assert 1 <= sum(name in ("jit(_prefill)", "jit(_extend)") for name in compiled) <= 3
+    assert first.count("jit(prefill_piece)") == 1
+    assert 1 <= sum(name in ("jit(prefill_piece)", "jit(extend_piece)") for name in compiled) <= 3
     expected = jaxcp.logits(model, tokens[:, : ends[-1]])[:, -1]
     np.testing.assert_allclose(logits, expected, atol=2e-5, rtol=0)

@@ -59,7 +59,7 @@ def spread(name, axes, mesh_of):
 
 
 @pytest.mark.parametrize(
-    "name", ["hy3", "deepseek-v3", pytest.param("deepseek-v4", marks=pytest.mark.slow)]
+    "name", slow_but(["hy3", "deepseek-v3", "deepseek-v4"], lambda name: name == "hy3")
 )
 def test_logits(name):
     np.testing.assert_allclose(logits(quantized(name)), expected(name), **CLOSE)

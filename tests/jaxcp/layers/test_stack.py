@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from slow import slow_but
 
 import jaxcp
 from jaxcp import HybridMoE, HybridMoEConfig
@@ -135,7 +134,8 @@ def unrolled(model, tokens, positions):
     return model.final_norm(x)
 
 
-@pytest.mark.parametrize("remat", slow_but([False, True], lambda remat: remat))
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", [False, True])
 def test_values_and_gradients_are_those_of_blocks_one_by_one(remat):
     one = model(dataclasses.replace(MIXED, remat=remat, num_mtp_layers=0))
     assert one.layers.names == ["0", "1:7:2", "2:7:2"]

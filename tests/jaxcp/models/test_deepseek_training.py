@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from slow import slow_but
 from tiny_checkpoints import FIXTURES
 
 import jaxcp
@@ -94,7 +95,7 @@ def named(grads):
     return {name: np.asarray(x) for name, x in names.items() if x.dtype != jax.dtypes.float0}
 
 
-@pytest.fixture(params=[V3, V32, pytest.param(V4, marks=pytest.mark.slow)])
+@pytest.fixture(params=slow_but([V3, V32, V4], lambda name: name == V3))
 def name(request):
     return request.param
 

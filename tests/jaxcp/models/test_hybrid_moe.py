@@ -204,6 +204,7 @@ def mixture():
     return random_model(MIXTURE)
 
 
+@pytest.mark.slow
 def test_a_mixture_over_a_mesh_and_a_cache_is_itself(mesh_of):
     """A long turn (sharded), then a short one (replicated)."""
     tokens = np.random.default_rng(0).integers(0, 64, (2, 94))

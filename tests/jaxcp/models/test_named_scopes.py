@@ -67,6 +67,7 @@ def _path(phase):
     return r"\b.*/.*\b".join(re.escape(part) + r"(?![\w.:])" for part in phase.split("/"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["jvp", "transpose"])
 def test_a_training_step_reads_like_the_code(direction):
     phases = [
