@@ -77,7 +77,8 @@ def decode(
         *pages, k_scale, v_scale = rest if quantized else (*rest, None, None)
         return decode_attention(
             q, k, v, q_positions=q_positions, kv_positions=kv_positions,
-            pages=pages[0] if pages else None, k_scale=k_scale, v_scale=v_scale, implementation=implementation,
+            pages=pages[0] if pages else None, k_scale=k_scale, v_scale=v_scale,
+            implementation=implementation,
         )  # fmt: skip
 
     quantized = cache != dtype
