@@ -18,12 +18,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 demo: $(VENV)/.installed
 	$(BIN)/jaxcp demo
 
-# Every room, and every two options that meet: minutes on 2 cores. A file's tests share a worker, and
+# Every room, and every value of an option: 8 minutes on 2 cores. A file's tests share a worker, and
 # so what they have compiled.
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" --costs $(TESTS)
 
-# And what is left to a machine that waits: real sizes, more meshes, every compiler.
+# And what is left to a machine that waits: every two options that meet, real sizes, more meshes,
+# every compiler.
 test-all: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --costs $(TESTS)
 

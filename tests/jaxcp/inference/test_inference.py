@@ -86,6 +86,7 @@ def test_turns_are_the_whole_sequence(axes, strategy, mesh_of):
     assert np.asarray(cache.lengths).tolist() == [end + 2] * 2
 
 
+@pytest.mark.slow
 def test_rows_of_uneven_lengths(mesh_of):
     """`lengths=`: each row is as if it were alone."""
     tokens, expected = whole()
