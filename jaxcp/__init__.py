@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from jaxcp.context_parallel import latent_attention as latent_attention
     from jaxcp.context_parallel import ring_attention as ring_attention
     from jaxcp.inference import Engine as Engine
+    from jaxcp.inference import Sampling as Sampling
     from jaxcp.inference import decode_step as decode_step
     from jaxcp.inference import logits as logits
     from jaxcp.inference import prefill as prefill
@@ -55,7 +56,7 @@ _HOME = {
         "USP", "AllGather", "FixedOrder", "Ring", "RingPassQ", "Ulysses",
         "attention_fn", "context_parallel_attention", "latent_attention", "ring_attention",
     ),
-    "jaxcp.inference": ("Engine", "decode_step", "logits", "prefill"),
+    "jaxcp.inference": ("Engine", "Sampling", "decode_step", "logits", "prefill"),
     "jaxcp.layout": ("Balanced", "Contiguous", "Striped", "Zigzag"),
     "jaxcp.mesh": ("MeshConfig", "emulate_devices", "make_mesh"),
     "jaxcp.models.deepseek.v3.config": ("DeepSeekV3Config",),

@@ -40,6 +40,7 @@ class Full:
     v: jax.Array
 
     keeps_slots = True
+    in_pages = True
 
     @classmethod
     def empty(cls, room: Room, *, layers: int, num_kv_heads: int, head_dim: int) -> "Full":

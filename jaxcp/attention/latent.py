@@ -47,6 +47,7 @@ class Latent:
     index: jax.Array | None = None
 
     keeps_slots = True
+    in_pages = True
 
     @classmethod
     def empty(cls, room: Room, *, layers: int, size: int, index_size: int = 0) -> "Latent":

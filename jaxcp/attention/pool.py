@@ -66,6 +66,14 @@ class PoolRoom:
     """States of a device."""
     dtype: Any
 
+    @property
+    def batch_size(self) -> int:
+        """Raise: kinds with arrays of a row's length, such as compressed blocks, have no pages."""
+        raise NotImplementedError(
+            "this model's layers keep compressed blocks, which have no pages yet: talk to it by "
+            "`engine.session()`"
+        )
+
     def for_slots(self, layers: int, *shape: int, spec: tuple) -> jax.Array:
         """Zeros for each slot, `[layers, P, page, *shape]`; `spec` says how `shape` is sharded."""
         axes = jax.sharding.get_abstract_mesh().shape
@@ -166,3 +174,43 @@ class OverPool(OverKept):
     def pool_after(self) -> Pool:
         """The pool after all layers."""
         return dataclasses.replace(self.pool, layers=self.layers)
+
+
+def copied(pool: Pool, pages: Any, states: Any) -> Pool:
+    """The pool after copies from page to page and from state to state, one after the other.
+
+    Args:
+      pages, states: int32 `[2, n]`, sources and targets; targets of -1 end the list. Page i of
+        shard r is `r * pages of a shard + i`; source and target are on one shard.
+    """
+    with_mesh = not jax.sharding.get_abstract_mesh().empty
+    kinds = {name: (kind.in_pages, kind) for name, kind in pool.layers.items()}
+    flat, tree = jax.tree.flatten({name: kind for name, (_, kind) in kinds.items()})
+    paged = jax.tree.leaves(
+        {name: jax.tree.map(lambda _, p=p: p, kind) for name, (p, kind) in kinds.items()}
+    )
+    specs = [jax.typeof(x).sharding.spec if with_mesh else None for x in flat]
+
+    def local(arrays, pages, states):
+        rank = jax.lax.axis_index(AXIS) if with_mesh else 0
+        return [
+            _copied(x, pages if in_pages else states, rank if in_pages else 0)
+            for x, in_pages in zip(arrays, paged, strict=True)
+        ]
+
+    run = on_shards(local, (specs, P(), P()), specs)
+    layers = jax.tree.unflatten(tree, run(flat, pages, states))
+    return dataclasses.replace(pool, layers=layers)
+
+
+def _copied(stack, pairs, rank):
+    """`stack [L, n, ...]` of the shard `rank` with rows copied."""
+    count, (sources, targets) = stack.shape[1], pairs
+
+    def one(i, stack):
+        source, target = sources[i] - rank * count, targets[i] - rank * count
+        own = (target >= 0) & (target < count)
+        row = jax.lax.dynamic_index_in_dim(stack, jnp.clip(source, 0, count - 1), 1)
+        return stack.at[:, jnp.where(own, target, count)].set(row[:, 0], mode="drop")
+
+    return jax.lax.fori_loop(0, (targets >= 0).sum(), one, stack)

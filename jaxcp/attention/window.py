@@ -46,6 +46,7 @@ class Window:
     window: int
 
     keeps_slots = True  # of no use to itself: pieces of a turn are cut alike beside a full layer
+    in_pages = False  # but in a state
     exchanges_window = True
 
     @classmethod

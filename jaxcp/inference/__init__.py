@@ -4,8 +4,9 @@
 import jaxcp.flax_version  # noqa: F401  (before flax)
 
 # isort: split
-from jaxcp.inference.engine import Engine
+from jaxcp.inference.engine import Engine, Result
+from jaxcp.inference.sampling import Sampling
 from jaxcp.inference.session import Session, Stats
 from jaxcp.inference.steps import decode_step, logits, prefill
 
-__all__ = ["Engine", "Session", "Stats", "decode_step", "logits", "prefill"]
+__all__ = ["Engine", "Result", "Sampling", "Session", "Stats", "decode_step", "logits", "prefill"]

@@ -4,12 +4,15 @@
 import dataclasses
 import math
 import numbers
-from typing import Any
+from collections.abc import Collection
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
+
+from jaxcp.inference.checks import integer
 
 MOST = np.iinfo(np.int32).max
 COLDEST = float(np.finfo(np.float32).tiny)  # it and its reciprocal are normal numbers
@@ -54,6 +57,66 @@ class Sampler:
 
 
 @jax.named_scope("sample")
+class RowOptions(NamedTuple):
+    """The numbers by which a row of a batch is sampled."""
+
+    temperature: float
+    """0: greedy."""
+    top_k: int
+    top_p: float
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling(Sampler):
+    """Options of a request.
+
+    Args:
+      seed: the token at a position is drawn by `(seed, position)`: the same seed gives the same
+        text, whatever else runs beside it.
+      stop_tokens: ids that end the answer; None takes the engine's.
+    Raises:
+      ValueError: an option is no number, or out of its range.
+    """
+
+    max_new_tokens: int = 256
+    seed: int = 0
+    stop_tokens: Collection[int] | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        integer("max_new_tokens", self.max_new_tokens, 1)
+        integer("seed", self.seed, 0, 2**32 - 1)
+
+    def row_options(self) -> RowOptions:
+        options = self.options()
+        temperature, top_k, top_p = (0.0, MOST, 1.0) if options is None else options
+        return RowOptions(float(temperature), int(top_k), float(top_p), int(self.seed))
+
+
+def sample_rows(
+    logits: Float[Array, "B V"],
+    seeds: UInt32[Array, "B"],
+    positions: Int[Array, "B"],
+    temperature: Float[Array, "B"],
+    top_k: Int[Array, "B"],
+    top_p: Float[Array, "B"],
+) -> Int[Array, "B"]:
+    """One token a row, int32, each by its own options; it is drawn by `(seed, position)`."""
+    logits = _whole_rows(logits)
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    scaled = logits - jnp.max(logits, axis=-1, keepdims=True)
+    scaled = scaled / jnp.where(temperature > 0, temperature, 1.0)[:, None]
+    cut = ((top_k < logits.shape[-1]) | (top_p < 1)).any()
+    scaled = jax.lax.cond(cut, _cut, lambda x, *_: x, scaled, top_k[:, None], top_p[:, None])
+
+    def draw(seed, position, row):
+        return jax.random.categorical(jax.random.fold_in(jax.random.key(seed), position), row)
+
+    drawn = jax.vmap(draw)(seeds, positions, scaled).astype(jnp.int32)
+    return jnp.where(temperature > 0, drawn, best)
+
+
 def sample(
     logits: Float[Array, "B V"], key: jax.Array, options: tuple[Any, ...] | None
 ) -> Int[Array, "B"]:

@@ -131,7 +131,9 @@ def prefill_piece(model, cache, tokens, positions, added, recent, halos, strateg
         cache, positions, added, sharded=True, strategy=strategy, used=used, halos=halos
     )
     hidden, _ = model.forward(tokens, positions, attend)
-    return _at(model, hidden, positions, cache.lengths + added - 1), attend.cache_after(recent)
+    return logits_at(model, hidden, positions, cache.lengths + added - 1), attend.cache_after(
+        recent
+    )
 
 
 @jax.named_scope("extend")
@@ -144,7 +146,7 @@ def _appended(model, cache, tokens, positions, added, recent):
     attend = OverCache(cache, positions, added, sharded=False)
     hidden, _ = model.forward(tokens, positions, attend)
     last = cache.lengths + added - 1
-    return _at(model, hidden, positions, last), attend.cache_after(recent)
+    return logits_at(model, hidden, positions, last), attend.cache_after(recent)
 
 
 @jax.named_scope("decode")
@@ -170,7 +172,7 @@ def _replicated(model, cache, ids, positions, added, recent):
     return jitted(extend_piece, True)(model, cache, ids, positions, added, recent)
 
 
-def _at(model, hidden, positions, last):
+def logits_at(model, hidden, positions, last):
     """Logits `[B, V]` of the token whose position is `last [B]`, wherever it lies."""
     here = (positions == last[:, None]).astype(hidden.dtype)
     sharding = None if jax.sharding.get_abstract_mesh().empty else P("data", None)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxcp.attention.attend import Attend
 from jaxcp.attention.cache import Cache, empty_cache
+from jaxcp.attention.pool import Pool, empty_pool
 from jaxcp.attention.whole_sequence import WholeSequence
 from jaxcp.context_parallel import Strategy
 from jaxcp.layers.router_stats import RouterStats
@@ -68,6 +69,23 @@ class LanguageModel(nnx.Module):
             name: (getattr(layers, name).attention, len(layers_in(name))) for name in layers.names
         }
 
+    def makers(self) -> dict[str, Callable[[Any], Any]]:
+        """Functions that make the kind of each stack of layers, empty, in a room."""
+        return {
+            name: functools.partial(attention.empty, layers=count)
+            for name, (attention, count) in self.attentions().items()
+        }
+
+    def init_pool(self, *, pages: int, page: int, states: int) -> Pool:
+        """An empty pool of so many pages of `page` tokens, and states, on each device.
+
+        Raises:
+          NotImplementedError: layers keep what has no pages.
+        """
+        return empty_pool(
+            self.makers(), pages=pages, page=page, states=states, dtype=self.config.dtype
+        )
+
     def init_cache(self, batch_size: int, max_len: int) -> Cache:
         """An empty cache for `max_len` tokens a row, sharded over the mesh in scope.
 
@@ -78,10 +96,7 @@ class LanguageModel(nnx.Module):
         if max_len > limit:
             raise ValueError(f"the model has {limit} positions; got max_len={max_len}")
         return empty_cache(
-            {
-                name: functools.partial(attention.empty, layers=count)
-                for name, (attention, count) in self.attentions().items()
-            },
+            self.makers(),
             batch_size=batch_size,
             max_len=max_len,
             dtype=self.config.dtype,
