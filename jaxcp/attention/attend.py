@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The attention that a model hands to its layers: over a whole sequence, or over a cache.
 
-`Attend` is that of a model. Each layer gets its own, `attend.of(state, layer)`, and calls the one
-method that fits what it has computed:
+A model is given one `Attend`; `attend.of(state, layer)` makes that of each layer, which calls the
+one method that fits what it has computed:
 
 | method | of | who |
 |---|---|---|

@@ -42,7 +42,7 @@ class Cache:
 
     layers: dict[str, Any]
     """By the name of a stack of layers: a kind, whose arrays have a leading axis of layers."""
-    positions: jax.Array | None  # int32 [B, S]; None where no layer keeps slots
+    positions: jax.Array | None  # int32 [B, S]; None where no kind `keeps_slots`
     lengths: jax.Array  # int32 [B]: tokens in the cache; the next token's position
     recent: jax.Array  # int32 [B, W - 1]: the latest token ids, newest first, for n-gram embeddings
     shards: int

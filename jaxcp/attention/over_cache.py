@@ -70,13 +70,13 @@ class OverCache(OverKept):
 
     Args:
       positions: int32 `[B, T]`, from `cache.lengths` on; `PAD_POSITION` for pads.
-      added: int32 `[B]`, tokens of each row that are none.
+      added: int32 `[B]`, how many of the tokens of each row are real, no pads.
       sharded: the tokens lie over `seq` in the strategy's layout, and every shard writes its own
         behind what it holds of each row; else every device has them all.
-      strategy: for layers that see everything; None passes queries around where that sends less
-        than rotating keys (`RingPassQ.fewer_bytes`), else it is `Ring()`.
-      used: (static) bounds the slots that a shard holds afterwards, and only those travel; None:
-        the cache was empty.
+      strategy: for layers that see everything; None is `Ring()`, or in `Full` `RingPassQ()` where
+        that sends less (`RingPassQ.fewer_bytes`).
+      used: (static) bounds the slots that a shard holds afterwards, and only those travel; None
+        says that the cache was empty.
       halos: by window, what shards send each other of the new tokens.
     Raises:
       ValueError: more than `MAX_EXTEND` tokens that are not sharded.

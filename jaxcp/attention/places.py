@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Places of the slots of a sequence: rows of its own, or pages of a pool.
 
-A kind that keeps slots writes and reads them through one of these, which goes into the functions of
-a shard beside the arrays: what a kind does is the same in a cache and in a pool.
+A kind writes and reads through a place, which is passed into the function of a shard beside the
+arrays: so what a kind does is the same in a cache and in a pool.
 """
 
 import dataclasses
@@ -82,7 +82,8 @@ class PagedSlots:
     pages: Any
     """int32 `[B, M]`, a shard's: its pages of each sequence, in order."""
     states: Any
-    """int32 `[B]`: which state is a sequence's; beyond the last one for a row that has none."""
+    """int32 `[B]`: the state of each sequence. A row without one has a number past the last, and what
+    it writes is dropped."""
     sharded: bool
 
     stack = (None, ("data", AXIS), None)

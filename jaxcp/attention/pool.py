@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pool of pages that all sequences share, and attention over it.
 
-What a layer keeps of a sequence lies in pages, wherever there is room, or in one state of constant
-size. Which ones are whose is the business of who schedules; here they are numbers.
+What a layer keeps of a sequence lies in pages, wherever there is room (`Full`, `Latent`), or in one
+state of constant size (`Window`). The scheduler decides which sequence has which; here they are
+numbers. `Compressed` has neither yet.
 
     sequence b     page 0    page 1    page 2    page 3    page 4     page = 64 tokens in order
     shard          0         1         2         0         1          of three: j % shards
@@ -120,8 +121,8 @@ class OverPool(OverKept):
     Args:
       positions: int32 `[B, T]`, from `before` on; `PAD_POSITION` for pads.
       before, added: int32 `[B]`, tokens that each sequence has in the pool, and of `positions`.
-      pages: int32 `[B, shards * M]`: of each shard the pages of each sequence, in order. Numbers
-        count from 0 on each device.
+      pages: int32 `[B, shards * M]`: column `r * M + i` is the i-th page of a sequence on shard r,
+        counted from 0 on each device; columns behind its pages may hold any number.
       states: int32 `[B]`, the state of each sequence; one beyond the last of a device writes none.
       sharded: the tokens lie over `seq`, each where its page is; else every device has them all.
       strategy: for layers that see everything, see `OverCache`.
@@ -163,7 +164,7 @@ class OverPool(OverKept):
             strategy=strategy,
             used=used,
             first=False,
-            # a window spans pages of every shard: they send each other all of the new tokens
+            # a window spans pages of every shard: None gathers all of the new tokens, {} none
             halos=collections.defaultdict(lambda: None if pool.shards > 1 else {}),
             place=PagedSlots(positions, pages, states, sharded=sharded),
             slots=on_shards(local, (ROWS,), TOKENS)(before + added),

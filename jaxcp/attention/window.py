@@ -45,7 +45,7 @@ class Window:
     v: jax.Array
     window: int
 
-    keeps_slots = True  # of no use to itself: pieces of a turn are cut alike beside a full layer
+    keeps_slots = True  # it keeps none: a model of windows alone is cut like one with a full layer
     in_pages = False  # but in a state
     exchanges_window = True
 

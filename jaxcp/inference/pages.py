@@ -6,8 +6,8 @@ natural order: those from `j * page_size` on lie in its page number j, which is 
 `j % shards`. So the table of a row is a plain list of pages, a position tells its page and slot,
 no two shards of a row differ by more than a page, and rows share a common prefix page by page.
 
-A layer with a window, compressed blocks or a recurrence keeps no pages but one state of constant
-size a row. States are numbered too: one for each running row, and one for each snapshot.
+A layer with a window or a recurrence keeps no pages but one state of constant size a row. States
+are numbered too: one for each running row, and one for each snapshot.
 
 | who | has | from | until |
 |---|---|---|---|
@@ -18,7 +18,7 @@ size a row. States are numbered too: one for each running row, and one for each 
 | holds | kept | it is |
 |---|---|---|
 | none | no | free |
-| none | yes | evictable: whoever drops it makes it free |
+| none | yes | evictable: kept by the tree alone, and free once that drops it |
 | some | yes or no | held |
 """
 
@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 
-class Pool:
+class Stock:
     """`size` numbered things, each of them free, evictable or held; all counts are kept up."""
 
     def __init__(self, size: int):
@@ -107,8 +107,8 @@ class Pages:
         if states < 0:
             raise ValueError(f"states must be 0 or more; got states={states}")
         self.shards, self.pages_per_shard, self.page_size = shards, pages_per_shard, page_size
-        self.pools = [Pool(pages_per_shard) for _ in range(shards)]
-        self.states = Pool(states)
+        self.pools = [Stock(pages_per_shard) for _ in range(shards)]
+        self.states = Stock(states)
 
     def places(self, tokens: int) -> int:
         """Count the pages of a row of so many tokens."""
@@ -137,7 +137,7 @@ class Pages:
         self._pool(page).drop(page % self.pages_per_shard)
 
     def check(self, holders: Iterable[int], keepers: Iterable[int]) -> None:
-        """See `Pool.check`; the pages of every table, and those of every node."""
+        """See `Stock.check`; the pages of every table, and those of every node."""
         holders, keepers, size = list(holders), list(keepers), self.pages_per_shard
         for shard, pool in enumerate(self.pools):
             pool.check(

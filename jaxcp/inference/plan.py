@@ -10,8 +10,8 @@ The engine that runs plans owes this to the scheduler:
 - Tokens lie in the page of their place as `pages.py` says. Slots behind a row's tokens hold
   anything: rejected drafts, or tokens of another row that the page was copied from.
 - A plan may be made, and run, before the tokens of the plan before are read. The device then takes
-  the latest token of a row from its own memory; and if that is a stop token, it leaves the state of
-  the row as it is. No draft is accepted behind a stop token; if one is, the answer is the same, but
+  the latest token of a row from its own memory; if that is a stop token, it must not advance the
+  state of the row. No draft is accepted behind a stop token; if one is, the answer is the same, but
   the turn ends without a snapshot.
 """
 

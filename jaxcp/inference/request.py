@@ -34,12 +34,12 @@ class Status(enum.Enum):
 class Seat:
     """All that a running request holds.
 
-    A request that is preempted and admitted anew has another seat; so a plan that is still in
-    flight tells by the seat whether its row is still meant.
+    A request that is preempted and admitted anew has another seat: `Row.meant` is then False in a
+    plan that was made for the one before.
     """
 
     row: int = -1
-    """Its number among `max_rows`: the index of what the device keeps a row."""
+    """Its number among `max_rows`: the line of a batch that is its own."""
     state: int | None = None
     """Its state, where the model has layers that keep one."""
     table: list[int] = dataclasses.field(default_factory=list)

@@ -29,8 +29,9 @@ class Limits:
         is left over holds snapshots.
       max_len: tokens of a request, prompt and answer.
       chunks: see `ChunkLimits`.
-      overcommit: the share of the pool that running requests may come to hold together. At 1
-        nobody is ever preempted; above, more run at a time, since most answers stop early.
+      overcommit: a factor on the size of the pool, 1 or more: running requests may come to hold so
+        much together. At 1 nobody is ever preempted; above, more run at a time, since most
+        answers stop early.
       snapshot_pages: take a snapshot whenever a row has filled so many more pages.
     """
 
@@ -253,8 +254,8 @@ class Scheduler:
     def _equip(self, seat) -> bool:
         """Take the page of the first token to compute, and a state.
 
-        What is evicted for that may be the very page and snapshot to copy from. They keep what they
-        hold until the step has made its copies.
+        What is evicted for that may be the very page and snapshot to copy from. That is fine: the
+        step makes its copies before anything is written.
         """
         page = self._take_page(len(seat.table))
         if page is None:

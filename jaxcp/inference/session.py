@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One conversation: text in, pieces of text out, a cache that only grows.
 
-A turn prefills its own tokens and nothing else. The last token of an answer is not in the cache
-until the next turn needs it.
+A turn prefills its own tokens and nothing else. The last token of an answer joins the cache with
+the next turn.
 
 Steps donate the cache. One that fails or is interrupted may take it along: the session knows its
 tokens, and the next turn computes them again.

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Token ids in, arrays out: prefill, one decode step, whole-sequence logits.
 
-The host decides where tokens go (layout, shards, padding); what runs on devices is two jitted
-functions. Both donate the cache: use the one that comes back.
+The host decides where tokens go (layout, shards, padding). What runs on devices is four jitted
+functions: a sharded piece of a turn, a short one, a step of decoding, and scoring. The first three
+donate the cache: use the one that comes back.
 """
 
 import functools

@@ -10,8 +10,8 @@ whatever portions: no conversation needs more than 12 programs to prefill.
 | of a later turn, sharded, `WIDTHS` a shard; padded where that adds a third at most | 8 |
 | of a later turn, the last 64 tokens or fewer, the same on every shard, `sizes` | 3 |
 
-A sharded piece looks at all slots, or at the first `1 / PART` of them while the conversation is no
-longer. The narrowest costs a device about as much time as one token does, the widest uses it up.
+A sharded piece looks at all slots, or at the first `1 / PART` of them while all tokens fit into
+those. The narrowest piece takes a device about as long as one token does, the widest keeps it busy.
 """
 
 import dataclasses

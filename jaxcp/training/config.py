@@ -116,7 +116,7 @@ class TrainConfig:
     """
 
     model: Any
-    """A `GPTConfig` or `HybridMoEConfig`."""
+    """A config of any family, such as `GPTConfig`."""
     seq_len: int
     """Tokens of a row, targets not counted; any number, the layout pads."""
     batch_size: int

@@ -3,7 +3,7 @@
 
 import pytest
 
-from jaxcp.inference.pages import Pages, Pool
+from jaxcp.inference.pages import Pages, Stock
 
 
 def counts(pool):
@@ -11,7 +11,7 @@ def counts(pool):
 
 
 def test_a_page_lives_until_nobody_has_it():
-    pool = Pool(2)
+    pool = Stock(2)
     number = pool.take()
     assert counts(pool) == (1, 0, 1)
     pool.hold(number)  # a second row shares it
@@ -30,14 +30,14 @@ def test_a_page_lives_until_nobody_has_it():
 
 
 def test_an_empty_pool_gives_nothing():
-    pool = Pool(1)
+    pool = Stock(1)
     assert pool.take() == 0
     assert pool.take() is None
 
 
 @pytest.mark.parametrize("wrong", ["hold", "release", "keep", "drop"])
 def test_what_is_free_cannot_be_given_back_or_shared(wrong):
-    pool = Pool(1)
+    pool = Stock(1)
     pool.release(pool.take())
     with pytest.raises(ValueError, match="number 0 of this pool is"):
         getattr(pool, wrong)(0)
@@ -45,7 +45,7 @@ def test_what_is_free_cannot_be_given_back_or_shared(wrong):
 
 
 def test_a_page_is_kept_once():
-    pool = Pool(1)
+    pool = Stock(1)
     pool.keep(pool.take())
     with pytest.raises(ValueError, match="in the tree already"):
         pool.keep(0)
