@@ -82,8 +82,8 @@ class PagedSlots:
     pages: Any
     """int32 `[B, M]`, a shard's: its pages of each sequence, in order."""
     states: Any
-    """int32 `[B]`: the state of each sequence. A row without one has a number past the last, and what
-    it writes is dropped."""
+    """int32 `[B]`: the state of each sequence. A row without one has a number past the last, where
+    nothing is written."""
     sharded: bool
 
     stack = (None, ("data", AXIS), None)
