@@ -13,7 +13,7 @@ BENCH_VENV ?= .venv-bench
 export JAX_PLATFORMS = cpu
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-all test-hf lint bench-deviceless bench-cp bench-cp-cpu clean
+.PHONY: demo test test-all test-hf lint bench-deviceless bench-cp bench-cp-cpu bench-inference clean
 
 demo: $(VENV)/.installed
 	$(BIN)/jaxcp demo
@@ -49,6 +49,10 @@ bench-cp: bench-cp-cpu
 # Wall clock: minutes on a machine with nothing else to do.
 bench-cp-cpu: $(BENCH_VENV)/.installed
 	$(BENCH_VENV)/bin/python -m benchmarks.cp.cpu --out benchmarks/results
+
+# Minutes of wall clock, on the CPU of this machine.
+bench-inference: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.inference --out benchmarks/results
 
 clean:
 	rm -rf $(VENV) $(BENCH_VENV) build dist *.egg-info

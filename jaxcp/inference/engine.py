@@ -203,7 +203,7 @@ class Engine:
             shards=shards,
             page_size=page,
             pages_per_shard=max(1, -(-self.pool_tokens // (page * shards))),
-            states=3 * self.max_rows if keeps_state else 0,
+            states=4 * self.max_rows if keeps_state else 0,
             max_rows=self.max_rows,
             listed=-(-longest // shards),
             ngram=getattr(self.model.config, "ngram_width", 1),
@@ -218,7 +218,10 @@ class Engine:
             states=g.states,
         )  # fmt: skip
         chunks = ChunkLimits(sizes=self.runner.sizes, seconds=lambda count, context: 0.0)
-        return Scheduler(pages, Limits(max_rows=self.max_rows, max_len=self.max_len, chunks=chunks))
+        limits = Limits(
+            max_rows=self.max_rows, max_len=self.max_len, chunks=chunks, snapshot_pages=16
+        )
+        return Scheduler(pages, limits)
 
     @functools.cached_property
     def runner(self) -> Runner:
