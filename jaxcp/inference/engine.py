@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Collection, Sequence, Set
+from collections.abc import Collection, Iterable, Sequence, Set
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from jaxcp.context_parallel import Strategy
 from jaxcp.inference.batch import Geometry
 from jaxcp.inference.checks import integer, token_ids
 from jaxcp.inference.chunks import ChunkLimits
+from jaxcp.inference.interrupts import deferred
 from jaxcp.inference.pages import Pages
 from jaxcp.inference.request import Request, RequestStats
 from jaxcp.inference.runner import Runner
@@ -94,6 +95,7 @@ class Engine:
         self.max_rows = integer("max_rows", max_rows, 1)
         pool_tokens = 4 * self.max_len if pool_tokens is None else pool_tokens
         self.pool_tokens = integer("pool_tokens", pool_tokens, 1)
+        _check_mesh(model)
         self._mesh = None if jax.sharding.get_abstract_mesh().empty else jax.sharding.get_mesh()
 
     def session(self, *, seed: int = 0) -> "Session":
@@ -108,15 +110,21 @@ class Engine:
         Raises:
           ValueError: a prompt that is empty or can never fit; then none of them runs.
         """
+        if isinstance(prompts, str | bytes):
+            raise ValueError('generate takes a list of prompts; give ["one"] for one')
         requests = [self._request(prompt, sampling) for prompt in prompts]
+        added: list[Request] = []
         try:
             for request in requests:
-                self.scheduler.add(request, time.monotonic())
+                with deferred():
+                    self.scheduler.add(request, time.monotonic())
+                    added.append(request)
             while not all(request.done for request in requests):
                 self.step()
         finally:
-            for request in requests:
-                self.cancel(request)
+            with deferred():
+                for request in added:
+                    self.cancel(request)
         return [self.result(request) for request in requests]
 
     def add(self, prompt: str | Sequence[int], sampling: Sampling | None = None) -> Request:
@@ -126,8 +134,9 @@ class Engine:
           ValueError: a prompt that is empty, has ids that are none, or can never fit.
         """
         request = self._request(prompt, sampling)
-        self.scheduler.add(request, time.monotonic())
-        return request
+        with deferred():
+            self.scheduler.add(request, time.monotonic())
+            return request
 
     def step(self) -> list[Request]:
         """One token more for every request that runs, or a chunk of a prompt; those that it ended.
@@ -135,20 +144,21 @@ class Engine:
         Raises:
           Exception: the step failed. Its requests have failed, and all others compute anew.
         """
-        plan = self.scheduler.schedule(time.monotonic())
-        if not plan.rows:
-            return []
-        try:
-            with self.on_mesh():
-                sampled = self.runner.run(plan)
-        except BaseException as error:
-            self.scheduler.fail(plan, error, time.monotonic())
-            self.scheduler.forget()
-            with self.on_mesh():
-                self.runner.reset()
-            raise
-        self.scheduler.advance(plan, sampled, time.monotonic())
-        return [row.request for row in plan.rows if row.request.done]
+        with deferred() as allowed:
+            plan = self.scheduler.schedule(time.monotonic())
+            if not plan.rows:
+                return []
+            try:
+                with allowed(), self.on_mesh():
+                    sampled = self.runner.run(plan)
+            except BaseException as error:
+                self.scheduler.fail(plan, error, time.monotonic())
+                self.scheduler.forget()
+                with self.on_mesh():
+                    self.runner.reset()
+                raise
+            self.scheduler.advance(plan, sampled, time.monotonic())
+            return [row.request for row in plan.rows if row.request.done]
 
     def warm_up(self) -> None:
         """Compile all that requests need, which none of them then has to wait for."""
@@ -156,8 +166,15 @@ class Engine:
             self.runner.warm_up()
 
     def cancel(self, request: Request) -> None:
-        """End a request, and free what it holds; one that is over stays as it is."""
-        self.scheduler.cancel(request, time.monotonic())
+        """End a request, and free what it holds; one that is over stays as it is.
+
+        Raises:
+          ValueError: it is no request of this engine.
+        """
+        if not isinstance(request, Request):
+            raise ValueError(f"cancel takes what `add` gave; got {type(request).__name__}")
+        with deferred():
+            self.scheduler.cancel(request, time.monotonic())
 
     def result(self, request: Request) -> Result:
         """The answer of a request so far."""
@@ -171,11 +188,15 @@ class Engine:
 
     def _request(self, prompt, sampling) -> Request:
         sampling = Sampling() if sampling is None else sampling
+        if not isinstance(sampling, Sampling):
+            raise ValueError(f"sampling must be a jaxcp.Sampling; got {type(sampling).__name__}")
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError("this engine has no tokenizer: give token ids")
             prompt = self.tokenizer.encode(prompt)
-        ids = token_ids(self.model, list(prompt))
+        ids = token_ids(self.model, list(prompt) if isinstance(prompt, Iterable) else prompt)
+        if ids.ndim != 1:
+            raise ValueError(f"a prompt is one sequence of ids; got the shape {ids.shape}")
         stops = self.stop_tokens
         if sampling.stop_tokens is not None:
             stops = _stop_tokens(self.model, sampling.stop_tokens)
@@ -242,6 +263,21 @@ def _stop_tokens(model: Any, ids: Any) -> tuple[int, ...]:
     if stops.ndim != 1:
         raise ValueError(f"stop_tokens must be ids, such as (2,) or () for none; got {ids!r}")
     return tuple(stops.tolist())
+
+
+def _check_mesh(model: Any) -> None:
+    """Raise ValueError where the model lies on a mesh that is not in scope."""
+    meshes = {getattr(x.sharding, "mesh", None) for x in jax.tree.leaves(model) if _is_there(x)}
+    several = [mesh for mesh in meshes if mesh is not None and mesh.size > 1]
+    if several and jax.sharding.get_abstract_mesh().empty:
+        raise ValueError(
+            f"the model lies on a mesh of {several[0].size} devices, and none is in scope: make "
+            "the engine under `jax.set_mesh`, as the model was"
+        )
+
+
+def _is_there(x: Any) -> bool:
+    return isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
 
 
 def _keeps_state(model: Any, page: int) -> bool:

@@ -149,8 +149,10 @@ class Scheduler:
 
     def cancel(self, request: Request, now: float) -> None:
         """End a request wherever it is; one that is over stays as it is."""
-        if request.done:
-            return
+        if request not in self.waiting and request not in self.running:
+            if request.done:
+                return
+            raise ValueError("this request was not added here: cancel it where it was")
         if request.seat is None:
             self.waiting.remove(request)
         else:

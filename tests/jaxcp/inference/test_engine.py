@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Requests over one pool: each has the answer that it has alone, and no page is lost."""
 
+import contextlib
 import functools
 import pathlib
+import signal
 
 import costs
 import jax
@@ -199,15 +201,61 @@ def test_what_cannot_be_is_refused(full, mesh_of):
         full.add("text")
     with pytest.raises(ValueError, match="token ids must lie in"):
         full.add([10**6])
+    with pytest.raises(ValueError, match=r"must be a jaxcp\.Sampling; got dict"):
+        full.add([1], {"max_new_tokens": 3})
+    with pytest.raises(ValueError, match="list of prompts"):
+        full.generate("text")
+    with pytest.raises(ValueError, match="one sequence of ids"):
+        full.add(5)
+    with pytest.raises(ValueError, match="not added here"):
+        full.cancel(engine_of(FULL).add([1]))
+    with pytest.raises(ValueError, match="what `add` gave"):
+        full.cancel(None)
     with pytest.raises(ValueError, match="max_new_tokens"):
         Sampling(max_new_tokens=0)
     with pytest.raises(ValueError, match="seed"):
         Sampling(seed=-1)
     with pytest.raises(NotImplementedError, match=r"compressed blocks.*engine\.session"):
         engine_of("deepseek-v4-tiny").add([1])
+    with jax.set_mesh(jaxcp.make_mesh(seq=2, devices=jax.devices()[:2])):
+        model, _ = jaxcp.load(FIXTURES / FULL)
+    with pytest.raises(ValueError, match=r"mesh of 2 devices.*jax\.set_mesh"):
+        jaxcp.Engine(model, None, max_len=8)
     mesh_of(data=2, seq=2)
     with pytest.raises(NotImplementedError, match="data=2"):
         engine_of(FULL).add([1])
+
+
+def test_a_prompt_that_never_fits_leaves_the_others_unqueued(full):
+    with pytest.raises(ValueError, match=r"max_len=384.*ask for fewer"):
+        full.generate([[1, 2], [1] * 500], Sampling(max_new_tokens=4))
+    assert not full.scheduler.waiting and not full.scheduler.running
+    everything_is_given_back(full)
+
+
+def test_an_interrupt_at_any_moment_leaves_nothing_half_done(full):
+    """SIGINT from a timer, many times: inside a step, the scheduler, and what cleans up."""
+    given = prompts(full.model, (30, 40, 20), seed=8)
+    expected = [alone(FULL, ids, 4) for ids in given]
+    rng, interrupted = np.random.default_rng(0), 0
+    before = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        for _ in range(60):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-4, 0.1), 0.003)
+                full.generate(given, Sampling(max_new_tokens=4))
+            except KeyboardInterrupt:
+                interrupted += 1
+            finally:
+                while signal.getitimer(signal.ITIMER_REAL)[0]:
+                    with contextlib.suppress(KeyboardInterrupt):
+                        signal.setitimer(signal.ITIMER_REAL, 0)
+            everything_is_given_back(full)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted > 5
+    results = full.generate(given, Sampling(max_new_tokens=4))
+    assert [result.tokens for result in results] == expected
 
 
 def test_embeddings_that_see_tokens_before():
