@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Collection, Iterable, Sequence, Set
+from collections.abc import Collection, Iterator, Sequence, Set
 from typing import Any
 
 import jax
@@ -153,17 +153,26 @@ class Engine:
                     sampled = self.runner.run(plan)
             except BaseException as error:
                 self.scheduler.fail(plan, error, time.monotonic())
-                self.scheduler.forget()
-                with self.on_mesh():
-                    self.runner.reset()
+                self._start_anew()
                 raise
             self.scheduler.advance(plan, sampled, time.monotonic())
             return [row.request for row in plan.rows if row.request.done]
 
+    def _start_anew(self) -> None:
+        """Forget what was computed: the pool may have gone with a step that failed."""
+        self.scheduler.forget()
+        with self.on_mesh():
+            self.runner.reset()
+
     def warm_up(self) -> None:
         """Compile all that requests need, which none of them then has to wait for."""
-        with self.on_mesh():
-            self.runner.warm_up()
+        with deferred() as allowed:
+            try:
+                with allowed(), self.on_mesh():
+                    self.runner.warm_up()
+            except BaseException:
+                self._start_anew()
+                raise
 
     def cancel(self, request: Request) -> None:
         """End a request, and free what it holds; one that is over stays as it is.
@@ -194,7 +203,7 @@ class Engine:
             if self.tokenizer is None:
                 raise ValueError("this engine has no tokenizer: give token ids")
             prompt = self.tokenizer.encode(prompt)
-        ids = token_ids(self.model, list(prompt) if isinstance(prompt, Iterable) else prompt)
+        ids = token_ids(self.model, list(prompt) if isinstance(prompt, Iterator) else prompt)
         if ids.ndim != 1:
             raise ValueError(f"a prompt is one sequence of ids; got the shape {ids.shape}")
         stops = self.stop_tokens

@@ -56,7 +56,6 @@ class Sampler:
         return np.float32(temperature), np.int32(top_k), np.float32(self.top_p)
 
 
-@jax.named_scope("sample")
 class RowOptions(NamedTuple):
     """The numbers by which a row of a batch is sampled."""
 
@@ -94,6 +93,7 @@ class Sampling(Sampler):
         return RowOptions(float(temperature), int(top_k), float(top_p), int(self.seed))
 
 
+@jax.named_scope("sample")
 def sample_rows(
     logits: Float[Array, "B V"],
     seeds: UInt32[Array, "B"],
@@ -117,6 +117,7 @@ def sample_rows(
     return jnp.where(temperature > 0, drawn, best)
 
 
+@jax.named_scope("sample")
 def sample(
     logits: Float[Array, "B V"], key: jax.Array, options: tuple[Any, ...] | None
 ) -> Int[Array, "B"]:

@@ -207,6 +207,9 @@ def test_what_cannot_be_is_refused(full, mesh_of):
         full.generate("text")
     with pytest.raises(ValueError, match="one sequence of ids"):
         full.add(5)
+    for ids in (b"abc", {5: 1}, [1.0], [[1], [2]]):
+        with pytest.raises(ValueError, match=r"token ids must be|one sequence of ids"):
+            full.add(ids)
     with pytest.raises(ValueError, match="not added here"):
         full.cancel(engine_of(FULL).add([1]))
     with pytest.raises(ValueError, match="what `add` gave"):
