@@ -104,6 +104,11 @@ def sample_rows(
 ) -> Int[Array, "B"]:
     """One token a row, int32, each by its own options; it is drawn by `(seed, position)`."""
     logits = _whole_rows(logits)
+    options = seeds, positions, temperature, top_k, top_p
+    if not jax.sharding.get_abstract_mesh().empty:  # rows as those of the logits
+        rows = jax.P(jax.typeof(logits).sharding.spec[0])
+        options = tuple(jax.sharding.reshard(x, rows) for x in options)
+    seeds, positions, temperature, top_k, top_p = options
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     scaled = logits - jnp.max(logits, axis=-1, keepdims=True)
     scaled = scaled / jnp.where(temperature > 0, temperature, 1.0)[:, None]
