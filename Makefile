@@ -13,25 +13,25 @@ BENCH_VENV ?= .venv-bench
 export JAX_PLATFORMS = cpu
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-all test-hf lint bench-deviceless bench-cp bench-cp-cpu bench-inference clean
+.PHONY: demo test test-all test-hf lint bench-deviceless bench-cp bench-cp-cpu bench-inference soak clean
 
 demo: $(VENV)/.installed
 	$(BIN)/jaxcp demo
 
-# Every room, and every value of an option: 8 minutes on 2 cores. A file's tests share a worker, and
+# Every room, and every value of an option: 15 to 20 minutes on 2 cores. A file's tests share a worker, and
 # so what they have compiled.
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" --costs $(TESTS)
 
 # And what is left to a machine that waits: every two options that meet, real sizes, more meshes,
-# every compiler.
+# every compiler. SHARE=2/4: of that the second quarter.
 test-all: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --costs $(TESTS)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --costs $(if $(SHARE),--share $(SHARE)) $(TESTS)
 
 # What transformers makes of saved models. The import first: without them the tests would be skipped.
 test-hf: $(VENV)/.installed-hf
 	$(BIN)/python -c 'import torch, transformers; print("torch", torch.__version__, "transformers", transformers.__version__)'
-	$(BIN)/python -m pytest -q tests/jaxcp/weights/test_hf.py
+	$(BIN)/python -m pytest -q tests/jaxcp/weights/test_hf.py tests/jaxcp/models/test_hf_dense.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -53,6 +53,10 @@ bench-cp-cpu: $(BENCH_VENV)/.installed
 # Minutes of wall clock, on the CPU of this machine.
 bench-inference: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.inference --out benchmarks/results
+
+# Kills, signals, damaged files: each run must end bit for bit as one that nothing happened to.
+soak: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.soak --minutes 15
 
 clean:
 	rm -rf $(VENV) $(BENCH_VENV) build dist *.egg-info

@@ -2,10 +2,18 @@
 # Correctness and speed of the Triton kernels on the GPU of this machine. No network. Under 9 minutes.
 # Needs a Python with jax[cuda13], numpy and jaxtyping (PYTHON=...; default python3).
 #   benchmarks/gpu.sh [OUT_DIR]             # OUT_DIR --smoke: tiny, interpreted, on a CPU
+#   benchmarks/gpu.sh engine [OUT_DIR]      # the engine instead, beside transformers where it is there
 # Each row is written as it comes, so that a run that is cut off has what it has. Run it again with
 # the same OUT_DIR and it does what is missing. Exit status 1 where a result is wrong.
 set -uo pipefail
 cd "$(dirname "$0")/.."
+if [ "${1:-}" = engine ]; then
+  for rows in 1 8 32; do # 128K tokens of prompts in each batch
+    PYTHONPATH=$PWD "${PYTHON:-python3}" -m benchmarks.engine_speed --size 1b --dtype bfloat16 \
+      --context 131072 --rows $rows --new-tokens 64 --out "${2:-build/gpu}/rows_$rows" || exit 1
+  done
+  exit
+fi
 python=${PYTHON:-python3} out=${1:-build/gpu} smoke=${2:-} begin=$(date +%s)
 mkdir -p "$out"
 # the CPU computes what is right

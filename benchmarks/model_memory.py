@@ -24,6 +24,7 @@ from flax import nnx
 from rich.progress import track
 
 import jaxcp
+from benchmarks import train_memory
 from benchmarks.tables import table, versions, write
 from jaxcp.compile import compile_for, decode_program, parse_target, prefill_program
 from jaxcp.layers.expert_exchange import capacity
@@ -71,10 +72,13 @@ KEY = ("target", "layers", "program", "context", "new")
 class Args:
     out: pathlib.Path | None = None
     """A folder for model_memory.md and model_memory.json; None prints alone."""
-    targets: tuple[str, ...] = tuple(MESHES)
+    targets: tuple[str, ...] = ()
+    """Targets among those that the report lists; none for all."""
     layers: tuple[int, ...] = (HY3["num_hidden_layers"],)
     context: int = 262_144
     """Tokens that the cache is made for."""
+    train: bool = False
+    """Compile steps of training instead (`train_memory`)."""
     chunk: int | None = 16_384
     """Tokens of the last piece of a prompt of `context`, the others in the cache already; None
     prefills all at once."""
@@ -211,11 +215,19 @@ def in_order(r: dict[str, Any]) -> tuple:
 
 def main(args: Args) -> None:
     jax.config.update("jax_platforms", "cpu")  # devices are described, not there
+    if args.train:
+        train_memory.main(args.out, HY3, args.targets)
+        return
     kept = None if args.out is None else args.out / "model_memory.json"
     records = []
     if kept is not None and kept.exists():
         records = json.loads(kept.read_text())
-    todo = [(t, n, p) for t in args.targets for n in args.layers for p in ("prefill", "decode")]
+    todo = [
+        (t, n, p)
+        for t in args.targets or MESHES
+        for n in args.layers
+        for p in ("prefill", "decode")
+    ]
     for job in track(todo, description="compiling Hy3-295B"):
         new = row(*job, args)
         others = [r for r in records if any(r[k] != new[k] for k in KEY)]

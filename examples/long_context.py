@@ -16,6 +16,7 @@ import tyro
 
 import jaxcp
 from jaxcp.checkpoints import NEEDLE
+from jaxcp.cli.several import Processes, one_of
 from jaxcp.cli.terminal import one_line_errors
 from jaxcp.compile import compile_for, decode_program, parse_target, prefill_program
 from jaxcp.data.haystack import DIGITS, QUESTION, make_haystack
@@ -86,7 +87,6 @@ if __name__ == "__main__":
         args.max_new_tokens = DIGITS
     elif not args.question:
         raise SystemExit("--text needs a --question")
-    if args.hosts > 1:
-        jax.distributed.initialize()
-    with one_line_errors():  # JAXCP_DEBUG=1 shows where they come from
+    # JAXCP_DEBUG=1 shows where errors come from
+    with one_line_errors(), one_of(Processes(distributed=args.hosts > 1)):
         compile_only(args) if args.compile_only else run(args)

@@ -19,6 +19,7 @@ import tyro
 from jax.experimental.multihost_utils import process_allgather
 
 import jaxcp
+from jaxcp.cli.several import Processes, one_of
 from jaxcp.cli.terminal import one_line_errors
 from jaxcp.compile import compile_for, parse_target
 
@@ -94,7 +95,6 @@ if __name__ == "__main__":
         jaxcp.emulate_devices(8)  # even where there is one
     if args.smoke:
         args = dataclasses.replace(args, tokens=250, heads=4, head_dim=32)
-    if args.hosts > 1:
-        jax.distributed.initialize()
-    with one_line_errors():  # JAXCP_DEBUG=1 shows where they come from
+    # JAXCP_DEBUG=1 shows where errors come from
+    with one_line_errors(), one_of(Processes(distributed=args.hosts > 1)):
         compile_only(args) if args.compile_only else run(args)

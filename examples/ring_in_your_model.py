@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ring attention in a model that is not ours: Flax NNX, Flax Linen, plain JAX.
 
-python examples/ring_in_your_model.py --smoke    # 8 emulated CPU devices
-
+python examples/ring_in_your_model.py --smoke  # 8 emulated CPU devices; --hosts 4: on each of 4
 Each block is a whole model. Only the lines marked `# <-` are not what one device would have.
 """
 
@@ -14,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from flax import linen, nnx
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import PartitionSpec as P
 
 import jaxcp
+from jaxcp.cli.several import Processes, one_of
 
 EMBED, HEADS = 64, 8
 
@@ -55,17 +56,14 @@ def in_linen(x, positions):
 
 
 def in_plain_jax(x, positions):
-    scale = EMBED**-0.5
-    w_qkv = scale * jax.random.normal(jax.random.key(0), (3, EMBED, HEADS, EMBED // HEADS))
-    w_out = scale * jax.random.normal(jax.random.key(1), (HEADS, EMBED // HEADS, EMBED))
+    w_qkv = EMBED**-0.5 * jax.random.normal(jax.random.key(0), (3, EMBED, HEADS, EMBED // HEADS))
+    w_out = EMBED**-0.5 * jax.random.normal(jax.random.key(1), (HEADS, EMBED // HEADS, EMBED))
 
     def block(x, attend):
         q, k, v = jnp.einsum("btd,cdnh->cbtnh", x, w_qkv)
         return x + jnp.einsum("btnh,nhd->btd", attend(q, k, v), w_out)
 
-    def ring(q, k, v):
-        return jaxcp.ring_attention(q, k, v, positions)  # <-
-
+    ring = functools.partial(jaxcp.ring_attention, positions=positions)  # <-
     dense = functools.partial(jax.nn.dot_product_attention, is_causal=True)
     return lambda x: block(x, dense), jax.jit(lambda x: block(x, ring))
 
@@ -73,6 +71,7 @@ def in_plain_jax(x, positions):
 @dataclasses.dataclass
 class Args:
     tokens: int = 4096
+    hosts: int = 1  # processes that run this, one a host
     smoke: bool = False  # tiny, on 8 emulated CPU devices
 
 
@@ -85,9 +84,10 @@ def main(args):
     for build in (in_nnx, in_linen, in_plain_jax):
         one, many = build(x, batch["positions"])
         with jax.set_mesh(mesh):
-            out = many(jax.device_put(batch["x"], P(None, "seq")))
+            out = process_allgather(many(jax.device_put(batch["x"], P(None, "seq"))), tiled=True)
         error = np.abs(layout.inverse(out, shards, places) - one(x)).max()
-        print(f"{build.__name__}: {places:,} tokens over {shards} devices, differs by {error:.1e}")
+        if jax.process_index() == 0:
+            print(f"{build.__name__}: {places:,} tokens over {shards}, differs by {error:.1e}")
         assert error < (1e-4 if jax.default_backend() == "cpu" else 5e-2)
 
 
@@ -96,4 +96,5 @@ if __name__ == "__main__":
     if args.smoke:
         jaxcp.emulate_devices(8)
         args = dataclasses.replace(args, tokens=200)
-    main(args)
+    with one_of(Processes(distributed=args.hosts > 1)):
+        main(args)

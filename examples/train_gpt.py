@@ -13,6 +13,7 @@ import jax
 import tyro
 
 import jaxcp
+from jaxcp.cli.several import Processes, one_of
 from jaxcp.cli.terminal import one_line_errors
 from jaxcp.compile import compile_for, parse_target
 from jaxcp.training import TextSource, train
@@ -61,7 +62,7 @@ def configure(args, devices):
 
 def run(args):
     config = configure(args, jax.device_count())
-    result = train(config, progress=jax.process_index() == 0)
+    result = train(config, progress=True)
     if jax.process_index() != 0:
         return
     since = "" if result.resumed_from is None else f", resumed from {result.resumed_from}"
@@ -87,7 +88,6 @@ if __name__ == "__main__":
     if args.smoke:
         small = dict(layers=2, width=64, seq_len=256, batch_size=4, steps=20, dtype="float32")
         args = dataclasses.replace(args, **small)
-    if args.hosts > 1:
-        jax.distributed.initialize()
-    with one_line_errors():  # JAXCP_DEBUG=1 shows where they come from
+    # JAXCP_DEBUG=1 shows where errors come from
+    with one_line_errors(), one_of(Processes(distributed=args.hosts > 1)):
         compile_only(args) if args.compile_only else run(args)

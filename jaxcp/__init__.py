@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from jaxcp.models.deepseek.v3.model import DeepSeekV3 as DeepSeekV3
     from jaxcp.models.deepseek.v4.config import DeepSeekV4Config as DeepSeekV4Config
     from jaxcp.models.deepseek.v4.model import DeepSeekV4 as DeepSeekV4
+    from jaxcp.models.dense.config import DenseConfig as DenseConfig
+    from jaxcp.models.dense.model import DenseModel as DenseModel
     from jaxcp.models.gpt.config import GPTConfig as GPTConfig
     from jaxcp.models.gpt.model import GPT as GPT
     from jaxcp.models.hybrid_moe.config import HybridMoEConfig as HybridMoEConfig
@@ -63,6 +65,8 @@ _HOME = {
     "jaxcp.models.deepseek.v3.model": ("DeepSeekV3",),
     "jaxcp.models.deepseek.v4.config": ("DeepSeekV4Config",),
     "jaxcp.models.deepseek.v4.model": ("DeepSeekV4",),
+    "jaxcp.models.dense.config": ("DenseConfig",),
+    "jaxcp.models.dense.model": ("DenseModel",),
     "jaxcp.models.gpt.config": ("GPTConfig",),
     "jaxcp.models.gpt.model": ("GPT",),
     "jaxcp.models.hybrid_moe.config": ("HybridMoEConfig",),

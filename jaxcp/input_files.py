@@ -67,20 +67,27 @@ def read_bytes(file: str | os.PathLike, limit: int) -> bytes:
         return handle.read(limit)
 
 
-def read_json(file: str | os.PathLike, limit: int = JSON_BYTES) -> dict[str, Any]:
+def read_json(
+    file: str | os.PathLike, limit: int = JSON_BYTES, *, large_integers: bool = False
+) -> dict[str, Any]:
     """Read the object in a JSON file: UTF-8, no NaN or Infinity, no key twice, no deep nesting.
 
+    Args:
+      limit: most bytes that are read.
+      large_integers: take integers of more than 64 bits, which some programs write for "no limit".
     Raises:
       FileNotFoundError: there is no such file.
       ValueError: the file is not that, is no regular file, or has more than `limit` bytes.
     """
-    return parse_json(read_bytes(file, limit), file)
+    return parse_json(read_bytes(file, limit), file, large_integers=large_integers)
 
 
-def parse_json(data: bytes, file: str | os.PathLike) -> dict[str, Any]:
+def parse_json(
+    data: bytes, file: str | os.PathLike, *, large_integers: bool = False
+) -> dict[str, Any]:
     """Parse `data`, the contents of `file`, as a JSON object with the bounds of `read_json`."""
     try:
-        fields = strict_json(data)
+        fields = strict_json(data, large_integers=large_integers)
     except ValueError as error:
         raise ValueError(f"needed JSON; got {file}: {error}. Copy it again") from error
     if not isinstance(fields, dict):
@@ -88,7 +95,7 @@ def parse_json(data: bytes, file: str | os.PathLike) -> dict[str, Any]:
     return fields
 
 
-def strict_json(data: bytes) -> Any:
+def strict_json(data: bytes, *, large_integers: bool = False) -> Any:
     """Parse `data` as JSON; errors say at which place it is wrong, and show nothing of it."""
     values = sum(map(data.count, (b",", b"[", b"{")))
     if values > JSON_VALUES:
@@ -99,7 +106,7 @@ def strict_json(data: bytes) -> Any:
             object_pairs_hook=_object,
             parse_constant=_constant,
             parse_float=_float,
-            parse_int=_integer,
+            parse_int=int if large_integers else _integer,
         )
         _check_depth(value)
     except UnicodeDecodeError as error:

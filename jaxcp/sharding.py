@@ -3,7 +3,8 @@
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +13,9 @@ from jax.sharding import PartitionSpec as P
 ACTIVATIONS = {"batch": "data", "tokens": "seq", "heads": "model"}
 """The mesh axes of activations; the widths of the residual stream are whole on every device. No
 choice: the models' own shardings say so too."""
+
+REPLICAS = ("data", "seq")
+"""The mesh axes whose devices hold different tokens, and by most `Rules` the same parameters."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +79,40 @@ DEFAULT = Rules()
 def sharding_of(variable: Any, rules: Rules = DEFAULT) -> P:
     """The `PartitionSpec` of an `nnx.Variable`; replicated where it names no axes."""
     return rules.spec(variable.get_metadata().get("axes") or ())
+
+
+def over_replicas(
+    spec: P, shape: Sequence[int], mesh: Mapping[str, int], *, stacked: bool = False
+) -> P:
+    """Cut into parts over `REPLICAS` an array that `spec` leaves whole there.
+
+    They all cut one dimension, the largest that they divide; where there is none, each of them
+    cuts the largest that it divides. An axis that divides none leaves the array whole. Source:
+    ZeRO (arXiv 1910.02054).
+
+    Args:
+      mesh: sizes of the axes.
+      stacked: the first dimension numbers layers, which are taken one at a time: it stays whole.
+    """
+    axes_of = [_names(entry) for entry in (*spec, *[None] * (len(shape) - len(spec)))]
+    used = {axis for axes in axes_of for axis in axes}
+    free = tuple(axis for axis in REPLICAS if mesh[axis] > 1 and axis not in used)
+
+    def size_here(dim: int) -> int:
+        return shape[dim] // math.prod(mesh[axis] for axis in axes_of[dim])
+
+    for axes in (free, *((axis,) for axis in free)):
+        parts = math.prod(mesh[axis] for axis in axes)
+        dims = [dim for dim in range(stacked, len(shape)) if size_here(dim) % parts == 0]
+        if dims and not used & {*axes}:
+            dim = max(dims, key=size_here)
+            axes_of[dim] += axes
+            used |= {*axes}
+    return P(*(axes[0] if len(axes) == 1 else axes or None for axes in axes_of))
+
+
+def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
 def tokens_spec(x) -> P | None:

@@ -33,15 +33,20 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
+# Programs that nobody debugs have no call stacks with their operations: a tenth of the compilation.
+jax.config.update("jax_traceback_in_locations_limit", 0)
 # The same examples every time and no deadline: a loaded machine must not fail a test.
 hypothesis.settings.register_profile("jaxcp", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("jaxcp")
 
 
-pytest_plugins = ["costs"]
+pytest_plugins = ["costs", "share"]
 LINUX = sys.platform == "linux"
 SHARE = os.sysconf("SC_PHYS_PAGES") // 5 if LINUX else 0
 """Pages of memory for one of two workers, whose tests also start processes."""
+MAPPINGS = 30_000
+"""Half of the pieces of memory that Linux lets a process map. A compiled program takes seven and
+more, and XLA ends the process where it gets no other one."""
 # Tracing makes many objects and few cycles: collecting them was 5 % of a run.
 gc.set_threshold(50_000, 20, 50)
 
@@ -54,9 +59,16 @@ def pytest_sessionstart(session):
 def bounded_memory():
     """Compiled programs of modules that are done go where a worker has grown to its share."""
     yield
-    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1]) if LINUX else 0
-    if pages > SHARE:
+    if LINUX and (pages() > SHARE or mappings() > MAPPINGS):
         jax.clear_caches()
+
+
+def pages() -> int:
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+
+
+def mappings() -> int:
+    return pathlib.Path("/proc/self/maps").read_bytes().count(b"\n")
 
 
 @pytest.fixture

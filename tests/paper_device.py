@@ -43,10 +43,18 @@ class PaperDevice:
         Args:
           right: how many of a row's drafts are what the model says.
         """
+        for page, block in plan.pages_out:
+            block.content = list(self.pages[page])
+        for state, block in plan.states_out:
+            block.content = self.states[state]
         for source, target in plan.page_copies:
             self.pages[target] = list(self.pages[source])
         for source, target in plan.state_copies:
             self.states[target] = self.states[source]
+        for block, page in plan.pages_in:
+            self.pages[page] = list(block.content)
+        for block, state in plan.states_in:
+            self.states[state] = block.content
         return [self._run_row(row, right(row)) for row in plan.rows[:rows]]
 
     def reads(self, table, tokens):
@@ -57,6 +65,20 @@ class PaperDevice:
             assert table[place] // self.geometry.pages_per_shard == place % self.geometry.shards
             got = self.pages[table[place]][position % size]
             assert got == (position, token), f"position {position}: {got}, not token {token}"
+
+    def has(self, store):
+        """Assert that blocks of the host hold the tokens that they are found by."""
+        for block in store.blocks():
+            run = memoryview(block.run).cast("i").tolist()
+            if block.content is None:  # the plan that fills it has not run
+                continue
+            if block.shelf is store.states:
+                assert block.content[-len(run) :] == run, "the state of other tokens"
+            else:
+                slots = block.content[: len(run)]
+                first = slots[0][0]
+                assert first % self.geometry.page_size == 0
+                assert slots == list(enumerate(run, first)), "other tokens"
 
     def _run_row(self, row, right):
         before = row.request.tokens[: row.start].tolist()

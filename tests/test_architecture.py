@@ -18,7 +18,7 @@ LICENSE = "# SPDX-License-Identifier: Apache-2.0\n"
 # A room may import rooms above it and its own. A new room of jaxcp is put here first.
 RANKS = (
     ("pallas_kernels", "jaxcp.accelerators", "jaxcp.flax_version", "jaxcp.input_files"),
-    ("jaxcp.mesh", "jaxcp.layout", "jaxcp.sharding"),
+    ("jaxcp.mesh", "jaxcp.layout", "jaxcp.sharding", "jaxcp.processes"),
     ("jaxcp.context_parallel",),
     ("jaxcp.attention",),
     ("jaxcp.layers",),
@@ -30,6 +30,7 @@ RANKS = (
     ("jaxcp.training",),
     ("jaxcp.compile",),
     ("jaxcp.tune",),
+    ("jaxcp.serve",),
     ("jaxcp.cli",),
     (CONFIGS, "jaxcp.__main__"),  # configs are written as a user writes them: from the root
 )
@@ -40,11 +41,23 @@ NEVER = {
     "jaxcp.attention": {"flax"},
     "jaxcp.text": {"jax", "flax", "jaxcp.models", "jaxcp.layers", "pallas_kernels"},
     "jaxcp.data": {"flax", "jaxcp.models", "jaxcp.layers", "jaxcp.text"},
+    "jaxcp.serve": {"jax", "flax", "jaxcp.models", "jaxcp.training", "jaxcp.tune"},
 }
 # The host side of the engine: plain Python that can be tested without a device.
 HOST = {
     f"jaxcp.inference.{name}"
-    for name in ("chunks", "pages", "plan", "prefix_tree", "request", "scheduler")
+    for name in (
+        "chunks",
+        "groups",
+        "guesses",
+        "host_store",
+        "limits",
+        "pages",
+        "plan",
+        "prefix_tree",
+        "request",
+        "scheduler",
+    )
 }
 KERNEL_LIBRARIES = {"pallas_kernels", "jax", "numpy", "jaxtyping", *sys.stdlib_module_names}
 BACKENDS = ("reference", "xla", "triton", "mosaic_tpu")
@@ -219,7 +232,7 @@ def test_tests_reach_no_private_name():
         "from jaxcp.inference.steps import _put",
         "steps._put(x)",
         "jaxcp.inference.steps._put",
-        "engine.session()._cached",
+        "engine.session()._tokens",
         'monkeypatch.setattr(steps, "_put", f)',
         'monkeypatch.setattr("jaxcp.inference.steps._put", f)',
     ],

@@ -181,7 +181,7 @@ def test_what_is_wrong_does_not_win():
 
 
 def test_a_race_has_a_row_for_each_contender(monkeypatch):
-    """What a contender computes is right, its tokens out of order; one that fails says so."""
+    """Compare contenders whose tokens come out of order; one that fails says so."""
     from benchmarks.cp import contenders
 
     def some(tokens):

@@ -9,12 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from flax import nnx
 
 import jaxcp
 from jaxcp.text.tokenizer import byte_level
 
 ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
+SYSTEM = "Files are read one after the other. Answer with what comes next in each.\n"
 
 
 def start(program, *args, **variables):
@@ -56,6 +59,29 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
+JOBS = ["slurm/train.sbatch", "cloud_tpu/create_and_train.sh", "gke/jobset.yaml"]
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_jobs_are_well_formed(name):
+    """And train with options that there are."""
+    path = EXAMPLES / name
+    text = path.read_text()
+    if path.suffix == ".yaml":
+        [job] = yaml.safe_load(text)["spec"]["replicatedJobs"]
+        pod = job["template"]["spec"]
+        assert pod["parallelism"] == pod["completions"] == 4 and pod["backoffLimit"] == 0
+        [container] = pod["template"]["spec"]["containers"]
+        words = [*container["command"], *container["args"]]
+    else:
+        subprocess.run(["bash", "-n", path], check=True)
+        [line] = [line for line in text.splitlines() if "jaxcp train" in line and line[0] != "#"]
+        words = line[line.index("jaxcp train") :].split()
+    assert words[:2] == ["jaxcp", "train"] and "--distributed" in str(words)
+    known = {"--out", "--set", "--distributed"}
+    assert {word for word in words if word.startswith("--") and "$" not in word} <= known
+
+
 def test_ring_attention_smoke():
     out = run("examples/ring_attention.py", "--smoke")
     assert "250 tokens over 8 x cpu" in out
@@ -71,20 +97,25 @@ def test_ring_in_your_model_smoke():
 
 
 @pytest.mark.slow
-def test_ring_attention_on_two_hosts():
+@pytest.mark.parametrize(
+    ("name", "once"),
+    [("ring_attention", ["250 tokens over 16 x cpu", "differs from dense attention"]),
+     ("ring_in_your_model", ["in_plain_jax: 224 tokens over 16, differs by"])],
+)  # fmt: skip
+def test_a_ring_on_two_hosts(name, once):
     """Two processes of 8 devices each, found through the variables that Slurm sets."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     job = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
     job |= {"SLURM_STEP_NUM_TASKS": "2", "JAX_COORDINATOR_ADDRESS": f"localhost:{port}"}
-    args = ("examples/ring_attention.py", "--smoke", "--hosts", 2)
+    args = (f"examples/{name}.py", "--smoke", "--hosts", 2)
     hosts = [start(*args, SLURM_PROCID=i, SLURM_LOCALID=i, **job) for i in "01"]
     first, second = map(finish, hosts)
-    assert "250 tokens over 16 x cpu" in first
     # gloo writes of its connections on either, and its lines may run into each other
-    assert "differs from dense attention" in first
-    assert "tokens over" not in second and "differs" not in second, second
+    assert all(line in first for line in once), first
+    assert "process 1 of 2 (Slurm" in second and "tokens over" not in second, second
+    assert "differs" not in second
 
 
 @pytest.mark.slow
@@ -120,6 +151,26 @@ def test_long_context_on_a_file(checkpoint, tmp_path):
     without = start(*program)
     _, errors = without.communicate(timeout=60)
     assert without.returncode == 1 and "--text needs a --question" in errors
+
+
+@pytest.mark.slow
+def test_agent_loop_on_a_folder(checkpoint, tmp_path):
+    """Every turn computes what the tool said, and the last token of the answer before."""
+    for name in ("one.py", "two.py"):
+        (tmp_path / name).write_text("All happy families are alike. " * 4, encoding="utf-8")
+    program = ("examples/agent_loop.py", "--checkpoint", checkpoint, "--folder", tmp_path)
+    out = run(*program, "--turns", 3, "--output", 50, "--new-tokens", 4)
+    cells = [line.replace("│", " ").rsplit(maxsplit=3) for line in out.splitlines() if "│" in line]
+    rows = {name.strip(): numbers for name, *numbers in cells}
+    said = len("\n# one.py\n") + 50
+    first, last = said + len(SYSTEM), said + 1
+    assert rows["tokens computed"] == [str(x) for x in (first, last, first + 2 * last)]
+    assert rows["tokens reused"] == [str(x) for x in (0, first + last + 6, 2 * first + last + 9)]
+    assert rows["tokens generated"] == ["4", "4", "12"]
+    assert "the last answer: " in out
+    without = start(*program, "--turns", 0)
+    _, errors = without.communicate(timeout=60)
+    assert without.returncode == 1 and "--turns must be at least 1" in errors
 
 
 def test_ring_attention_compiles_for_a_tpu():

@@ -11,12 +11,13 @@ say. Which kinds there are, and what they keep: `full`, `window`, `latent`, `com
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from jaxcp.attention.places import OwnSlots
 from jaxcp.attention.slots import (
@@ -79,17 +80,29 @@ class Room:
     slots: int
     """Slots of all shards."""
     dtype: Any
+    rolled_back: ClassVar[int] = 0
+    """Latest tokens of a row that may turn out to be none."""
 
     def for_slots(self, layers: int, *shape: int, spec: tuple) -> jax.Array:
         """Zeros for each slot, `[layers, B, slots, *shape]`; `spec` says how `shape` is sharded."""
         array = jnp.zeros((layers, self.batch_size, self.slots, *shape), self.dtype)
         return on_mesh(array, P(*OwnSlots.stack, *spec))
 
-    def for_state(self, layers: int, *shape: int, spec: tuple) -> jax.Array:
+    def for_heads(self, layers: int, num_kv_heads: int, head_dim: int) -> jax.Array:
+        """Zeros for the keys, or values, of each slot."""
+        return self.for_slots(layers, num_kv_heads, head_dim, spec=("model", None))
+
+    def for_blocks(self, layers: int, *shape: int, ratio: int) -> jax.Array:
+        """Zeros for each block of `ratio` tokens, `[layers, B, blocks, *shape]`, on every shard."""
+        spec = (None,) * (1 + len(shape))
+        return self.for_state(layers, max(1, self.max_len // ratio), *shape, spec=spec)
+
+    def for_state(
+        self, layers: int, *shape: int, spec: tuple, dtype: DTypeLike | None = None
+    ) -> jax.Array:
         """Zeros for each row, `[layers, B, *shape]`, the same on every shard of `seq`."""
-        return on_mesh(
-            jnp.zeros((layers, self.batch_size, *shape), self.dtype), P(None, "data", *spec)
-        )
+        dtype = self.dtype if dtype is None else dtype
+        return on_mesh(jnp.zeros((layers, self.batch_size, *shape), dtype), P(None, "data", *spec))
 
 
 def empty_cache(

@@ -14,6 +14,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from jaxcp.attention.cache import Room
+from jaxcp.attention.eight_bits import EightBits, in_place, read, spec_of, write
 from jaxcp.attention.slots import (
     AXIS,
     ROWS,
@@ -34,18 +35,18 @@ from pallas_kernels.online_softmax import merge_stacked
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Full:
-    """Keys and values `[L, B, S, K, H]`, sharded over slots and heads."""
+    """Keys and values `[L, B, S, K, H]`, sharded over slots and heads; of a pool also in 8 bits."""
 
-    k: jax.Array
-    v: jax.Array
+    k: jax.Array | EightBits
+    v: jax.Array | EightBits
 
     keeps_slots = True
-    in_pages = True
+    in_pages = ("k", "v")
+    rolls_back = True
 
     @classmethod
     def empty(cls, room: Room, *, layers: int, num_kv_heads: int, head_dim: int) -> "Full":
-        shape = layers, num_kv_heads, head_dim
-        return cls(*(room.for_slots(*shape, spec=("model", None)) for _ in range(2)))
+        return cls(*(room.for_heads(layers, num_kv_heads, head_dim) for _ in range(2)))
 
     def attend(self, tokens, layer, q, k, v, *, window, sinks=None, scale=None, soft_cap=None):
         """`(out [B, T, N, H], what is kept then)`: see `OverCache`."""
@@ -57,7 +58,7 @@ class Full:
             local = functools.partial(
                 _prefilled, used=tokens.used, strategy=tokens.strategy, **options
             )
-        stack = P(*tokens.place.stack, "model", None)
+        stack = spec_of(self.k, tokens.place)
         run = on_shards(
             local,
             (new, new, new, stack, stack, P(), positions, TOKENS, tokens.place.specs, P("model")),
@@ -74,8 +75,8 @@ def _prefilled(
     q, k, v, kept_k, kept_v, layer, q_pos, kv_pos, place, sinks,
     *, used, strategy, window, **options,
 ):  # fmt: skip
-    kept_k, kept_v = place.write(kept_k, layer, k), place.write(kept_v, layer, v)
-    k, v = (place.read(x, layer, used).astype(q.dtype) for x in (kept_k, kept_v))
+    kept_k, kept_v = write(place, kept_k, layer, k), write(place, kept_v, layer, v)
+    k, v = (read(place, x, layer, q.dtype, used) for x in (kept_k, kept_v))
     kv_pos = kv_pos[:, :used]
     if axis_in_scope() is None:
         positions = {"q_positions": q_pos, "kv_positions": kv_pos}
@@ -91,13 +92,13 @@ def _prefilled(
 def _extended(
     q, k, v, kept_k, kept_v, layer, q_pos, kv_pos, place, sinks, **options
 ):  # fmt: skip
-    kept_k, kept_v = place.write(kept_k, layer, k), place.write(kept_v, layer, v)
+    kept_k, kept_v = write(place, kept_k, layer, k), write(place, kept_v, layer, v)
     if q.shape[1] > MAX_QUERIES:
-        k, v = place.read(kept_k, layer), place.read(kept_v, layer)
-        out, lse = attend_shard(q, k, v, q_pos, kv_pos, **options)
+        k, v = (read(place, x, layer, q.dtype) for x in (kept_k, kept_v))
     else:
-        options |= {"layer": layer, "pages": place.pages}
-        out, lse = attend_shard(q, kept_k, kept_v, q_pos, kv_pos, **options)
+        k, v, scales = in_place(kept_k, kept_v)
+        options |= {"layer": layer, "pages": place.pages, **scales}
+    out, lse = attend_shard(q, k, v, q_pos, kv_pos, **options)
     out, lse = merged(out, lse)
     return with_sinks(out, lse, sinks).astype(q.dtype), kept_k, kept_v
 

@@ -47,7 +47,8 @@ class Latent:
     index: jax.Array | None = None
 
     keeps_slots = True
-    in_pages = True
+    in_pages = ("rows", "index")
+    rolls_back = True
 
     @classmethod
     def empty(cls, room: Room, *, layers: int, size: int, index_size: int = 0) -> "Latent":

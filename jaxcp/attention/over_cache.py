@@ -16,8 +16,10 @@ from jaxcp.attention.attend import Attend
 from jaxcp.attention.cache import Cache
 from jaxcp.attention.places import OwnSlots
 from jaxcp.attention.slots import MAX_EXTEND, ROWS, TOKENS
+from jaxcp.context_parallel.ring import Ring
 from jaxcp.context_parallel.shards import on_shards
 from jaxcp.context_parallel.strategy import Strategy
+from jaxcp.layout import Layout
 from pallas_kernels import PAD_POSITION
 
 
@@ -30,6 +32,8 @@ class NewTokens:
     added: Any  # int32 [B]: how many of T each row has
     sharded: bool
     strategy: Strategy | None
+    layout: Layout | None
+    """(static) The layout in whose places they lie where they are sharded; None: in any order."""
     used: int | None
     """(static) A bound on the slots that a shard uses afterwards; None: all."""
     first: bool
@@ -94,14 +98,7 @@ class OverCache(OverKept):
         used: int | None = None,
         halos: Any = None,
     ):
-        if strategy is not None and not strategy.fills_caches:
-            raise NotImplementedError("prefill over a cache has no reproducible form; use Ring()")
-        if not sharded and positions.shape[1] > MAX_EXTEND:
-            # more would push out of a window what it still needs
-            raise ValueError(
-                f"at most {MAX_EXTEND} tokens are not sharded; got {positions.shape[1]}: "
-                "sharded=True"
-            )
+        check_tokens(positions, sharded, strategy)
         first = sharded and used is None
         self.cache = cache
         tokens = NewTokens(
@@ -110,6 +107,7 @@ class OverCache(OverKept):
             added=added,
             sharded=sharded,
             strategy=strategy,
+            layout=(Ring() if strategy is None else strategy).layout,
             used=positions.shape[1] // cache.shards if first else used,
             first=first,
             halos={} if halos is None else halos,
@@ -127,6 +125,17 @@ class OverCache(OverKept):
             positions=self.tokens.slots,
             lengths=self.tokens.after,
             recent=recent,
+        )
+
+
+def check_tokens(positions, sharded: bool, strategy: Strategy | None) -> None:
+    """Raise what `OverCache` says of a strategy, or of so many tokens, over what is kept."""
+    if strategy is not None and not strategy.fills_caches:
+        raise NotImplementedError("prefill over a cache has no reproducible form; use Ring()")
+    if not sharded and positions.shape[1] > MAX_EXTEND:
+        # more would push out of a window what it still needs
+        raise ValueError(
+            f"at most {MAX_EXTEND} tokens are not sharded; got {positions.shape[1]}: sharded=True"
         )
 
 

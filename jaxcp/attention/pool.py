@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pool of pages that all sequences share, and attention over it.
 
-What a layer keeps of a sequence lies in pages, wherever there is room (`Full`, `Latent`), or in one
-state of constant size (`Window`). The scheduler decides which sequence has which; here they are
-numbers. `Compressed` has neither yet.
+What a layer keeps of a sequence lies in pages, wherever there is room (`Full`, `Latent`), in one
+state of constant size (`Window`), or in both (`Compressed`). The scheduler decides which sequence
+has which; here they are numbers.
 
     sequence b     page 0    page 1    page 2    page 3    page 4     page = 64 tokens in order
     shard          0         1         2         0         1          of three: j % shards
@@ -13,29 +13,34 @@ So shards are even to one page, whatever the turns; a sequence grows by a page w
 sequences that begin alike share pages.
 """
 
-import collections
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
-from jaxcp.attention.over_cache import NewTokens, OverKept
+from jaxcp.attention.eight_bits import EightBits
+from jaxcp.attention.over_cache import NewTokens, OverKept, check_tokens
 from jaxcp.attention.places import PagedSlots
 from jaxcp.attention.slots import (
     AXIS,
-    MAX_EXTEND,
     ROWS,
     TOKENS,
+    block_slots,
     on_mesh,
     positions_in_pages,
     shards_in_scope,
 )
+from jaxcp.context_parallel.halo import full_reach
 from jaxcp.context_parallel.shards import on_shards
 from jaxcp.context_parallel.strategy import Strategy
+from jaxcp.layout import Layout
+from pallas_kernels.number_formats import LARGEST
 
 
 @functools.partial(
@@ -53,7 +58,41 @@ class Pool:
 
     def bytes_per_device(self) -> int:
         """Bytes that one device holds."""
-        return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(self.layers))
+        return self.bytes_of(1, 1)
+
+    def bytes_of(self, pages: float, states: float) -> int:
+        """Bytes of so many times the pages, and the states, of one device."""
+        return sum(
+            round((pages if in_pages else states) * _bytes_on_device(x))
+            for x, in_pages in zip(jax.tree.leaves(self.layers), self.paged, strict=True)
+        )
+
+    @property
+    def paged(self) -> list[bool]:
+        """Tell for each array whether it lies in pages, `[L, P, ...]`; the others are states, `[L,
+        states, ...]`."""
+        return jax.tree.leaves(_in_pages(self.layers))
+
+    @property
+    def specs(self) -> list[P]:
+        """Mesh axes of each array."""
+        return [jax.typeof(x).sharding.spec for x in jax.tree.leaves(self.layers)]
+
+    @property
+    def keeps_state(self) -> bool:
+        """Tell whether a layer keeps something in a state of constant size a sequence."""
+        return not all(self.paged)
+
+    @property
+    def rolls_back(self) -> bool:
+        """Tell whether a few tokens may be written that turn out to be none of the sequence."""
+        return all(kind.rolls_back for kind in self.layers.values())
+
+
+def _bytes_on_device(x):
+    """Bytes of one device, of an array or of its shape alone."""
+    shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+    return math.prod(shape) * x.dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,26 +105,59 @@ class PoolRoom:
     states: int
     """States of a device."""
     dtype: Any
-
-    @property
-    def batch_size(self) -> int:
-        """Raise: kinds with arrays of a row's length, such as compressed blocks, have no pages."""
-        raise NotImplementedError(
-            "this model's layers keep compressed blocks, which have no pages yet: talk to it by "
-            "`engine.session()`"
-        )
+    rolled_back: int = 0
+    """Latest tokens of a sequence that may turn out to be none."""
+    heads_dtype: str | None = None
+    """int8 or float8_e4m3fn: of keys and values of heads in pages; None: `dtype`."""
 
     def for_slots(self, layers: int, *shape: int, spec: tuple) -> jax.Array:
-        """Zeros for each slot, `[layers, P, page, *shape]`; `spec` says how `shape` is sharded."""
+        """Zeros for each slot, `[layers, P, page, *shape]`; `spec` says how `shape` is sharded.
+
+        Raises:
+          NotImplementedError: the pool is one of 8 bits.
+        """
+        self._refuse_eight_bits("latents")
+        return self._in_pages(layers, self.page, *shape, spec=(None, *spec))
+
+    def for_heads(self, layers: int, num_kv_heads: int, head_dim: int) -> jax.Array | EightBits:
+        """Zeros for the keys, or values, of each slot, in 8 bits where the pool has them so."""
+        shape, spec = (layers, self.page, num_kv_heads, head_dim), (None, "model", None)
+        if self.heads_dtype is None:
+            return self._in_pages(*shape, spec=spec)
+        scales, scales_spec = (layers, num_kv_heads, self.page), ("model", None)
+        return EightBits(
+            self._in_pages(*shape, spec=spec, dtype=self.heads_dtype),
+            self._in_pages(*scales, spec=scales_spec, dtype=jnp.float32),
+        )
+
+    def for_blocks(self, layers: int, *shape: int, ratio: int) -> jax.Array:
+        """Zeros for each block of `ratio` tokens, `[layers, P, blocks of a page, *shape]`.
+
+        Raises:
+          NotImplementedError: the pool is one of 8 bits.
+        """
+        self._refuse_eight_bits("compressed blocks")
+        shape = block_slots(self.page, ratio), *shape
+        return self._in_pages(layers, *shape, spec=(None,) * len(shape))
+
+    def _in_pages(self, layers, *shape, spec, dtype=None):
         axes = jax.sharding.get_abstract_mesh().shape
         pages = self.pages * axes.get("data", 1) * axes.get(AXIS, 1)
-        array = jnp.zeros((layers, pages, self.page, *shape), self.dtype)
-        return on_mesh(array, P(*PagedSlots.stack, *spec))
+        dtype = self.dtype if dtype is None else dtype
+        return on_mesh(jnp.zeros((layers, pages, *shape), dtype), P(*PagedSlots.stack[:2], *spec))
 
-    def for_state(self, layers: int, *shape: int, spec: tuple) -> jax.Array:
+    def _refuse_eight_bits(self, what):
+        if self.heads_dtype is not None:
+            raise NotImplementedError(
+                f"{what} have no form in 8 bits; leave cache_dtype={self.heads_dtype!r} out"
+            )
+
+    def for_state(
+        self, layers: int, *shape: int, spec: tuple, dtype: DTypeLike | None = None
+    ) -> jax.Array:
         """Zeros for each state, `[layers, states, *shape]`, the same on every shard of `seq`."""
         states = self.states * jax.sharding.get_abstract_mesh().shape.get("data", 1)
-        array = jnp.zeros((layers, states, *shape), self.dtype)
+        array = jnp.zeros((layers, states, *shape), self.dtype if dtype is None else dtype)
         return on_mesh(array, P(None, "data", *spec))
 
 
@@ -96,19 +168,39 @@ def empty_pool(
     page: int,
     states: int,
     dtype: Any,
+    cache_dtype: str | None = None,
+    rolled_back: int = 0,
 ) -> Pool:
     """A pool on the mesh in scope.
 
     Args:
       makers: by the name of a stack of layers, what makes its kind, empty.
       pages, states: so many a device, of `page` tokens each.
+      rolled_back: latest tokens of a sequence that may turn out to be none.
+      cache_dtype: "int8" or "float8_e4m3fn" for keys and values of heads in pages, with a float32
+        scale for each token's head; None: `dtype`. States are of `dtype`, whatever this is.
+    Raises:
+      ValueError: another `cache_dtype`, or no layer that keeps keys and values in pages.
+      NotImplementedError: layers keep in pages what has no form in 8 bits.
     """
-    room = PoolRoom(pages=pages, page=page, states=states, dtype=dtype)
+    if cache_dtype is not None and cache_dtype not in tuple(LARGEST):
+        raise ValueError(
+            f"cache_dtype must be one of {tuple(LARGEST)} or None; got {cache_dtype!r}"
+        )
+    room = PoolRoom(
+        pages=pages, page=page, states=states, dtype=dtype, heads_dtype=cache_dtype,
+        rolled_back=rolled_back,
+    )  # fmt: skip
     shards = shards_in_scope()
 
     @jax.jit
     def make():
         layers = {name: maker(room) for name, maker in makers.items()}
+        if cache_dtype is not None and not any(jax.tree.leaves(_in_pages(layers))):
+            raise ValueError(
+                f"no layer of this model keeps pages, which cache_dtype={cache_dtype!r} is for: "
+                "leave it out"
+            )
         return Pool(layers=layers, shards=shards, page=page)
 
     return make()
@@ -124,8 +216,10 @@ class OverPool(OverKept):
       pages: int32 `[B, shards * M]`: column `r * M + i` is the i-th page of a sequence on shard r,
         counted from 0 on each device; columns behind its pages may hold any number.
       states: int32 `[B]`, the state of each sequence; one beyond the last of a device writes none.
-      sharded: the tokens lie over `seq`, each where its page is; else every device has them all.
+      sharded: the tokens lie over `seq`, in any order; else every device has them all.
       strategy: for layers that see everything, see `OverCache`.
+      layout: (static) the layout in whose places tokens that are sharded lie, the last ones pads:
+        shards then send each other the windows, as `Halo` does. None: all of the new tokens.
       used: (static) bounds the slots that a shard holds of a sequence afterwards; None: all of its
         pages.
     Raises:
@@ -144,15 +238,10 @@ class OverPool(OverKept):
         states: Any,
         sharded: bool,
         strategy: Strategy | None = None,
+        layout: Layout | None = None,
         used: int | None = None,
     ):
-        if strategy is not None and not strategy.fills_caches:
-            raise NotImplementedError("prefill over a pool has no reproducible form; use Ring()")
-        if not sharded and positions.shape[1] > MAX_EXTEND:
-            raise ValueError(
-                f"at most {MAX_EXTEND} tokens are not sharded; got {positions.shape[1]}: "
-                "sharded=True"
-            )
+        check_tokens(positions, sharded, strategy)
         self.pool = pool
         count = pages.shape[1] // pool.shards
         local = functools.partial(positions_in_pages, count=count, page=pool.page)
@@ -164,9 +253,9 @@ class OverPool(OverKept):
             strategy=strategy,
             used=used,
             first=False,
-            # a window spans pages of every shard: None gathers all of the new tokens, {} none
-            halos=collections.defaultdict(lambda: None if pool.shards > 1 else {}),
-            place=PagedSlots(positions, pages, states, sharded=sharded),
+            layout=layout,
+            halos=_Halos(layout, pool.shards, positions.shape[1] // pool.shards),
+            place=PagedSlots(positions, pages, states, page=pool.page, sharded=sharded),
             slots=on_shards(local, (ROWS,), TOKENS)(before + added),
         )
         super().__init__(pool.layers, tokens)
@@ -177,31 +266,50 @@ class OverPool(OverKept):
         return dataclasses.replace(self.pool, layers=self.layers)
 
 
+class _Halos(dict):
+    """By window, what shards send each other of new tokens: made when a layer asks."""
+
+    def __init__(self, layout, shards, tokens):
+        super().__init__()
+        self._reach = layout, shards, tokens
+
+    def __missing__(self, window):
+        layout, shards, tokens = self._reach
+        if shards == 1:
+            return {}
+        return None if layout is None else full_reach(layout, shards, tokens, window)
+
+
 def copied(pool: Pool, pages: Any, states: Any) -> Pool:
     """The pool after copies from page to page and from state to state, one after the other.
 
     Args:
-      pages, states: int32 `[2, n]`, sources and targets; targets of -1 end the list. Page i of
-        shard r is `r * pages of a shard + i`; source and target are on one shard.
+      pages, states: int32 `[data, 2, n]`, sources and targets of each group of devices along
+        `data`; targets of -1 end the list. Page i of shard r is `r * pages of a shard + i`; source
+        and target are on one shard.
     """
     with_mesh = not jax.sharding.get_abstract_mesh().empty
-    kinds = {name: (kind.in_pages, kind) for name, kind in pool.layers.items()}
-    flat, tree = jax.tree.flatten({name: kind for name, (_, kind) in kinds.items()})
-    paged = jax.tree.leaves(
-        {name: jax.tree.map(lambda _, p=p: p, kind) for name, (p, kind) in kinds.items()}
-    )
-    specs = [jax.typeof(x).sharding.spec if with_mesh else None for x in flat]
+    flat, tree = jax.tree.flatten(pool.layers)
+    paged, specs = pool.paged, pool.specs
 
     def local(arrays, pages, states):
         rank = jax.lax.axis_index(AXIS) if with_mesh else 0
         return [
-            _copied(x, pages if in_pages else states, rank if in_pages else 0)
+            _copied(x, (pages if in_pages else states)[0], rank if in_pages else 0)
             for x, in_pages in zip(arrays, paged, strict=True)
         ]
 
-    run = on_shards(local, (specs, P(), P()), specs)
+    run = on_shards(local, (specs, P("data"), P("data")), specs)
     layers = jax.tree.unflatten(tree, run(flat, pages, states))
     return dataclasses.replace(pool, layers=layers)
+
+
+def _in_pages(layers):
+    """Tell for each array of the kinds `layers` (a tree) whether it lies in pages."""
+    return {
+        name: jax.tree.map_with_path(lambda path, _, kind=kind: path[0].name in kind.in_pages, kind)
+        for name, kind in layers.items()
+    }
 
 
 def _copied(stack, pairs, rank):

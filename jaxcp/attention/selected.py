@@ -153,17 +153,23 @@ def _windowed(q, kv, positions, window, strategy, scale, axis_name):
 
 def attend_selected(
     q, keys, queries, weights, index_keys, positions, key_positions, *, top_k, scale, value_dim,
-    block: int | None = None,
+    axis_name: str | None = None, block: int | None = None,
 ):  # fmt: skip
-    """`(out float32, lse)` of local queries over the `top_k` of whole keys; `block` at a time."""
-    top_k = min(top_k, keys.shape[1])
-    b, t, n, _ = q.shape
+    """`(out float32, lse)` of local queries over the `top_k` best keys; `block` at a time.
+
+    `keys [B, S, H]`, or a function that gives those at some indices `[B, T, k]` as `[B, T, k, H]`.
+
+    With `axis_name` every shard has the same queries and keys of its own, of which it attends to
+    those that are among the best of all shards: the results are yet to be merged.
+    """
+    b, t, n, h = q.shape
     if block is None:
-        widest = max(keys.shape[1], top_k * keys.shape[2], n * top_k)
+        most = min(top_k, index_keys.shape[1])
+        widest = max(index_keys.shape[1], most * h, n * most)
         block = max(1, ELEMENTS // (b * widest))
     attend = functools.partial(
         _attend_block, keys=keys, index_keys=index_keys, key_positions=key_positions,
-        top_k=top_k, scale=scale, value_dim=value_dim,
+        top_k=top_k, scale=scale, value_dim=value_dim, axis_name=axis_name,
     )  # fmt: skip
     # the position of a pad is that of an empty key: -1 sees nothing
     rows = q, queries, weights, jnp.where(positions == PAD_POSITION, -1, positions)
@@ -181,10 +187,14 @@ def attend_selected(
     return jax.tree.map(back, attended)
 
 
-def _attend_block(rows, *, keys, index_keys, key_positions, top_k, scale, value_dim):
+def _attend_block(
+    rows, *, keys, index_keys, key_positions, top_k, scale, value_dim, axis_name
+):  # fmt: skip
     q, queries, weights, positions = rows
-    chosen, visible = select(queries, weights, index_keys, positions, key_positions, top_k)
-    there = jax.vmap(lambda x, rows: x[rows])(keys, chosen)  # [B, T, top_k, H]
+    chosen, visible = select(
+        queries, weights, index_keys, positions, key_positions, top_k, axis_name
+    )
+    there = keys(chosen) if callable(keys) else jax.vmap(lambda x, rows: x[rows])(keys, chosen)
     logits = jnp.einsum("btnh,btkh->btnk", q, there, preferred_element_type=jnp.float32) * scale
     logits = jnp.where(visible[:, :, None], logits, -jnp.inf)
     high = lax.stop_gradient(logits).max(-1, keepdims=True)
@@ -197,10 +207,14 @@ def _attend_block(rows, *, keys, index_keys, key_positions, top_k, scale, value_
     return out / safe[..., None], jnp.where(nothing, -jnp.inf, high[..., 0] + jnp.log(safe))
 
 
-def select(queries, weights, index_keys, positions, key_positions, top_k: int):
-    """Rows of the `top_k` best visible keys `[B, T, top_k]`, and which of them are visible.
+def select(
+    queries, weights, index_keys, positions, key_positions, top_k: int, axis_name: str | None = None
+):
+    """Rows of the `top_k` best keys `[B, T, k]`, k at most as many as there are, and which of them
+    are visible.
 
-    Scores are float32. Keys come in the order in which equal scores are to be taken.
+    Scores are float32. Keys come in the order in which equal scores are to be taken. With
+    `axis_name` those of a shard count as visible that are among the `top_k` of all shards.
     """
     exact = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
     index_keys = index_keys.astype(jnp.float32)
@@ -215,5 +229,20 @@ def select(queries, weights, index_keys, positions, key_positions, top_k: int):
     scores, _ = lax.scan(add, nothing, tuple(heads))
     scores = jnp.where(scores == 0, 0.0, scores)  # -0 is less than 0 to a sort, and no less here
     scores = jnp.where(key_positions[:, None] <= positions[..., None], scores, -jnp.inf)
-    best, chosen = lax.top_k(scores, top_k)
-    return chosen, best > -jnp.inf
+    best, chosen = lax.top_k(scores, min(top_k, scores.shape[-1]))
+    visible = best > -jnp.inf
+    if axis_name is not None:
+        at = jnp.take_along_axis(key_positions[:, None], chosen, axis=2)
+        visible &= _among_best(best, at, top_k, axis_name)
+    return chosen, visible
+
+
+def _among_best(scores, positions, top_k: int, axis_name: str):
+    """Tell which `scores [B, T, k]` of this shard are among the `top_k` best of all shards; of
+    equal ones those come first that have the smaller of `positions`, all of which differ."""
+    rank = -scores, positions
+    everyone = lax.all_gather(rank, axis_name, axis=2, tiled=True)
+    score, position = (
+        x[..., :top_k][..., -1:] for x in lax.sort(everyone, dimension=2, num_keys=2)
+    )
+    return (rank[0] < score) | ((rank[0] == score) & (positions <= position))

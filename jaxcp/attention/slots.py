@@ -93,12 +93,58 @@ def write_pages(stack, layer, new, positions, pages):
     The token at position p lies in slot `p % page` of its row's page `p // page`, which is on the
     shard `p // page % shards` and the next in its list.
     """
-    count, page = stack.shape[1:3]
-    place = positions // page
-    own = (positions != PAD_POSITION) & (place % _shards() == _rank())
+    page = stack.shape[2]
+    there = positions != PAD_POSITION
+    return _put_in_pages(stack, layer, new, positions // page, positions % page, there, pages)
+
+
+def write_scales(stack, layer, new, positions, pages):
+    """`write_pages` where slots come last, `stack [L, P, K, page]` and `new [B, T, K]`, of tokens
+    that follow each other, in any order.
+
+    Whole pages are written: where slots alone were, XLA on TPU would turn the stack and back.
+    """
+    page, line = stack.shape[3], jnp.arange(len(new))[:, None]
+    most = positions.shape[1] // page + 2  # pages, the first and the last in part
+    place = positions.min(1, keepdims=True) // page + jnp.arange(most)
+    nth = jnp.where(positions == PAD_POSITION, most, positions // page - place[:, :1])
+    at = line, nth, positions % page
+    fresh = jnp.zeros((*place.shape, page), bool).at[at].set(True, mode="drop")
+    shape = *place.shape, page, new.shape[2]
+    rows = jnp.zeros(shape, stack.dtype).at[at].set(new.astype(stack.dtype), mode="drop")
+    # no page without new tokens: it may be another row's, which writes it meanwhile
+    number = _page_numbers(stack, place, fresh.any(-1), pages)
+    before = stack.at[layer, number].get(mode="clip")
+    after = jnp.where(fresh[:, :, None], rows.swapaxes(2, 3), before)
+    return stack.at[layer, number].set(after, mode="drop")
+
+
+def write_blocks(stack, layer, new, blocks, pages, page: int, ratio: int):
+    """`stack [L, P, slots, D]` with the entries `new [B, E, D]` of `blocks [B, E]` in its `layer`:
+    those that fall to this shard, in the pages of the shard that are a row's.
+
+    The entry of a block lies in the page, of `page` tokens, of the block's last token, behind those
+    of the blocks that end there before it; see `blocks_in_pages`. `PAD_POSITION` is no block.
+    """
+    there = blocks != PAD_POSITION
+    place = jnp.where(there, (blocks * ratio + ratio - 1) // page, 0)
+    slot = blocks - _first_block(place, page, ratio)
+    return _put_in_pages(stack, layer, new, place, slot, there, pages)
+
+
+def _put_in_pages(stack, layer, new, place, slot, there, pages):
+    """`stack [L, P, slots, ...]` with rows `new [B, T, ...]` in its `layer`, where `there [B, T]`
+    and this shard has the page: in `slot` of the row's page number `place`."""
+    number = _page_numbers(stack, place, there, pages)
+    return stack.at[layer, number, slot].set(new.astype(stack.dtype), mode="drop")
+
+
+def _page_numbers(stack, place, there, pages):
+    """The pages of `stack [L, P, ...]` that are a row's number `place [B, n]`, on this shard where
+    `there`; else beyond the last, where nothing is written."""
+    own = there & (place % _shards() == _rank())
     listed = jnp.minimum(place // _shards(), pages.shape[1] - 1)
-    number = jnp.where(own, jnp.take_along_axis(pages, listed, axis=1), count)  # beyond: dropped
-    return stack.at[layer, number, positions % page].set(new.astype(stack.dtype), mode="drop")
+    return jnp.where(own, jnp.take_along_axis(pages, listed, axis=1), stack.shape[1])
 
 
 def positions_in_pages(lengths, count: int, page: int):
@@ -107,6 +153,33 @@ def positions_in_pages(lengths, count: int, page: int):
     place = jnp.arange(count, dtype=jnp.int32) * _shards() + _rank()
     positions = (place[:, None] * page + jnp.arange(page, dtype=jnp.int32)).reshape(-1)
     return jnp.where(positions < lengths[:, None], positions, PAD_POSITION)
+
+
+def blocks_in_pages(lengths, count: int, page: int, ratio: int):
+    """`[B, count * slots]`: the block in each slot of rows that have `lengths [B]` tokens, `ratio`
+    of them a block, and `count` pages on this shard; `PAD_POSITION`: none, or not complete.
+
+    A page has `block_slots` slots. Of three pages of 32 tokens and blocks of 12, on one shard:
+
+        page     0           1           2
+        blocks   0   1   -   2   3   4   5   6   7
+        end at   11  23      35  47  59  71  83  95
+    """
+    place = jnp.arange(count, dtype=jnp.int32)[:, None] * _shards() + _rank()
+    first, behind = (_first_block(x, page, ratio) for x in (place, place + 1))
+    blocks = first + jnp.arange(block_slots(page, ratio), dtype=jnp.int32)
+    blocks = jnp.where(blocks < behind, blocks, PAD_POSITION).reshape(-1)
+    return jnp.where(blocks < lengths[:, None] // ratio, blocks, PAD_POSITION)
+
+
+def block_slots(page: int, ratio: int) -> int:
+    """Count the blocks of `ratio` tokens that end in a page at most."""
+    return -(-page // ratio)
+
+
+def _first_block(place, page, ratio):
+    """The first block that ends in page number `place` or later."""
+    return place * page // ratio
 
 
 def _scattered(stack, layer, new, start):

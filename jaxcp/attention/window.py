@@ -46,7 +46,8 @@ class Window:
     window: int
 
     keeps_slots = True  # it keeps none: a model of windows alone is cut like one with a full layer
-    in_pages = False  # but in a state
+    in_pages = ()  # but in a state
+    rolls_back = True  # R has rows to spare: what they lost no window reaches any more
     exchanges_window = True
 
     @classmethod

@@ -18,6 +18,10 @@ class Devices:
     model: int = 1
     """Shards of heads and widths."""
 
+    @property
+    def count(self) -> int:
+        return self.seq * self.model
+
 
 ONE_DEVICE = Devices()
 

@@ -12,11 +12,15 @@ import tyro
 
 from jaxcp import __version__
 from jaxcp.accelerators import choose_cpu
-from jaxcp.cli.measure import demo, eval_needle
+from jaxcp.cli.corpus import prepare
+from jaxcp.cli.load import eval_load
+from jaxcp.cli.measure import demo, eval_agent, eval_needle
+from jaxcp.cli.perplexity import eval_perplexity
 from jaxcp.cli.prepare import quantize, tune
+from jaxcp.cli.serve import serve
 from jaxcp.cli.talk import chat, generate
 from jaxcp.cli.terminal import ABOUT, one_line_errors
-from jaxcp.cli.train import train
+from jaxcp.cli.train import plot, print_fields, train
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -27,12 +31,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"jaxcp {__version__}")
         return
     app, evaluations = tyro.extras.SubcommandApp(), tyro.extras.SubcommandApp()
-    for command in (demo, generate, chat, train, tune, quantize):
+    for command in (demo, generate, chat, serve, prepare, train, plot, tune, quantize):
         app.command(command)
     evaluations.command(name="needle")(eval_needle)
+    evaluations.command(name="perplexity")(eval_perplexity)
+    evaluations.command(name="agent")(eval_agent)
+    evaluations.command(name="load")(eval_load)
     app.command(evaluations, name="eval", help="Measure what a checkpoint can do.")
     with one_line_errors():
         choose_cpu()
+        if arguments[:1] == ["train"] and {"-h", "--help"} & set(arguments):
+            print_fields(arguments[1:])
         app.cli(prog="jaxcp", description=ABOUT, args=arguments)
 
 

@@ -56,20 +56,26 @@ def read_stdin() -> str:
         ) from error
 
 
-def read_lines() -> Iterator[str]:
-    """Yield lines of standard input up to an empty one.
+def talks_with_a_person() -> bool:
+    """Tell whether both ends are a terminal: what is piped on holds answers only."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
 
-    Shows a prompt before each if both ends are a terminal: what is piped on holds answers only.
-    """
-    person = sys.stdin.isatty() and sys.stdout.isatty()
+
+def read_lines() -> Iterator[str]:
+    """Yield lines of standard input up to an empty one."""
     while True:
         try:
-            line = input("> ") if person else input()
+            line = input()
         except EOFError:
             return
         if not line:
             return
         yield line
+
+
+def thinking_level(text: str | None) -> str | int | None:
+    """Read a level of thinking as a person gives it: a number is a budget of tokens."""
+    return int(text) if text is not None and text.isdecimal() else text
 
 
 def at_least_one(**options: int | None) -> None:

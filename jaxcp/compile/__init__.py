@@ -13,7 +13,7 @@ from jaxcp.compile.hlo import (
     kernel_calls,
     transfers,
 )
-from jaxcp.compile.programs import decode_program, prefill_program
+from jaxcp.compile.programs import decode_program, engine_programs, prefill_program
 from jaxcp.compile.report import Report, compile_for, on_mesh
 from jaxcp.compile.target import Target, parse_target, topology
 
@@ -27,6 +27,7 @@ __all__ = [
     "compile_for",
     "copies",
     "decode_program",
+    "engine_programs",
     "kernel_calls",
     "on_mesh",
     "parse_target",

@@ -13,7 +13,11 @@ from jax.sharding import PartitionSpec as P
 
 from jaxcp.attention.slots import MAX_EXTEND
 from jaxcp.context_parallel import Strategy
-from jaxcp.inference import steps, turns
+from jaxcp.inference import programs, steps, turns
+from jaxcp.inference.batch import resting, resting_chunk
+from jaxcp.inference.geometry import FEW, geometry_of
+from jaxcp.inference.programs import LINES, no_seats
+from jaxcp.inference.runner import chunk_sizes
 from jaxcp.sharding import DEFAULT, Rules
 from jaxcp.weights.placement import parts_of
 
@@ -68,6 +72,58 @@ def decode_program(
     cache = _cache(model, mesh, batch_size, max_len)
     token = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
     return steps.jitted(steps.decode_tokens, True), (_model(model, mesh, rules), cache, token)
+
+
+def engine_programs(
+    model: Any,
+    mesh: Mesh,
+    *,
+    max_len: int,
+    max_rows: int = 1,
+    pool_tokens: int | None = None,
+    drafts: int = 0,
+    cache_dtype: str | None = None,
+    strategy: Strategy | None = None,
+    rules: Rules = DEFAULT,
+) -> dict[str, tuple[Callable, tuple]]:
+    """The programs of an `Engine` with these options, by name: "decode", "few" with `drafts`, and
+    "chunk of N" for every size of chunks.
+
+    >>> fn, args = engine_programs(jaxcp.abstract_model(config), mesh, max_len=131_072)["decode"]
+    """
+
+    def shaped(arrays, spec):
+        sharding = NamedSharding(mesh, spec)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arrays
+        )
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        g = geometry_of(
+            model, max_len=max_len, max_rows=max_rows, pool_tokens=pool_tokens, memory=None,
+            cache_dtype=cache_dtype, drafts=drafts,
+        )  # fmt: skip
+        pool = jax.eval_shape(lambda: model.init_pool(**g.room()))
+    rows = g.groups * g.row_sizes[-1]
+    seats = jax.eval_shape(lambda: no_seats(g, model.config.vocab_size))
+    numbers = shaped(resting(rows, g), LINES)
+    state = _model(model, mesh, rules), pool, shaped(seats, LINES)
+    made: dict[str, tuple[Callable, tuple]] = {}
+    made["decode"] = programs.program(programs.decode), (*state, numbers, g)
+    if drafts:
+        shape = rows, FEW, *[g.ngram] * (g.ngram > 1)
+        ids = shaped(np.zeros(shape, np.int32), LINES)
+        made["few"] = programs.program(programs.few), (*state, ids, numbers, g)
+    for size in chunk_sizes(g):
+        chunk = resting_chunk(size, g)
+        tokens = P("data", "seq" if chunk.sharded else None)
+        arrays = shaped((chunk.ids, chunk.positions, chunk.following), tokens)
+        static = g, chunk.sharded, strategy
+        made[f"chunk of {size}"] = (
+            programs.program(programs.chunk),
+            (*state, *arrays, shaped(chunk.numbers, LINES), *static),
+        )
+    return made
 
 
 def _model(model, mesh: Mesh, rules: Rules):

@@ -28,7 +28,7 @@ from jaxcp.context_parallel.circulate import as_before, flat, gradients, in_turn
 from jaxcp.context_parallel.cost import Cost, Shapes, Traffic
 from jaxcp.context_parallel.exchange import gathered, scattered
 from jaxcp.context_parallel.strategy import Strategy
-from pallas_kernels.flash_attention import attention_forward, row_delta
+from pallas_kernels.flash_attention import attention_forward, named, row_delta
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,6 +99,7 @@ def _with_parts(statics, q, keys, weights, q_pos, kv_pos, q_seg, kv_seg):
 
 def _forward(statics, *arrays):
     done, whole = _with_parts(statics, *arrays)
+    done = named(*done)
     q, keys, weights, q_pos, _, q_seg, _ = arrays
     return done, (q, keys, weights, q_pos, q_seg, whole, *done)
 

@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.dispatch import target_platform
-from pallas_kernels.flash_attention import attention_backward, attention_forward, row_delta
+from pallas_kernels.flash_attention import attention_backward, attention_forward, named, row_delta
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _circulate(circles, options, expand, q, keys, weights, q_pos, kv_pos, q_seg,
 
 
 def _forward(circles, options, expand, *arrays):
-    out, lse = _circulate(circles, options, expand, *arrays)
+    out, lse = named(*_circulate(circles, options, expand, *arrays))
     return (out, lse), (*arrays, out, lse)
 
 

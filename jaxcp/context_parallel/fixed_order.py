@@ -32,6 +32,7 @@ from pallas_kernels.flash_attention import (
     NO_POSITION,
     attention_backward,
     attention_forward,
+    named,
     row_delta,
 )
 from pallas_kernels.flash_attention.mask import bounds
@@ -140,7 +141,7 @@ def _attend(where, options, making, q, keys, weights, q_pos, kv_pos, q_seg, kv_s
 
 
 def _forward(where, options, making, *arrays):
-    out, lse = _attend(where, options, making, *arrays)
+    out, lse = named(*_attend(where, options, making, *arrays))
     return (out, lse), (*arrays, out, lse)
 
 

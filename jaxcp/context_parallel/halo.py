@@ -131,6 +131,25 @@ def reached(
     return rows_to_send(zip(orders, lengths, strict=True), window, causal)
 
 
+@functools.lru_cache(maxsize=64)
+def full_reach(
+    layout: Layout, shards: int, tokens: int, window: int
+) -> dict[int, np.ndarray] | None:
+    """`rows_to_send` where no place of a layout is a pad; None where that is not `worth_it`.
+
+    It also does for fewer tokens at the same places, the last ones left out.
+    """
+    order = np.sort(layout.places(shards * tokens, shards), axis=1)
+    return worth_it(rows_to_send([(order, shards * tokens)], window), tokens)
+
+
+def worth_it(rows: dict[int, np.ndarray], tokens: int) -> dict[int, np.ndarray] | None:
+    """`rows`, unless one all-gather of all `tokens` a shard sends hardly more."""
+    sent = sum(table.shape[1] for table in rows.values())
+    others = max((len(table) - 1 for table in rows.values()), default=0)
+    return None if 2 * sent > others * tokens > 0 else rows
+
+
 def rows_to_send(
     orders: Iterable[tuple[np.ndarray, int]], window: int, causal: bool = True
 ) -> dict[int, np.ndarray]:

@@ -27,7 +27,7 @@ from jaxcp.context_parallel.circulate import gradients, met
 from jaxcp.context_parallel.cost import Cost, Shapes, Traffic, circle_cost
 from jaxcp.context_parallel.exchange import gathered, scattered
 from jaxcp.context_parallel.strategy import Strategy
-from pallas_kernels.flash_attention import attention_forward, row_delta
+from pallas_kernels.flash_attention import attention_forward, named, row_delta
 from pallas_kernels.online_softmax import merge_stacked
 
 
@@ -96,7 +96,7 @@ def _forward(statics, q, keys, weights, q_pos, kv_pos, q_seg, kv_seg):
     packed = lax.all_to_all(packed, axis_name, 1, 0, tiled=True)  # [n * B, t, N, V + 1]
     packed = packed.reshape(-1, q.shape[0], *packed.shape[1:])
     out, lse = merge_stacked(packed[..., :-1], packed[..., -1])
-    results = out.astype(q.dtype), lse
+    results = named(out.astype(q.dtype), lse)
     return results, (every, keys, weights, kv_pos, kv_seg, *results)
 
 

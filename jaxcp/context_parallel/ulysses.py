@@ -24,7 +24,7 @@ from jax import lax
 from jaxcp.context_parallel.cost import Cost, Shapes, Traffic
 from jaxcp.context_parallel.exchange import Exchange, exchanged_shapes, gathered
 from jaxcp.context_parallel.strategy import Strategy
-from pallas_kernels.flash_attention import attention_backward, attention_forward, row_delta
+from pallas_kernels.flash_attention import attention_backward, attention_forward, named, row_delta
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,8 @@ def _forward(statics, q, k, v, *ids):
     swap = _exchange(axis_name, heads)
     arrays = swap.queries(q), swap.keys(k), swap.keys(v), *(gathered(x, axis_name) for x in ids)
     out, lse = attention_forward(*arrays, **dict(options))
-    own_out, own_lse = swap.back(out), swap.back(lse)
+    out, lse = named(swap.back(out), lse)
+    own_out, own_lse = out, swap.back(lse)
     return (own_out, own_lse), (arrays, lse, own_out)
 
 

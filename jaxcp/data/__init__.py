@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches on the host: sources, packing, shifting and drafts. NumPy alone."""
+"""Batches on the host: prepared files, sources, shifting and drafts. NumPy alone."""

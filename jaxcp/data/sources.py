@@ -1,31 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training batches as pure functions of the step: resuming needs no saved iterator.
 
-A source is any object with `batch(step, rows, length)`. Two come with the library: `TokenFiles`
-(raw `.bin` files) and `TextSource` (text as bytes). Both see their tokens as one circular stream,
-cut into windows that are shuffled anew every epoch; each token is trained on once an epoch.
+A source is any object with `batch(step, rows, length)`. Three come with the library: `TokenFiles`
+(what `jaxcp prepare` wrote, and files of others), `TextSource` (text as bytes or characters) and
+`Mixture` (of sources, by weight). The first two see their tokens as one circular stream, cut into
+windows that are shuffled anew every epoch; each token is trained on once an epoch.
 """
 
 import dataclasses
 import functools
 import glob
+import json
 import logging
 import pathlib
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
-import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from jaxcp.data.batch import Batch
 from jaxcp.data.batch import checked as checked
 from jaxcp.data.batch import consecutive as consecutive
-from jaxcp.layout import Layout
+from jaxcp.data.prepared import TOKENIZER, Part, Place, Prepared, is_prepared, read_prepared
+from jaxcp.data.stream import Stream
+from jaxcp.data.token_formats import open_tokens
 
 logger = logging.getLogger(__name__)
+
+LATER = {"later": True}
+"""Metadata of a field that runs from before it have not: at its default it is no part of the
+identity of a run (`training.config.identity`)."""
+
+SHAKESPEARE = "tinyshakespeare"
+"""The text of nanoGPT's character-level runs, which comes with jaxcp (public domain)."""
+SHIPPED = {SHAKESPEARE: pathlib.Path(__file__).with_name("tinyshakespeare.txt")}
 
 
 @runtime_checkable
@@ -43,12 +51,54 @@ class BatchSource(Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TokenFiles:
-    """Raw little-endian token files, as nanoGPT writes them.
+@runtime_checkable
+class WholeSource(Protocol):
+    """A source that can be gone through from beginning to end, as an evaluation does."""
 
-    With `separator` (the token that ends a document) documents do not see each other: they get
-    `segment_ids`, and no target crosses a boundary.
+    def rows_of_all(self, length: int) -> int:
+        """Count the rows in which every token but the first is a target, once."""
+        ...
+
+    def part_of_all(self, first: int, rows: int, length: int) -> Batch:
+        """Rows `first` and on of those, `[rows, length]`, without targets after the last."""
+        ...
+
+
+class Streamed:
+    """A source whose tokens are one stream."""
+
+    stream: Stream
+    by_rows: ClassVar[bool] = True
+    """`some_rows` reads a part of a batch, whose tokens are consecutive."""
+
+    def __init_subclass__(cls) -> None:
+        if "batch" in vars(cls):  # a source of one's own makes batches that these rows are not of
+            cls.by_rows = "some_rows" in vars(cls)
+
+    def batch(self, step: int, rows: int, length: int) -> Batch:
+        """Random windows `[rows, length]`, the same for the same seed and step."""
+        return self.some_rows(step, rows, length, range(rows))
+
+    def some_rows(self, step: int, rows: int, length: int, only: Sequence[int]) -> Batch:
+        """The rows `only` of a batch, and nothing read of the others."""
+        return self.stream.batch(step, rows, length, only)
+
+    def rows_of_all(self, length: int) -> int:
+        """Count the rows in which every token but the first is a target, once."""
+        return self.stream.rows_of_all(length)
+
+    def part_of_all(self, first: int, rows: int, length: int) -> Batch:
+        """Rows `first` and on of those, `[rows, length]`, without targets after the last."""
+        return self.stream.part_of_all(first, rows, length)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenFiles(Streamed):
+    """Token files: a folder that `jaxcp prepare` wrote, or a glob of files of ours, nanoGPT's,
+    llm.c's or Megatron's (`data/token_formats.py`).
+
+    With `separator` (the token between documents; of a prepared folder, its own) documents do not
+    see each other: they get `segment_ids`, and no target crosses a boundary.
 
     Raises (on the first batch):
       ValueError: no file matches, a file is empty or cut off, or all together are too short.
@@ -56,8 +106,15 @@ class TokenFiles:
 
     pattern: str
     dtype: str = "uint16"
+    """The dtype of files that do not say it, as nanoGPT's."""
     separator: int | None = None
     seed: int = 0
+    part: Part = dataclasses.field(default="train", metadata=LATER)
+    """The part of a prepared folder."""
+    separator_at: Place = dataclasses.field(default="ends", metadata=LATER)
+    """The separator ends a document, as nanoGPT's does, or starts one, as llm.c's."""
+    isolate: bool = dataclasses.field(default=True, metadata=LATER)
+    """False lets documents see each other, as nanoGPT does."""
 
     def __post_init__(self):
         try:
@@ -66,6 +123,11 @@ class TokenFiles:
             raise ValueError(f"dtype must name a dtype, as uint16; got {self.dtype!r}") from None
         if dtype.kind not in "ui" or dtype.byteorder == ">":
             raise ValueError(f"tokens must be little-endian integers; got dtype={self.dtype!r}")
+        if self.part not in ("train", "val") or self.separator_at not in ("ends", "starts"):
+            raise ValueError(
+                "part must be 'train' or 'val', separator_at 'ends' or 'starts'; got "
+                f"part={self.part!r}, separator_at={self.separator_at!r}"
+            )
         if self.separator is None:
             return
         last = np.iinfo(dtype).max
@@ -76,8 +138,31 @@ class TokenFiles:
             )
 
     @functools.cached_property
+    def prepared(self) -> Prepared | None:
+        """The list of a prepared folder; None of other files."""
+        if not is_prepared(self.pattern):
+            return None
+        prepared = read_prepared(self.pattern)
+        if self.separator not in (None, prepared.separator):
+            raise ValueError(
+                f"{self.pattern} was prepared with separator={prepared.separator}; got "
+                f"separator={self.separator}. Leave it out"
+            )
+        return prepared
+
+    @property
+    def tokenizer_file(self) -> pathlib.Path | None:
+        """The `tokenizer.json` that the tokens were made with, of a prepared folder."""
+        return None if self.prepared is None else pathlib.Path(self.pattern, TOKENIZER)
+
+    @functools.cached_property
     def paths(self) -> list[str]:
         """The files, in the order in which their tokens follow each other."""
+        if self.prepared is not None:
+            shards = getattr(self.prepared, self.part)
+            if not shards:
+                raise ValueError(f"{self.pattern} was prepared without a part {self.part!r}")
+            return [str(pathlib.Path(self.pattern, shard.file)) for shard in shards]
         paths = _files(self.pattern)
         if not paths:
             raise ValueError(f"no file matches data={self.pattern!r} (from {pathlib.Path.cwd()})")
@@ -86,85 +171,145 @@ class TokenFiles:
     @functools.cached_property
     def pieces(self) -> list[np.ndarray]:
         """The files, mapped into memory."""
-        dtype = np.dtype(self.dtype).newbyteorder("<")
-        pieces: list[np.ndarray] = []
-        for path in self.paths:
-            size = pathlib.Path(path).stat().st_size
-            if size == 0:
-                raise ValueError(f"token file {path} is empty; write it again or take it out")
-            if size % dtype.itemsize:
-                raise ValueError(
-                    f"token file {path} has {size} bytes, which is no multiple of {dtype.itemsize} "
-                    f"({self.dtype}): it is cut off or of another dtype"
-                )
-            pieces.append(np.memmap(path, dtype=dtype, mode="r"))
-            if _looks_wider(pieces[-1]):
+        pieces = [open_tokens(path, self.dtype) for path in self.paths]
+        for path, piece in zip(self.paths, pieces, strict=True):
+            if piece.offset == 0 and _looks_wider(piece):  # type: ignore[attr-defined]
                 logger.warning(
                     "every second token of %s is below 16, as if it held wider integers than %s",
                     path,
                     self.dtype,
                 )
+        if self.prepared is not None:
+            self._check_counts(pieces)
         return pieces
 
-    def batch(self, step: int, rows: int, length: int) -> Batch:
-        """Random windows `[rows, length]`, the same for the same seed and step."""
-        return _window_batch(self.pieces, self.separator, self.seed, step, rows, length)
+    def _check_counts(self, pieces: list[np.ndarray]) -> None:
+        shards = getattr(self.prepared, self.part)
+        for shard, piece in zip(shards, pieces, strict=True):
+            if shard.tokens != piece.size:
+                raise ValueError(
+                    f"prepared.json says {shard.tokens:,} tokens; {self.pattern}/{shard.file} has "
+                    f"{piece.size:,}: it is of another folder"
+                )
+
+    @functools.cached_property
+    def stream(self) -> Stream:  # type: ignore[override]
+        """The tokens of all files."""
+        separator, place = self.separator, self.separator_at
+        if self.prepared is not None:
+            separator, place = self.prepared.separator, self.prepared.separator_at
+        return Stream(
+            pieces=self.pieces,
+            separator=separator if self.isolate else None,
+            separator_at=place,
+            seed=self.seed,
+        )
 
     def locate(self, step: int, rows: int, length: int, row: int, place: int) -> str:
         """Say where a token of a batch was read: its file and offset."""
-        total = sum(piece.size for piece in self.pieces)
-        token = int(_starts(total, self.seed, step, rows, length)[row] + place) % total
+        stream = self.stream
+        token = int(stream.starts(step, rows, length)[row] + place) % stream.total
         for path, piece in zip(self.paths, self.pieces, strict=True):
             if token < piece.size:
-                return f"{path}, token {token} (byte {token * piece.itemsize}, {self.dtype})"
+                byte = piece.offset + token * piece.itemsize  # type: ignore[attr-defined]
+                return f"{path}, token {token} (byte {byte}, {piece.dtype})"
             token -= piece.size
         raise AssertionError(token)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TextSource:
-    """UTF-8 text with its bytes as tokens (a vocabulary of 256).
+class TextSource(Streamed):
+    """UTF-8 text with its bytes as tokens (a vocabulary of 256), or its characters.
 
-    `path` is a glob of text files; without one the text is CPython's own documentation, the
-    topics of `pydoc_data`, which every installation has (its length differs between versions).
-    `part` keeps a fraction of the bytes: `(0.0, 0.9)` to train, `(0.9, 1.0)` to test.
+    `path` is a glob of text files, or "tinyshakespeare", which comes with jaxcp; without one the
+    text is CPython's own documentation, the topics of `pydoc_data`, which every installation has
+    (its length differs between versions). `part` keeps a fraction of the text: `(0.0, 0.9)` to
+    train, `(0.9, 1.0)` to test.
 
     Raises (on the first batch):
-      ValueError: no file matches, a file is not UTF-8, or the text is too short.
+      ValueError: no file matches, a file is JSON lines, Parquet or not UTF-8, or the text is too
+        short.
     """
 
     path: str | None = None
     part: tuple[float, float] = (0.0, 1.0)
     seed: int = 0
+    alphabet: Literal["bytes", "characters"] = dataclasses.field(default="bytes", metadata=LATER)
+    """Characters are numbered in order, those of the whole text, whatever its `part`."""
 
     def __post_init__(self):
         if not 0 <= self.part[0] < self.part[1] <= 1:
             raise ValueError(
                 f"part must be (start, stop) with 0 <= start < stop <= 1; got part={self.part}"
             )
+        if self.alphabet not in ("bytes", "characters"):
+            raise ValueError(
+                f"alphabet must be 'bytes' or 'characters'; got alphabet={self.alphabet!r}"
+            )
 
     @functools.cached_property
-    def tokens(self) -> np.ndarray:
-        """The bytes of `part`, uint8 `[N]`."""
+    def text(self) -> bytes:
+        """The whole text."""
         if self.path is None:
             from pydoc_data.topics import topics
 
             text = "\n\n".join(topics[name] for name in sorted(topics)).encode()
+        elif self.path in SHIPPED:
+            text = SHIPPED[self.path].read_bytes()
         else:
             text = b"\n\n".join(_read_utf8(path) for path in _files(self.path))
         if not text:
             raise ValueError(f"no text in data path={self.path!r} (from {pathlib.Path.cwd()})")
-        start, stop = (int(x * len(text)) for x in self.part)
-        return np.frombuffer(text[start:stop], np.uint8)
+        return text
 
-    def batch(self, step: int, rows: int, length: int) -> Batch:
-        """Random windows `[rows, length]`, the same for the same seed and step."""
-        return _window_batch([self.tokens], None, self.seed, step, rows, length)
+    @functools.cached_property
+    def symbols(self) -> str | None:
+        """The characters, in order of their ids; None of bytes."""
+        return None if self.alphabet == "bytes" else "".join(sorted(set(self.text.decode())))
+
+    @functools.cached_property
+    def tokens(self) -> np.ndarray:
+        """The tokens of `part`, uint8 (of characters as wide as it takes) `[N]`."""
+        if self.symbols is None:
+            ids = np.frombuffer(self.text, np.uint8)
+        else:
+            ids = numbered(self.text.decode(), self.symbols)
+        start, stop = (int(x * len(ids)) for x in self.part)
+        return ids[start:stop]
+
+    @functools.cached_property
+    def stream(self) -> Stream:  # type: ignore[override]
+        """The tokens of `part`."""
+        return Stream(pieces=[self.tokens], seed=self.seed)
 
 
-def as_source(data: str | BatchSource, seed: int = 0) -> BatchSource:
-    """Make `TokenFiles` of a glob of `.bin` files; return a source as it is."""
-    return TokenFiles(pattern=data, seed=seed) if isinstance(data, str) else data
+def numbered(text: str, symbols: str) -> np.ndarray:
+    """Number the characters of a text by their places in `symbols`, which are sorted.
+
+    Raises:
+      ValueError: a character is none of them.
+    """
+    known = np.frombuffer(symbols.encode("utf-32-le"), np.uint32)
+    codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    ids = np.searchsorted(known, codes)
+    wrong = np.flatnonzero(known[np.minimum(ids, known.size - 1)] != codes)
+    if wrong.size:
+        raise ValueError(
+            f"character {text[wrong[0]]!r} at place {wrong[0]} is none of the {known.size} of the "
+            "tokenizer: make one of all texts"
+        )
+    return ids.astype(np.uint8 if known.size <= 256 else np.uint32)
+
+
+def as_source(data: str | BatchSource, seed: int = 0, part: Part = "train") -> BatchSource:
+    """Make `TokenFiles` of a prepared folder or a glob; return a source as it is.
+
+    Args:
+      part: of a prepared folder.
+    """
+    if not isinstance(data, str):
+        return data
+    return TokenFiles(pattern=data, seed=seed, part=part if is_prepared(data) else "train")
 
 
 def _looks_wider(piece: np.ndarray) -> bool:
@@ -181,6 +326,8 @@ def _files(pattern: str) -> list[str]:
 
 def _read_utf8(path: str) -> bytes:
     raw = pathlib.Path(path).read_bytes()
+    if problem := not_text(path, raw[:65536]):
+        raise ValueError(f"needed text; {path} {problem}")
     try:
         raw.decode()
     except UnicodeDecodeError as error:
@@ -188,88 +335,18 @@ def _read_utf8(path: str) -> bytes:
     return raw
 
 
-def _window_batch(
-    pieces: list[np.ndarray], separator: int | None, seed: int, step: int, rows: int, length: int
-) -> Batch:
-    total = sum(piece.size for piece in pieces)
-    starts = _starts(total, seed, step, rows, length)
-    text = np.stack([_circular(pieces, total, int(start), length + 1) for start in starts])
-    batch = {"tokens": text[:, :-1], "targets": text[:, 1:].copy()}
-    if separator is not None:
-        ends = batch["tokens"] == separator
-        batch["segment_ids"] = (np.cumsum(ends, axis=1) - ends).astype(np.int32)
-        batch["targets"][ends] = -1  # the next document's first token is not this one's to predict
-    return batch
+def not_text(path: str, head: bytes) -> str | None:
+    """Say why a file is no plain text, by its name and its beginning; None where it may be."""
+    suffix = pathlib.Path(path).suffix.lower()
+    if suffix == ".parquet" or head.startswith(b"PAR1"):
+        return f"is Parquet: jaxcp prepare {path} --field text --out DIR"
+    if suffix in (".jsonl", ".ndjson") or all(map(_is_object, head.split(b"\n")[:-1][:2] or [b""])):
+        return f"is JSON lines: jaxcp prepare {path} --field text --out DIR"
+    return None
 
 
-def _starts(total: int, seed: int, step: int, rows: int, length: int) -> np.ndarray:
-    """The places `[rows]` in the stream of `total` tokens at which the rows of a batch begin."""
-    if total < length + 1:
-        raise ValueError(
-            f"a row needs {length + 1} tokens (one more for the target); the data has {total}"
-        )
-    windows = total // length
-    numbers = step * rows + np.arange(rows)
-    starts = np.empty(rows, np.int64)
-    for epoch in np.unique(numbers // windows):
-        offset, order = _epoch(seed, int(epoch), total, windows)
-        here = numbers // windows == epoch
-        starts[here] = (offset + order[numbers[here] % windows] * length) % total
-    return starts
-
-
-@functools.lru_cache(maxsize=2)
-def _epoch(seed: int, epoch: int, total: int, windows: int) -> tuple[int, np.ndarray]:
-    rng = np.random.default_rng((seed, epoch))
-    return int(rng.integers(total)), rng.permutation(windows)
-
-
-def _circular(pieces: list[np.ndarray], total: int, start: int, count: int) -> np.ndarray:
-    """Read `count` tokens from `start`, the pieces end to end and around, as int32.
-
-    As int64 where the files hold wider ids: one outside the vocabulary must still be outside of it
-    when it is checked.
-    """
-    out: list[np.ndarray] = []
-    while count:
-        offset = start % total
-        for piece in pieces:
-            if offset < piece.size:
-                out.append(np.asarray(piece[offset : offset + count]))
-                break
-            offset -= piece.size
-        start, count = start + out[-1].size, count - out[-1].size
-    ids = np.concatenate(out)
-    if np.can_cast(ids.dtype, np.int32):
-        return ids.astype(np.int32)
-    if ids.dtype == np.uint64:  # the largest int64 is outside every vocabulary too
-        ids = np.minimum(ids, np.uint64(np.iinfo(np.int64).max))
-    return ids.astype(np.int64)
-
-
-def put(batch: Batch, *, mesh: Mesh, layout: Layout, accumulate: int = 1) -> dict[str, jax.Array]:
-    """Put a host batch `[B, T]` on the mesh as `[accumulate, B / accumulate, padded T]`: rows over
-    `data`; tokens, in the order of `layout`, over `seq`."""
-    rows, shards = batch["tokens"].shape[0], mesh.shape["seq"]
-    if rows % (accumulate * mesh.shape["data"]):
-        raise ValueError(
-            f"rows must divide by accumulate x data = {accumulate} x {mesh.shape['data']}; "
-            f"got {rows} rows"
-        )
-    batch = layout.permute(batch, shards=shards)
-    sharding = NamedSharding(mesh, P(None, "data", "seq"))
-    return {
-        key: jax.device_put(x.reshape(accumulate, rows // accumulate, -1, *x.shape[2:]), sharding)
-        for key, x in batch.items()
-    }
-
-
-def prefetch(make, start: int, stop: int) -> Iterator[Any]:
-    """Yield `make(step)` for each step; a thread makes the next one meanwhile."""
-    with ThreadPoolExecutor(1, thread_name_prefix="jaxcp-data") as pool:
-        future = pool.submit(make, start)
-        for step in range(start, stop):
-            ready = future.result()
-            if step + 1 < stop:
-                future = pool.submit(make, step + 1)
-            yield ready
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False

@@ -94,7 +94,7 @@ def evaluate_needle(
             engine = Engine(
                 model, tokenizer, max_len=_tokens(haystack, tokenizer), strategy=strategy
             )
-            session = engine.session()
+            session = engine.session(plain=True)
             first = None
             for answer in ask(session, haystack, length):
                 first = first or dataclasses.replace(session.stats)

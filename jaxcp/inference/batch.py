@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Host arrays of a step: tokens, where they lie, and what each row is sampled by.
 
-`Rows` that decode are one batch, in which a request has the line of its seat and lines of nobody
-rest; a chunk of a prompt is a batch of its own. All numbers of a row are in one array, so that a
-step sends three.
+Rows that decode are one array of numbers, a line each, and lines of nobody rest; a chunk of a
+prompt is a batch of its own, with its tokens and where they lie.
 """
 
 import dataclasses
@@ -13,123 +12,173 @@ from typing import Any
 import numpy as np
 
 from jaxcp.data.windows import windows
+from jaxcp.inference.geometry import FEW, Geometry
 from jaxcp.inference.plan import Row
 from jaxcp.inference.sampling import RowOptions
+from jaxcp.layout import Layout
 from pallas_kernels import PAD_POSITION
 
 SHORT = (8, 32, 64)
 """Widths of a chunk that every device computes."""
-FIELDS = ("before", "added", "state", "last", "seed", "top_k", "temperature", "top_p")
-"""Columns of `Batch.numbers`, before those of the pages; floats by their bits."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Geometry:
-    """Sizes of a pool and its batches that never change."""
-
-    shards: int
-    pages_per_shard: int
-    page_size: int
-    states: int
-    max_rows: int
-    listed: int
-    """Pages of a row on a shard at most."""
-    ngram: int = 1
-    """Tokens that the embedding of one token sees."""
+FIELDS = ("line", "late", "drafts", "before", "added", "state", "room", *RowOptions._fields)
+"""The first columns of a row's numbers, see `columns`; floats by their bits."""
+STOPS = 8
+"""Stop tokens of a row at most."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Batch:
+class Chunk:
+    """A chunk of a prompt of each group of devices."""
+
     ids: np.ndarray
-    """int32 `[B, T]`, or `[B, T, ngram]`."""
+    """int32 `[groups, T]`, or `[groups, T, ngram]`."""
     positions: np.ndarray
-    """int32 `[B, T]`; `PAD_POSITION` for pads."""
+    """int32 `[groups, T]`; `PAD_POSITION` for pads."""
+    following: np.ndarray
+    """int32 `[groups, T]`: the token after each one; -1 after the last that is known."""
     numbers: np.ndarray
-    """int32 `[B, FIELDS and shards * listed pages]`; see `OverPool` for pages."""
+    """Numbers of these rows, see `columns`."""
     sharded: bool
 
 
-def decode_batch(rows: Sequence[Row], geometry: Geometry) -> Batch:
-    """One token of each row."""
-    batch = _resting(geometry.max_rows, 1, geometry, sharded=False)
-    for row in rows:
-        line = row.seat.row
-        batch.ids[line], batch.positions[line] = _tokens(row, geometry), row.start
-        batch.numbers[line] = _numbers(row, geometry)
-    return batch
+def columns(numbers: Any, geometry: Geometry) -> dict[str, Any]:
+    """The columns of `numbers`, int32 `[B, n]`, by name: those of `FIELDS`, and three of several.
+
+    | name | `[B]` or `[B, n]` |
+    |---|---|
+    | `line` | the row of the seat; `max_rows` rests |
+    | `late` | the token is the one that the step before has sampled, not yet read |
+    | `drafts` | so many of the last tokens of this step are guesses |
+    | `before`, `added` | tokens that are computed already, and of this step |
+    | `state` | of the row; `geometry.states` is none |
+    | `room` | tokens that its pages have room for |
+    | `stops` | its stop tokens, -1 for none |
+    | `window` | the last of its tokens that are known, the latest first |
+    | `pages` | see `OverPool` |
+    """
+    named = {name: numbers[:, i] for i, name in enumerate(FIELDS)}
+    rest = numbers[:, len(FIELDS) :]
+    return named | {
+        "stops": rest[:, :STOPS],
+        "window": rest[:, STOPS : STOPS + geometry.ngram],
+        "pages": rest[:, STOPS + geometry.ngram :],
+    }
 
 
-def chunk_batch(row: Row, geometry: Geometry, sizes: tuple[int, ...]) -> Batch:
-    """A chunk of a prompt: short and the same everywhere, or each token on the shard of its page.
+def lines_of(groups: Sequence[Sequence[Row]], geometry: Geometry) -> list[Row | None]:
+    """The rows of each group, padded with None to one of `geometry.row_sizes`, side by side."""
+    most = max(map(len, groups))
+    size = next(size for size in geometry.row_sizes if size >= most)
+    return [row for rows in groups for row in (*rows, *[None] * (size - len(rows)))]
+
+
+def decode_batch(lines: Sequence[Row | None], geometry: Geometry) -> np.ndarray:
+    """The numbers of rows that compute one token each."""
+    numbers = resting(len(lines), geometry)
+    for line, row in enumerate(lines):
+        if row is not None:
+            numbers[line] = _numbers(row, geometry)
+    return numbers
+
+
+def few_batch(lines: Sequence[Row | None], geometry: Geometry) -> tuple[np.ndarray, np.ndarray]:
+    """`(ids [B, FEW] or [B, FEW, ngram], numbers)` of rows with at most `FEW` tokens each."""
+    ids = np.zeros(_shape(len(lines), FEW, geometry), np.int32)
+    for line, row in enumerate(lines):
+        if row is not None:
+            ids[line, : row.count] = _tokens(row, geometry)
+    return ids, decode_batch(lines, geometry)
+
+
+def chunk_batch(
+    rows: Sequence[Row | None], geometry: Geometry, sizes: tuple[int, ...], layout: Layout
+) -> Chunk:
+    """A chunk of a prompt of each group: short and the same on every shard, or sharded in the
+    places of `layout`.
 
     Args:
-      sizes: the chunk's tokens are padded to the first of these that holds them.
+      rows: one a group; None rests.
+      sizes: the chunks' tokens are padded to the first of these that holds them.
     """
-    size = next(size for size in sizes if size >= row.count)
-    batch = resting_chunk(size, geometry)
-    where = np.arange(row.start, row.start + row.count)
-    order = target = np.arange(row.count)
-    if batch.sharded:
-        width = batch.positions.shape[1] // geometry.shards
-        shard = where // geometry.page_size % geometry.shards
-        order = np.argsort(shard, kind="stable")
-        first = np.searchsorted(shard[order], np.arange(geometry.shards))
-        target = shard[order] * width + np.arange(row.count) - first[shard[order]]
-    batch.ids[0, target] = _tokens(row, geometry)[order]
-    batch.positions[0, target], batch.numbers[0] = where[order], _numbers(row, geometry)
-    return batch
+    size = next(size for size in sizes if size >= max(row.count for row in rows if row))
+    chunk = resting_chunk(size, geometry)
+    places = np.arange(size)
+    if chunk.sharded:
+        places = np.argsort(np.sort(layout.places(size, geometry.shards), axis=1), axis=None)
+    for line, row in enumerate(rows):
+        if row is not None:
+            own = places[: row.count]
+            chunk.ids[line, own] = _tokens(row, geometry)
+            chunk.positions[line, own] = np.arange(row.start, row.start + row.count)
+            after = row.request.tokens[row.start + 1 : row.start + row.count + 1]
+            chunk.following[line, own[: len(after)]] = after
+            chunk.numbers[line] = _numbers(row, geometry)
+    return chunk
 
 
-def resting_chunk(size: int, geometry: Geometry) -> Batch:
+def resting_chunk(size: int, geometry: Geometry) -> Chunk:
     """A chunk of pads alone."""
-    if size <= SHORT[-1]:
-        return _resting(1, size, geometry, sharded=False)
-    places = -(-size // geometry.page_size)
-    # a chunk may begin and end inside a page
-    width = (-(-places // geometry.shards) + 1) * geometry.page_size
-    return _resting(1, width * geometry.shards, geometry, sharded=True)
-
-
-def copies(pairs: list[tuple[int, int]], count: int) -> np.ndarray:
-    """`[2, count]` of sources and targets; -1 where there is nothing to copy."""
-    array = np.full((2, count), -1, np.int32)
-    array[:, : len(pairs)] = np.asarray(pairs, np.int32).reshape(-1, 2).T
-    return array
-
-
-def _resting(rows, width, geometry, *, sharded) -> Batch:
-    """Lines of nobody: pads alone, and a state that is none."""
-    shape = (rows, width) if geometry.ngram == 1 else (rows, width, geometry.ngram)
-    columns = len(FIELDS) + geometry.shards * geometry.listed
-    numbers = np.zeros((rows, columns), np.int32)
-    numbers[:, FIELDS.index("state")] = geometry.states
-    return Batch(
-        ids=np.zeros(shape, np.int32),
-        positions=np.full((rows, width), PAD_POSITION, np.int32),
-        numbers=numbers,
-        sharded=sharded,
+    groups = geometry.groups
+    return Chunk(
+        ids=np.zeros(_shape(groups, size, geometry), np.int32),
+        positions=np.full((groups, size), PAD_POSITION, np.int32),
+        following=np.full((groups, size), -1, np.int32),
+        numbers=resting(groups, geometry),
+        sharded=size > SHORT[-1],
     )
+
+
+def _shape(rows, tokens, geometry):
+    """The shape of ids."""
+    return (rows, tokens) if geometry.ngram == 1 else (rows, tokens, geometry.ngram)
+
+
+def resting(rows: int, geometry: Geometry) -> np.ndarray:
+    """The numbers of lines that are nobody's."""
+    width = len(FIELDS) + STOPS + geometry.ngram + geometry.shards * geometry.listed
+    numbers = np.zeros((rows, width), np.int32)
+    numbers[:, FIELDS.index("line")] = geometry.max_rows
+    numbers[:, FIELDS.index("state")] = geometry.states
+    return numbers
+
+
+def copies(groups: Sequence[Sequence[tuple[int, int]]], count: int) -> np.ndarray:
+    """`[groups, 2, count]` of sources and targets; -1 where there is nothing to copy."""
+    array = np.full((len(groups), 2, count), -1, np.int32)
+    for of_group, pairs in zip(array, groups, strict=True):
+        of_group[:, : len(pairs)] = np.asarray(pairs, np.int32).reshape(-1, 2).T
+    return array
 
 
 def _tokens(row, geometry):
     """`[count]` of a row, or `[count, ngram]`."""
     first = max(0, row.start - geometry.ngram + 1)
-    ids = np.asarray(row.request.tokens[first : row.start + row.count], np.int32)[None]
-    return windows(ids, geometry.ngram)[0, row.start - first :]
+    known = row.start + row.count - row.drafts
+    ids = np.asarray(row.request.tokens[first:known], np.int32)
+    if row.drafts:
+        ids = np.append(ids, np.asarray(row.request.guesses.tokens[: row.drafts], np.int32))
+    return windows(ids[None], geometry.ngram)[0, row.start - first :]
+
+
+def is_late(row: Row) -> bool:
+    """Tell whether the row's token is one that is not read yet."""
+    return row.start + row.count - row.drafts > len(row.request.tokens)
 
 
 def _numbers(row, geometry) -> np.ndarray:
-    options: RowOptions = row.request.sampling.row_options()
-    values: dict[str, Any] = {
-        "before": row.start, "added": row.count, "last": row.start + row.count - 1,
-        "state": geometry.states if row.seat.state is None else row.seat.state,
-        "seed": np.uint32(options.seed).view(np.int32), "top_k": options.top_k,
-        "temperature": np.float32(options.temperature).view(np.int32),
-        "top_p": np.float32(options.top_p).view(np.int32),
-    }  # fmt: skip
+    seat, late = row.seat, is_late(row)
+    state = geometry.states if seat.state is None else seat.state
+    options = row.request.sampling.bits if row.samples else RowOptions().bits()
+    room = len(seat.table) * geometry.page_size
+    fields = [seat.row, late, row.drafts, row.start, row.count, state, room, *options]
+    stops = np.full(STOPS, -1, np.int32)
+    stops[: len(row.request.stop_tokens)] = sorted(row.request.stop_tokens)
+    window = np.zeros(geometry.ngram, np.int32)
+    if not late:
+        window[:] = _tokens(row, geometry)[-1]
     pages = np.zeros((geometry.shards, geometry.listed), np.int32)
     table = np.asarray(row.seat.table, np.int32) % geometry.pages_per_shard
     for shard in range(geometry.shards):
         own = table[shard :: geometry.shards]
         pages[shard, : len(own)] = own
-    return np.concatenate([[values[name] for name in FIELDS], pages.reshape(-1)]).astype(np.int32)
+    return np.concatenate([fields, stops, window, pages.reshape(-1)]).astype(np.int32)

@@ -59,7 +59,34 @@ def integer(name: str, value: Any, least: int, most: float = np.inf, why: str = 
     return number
 
 
+def seconds(name: str, value: Any) -> float:
+    """`value`, which must be a positive number, infinity too.
+
+    Raises:
+      ValueError: it is not.
+    """
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number or not float(value) > 0:
+        raise ValueError(f"{name} must be positive seconds; got {value!r}")
+    return float(value)
+
+
+def check_mesh(model: Any) -> None:
+    """Raise ValueError where the model lies on a mesh that is not in scope."""
+    meshes = {getattr(x.sharding, "mesh", None) for x in jax.tree.leaves(model) if _is_there(x)}
+    several = [mesh for mesh in meshes if mesh is not None and mesh.size > 1]
+    if several and jax.sharding.get_abstract_mesh().empty:
+        raise ValueError(
+            f"the model lies on a mesh of {several[0].size} devices, and none is in scope: make "
+            "the engine under `jax.set_mesh`, as the model was"
+        )
+
+
 def _is_cast(value: Any) -> bool:
     """Tell whether numpy makes integers of this, among others, though it is none."""
     of_bytes_or_bools = isinstance(value, bool | bytearray | memoryview)
     return of_bytes_or_bools or getattr(value, "dtype", None) == np.bool_
+
+
+def _is_there(x: Any) -> bool:
+    return isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)

@@ -1,28 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bounds the prompt tokens of a step: chunks of few sizes, no longer than others may wait."""
+"""The budget of a step: chunks of few sizes, no longer than rows that decode may wait."""
 
-import dataclasses
-from collections.abc import Callable
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ChunkLimits:
-    """Sizes of chunks, and how long the chunks of one step may take.
-
-    Args:
-      sizes: ascending. The smallest is computed however long it takes, so that a prompt always gets
-        on; the largest bounds the prompt tokens of a step.
-      seconds: predicts the seconds of a chunk from its tokens and the tokens before it.
-      max_wait: the seconds that chunks may add to a step in which rows decode.
-    """
-
-    sizes: tuple[int, ...]
-    seconds: Callable[[int, int], float]
-    max_wait: float = float("inf")
-
-    def __post_init__(self):
-        if not self.sizes or self.sizes[0] < 1 or list(self.sizes) != sorted({*self.sizes}):
-            raise ValueError(f"sizes must be positive and ascending; got sizes={self.sizes}")
+from jaxcp.inference.limits import ChunkLimits
 
 
 class ChunkBudget:
@@ -37,15 +16,21 @@ class ChunkBudget:
         self._seconds = limits.max_wait if bounded else float("inf")
         self._first = True
 
-    def most(self, left: int, context: int) -> int:
-        """The tokens that a prompt with `left` to go behind `context` may compute now."""
+    def most(self, left: int, context: int, *, before: float = 0.0) -> int:
+        """The tokens that a prompt with `left` to go behind `context` may compute now, where other
+        work of so many seconds comes before."""
         counts = [min(size, left) for size in self._limits.sizes]
+        seconds = self._seconds - before
         fitting = [
             count
             for count in counts
-            if count <= self._tokens and self._limits.seconds(count, context) <= self._seconds
+            if count <= self._tokens and self._limits.seconds(count, context) <= seconds
         ]
         return max(fitting, default=counts[0] if self._first else 0)
+
+    def wait(self, seconds: float) -> None:
+        """Take away the time of work that is no chunk."""
+        self._seconds -= seconds
 
     def spend(self, count: int, context: int) -> None:
         self._first = False

@@ -5,68 +5,74 @@ Requests share one pool: `add` queues one, `step` schedules, runs, and takes wha
 """
 
 import contextlib
-import dataclasses
 import functools
+import threading
 import time
-from collections.abc import Collection, Iterator, Sequence, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxcp.context_parallel import Strategy
-from jaxcp.inference.batch import Geometry
-from jaxcp.inference.checks import integer, token_ids
-from jaxcp.inference.chunks import ChunkLimits
+from jaxcp.inference.asking import Asking, checked_stop_tokens
+from jaxcp.inference.chat_session import begin
+from jaxcp.inference.checks import check_mesh, integer, seconds
+from jaxcp.inference.geometry import FEW, Geometry, check_memory, geometry_of
+from jaxcp.inference.groups import Groups
 from jaxcp.inference.interrupts import deferred
+from jaxcp.inference.limits import ChunkLimits, Limits
+from jaxcp.inference.loop import Loop
+from jaxcp.inference.pace import Pace
 from jaxcp.inference.pages import Pages
-from jaxcp.inference.request import Request, RequestStats
+from jaxcp.inference.request import Request
+from jaxcp.inference.result import Result, result_of
 from jaxcp.inference.runner import Runner
 from jaxcp.inference.sampling import Sampling
-from jaxcp.inference.scheduler import Limits, Scheduler
+from jaxcp.inference.scheduler import Scheduler
 from jaxcp.inference.session import Session
-from jaxcp.inference.steps import prefill
+from jaxcp.inference.steps import check_strategy
+from jaxcp.models.base import LanguageModel
 from jaxcp.text.tokenizer import Tokenizer
-from pallas_kernels.dispatch import target_platform
 
-TRIED = 64
-"""Tokens of the prefill that is traced to see whether a strategy can do it."""
-
-
-PAGE = {"cpu": 32, "gpu": 64, "tpu": 256}
-"""Tokens of a page: a block of the decode kernel, or a part of one."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Result:
-    """Answer of a request, with how it went."""
-
-    tokens: list[int]
-    text: str | None
-    """None without a tokenizer."""
-    finish_reason: str | None
-    """"stop" or "length"."""
-    stats: RequestStats
+MOST = 2**31 - 1
+"""Tokens and rows have int32 numbers."""
 
 
 class Engine:
     """Answers many requests over one pool, and makes sessions.
 
-    Make it under `jax.set_mesh`; it then uses that mesh wherever it runs.
+    Make it under `jax.set_mesh`; it then uses that mesh wherever it runs. Several threads may use
+    one engine: each `step` goes on with the requests of all.
 
     Args:
       tokenizer: None to talk in token ids.
       max_len: tokens that a request or session holds at most, prompt and answer.
       max_rows: requests that run at a time; more wait.
-      pool_tokens: tokens that the pool has room for; default 4 requests of `max_len`. The pool is
-        made by the first request. Sessions have caches of their own.
+      max_wait: seconds that chunks of prompts may add to a step in which other rows decode: they
+        are as long as that allows, by how long others took, and 8 tokens at least.
+      drafts: tokens of a row that are guessed in a step at most, up to 7, from what followed the
+        same words before, or by the model's own MTP layer where it has one: the answers stay the
+        same, and come faster where guesses are right.
+      pool_tokens: tokens that the pool has room for, of all requests and sessions; default
+        `max_len`, or up to 4 times as many where these are no more than 32,768. The pool is made
+        by the first request.
+      memory: instead of `pool_tokens`: bytes of a device that the pool and what is beside it for
+        sampling take (an integer), or a fraction of what is free there by then. The log says how
+        many tokens that is.
+      cache_dtype: "int8" or "float8_e4m3fn" keeps keys and values of layers that see everything in
+        8 bits, with a float32 scale for each token's head: at a head dim of 128 a byte of the pool
+        holds 1.9 times the tokens that it holds in bfloat16. Windows stay as they are. None: the
+        dtype of the model.
+      host_memory: bytes of the host for pages and snapshots that are evicted: who needs them again
+        gets them back where that takes less time than to compute them. None: no bytes.
       strategy: the strategy for prefill; None lets each turn choose (see `jaxcp.prefill`).
       stop_tokens: ids that end an answer (and are not part of it); None takes those of the
         checkpoint that was loaded, () none.
     Raises:
-      ValueError: the model has fewer positions than `max_len`, no embedding of a stop token, or
-        what `strategy` needs is not on this mesh.
-      NotImplementedError: `strategy` cannot fill a cache of this model.
+      ValueError: the model has fewer positions than `max_len`, no embedding of a stop token, what
+        `strategy` needs is not on this mesh, or `host_memory` has no room for a page.
+      NotImplementedError: `strategy` cannot fill a cache of this model, or what its layers keep has
+        no form in 8 bits.
 
     >>> engine = jaxcp.Engine(model, tokenizer, max_len=131_072)
     >>> answer = "".join(engine.session().send("The needle is"))
@@ -82,42 +88,89 @@ class Engine:
         strategy: Strategy | None = None,
         stop_tokens: Collection[int] | None = None,
         max_rows: int = 16,
+        drafts: int = 0,
+        max_wait: float = 0.25,
         pool_tokens: int | None = None,
+        memory: int | float | None = None,
+        cache_dtype: str | None = None,
+        host_memory: int | None = None,
     ):
-        limit = getattr(model.config, "max_positions", float("inf"))
+        if not isinstance(model, LanguageModel):
+            raise ValueError(
+                f"model must be a language model, the first of what `jaxcp.load` gives; got "
+                f"{type(model).__name__}"
+            )
+        if not isinstance(tokenizer, Tokenizer | None):
+            raise ValueError(
+                "tokenizer must be the second of what `jaxcp.load` gives, or None for token ids; "
+                f"got {type(tokenizer).__name__}"
+            )
+        limit = getattr(model.config, "max_positions", MOST)
         self.max_len = integer("max_len", max_len, 1, limit, "the model's positions")
         self.model, self.tokenizer, self.strategy = model, tokenizer, strategy
         if stop_tokens is None:
             stop_tokens = getattr(model, "stop_tokens", ())
-        self.stop_tokens = _stop_tokens(model, stop_tokens)
+        self.stop_tokens = checked_stop_tokens(model, stop_tokens)
+        self.max_wait = seconds("max_wait", max_wait)
+        self.drafts = integer("drafts", drafts, 0, FEW - 1)
+        self._asking = Asking(model, tokenizer, self.stop_tokens, self.drafts)
         if strategy is not None:
-            _try(model, strategy, min(self.max_len, TRIED))
-        self.max_rows = integer("max_rows", max_rows, 1)
-        pool_tokens = 4 * self.max_len if pool_tokens is None else pool_tokens
-        self.pool_tokens = integer("pool_tokens", pool_tokens, 1)
-        _check_mesh(model)
+            check_strategy(model, strategy, self.max_len)
+        self.max_rows = integer("max_rows", max_rows, 1, MOST)
+        if pool_tokens is not None:
+            pool_tokens = integer("pool_tokens", pool_tokens, 1, MOST)
+        if memory is not None:
+            check_memory(memory)
+            if pool_tokens is not None:
+                raise ValueError("the pool has a size by pool_tokens or by memory; give one")
+        self.pool_tokens, self.memory, self.cache_dtype = pool_tokens, memory, cache_dtype
+        self.host_memory = integer("host_memory", 0 if host_memory is None else host_memory, 0)
+        check_mesh(model)
+        self._lock = threading.RLock()
         self._mesh = None if jax.sharding.get_abstract_mesh().empty else jax.sharding.get_mesh()
+        if cache_dtype is not None or memory is not None or drafts or self.host_memory:
+            _ = self.geometry  # says what is wrong with them
 
-    def session(self, *, seed: int = 0) -> "Session":
-        """A new conversation with an empty cache; `seed` is that of its sampling."""
-        return Session(self, seed=seed)
+    def session(
+        self,
+        *,
+        seed: int = 0,
+        thinking: str | int | None = None,
+        system: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        plain: bool = False,
+    ) -> Session:
+        """Begin a conversation: a `ChatSession` where the checkpoint has a chat template.
+
+        Args:
+          seed: of the sampling.
+          thinking, system, tools: as `ChatSession` has them.
+          plain: send texts as they are, template or not.
+        Raises:
+          ValueError: the seed is none; the template refuses `thinking`, `system` or `tools`, or
+            there is none for them.
+        """
+        chat = {"thinking": thinking, "system": system, "tools": tools}
+        return begin(self, seed=seed, plain=plain, **chat)
 
     def generate(
         self, prompts: Sequence[str | Sequence[int]], sampling: Sampling | None = None
     ) -> list[Result]:
-        """Answer all of the prompts, as many at a time as fit.
+        """Answer all of the prompts, as many at a time as fit; `n` answers of each in a row.
 
         Raises:
-          ValueError: a prompt that is empty or can never fit; then none of them runs.
+          ValueError: a prompt that is empty or can never fit, or options that this model or
+            tokenizer cannot honour; then none of them runs.
+          FloatingPointError: the logits of one are not finite.
         """
-        if isinstance(prompts, str | bytes):
+        if isinstance(prompts, str | bytes) or not hasattr(prompts, "__iter__"):
             raise ValueError('generate takes a list of prompts; give ["one"] for one')
-        requests = [self._request(prompt, sampling) for prompt in prompts]
+        requests = [one for prompt in prompts for one in self._asking.requests(prompt, sampling)]
         added: list[Request] = []
         try:
             for request in requests:
-                with deferred():
-                    self.scheduler.add(request, time.monotonic())
+                with self._lock, deferred():
+                    self.groups.add(request, time.monotonic())
                     added.append(request)
             while not all(request.done for request in requests):
                 self.step()
@@ -125,54 +178,111 @@ class Engine:
             with deferred():
                 for request in added:
                     self.cancel(request)
+        for request in requests:
+            if request.error is not None:
+                raise request.error
         return [self.result(request) for request in requests]
 
     def add(self, prompt: str | Sequence[int], sampling: Sampling | None = None) -> Request:
         """Queue a request, which `step` works on.
 
         Raises:
-          ValueError: a prompt that is empty, has ids that are none, or can never fit.
+          ValueError: a prompt that is empty, has ids that are none, or can never fit; options that
+            this model or tokenizer cannot honour; `n` above 1.
         """
-        request = self._request(prompt, sampling)
-        with deferred():
-            self.scheduler.add(request, time.monotonic())
-            return request
+        request = self.request(prompt, sampling)
+        self.queue(request)
+        return request
+
+    def queue(self, request: Request) -> None:
+        """Queue a request that `request` or `requests` gave, which `step` works on.
+
+        Raises:
+          ValueError: it was queued before, or is no request of this engine.
+        """
+        self._check_own("queue", request)
+        with self._lock, deferred():
+            self.groups.add(request, time.monotonic())
+
+    def request(self, prompt: str | Sequence[int], sampling: Sampling | None = None) -> Request:
+        """A request that is not queued yet, for `stream` or `queue`.
+
+        Raises:
+          ValueError: as `add`.
+        """
+        request, *others = self.requests(prompt, sampling)
+        if others:
+            raise ValueError(
+                f"this is for one answer, not n={len(others) + 1}: take each of `sampling.each()`"
+            )
+        return request
+
+    def requests(
+        self, prompt: str | Sequence[int], sampling: Sampling | None = None
+    ) -> list[Request]:
+        """A request for each of `n` answers, not queued yet: give them to `queue` in this order.
+
+        The first computes the prompt, the others wait for that and share its pages.
+
+        Raises:
+          ValueError: as `add`, but for `n`.
+        """
+        requests = self._asking.requests(prompt, sampling)
+        for request in requests:
+            self.groups.check_size(request)
+        return requests
+
+    def stream(self, request: Request) -> Iterator[int]:
+        """Queue a request and yield the tokens of its answer as they come; leaving cancels it.
+
+        Every other request goes on as well meanwhile.
+
+        Raises:
+          ValueError: it was queued before, or is no request of this engine.
+          FloatingPointError: its logits are not finite.
+        """
+        self._check_own("stream", request)
+        added = False
+        try:
+            with self._lock, deferred():
+                self.groups.add(request, time.monotonic())
+                added = True
+            given = request.prompt_len
+            while not request.done or given < len(request.tokens):
+                if given < len(request.tokens):
+                    yield request.tokens[given]
+                    given += 1
+                else:
+                    self.step()
+        finally:
+            if added:
+                self.cancel(request)
+        if request.error is not None:
+            raise request.error
+
+    def ids(self, prompt: str | Sequence[int]) -> list[int]:
+        """Token ids of a prompt.
+
+        Raises:
+          ValueError: it is empty, has ids that are none, or is text and there is no tokenizer.
+        """
+        return self._asking.ids(prompt)
 
     def step(self) -> list[Request]:
-        """One token more for every request that runs, or a chunk of a prompt; those that it ended.
+        """One token more for every request that runs, or a chunk of a prompt; those that ended.
+
+        The step is sent while the one before may still run; then what that one sampled is read.
 
         Raises:
           Exception: the step failed. Its requests have failed, and all others compute anew.
         """
-        with deferred() as allowed:
-            plan = self.scheduler.schedule(time.monotonic())
-            if not plan.rows:
-                return []
-            try:
-                with allowed(), self.on_mesh():
-                    sampled = self.runner.run(plan)
-            except BaseException as error:
-                self.scheduler.fail(plan, error, time.monotonic())
-                self._start_anew()
-                raise
-            self.scheduler.advance(plan, sampled, time.monotonic())
-            return [row.request for row in plan.rows if row.request.done]
-
-    def _start_anew(self) -> None:
-        """Forget what was computed: the pool may have gone with a step that failed."""
-        self.scheduler.forget()
-        with self.on_mesh():
-            self.runner.reset()
+        with self._lock:
+            return self.loop.step()
 
     def warm_up(self) -> None:
         """Compile all that requests need, which none of them then has to wait for."""
-        with deferred() as allowed:
-            try:
-                with allowed(), self.on_mesh():
-                    self.runner.warm_up()
-            except BaseException:
-                self._start_anew()
-                raise
+        with self._lock:
+            self.loop.warm_up()
 
     def cancel(self, request: Request) -> None:
         """End a request, and free what it holds; one that is over stays as it is.
@@ -180,78 +290,65 @@ class Engine:
         Raises:
           ValueError: it is no request of this engine.
         """
-        if not isinstance(request, Request):
-            raise ValueError(f"cancel takes what `add` gave; got {type(request).__name__}")
-        with deferred():
-            self.scheduler.cancel(request, time.monotonic())
+        _check_request("cancel", request)
+        with self._lock, deferred():
+            self.groups.cancel(request, time.monotonic())
 
     def result(self, request: Request) -> Result:
-        """The answer of a request so far."""
-        text = None if self.tokenizer is None else self.tokenizer.decode(request.answer)
-        return Result(
-            tokens=request.answer,
-            text=text,
-            finish_reason=request.finish_reason,
-            stats=request.stats,
-        )
+        """The answer of a request so far.
 
-    def _request(self, prompt, sampling) -> Request:
-        sampling = Sampling() if sampling is None else sampling
-        if not isinstance(sampling, Sampling):
-            raise ValueError(f"sampling must be a jaxcp.Sampling; got {type(sampling).__name__}")
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError("this engine has no tokenizer: give token ids")
-            prompt = self.tokenizer.encode(prompt)
-        ids = token_ids(self.model, list(prompt) if isinstance(prompt, Iterator) else prompt)
-        if ids.ndim != 1:
-            raise ValueError(f"a prompt is one sequence of ids; got the shape {ids.shape}")
-        stops = self.stop_tokens
-        if sampling.stop_tokens is not None:
-            stops = _stop_tokens(self.model, sampling.stop_tokens)
-        return Request(
-            ids.tolist(),
-            max_new_tokens=sampling.max_new_tokens,
-            sampling=sampling,
-            stop_tokens=stops,
-        )
+        Raises:
+          ValueError: it is no request.
+        """
+        _check_request("result", request)
+        return result_of(request, self.tokenizer)
 
     @functools.cached_property
     def geometry(self) -> Geometry:
         """Sizes of the pool and of its batches."""
         with self.on_mesh():
-            axes = jax.sharding.get_abstract_mesh().shape
-            shards, page = axes.get("seq", 1), PAGE[target_platform()]
-            keeps_state = _keeps_state(self.model, page)
-        if axes.get("data", 1) > 1:
-            raise NotImplementedError(
-                f"requests share one pool, which has no groups for data={axes['data']} yet; make "
-                "the mesh with data=1 and its devices along seq"
-            )
-        longest = -(-self.max_len // page)
-        return Geometry(
-            shards=shards,
-            page_size=page,
-            pages_per_shard=max(1, -(-self.pool_tokens // (page * shards))),
-            states=4 * self.max_rows if keeps_state else 0,
-            max_rows=self.max_rows,
-            listed=-(-longest // shards),
-            ngram=getattr(self.model.config, "ngram_width", 1),
-        )
+            return geometry_of(
+                self.model, max_len=self.max_len, max_rows=self.max_rows,
+                pool_tokens=self.pool_tokens, memory=self.memory, cache_dtype=self.cache_dtype,
+                drafts=self.drafts, host_memory=self.host_memory,
+            )  # fmt: skip
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """Who runs, and who has which page, on a mesh with one group of devices.
+
+        Raises:
+          ValueError: `data` is more than 1, and `groups` has several.
+        """
+        if len(self.groups.schedulers) > 1:
+            raise ValueError("the mesh has several groups of devices: see Engine.groups")
+        return self.groups.schedulers[0]
 
     @functools.cached_property
-    def scheduler(self) -> Scheduler:
-        """Who runs, and who has which page."""
+    def groups(self) -> Groups:
+        """A scheduler for every group of devices along the mesh's `data`."""
         g = self.geometry
-        pages = Pages(
-            shards=g.shards, pages_per_shard=g.pages_per_shard, page_size=g.page_size,
-            states=g.states,
-        )  # fmt: skip
-        chunks = ChunkLimits(sizes=self.runner.sizes, seconds=lambda count, context: 0.0)
-        limits = Limits(
-            max_rows=self.max_rows, max_len=self.max_len, chunks=chunks, snapshot_pages=16
+        chunks = ChunkLimits(
+            sizes=self.runner.sizes, seconds=self._pace.seconds, max_wait=self.max_wait
         )
-        return Scheduler(pages, limits)
+        limits = Limits(
+            max_rows=g.max_rows, max_len=self.max_len, chunks=chunks, snapshot_pages=16,
+            host=self.runner.host.limits(),
+        )  # fmt: skip
+        sizes = {
+            "shards": g.shards, "pages_per_shard": g.pages_per_shard, "page_size": g.page_size,
+            "states": g.states,
+        }  # fmt: skip
+        return Groups([Scheduler(Pages(**sizes), limits) for _ in range(g.groups)])
+
+    @functools.cached_property
+    def _pace(self) -> Pace:
+        return Pace(self.runner.sizes)
+
+    @functools.cached_property
+    def loop(self) -> Loop:
+        """The steps, one after the other."""
+        return Loop(self.groups, self.runner, self._pace, self.on_mesh)
 
     @functools.cached_property
     def runner(self) -> Runner:
@@ -259,49 +356,24 @@ class Engine:
         with self.on_mesh():
             return Runner(self.model, self.geometry, strategy=self.strategy)
 
+    def _check_own(self, method: str, request: Any) -> None:
+        _check_request(method, request)
+        if request not in self._asking.made:
+            raise ValueError(
+                f"this request is another engine's: {method} takes what `request` gave"
+            )
+
+    def bytes_per_device(self, tokens: int) -> int:
+        """Bytes of the pool that a sequence of so many tokens takes, where it takes most."""
+        pages, g = self.groups.schedulers[0].pages, self.geometry
+        places = pages.on_shard(pages.places(tokens), 0)
+        return self.runner.pool.bytes_of(places / g.pages_per_shard, 1 / max(1, g.states))
+
     def on_mesh(self) -> contextlib.AbstractContextManager:
         """The mesh this engine was made under, as a context."""
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
 
-def _stop_tokens(model: Any, ids: Any) -> tuple[int, ...]:
-    try:
-        stops = token_ids(model, list(ids) if isinstance(ids, Set) else ids)
-    except ValueError as error:
-        raise ValueError(f"stop_tokens: {error}") from error
-    if stops.ndim != 1:
-        raise ValueError(f"stop_tokens must be ids, such as (2,) or () for none; got {ids!r}")
-    return tuple(stops.tolist())
-
-
-def _check_mesh(model: Any) -> None:
-    """Raise ValueError where the model lies on a mesh that is not in scope."""
-    meshes = {getattr(x.sharding, "mesh", None) for x in jax.tree.leaves(model) if _is_there(x)}
-    several = [mesh for mesh in meshes if mesh is not None and mesh.size > 1]
-    if several and jax.sharding.get_abstract_mesh().empty:
-        raise ValueError(
-            f"the model lies on a mesh of {several[0].size} devices, and none is in scope: make "
-            "the engine under `jax.set_mesh`, as the model was"
-        )
-
-
-def _is_there(x: Any) -> bool:
-    return isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
-
-
-def _keeps_state(model: Any, page: int) -> bool:
-    pool = jax.eval_shape(lambda: model.init_pool(pages=1, page=page, states=1))
-    return any(not kind.in_pages for kind in pool.layers.values())
-
-
-def _try(model: Any, strategy: Strategy, tokens: int) -> None:
-    """Trace a prefill by this strategy on the mesh in scope, and compute nothing.
-
-    Raises:
-      ValueError, NotImplementedError: what the strategy says of this model and mesh.
-    """
-    if not isinstance(strategy, Strategy):
-        raise ValueError(f"strategy must be one, such as jaxcp.Ring(); got {strategy!r}")
-    rows = jax.sharding.get_abstract_mesh().shape.get("data", 1)
-    cache, text = model.init_cache(rows, tokens), np.zeros((rows, tokens), np.int32)
-    jax.eval_shape(lambda: prefill(model, cache, text, strategy=strategy)[0])
+def _check_request(method: str, request: Any) -> None:
+    if not isinstance(request, Request):
+        raise ValueError(f"{method} takes what `add` gave; got {type(request).__name__}")

@@ -25,8 +25,8 @@ def deferred() -> Iterator[Callable[[], contextlib.AbstractContextManager[None]]
 
     @contextlib.contextmanager
     def allowed():
-        signal.signal(signal.SIGINT, handler)
         try:
+            signal.signal(signal.SIGINT, handler)
             deliver()
             yield
         finally:

@@ -6,7 +6,7 @@ natural order: those from `j * page_size` on lie in its page number j, which is 
 `j % shards`. So the table of a row is a plain list of pages, a position tells its page and slot,
 no two shards of a row differ by more than a page, and rows share a common prefix page by page.
 
-A layer with a window or a recurrence keeps no pages but one state of constant size a row. States
+A layer with a window or a recurrence keeps one state of constant size a row, not pages. States
 are numbered too: one for each running row, and one for each snapshot.
 
 | who | has | from | until |

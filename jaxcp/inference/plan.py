@@ -3,8 +3,8 @@
 
 The engine that runs plans owes this to the scheduler:
 
-- Steps run in the order of their plans. A step first makes the copies of its plan, in their order,
-  and then computes; when it reads a page or a state, earlier steps have written it.
+- Steps run in the order of their plans. A step first makes the copies of its plan, in the order of
+  its fields, and then computes; when it reads a page or a state, earlier steps have written it.
 - A row that starts at 0 starts from an empty state. After a step the state of a row is that after
   its accepted tokens, and is copied to `snapshot` where the row says so.
 - Tokens lie in the page of their place as `pages.py` says. Slots behind a row's tokens hold
@@ -17,6 +17,7 @@ The engine that runs plans owes this to the scheduler:
 
 import dataclasses
 
+from jaxcp.inference.host_store import Block
 from jaxcp.inference.request import Request, Seat
 
 
@@ -48,7 +49,13 @@ class Plan:
     """One step. A plan without rows is none: there is nothing to do, and no `advance`."""
 
     rows: list[Row] = dataclasses.field(default_factory=list)
+    pages_out: list[tuple[int, Block]] = dataclasses.field(default_factory=list)
+    """(from, to) the host, of pages that are given up."""
+    states_out: list[tuple[int, Block]] = dataclasses.field(default_factory=list)
     page_copies: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     """(from, to), where a shared prefix ends inside a page; both may be the same."""
     state_copies: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     """(from, to), from a snapshot to the state of a row; both may be the same."""
+    pages_in: list[tuple[Block, int]] = dataclasses.field(default_factory=list)
+    """(from, to) pages of a row that begins with what is on the host."""
+    states_in: list[tuple[Block, int]] = dataclasses.field(default_factory=list)

@@ -4,41 +4,124 @@
 | program | how many |
 |---|---|
 | copies of pages and states | 1 |
-| a step of decoding, all rows | 1 |
-| a chunk of a prompt | one for each of `SIZES` |
+| copies to the host and back, see `HostCopies` | 2, where there is memory for them |
+| what a row has said, for its penalties | 1 |
+| a step of decoding | one for each of `Geometry.row_sizes` |
+| a step that looks at guesses | as many, where there are guesses |
+| a chunk of a prompt | one for each of `sizes` |
 
 Steps donate the pool. One that fails may have taken it along: `reset` makes a new one.
+
+What a step samples stays on the device, where the next step finds it (`Seats`); `Tokens.read` waits
+for it. So a step can be made and sent while the one before runs.
 """
 
-import functools
-from typing import Any
+import itertools
+import time
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from jaxcp.attention.pool import OverPool, Pool, copied
+from jaxcp.attention.pool import Pool, copied
 from jaxcp.context_parallel import Strategy
-from jaxcp.context_parallel.overlap import compiler_options
+from jaxcp.inference import programs
 from jaxcp.inference.batch import (
-    FIELDS,
     SHORT,
-    Batch,
-    Geometry,
+    Chunk,
     chunk_batch,
     copies,
     decode_batch,
+    few_batch,
+    is_late,
+    lines_of,
     resting_chunk,
 )
-from jaxcp.inference.plan import Plan
-from jaxcp.inference.sampling import sample_rows
-from jaxcp.inference.steps import logits_at
-from pallas_kernels.dispatch import target_platform
+from jaxcp.inference.geometry import FEW, Geometry
+from jaxcp.inference.host_copies import HostCopies
+from jaxcp.inference.logprobs import LogProbs, TokenLogProbs
+from jaxcp.inference.masks import words
+from jaxcp.inference.penalties import Said, said_by, with_row
+from jaxcp.inference.plan import Plan, Row
+from jaxcp.inference.programs import LINES, Seats, no_seats
+from jaxcp.inference.request import Seat
+from jaxcp.inference.sampling import NOT_FINITE, Sampling
+from jaxcp.inference.turns import layout_of
+from jaxcp.inference.verify import Verified
 
 WIDTHS = (128, 512, 2048)
 """Tokens a shard of the chunks that are sharded."""
+Lines = list[Row | None]
+"""The row in each line of a batch; None rests."""
+
+
+class Sampled(NamedTuple):
+    """Tokens of a plan, row by row."""
+
+    tokens: list[list[int]]
+    """Tokens that each row samples, for `Scheduler.advance`."""
+    logprobs: list[list[TokenLogProbs]]
+    """One for each of them, or none."""
+    finite: list[bool]
+    """False where a row had `NOT_FINITE`, in a chunk that samples nothing too."""
+    drafts: list[list[int]]
+    """Tokens that the model's own layer drafts behind those of each row."""
+
+
+class Tokens:
+    """Tokens that a plan samples, on their way to the host.
+
+    Args:
+      plans: one a group of devices.
+      steps: the row in each line of each program that runs, and what they sample.
+    """
+
+    def __init__(self, plans: list[Plan], steps: list[tuple[Lines, Verified]]):
+        self.plans, self._steps, self.sent = plans, steps, time.monotonic()
+
+    def read(self) -> list[Sampled]:
+        """Wait for the tokens, and for the log-probabilities where they are wanted."""
+        tokens: dict[int, list[int]] = {}
+        logprobs: dict[int, list[TokenLogProbs]] = {}
+        finite: dict[int, bool] = {}
+        drafted: dict[int, list[int]] = {}
+        for rows, found in self._steps:
+            arrays = found.tokens, found.accepted, found.drafts
+            lists = (np.asarray(x).T.tolist() for x in arrays)  # a jax.Array would compile its T
+            for row, own, right, behind in zip(rows, *lists, strict=True):
+                if row is not None:
+                    finite[id(row)] = NOT_FINITE not in own[: 1 + right]
+                    tokens[id(row)] = own[: 1 + right] if row.samples else []
+                    drafted[id(row)] = list(itertools.takewhile(lambda token: token >= 0, behind))
+            logprobs |= _log_probs(rows, found, tokens)
+        return [
+            Sampled(
+                [tokens[id(row)] for row in plan.rows],
+                [logprobs.get(id(row), []) for row in plan.rows],
+                [finite[id(row)] for row in plan.rows],
+                [drafted[id(row)] for row in plan.rows],
+            )
+            for plan in self.plans
+        ]
+
+
+def _log_probs(rows, found, tokens) -> dict[int, list[TokenLogProbs]]:
+    """The log-probabilities of these tokens, by `id` of the rows that want them."""
+    wanted = {
+        i: row for i, row in enumerate(rows) if row and row.request.sampling.logprobs is not None
+    }
+    if not wanted:
+        return {}
+    arrays = jax.device_get(found.logprobs)
+    return {
+        id(row): [
+            LogProbs(*(x[place, i] for x in arrays)).read(token, row.request.sampling.logprobs)
+            for place, token in enumerate(tokens[id(row)])
+        ]
+        for i, row in wanted.items()
+    }
 
 
 class Runner:
@@ -46,94 +129,153 @@ class Runner:
 
     def __init__(self, model: Any, geometry: Geometry, *, strategy: Strategy | None = None):
         self.model, self.geometry, self.strategy = model, geometry, strategy
-        self.sizes = _sizes(geometry)
+        self.sizes = chunk_sizes(geometry)
         self.pool: Pool
+        self.seats: Seats
+        self.host = HostCopies(geometry)
         self.reset()
+        self.pool = self.host.begin(self.pool)
 
     def reset(self) -> None:
         """Make the pool anew: whatever was in it is lost."""
         g = self.geometry
-        self.pool = self.model.init_pool(pages=g.pages_per_shard, page=g.page_size, states=g.states)
+        self.pool = self.host.settled(self.model.init_pool(**g.room()))
+        seats = _put(no_seats(g, self.model.config.vocab_size), LINES)
+        self.seats = self.host.settled(seats)
+        self._written: dict[int, Seat] = {}  # by line of `said`: whose tokens are there
 
-    def run(self, plan: Plan) -> list[list[int]]:
-        """The tokens that each row of the plan samples, for `Scheduler.advance`."""
-        if plan.page_copies or plan.state_copies:
-            self._copy(plan.page_copies, plan.state_copies)
-        sampled: dict[int, int] = {}
-        single = [row for row in plan.rows if row.count == 1]
-        if single:
-            tokens = self._step(decode_batch(single, self.geometry))
-            sampled = {id(row): int(tokens[row.seat.row]) for row in single}
-        for row in plan.rows:
-            if row.count > 1:
-                tokens = self._step(chunk_batch(row, self.geometry, self.sizes))
-                sampled[id(row)] = int(tokens[0])
-        snapshots = [
-            (row.seat.state, row.snapshot) for row in plan.rows if row.snapshot is not None
-        ]
-        if snapshots:
-            self._copy([], snapshots)
-        return [[sampled[id(row)]] if row.samples else [] for row in plan.rows]
+    def run(self, plans: list[Plan]) -> Tokens:
+        """Send a plan of each group to the devices."""
+        g, steps = self.geometry, []
+        self.host.save(self.pool, plans)
+        self._copy([plan.page_copies for plan in plans], [plan.state_copies for plan in plans])
+        self.pool = self.host.load(self.pool, plans)
+        self._prepare(plans)
+        guessing = any(_guesses(row) for plan in plans for row in plan.rows)
+        few = [[row for row in plan.rows if guessing and _is_few(row)] for plan in plans]
+        rest = [[row for row in plan.rows if not (guessing and _is_few(row))] for plan in plans]
+        if any(few):
+            lines = lines_of(few, g)
+            steps.append((lines, self._few(*few_batch(lines, g))))
+        single = [[row for row in rows if row.count == 1] for rows in rest]
+        if any(single):
+            lines = lines_of(single, g)
+            steps.append((lines, self._decode(decode_batch(lines, g))))
+        chunks = [[row for row in rows if row.count > 1] for rows in rest]
+        for lines in map(list, itertools.zip_longest(*chunks)):
+            chunk = chunk_batch(lines, g, self.sizes, layout_of(self.strategy))
+            steps.append((lines, self._chunk(chunk)))
+        self._copy([[]] * g.groups, [_snapshots(plan) for plan in plans])
+        return Tokens(plans, steps)
 
-    def warm_up(self) -> None:
-        """Compile every program: no request compiles anything afterwards."""
-        self._copy([], [])
-        self._step(decode_batch([], self.geometry))
+    def warm_up(self) -> dict[int, float]:
+        """Compile every program: no request compiles anything afterwards.
+
+        Returns:
+          By size, the seconds of a chunk that is all pads.
+        """
+        groups = self.geometry.groups
+        self._copy([[]] * groups, [[]] * groups, always=True)
+        self._write(said_by([], [], Sampling(), self.model.config.vocab_size), 0)
+        for rows in self.geometry.row_sizes:
+            lines: Lines = [None] * (groups * rows)
+            self._decode(decode_batch(lines, self.geometry))
+            if self.geometry.drafts:
+                self._few(*few_batch(lines, self.geometry))
+        seconds = {}
         for size in self.sizes:
-            self._step(resting_chunk(size, self.geometry))
+            for _ in range(2):  # the second does not compile
+                start = time.monotonic()
+                self._chunk(resting_chunk(size, self.geometry))
+                jax.block_until_ready(self.pool)
+                seconds[size] = time.monotonic() - start
+        return seconds
 
-    def _copy(self, pages, states) -> None:
-        pairs = (copies(x, self.geometry.max_rows) for x in (pages, states))
-        self.pool = _program(_copy)(self.pool, *pairs)
+    def _copy(self, pages, states, *, always=False) -> None:
+        """Copy pages and states of each group, if there are any to copy."""
+        if always or any(pages) or any(states):
+            pairs = (copies(x, self.geometry.max_rows) for x in (pages, states))
+            self.pool = programs.program(copied)(self.pool, *_put(tuple(pairs), LINES))
 
-    def _step(self, batch: Batch) -> np.ndarray:
-        arrays = batch.ids, batch.positions, batch.numbers
-        if not jax.sharding.get_abstract_mesh().empty:
-            tokens = P("data", "seq" if batch.sharded else None)
-            specs = tokens, tokens, P("data")
-            arrays = tuple(jax.device_put(x, s) for x, s in zip(arrays, specs, strict=True))
-        static = batch.sharded, self.geometry.listed * self.geometry.shards, self.strategy
-        found, self.pool = _program(_step)(self.model, self.pool, *arrays, *static)
-        return np.asarray(found)
+    def _prepare(self, plans: list[Plan]) -> None:
+        """Send what rows are sampled by, beside their numbers: what they have said when they take a
+        seat, and what their grammars allow next."""
+        rows = {
+            group * self.geometry.max_rows + row.seat.row: row
+            for group, plan in enumerate(plans)
+            for row in plan.rows
+            if row.samples
+        }
+        for line, row in rows.items():
+            if row.request.sampling.penalizes and self._written.get(line) is not row.seat:
+                self._write(_said(row, self.model.config.vocab_size), line)
+                self._written[line] = row.seat
+        rows = {line: row for line, row in rows.items() if row.request.output.constraint}
+        if rows:
+            allowed = self.host.settled(_put(self._bits(rows), LINES))
+            self.seats = self.seats._replace(allowed=allowed)
+
+    def _write(self, said: Said, line: int) -> None:
+        arrays = _put((said, np.int32(line)), P())
+        self.seats = self.seats._replace(said=programs.program(with_row)(self.seats.said, *arrays))
+
+    def _bits(self, rows: dict[int, Row]) -> np.ndarray:
+        """Bits of what the grammars of these rows, by line, allow next."""
+        seats = self.geometry.groups * self.geometry.max_rows
+        bits = np.zeros((seats, words(self.model.config.vocab_size)), np.int32)
+        for line, row in rows.items():
+            bits[line] = row.request.output.constraint.allowed()
+        return bits
+
+    def _decode(self, numbers: np.ndarray) -> Verified:
+        return self._step(programs.decode, _put(numbers, LINES), self.geometry)
+
+    def _few(self, ids: np.ndarray, numbers: np.ndarray) -> Verified:
+        return self._step(programs.few, *_put((ids, numbers), LINES), self.geometry)
+
+    def _chunk(self, chunk: Chunk) -> Verified:
+        spec = P("data", "seq" if chunk.sharded else None)
+        arrays = _put((chunk.ids, chunk.positions, chunk.following), spec)
+        static = self.geometry, chunk.sharded, self.strategy if chunk.sharded else None
+        return self._step(programs.chunk, *arrays, _put(chunk.numbers, LINES), *static)
+
+    def _step(self, function, *arguments) -> Verified:
+        """Run a step, which has the pool and the seats of the one before."""
+        found, self.pool, self.seats = programs.program(function)(
+            self.model, self.pool, self.seats, *arguments
+        )
+        return found
 
 
-def _sizes(geometry) -> tuple[int, ...]:
+def _said(row: Row, vocab_size: int) -> Said:
+    tokens, begin = row.request.tokens, row.request.prompt_len
+    return said_by(tokens[:begin], tokens[begin:], row.request.sampling, vocab_size)
+
+
+def _guesses(row) -> bool:
+    """Tell whether a row has guesses, or wants some behind what it samples."""
+    guesses = row.request.guesses
+    return row.drafts > 0 or (row.samples and guesses is not None and guesses.wants_drafts)
+
+
+def _is_few(row) -> bool:
+    """Tell whether a step that looks at guesses can take the row."""
+    return row.count <= FEW and not is_late(row)
+
+
+def _snapshots(plan) -> list[tuple[int, int]]:
+    return [(row.seat.state, row.snapshot) for row in plan.rows if row.snapshot is not None]
+
+
+def chunk_sizes(geometry: Geometry) -> tuple[int, ...]:
     """Tokens of chunks, up to one that takes the longest prompt at once."""
-    sizes = (*SHORT, *(width * geometry.shards for width in WIDTHS))
+    short = SHORT[-1:] if geometry.drafts else SHORT  # to bound the number of programs
+    sizes = (*short, *(width * geometry.shards for width in WIDTHS))
     longest = geometry.shards * geometry.listed * geometry.page_size
     enough = [size for size in sizes if size >= longest]
     return tuple(size for size in sizes if not enough or size <= enough[0])
 
 
-def _step(model, pool, ids, positions, numbers, sharded, listed, strategy):
-    """`(token [B] after each row's last, pool)`."""
-    columns = {name: numbers[:, i] for i, name in enumerate(FIELDS)}
-    attend = OverPool(
-        pool, positions, columns["before"], columns["added"], pages=numbers[:, -listed:],
-        states=columns["state"], sharded=sharded, strategy=strategy,
-    )  # fmt: skip
-    hidden, _ = model.forward(ids, positions, attend)
-    logits = logits_at(model, hidden, positions, columns["last"])
-    seeds = lax.bitcast_convert_type(columns["seed"], jnp.uint32)
-    temperature, top_p = (
-        lax.bitcast_convert_type(columns[name], jnp.float32) for name in ("temperature", "top_p")
-    )
-    token = sample_rows(logits, seeds, columns["last"], temperature, columns["top_k"], top_p)
-    return token, attend.pool_after
-
-
-def _copy(pool, pages, states):
-    return copied(pool, pages, states)
-
-
-def _program(fn):
-    return _compiled(fn, target_platform())
-
-
-@functools.cache
-def _compiled(fn, platform: str):
-    static, donated = {_step: ((5, 6, 7), 1), _copy: ((), 0)}[fn]
-    return jax.jit(
-        fn, static_argnums=static, donate_argnums=donated,
-        compiler_options=compiler_options(platform),
-    )  # fmt: skip
+def _put(arrays, spec):
+    empty = jax.sharding.get_abstract_mesh().empty
+    return jax.tree.map(jnp.asarray, arrays) if empty else jax.device_put(arrays, spec)

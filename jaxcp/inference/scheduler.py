@@ -9,42 +9,16 @@ the exception that it raised. `request.py` tells the life of a request, `plan.py
 - The oldest request is never preempted and is in every plan, so everything comes to its end.
 """
 
-import dataclasses
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from jaxcp.inference.chunks import ChunkBudget, ChunkLimits
+from jaxcp.inference.chunks import ChunkBudget
+from jaxcp.inference.host_store import HostStore
+from jaxcp.inference.limits import Limits
 from jaxcp.inference.pages import Pages
 from jaxcp.inference.plan import Plan, Row
 from jaxcp.inference.prefix_tree import Match, PrefixTree
 from jaxcp.inference.request import Request, Seat, Status
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Limits:
-    """The most that a scheduler gives out.
-
-    Args:
-      max_rows: requests that run at a time. A pool with states has more of them than rows: what
-        is left over holds snapshots.
-      max_len: tokens of a request, prompt and answer.
-      chunks: see `ChunkLimits`.
-      overcommit: a factor on the size of the pool, 1 or more: running requests may come to hold so
-        much together. At 1 nobody is ever preempted; above, more run at a time, since most
-        answers stop early.
-      snapshot_pages: take a snapshot whenever a row has filled so many more pages.
-    """
-
-    max_rows: int
-    max_len: int
-    chunks: ChunkLimits
-    overcommit: float = 1.0
-    snapshot_pages: int = 64
-
-    def __post_init__(self):
-        for name in ("max_rows", "max_len", "overcommit", "snapshot_pages"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {name}={getattr(self, name)}")
 
 
 class Scheduler:
@@ -52,7 +26,8 @@ class Scheduler:
 
     def __init__(self, pages: Pages, limits: Limits):
         self.pages, self.limits = pages, limits
-        self.tree = PrefixTree(pages)
+        host = None if limits.host is None else HostStore(limits.host, pages.page_size)
+        self.tree = PrefixTree(pages, host)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self._in_flight: deque[Plan] = deque()
@@ -68,6 +43,13 @@ class Scheduler:
         """
         if request.arrival >= 0:
             raise ValueError(f"a request is added once; this one is {request.status.value}")
+        self.check_size(request)
+        request.arrival, self._arrivals = self._arrivals, self._arrivals + 1
+        request.stats.queued = now
+        self.waiting.append(request)
+
+    def check_size(self, request: Request) -> None:
+        """Raise ValueError where a request could not run even if it were alone."""
         pages, most = self.pages, request.max_computed
         asked = f"{request.prompt_len} tokens of the prompt and up to {request.max_new_tokens} new"
         if most > self.limits.max_len:
@@ -78,9 +60,6 @@ class Scheduler:
                 f"{asked} need {needed} pages of {pages.page_size} tokens on a shard, which has "
                 f"{pages.pages_per_shard}; ask for fewer, or make the pool larger"
             )
-        request.arrival, self._arrivals = self._arrivals, self._arrivals + 1
-        request.stats.queued = now
-        self.waiting.append(request)
 
     def schedule(self, now: float, drafts: Callable[[Request], int] = lambda request: 0) -> Plan:
         """The next step: every row that decodes, and chunks of prompts as far as time allows.
@@ -102,6 +81,7 @@ class Scheduler:
             self._continue(plan, request, request.seat, budget, drafts)
         if plan.rows:
             self._in_flight.append(plan)
+            plan.pages_out, plan.states_out = self.tree.take_leaving()
         return plan
 
     def advance(self, plan: Plan, sampled: Sequence[Sequence[int]], now: float) -> list[int]:
@@ -125,15 +105,30 @@ class Scheduler:
             self._release_snapshot(row)
         return kept
 
+    @property
+    def in_flight(self) -> tuple[Plan, ...]:
+        """Plans that were made and neither advanced nor failed, in their order."""
+        return tuple(self._in_flight)
+
     def fail(self, plan: Plan, error: BaseException, now: float) -> None:
         """End the requests of a plan whose step raised; none of what it computed is kept."""
         self._close(plan)
+        self._lose(plan)
         for row in plan.rows:
-            self._release_snapshot(row)
             if row.meant:
                 row.request.error = error
                 self._leave(row.request, keep=False)
                 self._end(row.request, Status.FAILED, now)
+
+    def spoil(self, request: Request, error: BaseException, now: float) -> None:
+        """End a request whose latest token, where one was just taken, is none; `forget` must
+        follow."""
+        if request.tokens[-1] < 0:
+            del request.tokens[-1:], request.stats.token_times[-1:]
+        request.finish_reason, request.error = None, error
+        if request.seat is not None:
+            self._leave(request, keep=False)
+        self._end(request, Status.FAILED, now)
 
     def finish(self, request: Request, length: int, now: float) -> None:
         """End a running request with the first `length` tokens of its answer, at a stop string."""
@@ -160,13 +155,13 @@ class Scheduler:
         self._end(request, Status.CANCELLED, now)
 
     def forget(self) -> None:
-        """Compute everything anew: the device has lost its pages, as when a step that raised had
-        taken them along. Close or fail the plans in flight first."""
-        if self._in_flight:
-            raise ValueError(f"{len(self._in_flight)} plans are in flight; advance or fail them")
+        """Compute everything anew, plans in flight too: the device has lost its pages, as when a
+        step that raised had taken them along."""
+        while self._in_flight:
+            self._lose(self._in_flight.popleft())
         while self.running:
             self._preempt(self.running[-1], keep=False)
-        self.tree.clear()
+        self.tree.clear(lost=True)
 
     def check(self) -> None:
         """Raise AssertionError unless every page and state is held by whom it should be."""
@@ -186,14 +181,14 @@ class Scheduler:
     def _continue(self, plan, request, seat, budget, drafts):
         """Put the next tokens of a running request into the plan."""
         start, left = seat.scheduled, len(request.tokens) - seat.scheduled
-        count = self._next_tokens(request, start, left, budget, drafts)
+        count = self._next_tokens(request, seat, left, budget, drafts)
         count = count and self._grow(request, seat, start + count) - start
         if not count:
             return
         guessed = 0 if left > 1 else count - 1
         if left > 1:
             budget.spend(count, start)
-        wanted = start + count >= self._next_snapshot(request, start)
+        wanted = self._snapshot_due(request, seat, start, start + count)
         plan.rows.append(
             Row(
                 request=request, seat=seat, start=start, count=count, drafts=guessed,
@@ -204,24 +199,29 @@ class Scheduler:
         request.stats.computed += count
         request.stats.drafted += guessed
 
-    def _next_tokens(self, request, start, left, budget, drafts) -> int:
-        """Count the tokens to compute behind `start`, `left` of which are known."""
+    def _next_tokens(self, request, seat, left, budget, drafts) -> int:
+        """Count the tokens to compute behind those scheduled, `left` of which are known."""
+        start = seat.scheduled
         if left > 1:  # of a prompt; 1: the latest token; 0: that one is not read yet
-            return min(budget.most(left, start), self._next_snapshot(request, start) - start)
-        if left < 0 or start == request.max_computed:
+            stops = [stop - start for stop in self._stops(request, seat) if stop > start]
+            return min(budget.most(left, start), *stops, left)
+        if left < 0 or start == request.max_computed or (not left and request.in_turn):
             return 0  # its drafts or its last token are in flight
         return 1 + min(drafts(request), request.max_computed - start - 1)
 
     def _admit(self, plan, request, budget, now) -> bool:
         """Give the request a seat, if it can have one by now."""
-        if not self._free_rows or request is self._too_large or not budget.most(1, 0):
+        blocked = not self._free_rows or request is self._too_large or request.waits
+        if blocked or not budget.most(1, 0):
             return False
-        match = self.tree.match(request.tokens, len(request.tokens) - 1)
-        if not budget.most(len(request.tokens) - match.length, match.length):
+        match, fetch = self.tree.cheapest(request.tokens, self.limits.chunks)
+        if not budget.most(len(request.tokens) - match.length, match.length, before=fetch):
             return False
         seat = Seat(computed=match.length, scheduled=match.length)
+        if match.known >= match.length + self.pages.page_size:
+            seat.parting = match.known
         self._share(seat, request.tokens, match)
-        if not self._fits(request, seat) or not self._equip(seat):
+        if not self._fits(request, seat) or not self._equip(seat, match.length):
             self._give_back(seat)
             self._too_large = request
             return False
@@ -229,10 +229,15 @@ class Scheduler:
             plan.page_copies.append((match.source, seat.table[-1]))
         if match.state is not None:
             plan.state_copies.append((match.state, seat.state))
+        plan.pages_in += zip(match.blocks, seat.table[len(match.pages) :], strict=False)
+        if match.state_block is not None:
+            plan.states_in.append((match.state_block, seat.state))
+        budget.wait(fetch)
         seat.row = self._free_rows.pop()
         request.seat, request.status = seat, Status.RUNNING
         self.running.append(request)
         request.stats.reused = match.length
+        request.stats.restored = match.length - match.resident
         if request.stats.admitted is None:
             request.stats.admitted = now
         return True
@@ -253,17 +258,17 @@ class Scheduler:
                 return False
         return True
 
-    def _equip(self, seat) -> bool:
-        """Take the page of the first token to compute, and a state.
+    def _equip(self, seat, length) -> bool:
+        """Take pages up to that of the first token to compute, and a state.
 
         What is evicted for that may be the very page and snapshot to copy from. That is fine: the
         step makes its copies before anything is written.
         """
-        page = self._take_page(len(seat.table))
-        if page is None:
-            return False
-        seat.table.append(page)
-        seat.state = self._take_state()
+        while len(seat.table) <= length // self.pages.page_size:
+            if (page := self.tree.take_page(len(seat.table))) is None:
+                return False
+            seat.table.append(page)
+        seat.state = self.tree.take_state()
         return seat.state is not None or not self.pages.states.size
 
     def _share(self, seat, ids, match: Match):
@@ -286,7 +291,7 @@ class Scheduler:
         """
         size = self.pages.page_size
         while len(seat.table) * size < end:
-            page = self._take_page(len(seat.table))
+            page = self.tree.take_page(len(seat.table))
             if page is not None:
                 seat.table.append(page)
             elif len(seat.table) * size > seat.scheduled:
@@ -310,7 +315,7 @@ class Scheduler:
             self._leave(request, settled=True)
             self._end(request, Status.FINISHED, now)
         elif row.snapshot is not None:
-            if seat.computed >= self._next_snapshot(request, row.start):  # else drafts were wrong
+            if self._snapshot_due(request, seat, row.start, seat.computed):  # drafts may be wrong
                 self._publish(request, seat, row.snapshot)
         elif not self.pages.states.size and row.start < request.prompt_len <= seat.computed:
             self._publish(request, seat, None)
@@ -355,6 +360,12 @@ class Scheduler:
     def _end(self, request, status, now):
         request.status, request.stats.finished = status, now
 
+    def _lose(self, plan):
+        """Give back what a plan was to fill, which it may not have."""
+        self.tree.lose(block for _, block in (*plan.pages_out, *plan.states_out))
+        for row in plan.rows:
+            self._release_snapshot(row)
+
     def _release_snapshot(self, row):
         if row.snapshot is not None:
             self.pages.states.release(row.snapshot)
@@ -368,27 +379,21 @@ class Scheduler:
     def _seats(self) -> list[tuple[Request, Seat]]:
         return [(request, request.seat) for request in self.running if request.seat is not None]
 
-    def _next_snapshot(self, request, start) -> int:
-        """The next position after `start` at which a snapshot is taken."""
+    def _stops(self, request, seat) -> tuple[int, ...]:
+        """Positions that no chunk crosses, for the sake of their snapshots."""
         if not self.pages.states.size:
-            return self.limits.max_len + 1
-        stride = self.limits.snapshot_pages * self.pages.page_size
-        stop = (start // stride + 1) * stride
-        return min(stop, request.prompt_len) if start < request.prompt_len else stop
+            return ()
+        # whoever shares a prompt computes its last token, which has the logits
+        return (seat.parting, request.prompt_len - request.shared, request.prompt_len)
 
-    def _take_page(self, place) -> int | None:
-        page = self.pages.take(place)
-        if page is None and self.tree.evict(place % self.pages.shards):
-            page = self.pages.take(place)
-        return page
+    def _snapshot_due(self, request, seat, start, end) -> bool:
+        """Tell whether a step over positions `start..end - 1` ends where a snapshot is wanted."""
+        if not self.pages.states.size:
+            return False
+        stride = self.limits.snapshot_pages * self.pages.page_size
+        return end in self._stops(request, seat) or end // stride > start // stride
 
     def _take_snapshot(self) -> int | None:
         """A state for a snapshot, as long as enough are left for all rows."""
-        states = self.pages.states
-        return self._take_state() if states.size - states.held > len(self._free_rows) else None
-
-    def _take_state(self) -> int | None:
-        state = self.pages.states.take()
-        if state is None and self.tree.evict_state():
-            state = self.pages.states.take()
-        return state
+        states, free = self.pages.states, len(self._free_rows)
+        return self.tree.take_state() if states.size - states.held > free else None

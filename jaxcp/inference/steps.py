@@ -24,6 +24,9 @@ from jaxcp.inference.checks import integers, token_ids
 from jaxcp.inference.turns import frame_of, latest, layout_of, pieces
 from pallas_kernels.dispatch import target_platform
 
+TRIED = 64
+"""Tokens of the prefill that is traced to see whether a strategy can do it."""
+
 EXTEND_SIZES = (1, 8, 32, MAX_EXTEND)
 """Widths to which short turns are padded; longer turns are prefilled by the strategy."""
 
@@ -204,6 +207,20 @@ def _jit(fn, donate: bool, platform: str):
 def _copied(cache):
     """Copy a cache that a fork still needs, so that one donating program does for both."""
     return jax.tree.map(jnp.copy, cache)
+
+
+def check_strategy(model: Any, strategy: Any, max_len: int) -> None:
+    """Trace a prefill by this strategy on the mesh in scope, and compute nothing.
+
+    Raises:
+      ValueError, NotImplementedError: what the strategy says of this model and mesh.
+    """
+    if not isinstance(strategy, Strategy):
+        raise ValueError(f"strategy must be one, such as jaxcp.Ring(); got {strategy!r}")
+    rows = jax.sharding.get_abstract_mesh().shape.get("data", 1)
+    tokens = min(max_len, TRIED)
+    cache, text = model.init_cache(rows, tokens), np.zeros((rows, tokens), np.int32)
+    jax.eval_shape(lambda: prefill(model, cache, text, strategy=strategy)[0])
 
 
 def _recent(tokens, before):

@@ -25,7 +25,7 @@ import numpy as np
 
 from jaxcp.attention.slots import slots_in_use
 from jaxcp.context_parallel import Ring, Strategy
-from jaxcp.context_parallel.halo import rows_to_send
+from jaxcp.context_parallel.halo import full_reach, rows_to_send, worth_it
 from jaxcp.layout import Layout
 from pallas_kernels import PAD_POSITION
 
@@ -129,7 +129,7 @@ def _first(frame, lengths, layout):
     width = longer if frame.slots is None or longer <= frame.slots else width
     orders = _orders(layout, shards, width, np.zeros_like(lengths), lengths)
     halos = {
-        window: _worth(rows_to_send(_distinct(orders, lengths), window), shards, width)
+        window: worth_it(rows_to_send(_distinct(orders, lengths), window), width)
         for window in _windows(frame)
     }
     return _piece(orders, lengths, None, halos)
@@ -213,7 +213,7 @@ def _halos(frame, layout, width, orders, taken):
     """
     plans = {}
     for window in _windows(frame):
-        full = _full_halo(layout, frame.shards, width, window)
+        full = full_reach(layout, frame.shards, width, window)
         plans[window] = full
         if full is None or set(taken) <= {0, frame.shards * width}:
             continue
@@ -222,18 +222,6 @@ def _halos(frame, layout, width, orders, taken):
             return None
         plans[window] = {d: _as_wide(rows.get(d), x) for d, x in full.items()}
     return plans
-
-
-@functools.lru_cache(maxsize=64)
-def _full_halo(layout, shards, width, window):
-    order = np.sort(layout.places(shards * width, shards), axis=1)
-    return _worth(rows_to_send([(order, shards * width)], window), shards, width)
-
-
-def _worth(rows, shards, width):
-    """`rows`, unless one all-gather of everything sends hardly more."""
-    sent = sum(table.shape[1] for table in rows.values())
-    return None if 2 * sent > (shards - 1) * width > 0 else rows
 
 
 def _as_wide(rows, like):

@@ -20,6 +20,8 @@ from jaxcp.sharding import tokens_spec
 
 
 class Attention(nnx.Module):
+    """`use_bias`: of q, k, v, and of the output where `output_bias` does not say otherwise."""
+
     def __init__(
         self,
         embed_dim: int,
@@ -34,6 +36,7 @@ class Attention(nnx.Module):
         rope: Rope | None = None,
         window: int | None = None,
         use_bias: bool = False,
+        output_bias: bool | None = None,
         sinks: bool = False,
         rngs: nnx.Rngs,
     ):
@@ -48,6 +51,8 @@ class Attention(nnx.Module):
             self.q_bias = constant((num_heads, head_dim), ("heads", "head_dim"), 0.0)
             self.k_bias = constant((num_kv_heads, head_dim), ("kv_heads", "head_dim"), 0.0)
             self.v_bias = constant((num_kv_heads, head_dim), ("kv_heads", "head_dim"), 0.0)
+        self.output_bias = use_bias if output_bias is None else output_bias
+        if self.output_bias:
             self.o_bias = constant((embed_dim,), ("embed",), 0.0)
         if sinks:
             self.sinks = constant((num_heads,), ("heads",), 0.0)
@@ -89,4 +94,4 @@ class Attention(nnx.Module):
     @jax.named_scope("output")
     def _output(self, out, spec):
         y = linear("btnh,nhd->btd", out, self.o, spec)
-        return y + self.o_bias.astype(y.dtype) if self.use_bias else y
+        return y + self.o_bias.astype(y.dtype) if self.output_bias else y

@@ -79,7 +79,7 @@ SILU = SwiGLU()
 
 
 class GatedMLP(nnx.Module):
-    """`down(activation(gate(x), up(x)))`."""
+    """`down(activation(gate(x), up(x)))`, with biases where `use_bias`."""
 
     def __init__(
         self,
@@ -87,6 +87,7 @@ class GatedMLP(nnx.Module):
         mlp_dim: int,
         *,
         activation: SwiGLU = SILU,
+        use_bias: bool = False,
         std: float,
         out_std: float,
         rngs: nnx.Rngs,
@@ -94,10 +95,17 @@ class GatedMLP(nnx.Module):
         self.gate = normal(rngs, (embed_dim, mlp_dim), ("embed", "mlp"), std, summed=1)
         self.up = normal(rngs, (embed_dim, mlp_dim), ("embed", "mlp"), std, summed=1)
         self.down = normal(rngs, (mlp_dim, embed_dim), ("mlp", "embed"), out_std, summed=1)
-        self.activation = activation
+        if use_bias:
+            self.gate_bias = constant((mlp_dim,), ("mlp",), 0.0)
+            self.up_bias = constant((mlp_dim,), ("mlp",), 0.0)
+            self.down_bias = constant((embed_dim,), ("embed",), 0.0)
+        self.activation, self.use_bias = activation, use_bias
 
     @jax.named_scope("mlp")
     def __call__(self, x):
-        gate = linear("btd,df->btf", x, self.gate)
-        up = linear("btd,df->btf", x, self.up)
-        return linear("btf,fd->btd", self.activation(gate, up), self.down, tokens_spec(x))
+        def project(subscripts, x, name, *spec):
+            y = linear(subscripts, x, getattr(self, name), *spec)
+            return y + getattr(self, f"{name}_bias").astype(y.dtype) if self.use_bias else y
+
+        gate, up = (project("btd,df->btf", x, name) for name in ("gate", "up"))
+        return project("btf,fd->btd", self.activation(gate, up), "down", tokens_spec(x))

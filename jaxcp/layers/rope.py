@@ -13,11 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-HF_KEYS = {
-    "rope_type", "rope_theta", "partial_rotary_factor", "factor", "truncate",
+HF_KEYS = {"rope_type", "rope_theta", "partial_rotary_factor", "factor"}
+YARN_KEYS = HF_KEYS | {
     "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor",
-    "mscale", "mscale_all_dim",
+    "mscale", "mscale_all_dim", "truncate",
 }  # fmt: skip
+LLAMA3_KEYS = HF_KEYS | {
+    "original_max_position_embeddings", "low_freq_factor", "high_freq_factor",
+}  # fmt: skip
+KEYS = {"default": YARN_KEYS, "yarn": YARN_KEYS, "llama3": LLAMA3_KEYS, "linear": HF_KEYS}
+"""Parameters that a rope_type may come with; those of yarn do nothing by default."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,19 +72,64 @@ class YaRN:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Llama3:
+    """Extends the context as Llama 3.1 does: slow channels turn `factor` times slower.
+
+    A channel that turns more than `high_freq_factor` times over `original_max_positions` stays; one
+    that turns less than `low_freq_factor` times is slowed; one between is blended by its turns.
+    """
+
+    factor: float
+    original_max_positions: int
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+    def __post_init__(self):
+        turns = self.low_freq_factor, self.high_freq_factor
+        if not all(0 < x < math.inf for x in (self.factor, self.original_max_positions, *turns)):
+            raise ValueError(f"llama3 needs positive numbers; got {self}")
+        if turns[0] >= turns[1]:
+            raise ValueError(
+                f"llama3 needs low_freq_factor < high_freq_factor; got {turns[0]} and {turns[1]}"
+            )
+
+    def slowed(self, frequencies: np.ndarray) -> np.ndarray:
+        """Slow `frequencies [H / 2]`, each as far as its channel is."""
+        turns = self.original_max_positions * frequencies / (2 * math.pi)
+        stays = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        stays = np.clip(stays, 0, 1)
+        return frequencies * stays + frequencies / self.factor * (1 - stays)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
+    """Frequencies of base `theta`, as they are or slowed in one way: `yarn`, `llama3`, `linear`.
+
+    `linear`: all channels turn so many times slower. Source: arXiv 2306.15595.
+    """
+
     theta: float = 10_000.0
     yarn: YaRN | None = None
     interleaved: bool = False
+    llama3: Llama3 | None = None
+    linear: float = 1.0
 
     def __post_init__(self):
         if not 1 < self.theta < math.inf:
             raise ValueError(f"theta must be above 1, and finite; got theta={self.theta}")
+        if not 0 < self.linear < math.inf:
+            raise ValueError(f"linear must be positive, and finite; got linear={self.linear}")
+        if (self.yarn is not None) + (self.llama3 is not None) + (self.linear != 1) > 1:
+            raise ValueError(f"yarn, llama3 and linear: one at most; got {self}")
 
     def frequencies(self, size: int) -> np.ndarray:
         """The radians that each of the `size / 2` pairs turns in a position; float64."""
         frequencies = self.theta ** (-np.arange(0, size, 2) / size)
-        return frequencies if self.yarn is None else self.yarn.slowed(frequencies, self.theta)
+        if self.yarn is not None:
+            return self.yarn.slowed(frequencies, self.theta)
+        if self.llama3 is not None:
+            return self.llama3.slowed(frequencies)
+        return frequencies / self.linear
 
     @classmethod
     def from_hf(
@@ -96,18 +146,23 @@ class Rope:
         `rope_parameters`, are the family's values for fields that the file does not have.
 
         Raises:
-          NotImplementedError: a `rope_type` other than default and yarn, a partial rotation, or
+          NotImplementedError: a `rope_type` other than those of `KEYS`, a partial rotation, or
             parameters that are not known here (such as one set a kind of layer).
-          ValueError: a yarn without `factor` or `original_max_position_embeddings`; parameters
-            that contradict each other, that are no numbers, or that do nothing.
+          ValueError: a scaling without what it needs, such as `factor`; parameters that
+            contradict each other, that are no numbers, or that do nothing.
         """
         rope = merged(fields)
         rope = dict(default or {}) if rope is None else rope
-        if unknown := sorted(rope.keys() - HF_KEYS):
-            raise NotImplementedError(f"rope_parameters: not known are {', '.join(unknown)}")
         kind = rope.get("rope_type", "default")
-        if kind not in ("default", "yarn"):
-            raise NotImplementedError(f"rope_type must be default or yarn; got rope_type={kind!r}")
+        if not isinstance(kind, str) or kind not in KEYS:
+            raise NotImplementedError(
+                f"rope_parameters: rope_type must be one of {', '.join(KEYS)}; "
+                f"got rope_type={kind!r}"
+            )
+        if unknown := sorted(rope.keys() - KEYS[kind]):
+            raise NotImplementedError(
+                f"rope_parameters of rope_type {kind}: not known are {', '.join(unknown)}"
+            )
         if kind == "default" and rope.get("factor") not in (None, 1):
             raise ValueError(
                 f"factor={rope['factor']!r} does nothing with a rope_type of default; "
@@ -117,11 +172,27 @@ class Rope:
             if parts.get("partial_rotary_factor") not in (None, 1):
                 raise NotImplementedError("partial_rotary_factor must be 1: all channels turn")
         theta = _theta(rope, fields, theta)
-        yarn = _yarn(rope, fields) if kind == "yarn" else None
-        return cls(theta=theta, yarn=yarn, interleaved=interleaved)
+        return cls(
+            theta=theta,
+            yarn=_yarn(rope, fields) if kind == "yarn" else None,
+            llama3=_llama3(rope) if kind == "llama3" else None,
+            linear=_numbers(rope, "linear", "factor")["factor"] if kind == "linear" else 1.0,
+            interleaved=interleaved,
+        )
 
     def to_hf(self) -> dict[str, Any]:
         """The `rope_parameters` that `from_hf` reads."""
+        if self.linear != 1:
+            return {"rope_type": "linear", "rope_theta": self.theta, "factor": self.linear}
+        if self.llama3 is not None:
+            return {
+                "rope_type": "llama3",
+                "rope_theta": self.theta,
+                "factor": self.llama3.factor,
+                "original_max_position_embeddings": self.llama3.original_max_positions,
+                "low_freq_factor": self.llama3.low_freq_factor,
+                "high_freq_factor": self.llama3.high_freq_factor,
+            }
         if self.yarn is None:
             return {"rope_type": "default", "rope_theta": self.theta}
         y = self.yarn
@@ -232,6 +303,23 @@ def _yarn(rope, fields):
         truncate=truncate,
         attention_factor=gain,
     )
+
+
+def _llama3(rope):
+    names = "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"
+    numbers = _numbers(rope, "llama3", *names)
+    return Llama3(
+        factor=numbers["factor"],
+        original_max_positions=rope["original_max_position_embeddings"],
+        low_freq_factor=numbers["low_freq_factor"],
+        high_freq_factor=numbers["high_freq_factor"],
+    )
+
+
+def _numbers(rope, kind, *names):
+    if wrong := {name: rope.get(name) for name in names if not _is_number(rope.get(name))}:
+        raise ValueError(f"a rope_type of {kind} needs finite numbers; got {wrong}")
+    return {name: float(rope[name]) for name in names}
 
 
 def _is_number(x):

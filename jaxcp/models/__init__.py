@@ -77,6 +77,10 @@ FAMILIES = {
         ("hy_v3", "qwen3_moe", "gpt_oss", "jaxcp_hybrid_moe"),
         Family("jaxcp.models.hybrid_moe", config="HybridMoEConfig", model="HybridMoE"),
     ),
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3"),
+        Family("jaxcp.models.dense", config="DenseConfig", model="DenseModel"),
+    ),
 }
 
 ARCHITECTURES = {
@@ -87,6 +91,10 @@ ARCHITECTURES = {
     "HYV3ForCausalLM": "hy_v3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
     "GptOssForCausalLM": "gpt_oss",
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
 }
 """Names that `architectures` has where a config.json is older than `model_type`."""
 

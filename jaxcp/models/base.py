@@ -15,6 +15,8 @@ from jaxcp.attention.cache import Cache, empty_cache
 from jaxcp.attention.pool import Pool, empty_pool
 from jaxcp.attention.whole_sequence import WholeSequence
 from jaxcp.context_parallel import Strategy
+from jaxcp.layers.gather import gathered, lies_in_parts
+from jaxcp.layers.remat import policy_of
 from jaxcp.layers.router_stats import RouterStats
 from jaxcp.layers.stack import Layers, layers_in
 from jaxcp.sharding import tokens_spec
@@ -39,6 +41,8 @@ class LanguageModel(nnx.Module):
     """Names of tensors in the checkpoint that was loaded, for `save` (`models/weight_table`)."""
     stop_tokens: tuple[int, ...] = ()
     """Ids that end an answer, by the checkpoint that was loaded: what `Engine` goes by."""
+    generation: str = ""
+    """The text of generation_config.json in the checkpoint that was loaded, for `save`."""
 
     def forward(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], attend: Attend
@@ -69,22 +73,32 @@ class LanguageModel(nnx.Module):
             name: (getattr(layers, name).attention, len(layers_in(name))) for name in layers.names
         }
 
-    def makers(self) -> dict[str, Callable[[Any], Any]]:
-        """Functions that make the kind of each stack of layers, empty, in a room."""
+    def makers(self, *, drafting: bool = True) -> dict[str, Callable[[Any], Any]]:
+        """Functions that make the kind of each stack of layers, empty, in a room.
+
+        Args:
+          drafting: with those of layers that only draft.
+        """
         return {
             name: functools.partial(attention.empty, layers=count)
             for name, (attention, count) in self.attentions().items()
+            if drafting or name in self.layers.names
         }
 
-    def init_pool(self, *, pages: int, page: int, states: int) -> Pool:
+    def init_pool(
+        self, *, pages: int, page: int, states: int, cache_dtype: str | None = None,
+        drafting: bool = False, rolled_back: int = 0,
+    ) -> Pool:  # fmt: skip
         """An empty pool of so many pages of `page` tokens, and states, on each device.
 
-        Raises:
-          NotImplementedError: layers keep what has no pages.
+        Args:
+          cache_dtype, rolled_back: see `empty_pool`, and what it raises.
+          drafting: with room for layers that only draft.
         """
         return empty_pool(
-            self.makers(), pages=pages, page=page, states=states, dtype=self.config.dtype
-        )
+            self.makers(drafting=drafting), pages=pages, page=page, states=states,
+            dtype=self.config.dtype, cache_dtype=cache_dtype, rolled_back=rolled_back,
+        )  # fmt: skip
 
     def init_cache(self, batch_size: int, max_len: int) -> Cache:
         """An empty cache for `max_len` tokens a row, sharded over the mesh in scope.
@@ -152,13 +166,21 @@ class LanguageModel(nnx.Module):
         return layers.run(lambda layer, x, here: block(layer, x, *inputs, here), x, attend)
 
     def recomputed(self, block: Callable, attend: Attend, *, static_argnums: int) -> Callable:
-        """`block`, whose backward pass computes it again where `config.remat` says so.
+        """`block`, which gathers its weights where they lie in parts, and whose backward pass
+        computes again what `config.remat` says.
 
-        Not over a cache: `attend` keeps what layers write, and there is no backward pass.
+        Nothing is computed again over a cache: `attend` keeps what layers write, and there is no
+        backward pass.
         """
-        if not self.config.remat or getattr(attend, "keeps_rows", False):
-            return block
-        return jax.checkpoint(block, static_argnums=static_argnums)
+        dtype = self.config.dtype
+
+        def whole(module, *inputs):
+            return block(gathered(module, dtype), *inputs)
+
+        policy = policy_of(self.config.remat, gathers=lies_in_parts(self))
+        if policy is None or getattr(attend, "keeps_rows", False):
+            return whole
+        return jax.checkpoint(whole, static_argnums=static_argnums, policy=policy)
 
     @jax.named_scope("head")
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

@@ -72,6 +72,7 @@ NEUTRAL: dict[str, tuple] = {
     "swiglu_limit": (None,),
     "tie_encoder_decoder": (False,),
     "topk_group": (None, 1),
+    "use_mrope": (False,),
     "use_sliding_window": (False,),
 }
 """Fields that change what is computed, and the values that do not. A family reads some."""
@@ -220,6 +221,12 @@ class HFConfig(Mapping):
         if is_good(value) or (value is None and default == (None,)):
             return value
         raise ValueError(f"{self.model_type}: {key} must be {what}; got {key}={value!r}")
+
+
+def shortest_cycle(pattern: str) -> str:
+    """Return the shortest start of `pattern` that, cycled, is all of it."""
+    sizes = range(1, len(pattern) + 1)
+    return pattern[: next(n for n in sizes if pattern.startswith(pattern[n:]))]
 
 
 def _is_whole(x: Any) -> bool:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Strings and token ids: tokenizer and streaming decoding. Knows nothing of jax."""
+"""Strings and token ids: tokenizers, conversations, and what models answer. Knows no jax."""

@@ -4,15 +4,15 @@
 A decoder is a list of steps. Up to the first step that joins all tokens (`Fuse`, `ByteLevel`), a
 step looks at a token and the one before it, or at a run of bytes; after it there is one text, of
 which only the beginning may still change. So no token is decoded again later, and a piece that was
-yielded stays as it is. Unknown steps, or steps in another order, wait for all tokens.
+given out stays as it is. Unknown steps, or steps in another order, wait for all tokens.
 """
 
 import codecs
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from tokenizers import decoders
 
@@ -37,28 +37,30 @@ BYTE_OF = _byte_of()
 """The byte for which a character of a `ByteLevel` vocabulary stands."""
 
 
-def pieces(decoder: Any, tokens: Iterable[str]) -> Iterator[str]:
-    """Yield pieces that, joined, are `decoder`'s text of all `tokens` (None: words with spaces).
+class Decoding(Protocol):
+    """A text that grows; joined, what is given out is the text of all that was pushed."""
 
-    A piece is yielded with its token, unless later tokens decide about it: a character of several
+    def push(self, token: str) -> str:
+        """Take a token, and give out what text it makes certain; often its own, or none."""
+
+    def finish(self) -> str:
+        """Give out the rest: there are no more tokens, or what follows does not join with it."""
+
+
+def decoding(decoder: Any) -> Decoding:
+    """Begin a text that is decoded as `decoder` does (None: words with spaces).
+
+    Text is given out with its token, unless later tokens decide about it: a character of several
     bytes, or a run of byte tokens, all of which the library drops if one is wrong.
     """
     if decoder is None:
-        return filter(None, _with_the_one_before(" ".join, _alone(tokens)))
+        return _WithTheOneBefore(" ".join)
     steps = _steps(decoder)
     joining = next((i for i, step in enumerate(steps) if step["type"] in JOINING), len(steps))
     first, rest = steps[:joining], steps[joining:]
     if not _is_known(first, rest):
-        return _when_complete(decoder, tokens)
-    text: Iterable[str] = tokens
-    if first:
-        text = _with_the_one_before(_decoder(first).decode, _groups(first, tokens))
-    for step in rest:
-        if step["type"] == "ByteLevel":
-            text = _of_bytes(text)
-        elif step["type"] == "Strip":
-            text = _stripped(text, step["content"], step["start"])
-    return filter(None, text)
+        return _WhenComplete(decoder)
+    return _Chain([*_of_tokens(first), *filter(None, map(_of_text, rest))])
 
 
 def _steps(decoder: Any) -> list[dict[str, Any]]:
@@ -97,63 +99,116 @@ def _is_known(first: list[dict[str, Any]], rest: list[dict[str, Any]]) -> bool:
     )
 
 
-def _alone(tokens: Iterable[str]) -> Iterator[list[str]]:
-    return ([token] for token in tokens)
-
-
-def _groups(steps: list[dict[str, Any]], tokens: Iterable[str]) -> Iterator[list[str]]:
-    """Group tokens that are decoded together: a run of byte tokens; any other token alone."""
+def _of_tokens(steps: list[dict[str, Any]]) -> list[Decoding]:
+    """Make one of the steps that look at tokens; byte tokens in a row are decoded together."""
+    if not steps:
+        return []
     kinds = [step["type"] for step in steps]
     if "ByteFallback" not in kinds:
-        return _alone(tokens)
+        return [_WithTheOneBefore(_decoder(steps).decode)]
     before = _decoder(steps[: kinds.index("ByteFallback")])
-    return _runs(tokens, lambda token: bool(BYTE.fullmatch(before.decode([token]))))
+
+    def is_byte(token: str) -> bool:
+        return bool(BYTE.fullmatch(before.decode([token])))
+
+    return [_WithTheOneBefore(_decoder(steps).decode, is_byte)]
 
 
-def _runs(tokens: Iterable[str], is_byte: Callable[[str], bool]) -> Iterator[list[str]]:
-    run: list[str] = []
-    for token in tokens:
-        if is_byte(token):
-            run.append(token)
-            continue
-        if run:
-            yield run
-            run = []
-        yield [token]
-    if run:
-        yield run
+def _of_text(step: dict[str, Any]) -> Decoding | None:
+    if step["type"] == "ByteLevel":
+        return _Bytes()
+    if step["type"] == "Strip":
+        return _Stripped(step["content"], step["start"])
+    return None
 
 
-def _with_the_one_before(
-    decode: Callable[[list[str]], str], groups: Iterable[list[str]]
-) -> Iterator[str]:
-    """Yield what each group adds to the text of the token before it."""
-    before: list[str] = []
-    for group in groups:
-        yield decode([*before, *group])[len(decode(before)) :]
-        before = group[-1:]
+class _Chain:
+    """Decodings, each of what the one before gives out."""
+
+    def __init__(self, parts: list[Decoding]):
+        self._parts = parts
+
+    def push(self, token: str) -> str:
+        for part in self._parts:
+            token = part.push(token)
+        return token
+
+    def finish(self) -> str:
+        text = ""
+        for part in self._parts:
+            text = (part.push(text) if text else "") + part.finish()
+        return text
 
 
-def _of_bytes(tokens: Iterable[str]) -> Iterator[str]:
-    """Decode as `ByteLevel` does: a token with characters outside its table stands for itself."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for token in tokens:
+class _WithTheOneBefore:
+    """A text of which each token, or run of byte tokens, is decoded beside the one before it."""
+
+    def __init__(
+        self,
+        decode: Callable[[list[str]], str],
+        is_byte: Callable[[str], bool] = lambda token: False,
+    ):
+        self._decode, self._is_byte = decode, is_byte
+        self._before: list[str] = []
+        self._run: list[str] = []
+
+    def push(self, token: str) -> str:
+        if self._is_byte(token):
+            self._run.append(token)
+            return ""
+        return self.finish() + self._added([token])
+
+    def finish(self) -> str:
+        run, self._run = self._run, []
+        return self._added(run) if run else ""
+
+    def _added(self, group: list[str]) -> str:
+        before, self._before = self._before, group[-1:]
+        return self._decode([*before, *group])[len(self._decode(before)) :]
+
+
+class _Bytes:
+    """The text of tokens of `ByteLevel`: one with characters outside its table is itself."""
+
+    def __init__(self):
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: str) -> str:
         known = all(character in BYTE_OF for character in token)
-        yield decoder.decode(bytes(BYTE_OF[c] for c in token) if known else token.encode())
-    yield decoder.decode(b"", final=True)
+        return self._decoder.decode(bytes(BYTE_OF[c] for c in token) if known else token.encode())
+
+    def finish(self) -> str:
+        return self._decoder.decode(b"", final=True)
 
 
-def _stripped(text: Iterable[str], content: str, most: int) -> Iterator[str]:
-    """Strip up to `most` of this character from the beginning of the text."""
-    for piece in text:
-        while most and piece.startswith(content):
-            piece, most = piece[1:], most - 1
-        if piece:
-            most = 0
-        yield piece
+class _Stripped:
+    """A text without up to `most` of this character at its beginning."""
+
+    def __init__(self, content: str, most: int):
+        self._content, self._most = content, most
+
+    def push(self, token: str) -> str:
+        while self._most and token.startswith(self._content):
+            token, self._most = token[1:], self._most - 1
+        if token:
+            self._most = 0
+        return token
+
+    def finish(self) -> str:
+        return ""
 
 
-def _when_complete(decoder: Any, tokens: Iterable[str]) -> Iterator[str]:
-    every = list(tokens)
-    if every and (text := decoder.decode(every)):
-        yield text
+class _WhenComplete:
+    """The text of all tokens at once."""
+
+    def __init__(self, decoder: Any):
+        self._decoder = decoder
+        self._tokens: list[str] = []
+
+    def push(self, token: str) -> str:
+        self._tokens.append(token)
+        return ""
+
+    def finish(self) -> str:
+        tokens, self._tokens = self._tokens, []
+        return self._decoder.decode(tokens) if tokens else ""

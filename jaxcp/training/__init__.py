@@ -4,23 +4,40 @@
 import jaxcp.flax_version  # noqa: F401  (before flax)
 
 # isort: split
+from jaxcp.data.mixture import Mixture
 from jaxcp.data.sources import BatchSource, TextSource, TokenFiles
-from jaxcp.training.config import LossConfig, OptimizerConfig, TrainConfig, load_run
+from jaxcp.training.config import (
+    LossConfig,
+    OptimizerConfig,
+    SampleConfig,
+    StartConfig,
+    TrainConfig,
+)
+from jaxcp.training.export import export_run
 from jaxcp.training.loop import Result, train
-from jaxcp.training.metrics import Callback, ProgressBar, plot_loss, read_metrics
+from jaxcp.training.metrics import Callback, ProgressBar, read_metrics
+from jaxcp.training.plots import plot_loss, plot_losses
+from jaxcp.training.profile import Profile
+from jaxcp.training.runs import load_run
 
 __all__ = [
     "BatchSource",
     "Callback",
     "LossConfig",
+    "Mixture",
     "OptimizerConfig",
+    "Profile",
     "ProgressBar",
     "Result",
+    "SampleConfig",
+    "StartConfig",
     "TextSource",
     "TokenFiles",
     "TrainConfig",
+    "export_run",
     "load_run",
     "plot_loss",
+    "plot_losses",
     "read_metrics",
     "train",
 ]

@@ -2,14 +2,13 @@
 """Configuration of a training run: frozen values, checked when made; a run is a Python file."""
 
 import dataclasses
-import importlib.util
 import math
 import numbers
 import pathlib
 import re
 from typing import Any, Literal
 
-from jaxcp.data.sources import BatchSource
+from jaxcp.data.sources import BatchSource, TokenFiles, WholeSource
 from jaxcp.mesh import MeshConfig
 from jaxcp.sharding import Rules
 
@@ -26,11 +25,21 @@ def _positive(config: Any, *names: str) -> None:
             raise ValueError(f"{name} must be positive; got {name}={getattr(config, name)}")
 
 
+def _local(name: str, folder: str | pathlib.Path) -> None:
+    # Path("gs://a") is "gs:/a", a folder here that nobody asked for
+    if re.match(r"\w{2,}:/", str(folder)):
+        raise ValueError(
+            f"{name} must be a folder of a file system, as renaming, appending and fsync need it; "
+            f"got {name}={str(folder)!r}. Mount the bucket (gcsfuse, mountpoint-s3), or copy"
+        )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW for everything, or Muon for the matrices inside layers where `muon_learning_rate` is
     given. Both rates follow one schedule: linear warm-up, level, decay over the last
-    `decay_fraction` of the steps to `final_fraction` of the peak.
+    `decay_fraction` of the steps to `final_fraction` of the peak. A fraction below 1 is WSD
+    (warm-up, stable, decay); 0 never decays.
 
     `clip_norm` is the greatest norm of the whole gradient; None does not clip. Weight decay is
     times the learning rate; biases and scales of norms have none.
@@ -42,7 +51,8 @@ class OptimizerConfig:
     learning_rate: float = 6e-4
     muon_learning_rate: float | None = None
     warmup_steps: int = 100
-    decay: Literal["cosine", "linear"] = "cosine"
+    decay: Literal["cosine", "linear", "sqrt"] = "cosine"
+    """The form of the decay; "sqrt" is 1 - sqrt(x) of the way down."""
     decay_fraction: float = 1.0
     final_fraction: float = 0.1
     beta1: float = 0.9
@@ -68,8 +78,10 @@ class OptimizerConfig:
         for name in ("decay_fraction", "final_fraction", "beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1]; got {name}={getattr(self, name)}")
-        if self.decay not in ("cosine", "linear"):
-            raise ValueError(f"decay must be 'cosine' or 'linear'; got decay={self.decay!r}")
+        if self.decay not in ("cosine", "linear", "sqrt"):
+            raise ValueError(
+                f"decay must be 'cosine', 'linear' or 'sqrt'; got decay={self.decay!r}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,13 +112,58 @@ class LossConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class StartConfig:
+    """The place where a run begins, if not at random weights: at most one of two.
+
+    Raises:
+      ValueError: both; a run without its step.
+    """
+
+    weights: str | None = None
+    """A checkpoint folder, of ours or of anybody's that `load` reads: the weights of step 0."""
+    run: str | None = None
+    """The folder of another run, whose whole state at `step` this one goes on from."""
+    step: int | None = None
+
+    def __post_init__(self):
+        if self.weights is not None and self.run is not None:
+            raise ValueError(f"a run starts from weights or from a run; got both: {self}")
+        if self.run is not None:
+            _local("run", self.run)
+        if (self.run is None) != (self.step is None):
+            raise ValueError(f"a run to start from and its step go together; got {self}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Texts that the model writes during a run, for a person to look at.
+
+    They need a source whose tokenizer is known. No number of the run depends on them.
+    """
+
+    every: int | None = None
+    """Steps between them; None for none."""
+    prompt: str = "\n"
+    tokens: int = 100
+    temperature: float = 0.8
+    """0 takes the likeliest token each time."""
+
+    def __post_init__(self):
+        _whole(self, "tokens", *["every"] * (self.every is not None))
+        _positive(self, "tokens", *["every"] * (self.every is not None))
+        if not 0 <= self.temperature < math.inf or not self.prompt:
+            raise ValueError(f"samples need a prompt and a temperature >= 0; got {self}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run. The model computes in `model.dtype` and recomputes layers in the backward
     pass where `model.remat` is set; parameters and optimizer state are float32.
 
     Raises:
       ValueError: a size below 1; rows that `accumulate` x `mesh.data` does not divide; rows longer
-        than the model has positions; data that is neither a glob nor a source.
+        than the model has positions; data that is neither a glob nor a source; an `out_dir` on an
+        object store.
 
     >>> config = jaxcp.TrainConfig(
     ...     model=jaxcp.GPTConfig(...), seq_len=1024, batch_size=8, steps=1000,
@@ -124,15 +181,29 @@ class TrainConfig:
     steps: int
     """Optimizer steps of the whole run: the length of the schedule."""
     data: str | BatchSource
-    """A glob of `.bin` token files, or a source (`TokenFiles`, `TextSource`, your own)."""
+    """A folder that `jaxcp prepare` wrote, a glob of token files, or a source (`TokenFiles`,
+    `TextSource`, `Mixture`, your own)."""
     out_dir: str | pathlib.Path
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     rules: Rules = dataclasses.field(default_factory=Rules)
     """The mesh axis of each logical axis of a parameter, such as `Rules(experts="seq")`."""
+    zero: Literal[0, 1, 3] = 0
+    """The stage of ZeRO (arXiv 1910.02054): what is cut over `data` and `seq`, where parameters are
+    the same on all devices. 1: optimizer state, and gradients once they are summed. 3 (FSDP):
+    parameters too, which layers gather one at a time. No number of a run depends on it."""
     strategy: Any = None
     """A strategy such as `Ring()`; None leaves the choice to the model."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     losses: LossConfig = dataclasses.field(default_factory=LossConfig)
+    start: StartConfig = dataclasses.field(default_factory=StartConfig)
+    extended: tuple[int, ...] = ()
+    """Former `steps` of a run that was made longer: at each its schedule began anew."""
+    eval_every: int | None = None
+    """Steps between evaluations, each over all of `eval_data`; the last step has one too."""
+    eval_data: str | BatchSource | None = None
+    """A source that can be gone through (`TokenFiles`, `TextSource`); None takes the validation
+    part of a prepared folder."""
+    samples: SampleConfig = dataclasses.field(default_factory=SampleConfig)
     accumulate: int = 1
     """Pieces a batch is cut into, whose gradients are summed before one update."""
     seed: int = 0
@@ -143,6 +214,12 @@ class TrainConfig:
     checkpoint_every: int = 1000
     keep: int = 2
     """Checkpoints that stay; older ones are deleted."""
+    keep_every: int | None = None
+    """Checkpoints of steps that this divides stay too."""
+    max_skipped: int = 10
+    """A step whose gradients are not finite changes nothing; so many in a row end the run."""
+    keep_programs: bool = True
+    """Compiled programs stay in `out_dir/xla_cache`, where the process has no such cache yet."""
     log_every: int = 10
     loss_chunk: int = 1024
     """Tokens whose logits a device holds at once."""
@@ -150,6 +227,8 @@ class TrainConfig:
     def __post_init__(self):
         counts = ["seq_len", "batch_size", "steps", "accumulate", "checkpoint_every", "keep"]
         counts += ["log_every", "loss_chunk"] + ["stop_after"] * (self.stop_after is not None)
+        counts += ["eval_every"] * (self.eval_every is not None)
+        counts += ["max_skipped"] + ["keep_every"] * (self.keep_every is not None)
         _whole(self, *counts, "seed")
         _positive(self, *counts, "max_seconds")
         pieces = self.accumulate * self.mesh.data
@@ -163,6 +242,16 @@ class TrainConfig:
                 "data must be a glob of token files or an object with batch(step, rows, length); "
                 f"got {self.data!r}"
             )
+        _local("out_dir", self.out_dir)
+        if self.zero not in (0, 1, 3):
+            raise ValueError(
+                "zero must be 0, 1 or 3; stage 2 would be 1, whose accumulated gradients are cut "
+                f"already. Got zero={self.zero!r}"
+            )
+        self._check_evaluation()
+        ends = (*self.extended, self.steps)
+        if list(ends) != sorted(set(ends)) or ends[0] < 1:
+            raise ValueError(f"extended must ascend to steps={self.steps}; got {self.extended}")
         if getattr(self.model, "num_mtp_layers", 0) and not self.losses.mtp_loss_weight:
             raise ValueError(
                 "an MTP layer without a loss would only decay: set mtp_loss_weight > 0, "
@@ -174,74 +263,22 @@ class TrainConfig:
                 f"the model has {limit} positions; got seq_len={self.seq_len}. Raise max_positions"
             )
 
-
-def identity(config: TrainConfig) -> dict[str, Any]:
-    """List what decides the numbers of a run, as JSON values.
-
-    A checkpoint may only be continued by a config that agrees on these. Mesh, rules, strategy,
-    logging and saving may change.
-    """
-    how = ("remat", "reproducible_experts")
-    model = {key: value for key, value in _plain(config.model).items() if key not in how}
-    names = ["seq_len", "batch_size", "steps", "data", "optimizer", "seed"]
-    if config.losses != LossConfig():  # runs from before there were any may go on
-        names.append("losses")
-    return {"model": model} | {name: _plain(getattr(config, name)) for name in names}
-
-
-def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """List `field: old -> new` for each leaf on which two identities differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(old.keys() | new.keys())
-        return [
-            line
-            for key in keys
-            for line in differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-        ]
-    return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
-
-
-def load_run(path_or_name: str | pathlib.Path) -> TrainConfig:
-    """Load the run of a Python file with `def config() -> TrainConfig`.
-
-    Takes a path, or the name of a file in `configs/` of the working directory or, if there is none,
-    among the runs that jaxcp ships.
-
-    Raises:
-      ValueError: no such file, naming those that exist; or a file without `config()`.
-    """
-    folders = [pathlib.Path("configs"), pathlib.Path(__file__).parents[1] / "configs"]
-    candidates = [
-        pathlib.Path(path_or_name),
-        *(folder / f"{path_or_name}.py" for folder in folders),
-    ]
-    path = next((p for p in candidates if p.suffix == ".py" and p.is_file()), None)
-    if path is None:
-        names = sorted({p.stem for folder in folders for p in folder.glob("[!_]*.py")})
+    def _check_evaluation(self) -> None:
+        if self.eval_every is None or isinstance(self.eval_data, str | WholeSource):
+            return
+        if self.eval_data is None and isinstance(self.data, str | TokenFiles):
+            return  # whether it is a prepared folder, the run will see
         raise ValueError(
-            f"no run {str(path_or_name)!r}: give a path to a .py file or one of {names}"
+            "eval_every needs eval_data that can be gone through from beginning to end, such as "
+            f"TokenFiles or TextSource; got eval_data={self.eval_data!r}"
         )
-    spec = importlib.util.spec_from_file_location(f"jaxcp_run_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "config"):
-        raise ValueError(f"{path} must define config() -> TrainConfig")
-    run = module.config()
-    if not isinstance(run, TrainConfig):
-        raise ValueError(f"config() of {path} must return a TrainConfig; got {type(run).__name__}")
-    return run
 
+    @property
+    def gathered_to(self) -> Rules | None:
+        """The rules of whole parameters, where those of a state lie in parts."""
+        return self.rules if self.zero == 3 else None
 
-def _plain(value: Any) -> Any:
-    """Convert to JSON values: dataclasses by fields and type, others by repr less addresses."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"type": type(value).__name__} | fields
-    if isinstance(value, dict):
-        return {str(key): _plain(x) for key, x in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(x) for x in value]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+    @property
+    def cycles(self) -> tuple[int, ...]:
+        """The ends of the cycles of the schedule: one, but for a run that was made longer."""
+        return (*self.extended, self.steps)

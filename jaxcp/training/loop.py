@@ -1,28 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training run: steps, a record now and then, a checkpoint now and then, and resuming."""
 
+import contextlib
 import dataclasses
-import functools
-import json
 import logging
 import math
 import pathlib
-import time
+import shutil
 from typing import Any
 
 import jax
 
-from jaxcp.data.lookahead import draft_batch
-from jaxcp.data.sources import as_source, checked, consecutive, prefetch, put
-from jaxcp.data.windows import windows
-from jaxcp.input_files import JSON_BYTES, read_bytes
-from jaxcp.layout import Zigzag
-from jaxcp.training import checkpoint
-from jaxcp.training.config import TrainConfig, differences, identity
+from jaxcp import processes
+from jaxcp.data.placing import prefetch
+from jaxcp.training import checkpoint, flops, shards
+from jaxcp.training.batches import Batches
+from jaxcp.training.config import TrainConfig
+from jaxcp.training.folder import check_data, claim
+from jaxcp.training.meter import Meter
 from jaxcp.training.metrics import Callback, MetricsFile, ProgressBar, Record, as_json
-from jaxcp.training.step import State, init_state, join, make_step
+from jaxcp.training.profile import Profile
+from jaxcp.training.programs import Programs
+from jaxcp.training.samples import room_for, sample
+from jaxcp.training.signals import Signals
+from jaxcp.training.skips import Skips, sources_of, verdict
+from jaxcp.training.start import CHECKPOINTS
+from jaxcp.training.step import State, init_state, join, make_step, places_of
+from jaxcp.training.tokens import tokenizer_of
+from jaxcp.training.validation import validation_source, whole_loss
+from jaxcp.training.zero import in_words
 
 logger = logging.getLogger(__name__)
+
+BEST, METRICS, TRACES = "best", "metrics.jsonl", "profile"
+DATA, PROGRAMS = "data.json", "xla_cache"
+STOPS = ("", "max_seconds", "SIGINT", "SIGTERM")
+"""Reasons for a process to ask that the run stops; of several the last one counts."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,176 +49,304 @@ class Result:
     metrics_path: pathlib.Path
     checkpoint_path: pathlib.Path
     model: Any
+    eval_loss: float | None = None
+    """The last one; None without evaluations."""
+    best_loss: float | None = None
+    best_step: int | None = None
+    """The evaluation with the lowest loss, whose state lies in `out_dir/best`."""
+    stopped_by: str = "steps"
+    """"steps" where the run is done, else "stop_after", "max_seconds", "SIGTERM" or "SIGINT"."""
 
 
 def train(
-    config: TrainConfig, *, progress: bool = False, callbacks: tuple[Callback, ...] = ()
+    config: TrainConfig,
+    *,
+    progress: bool = False,
+    callbacks: tuple[Callback, ...] = (),
+    profile: Profile | None = None,
 ) -> Result:
     """Train until `config.steps`, or until `stop_after` or `max_seconds`, and save.
 
     Resumes from the newest readable checkpoint in `config.out_dir`, bit for bit on the same mesh;
     another mesh or strategy may continue it too. Uses the first `config.mesh.size` devices.
 
+    In the main thread, SIGTERM and Ctrl-C end the run after the step it is at, saved, as
+    `max_seconds` does; a second one ends the process, code 143 or 130.
+
+    Of several processes (`jaxcp.processes.join`) each calls this with the same config; the devices
+    of all make the mesh, and `out_dir` is a folder that all see. The first one writes the metrics
+    and has the callbacks. A signal at any of them ends the run in all, after at most two steps
+    more. Where one is lost the others end at once, code 75.
+
     Args:
       progress: draw a progress bar.
+      profile: steps to trace, into `out_dir/profile`.
     Raises:
       ValueError: `out_dir` holds another run, naming the fields that differ; a mesh that the
-        devices cannot make; data that is missing, broken or out of the vocabulary.
-      FloatingPointError: the loss is not finite. The checkpoint before stays the newest.
+        devices cannot make; data that is missing, broken, out of the vocabulary, or not in the
+        files that the run began with; processes that disagree on these, or share no `out_dir`.
+      FloatingPointError: `max_skipped` steps in a row, or all of the run, were not finite; it says
+        whether the data or the learning rate is at fault. The checkpoint before stays the newest.
+      OSError: a checkpoint could not be written.
     """
-    mesh = config.mesh.make(jax.devices()[: config.mesh.size])
-    claim(config)
-    with jax.set_mesh(mesh):
-        return Run(config, mesh).go((*callbacks, ProgressBar()) if progress else callbacks)
+    with processes.tied():
+        mesh = mesh_of(config)
+        claim(config)
+        run = processes.together(lambda: Run(config, mesh, profile=profile))
+        if not processes.is_first():
+            progress, callbacks = False, ()
+        with jax.set_mesh(mesh), run.programs.kept():
+            return run.go((*callbacks, ProgressBar()) if progress else callbacks)
 
 
-def claim(config: TrainConfig) -> None:
-    """Write the run's `identity` into `out_dir/config.json`, or check that the one there agrees."""
-    out_dir = pathlib.Path(config.out_dir)
-    path, ours = out_dir / "config.json", identity(config)
-    if path.exists() and checkpoint.steps(out_dir / CHECKPOINTS):
-        lines = differences(_recorded(path), ours)
-        if lines:
-            raise ValueError(
-                f"{out_dir} holds a run with another configuration: {'; '.join(lines)}. "
-                "Use another out_dir, or set these back to resume"
-            )
-        return
-    out_dir.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name("config.json.new")
-    fresh.write_text(json.dumps(ours, indent=1))
-    fresh.replace(path)
+def mesh_of(config: TrainConfig) -> jax.sharding.Mesh:
+    """Make the mesh of a run; of several processes, over the devices of all.
 
-
-def _recorded(path: pathlib.Path) -> Any:
-    try:
-        return json.loads(read_bytes(path, JSON_BYTES))  # with Infinity, where a run has it
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"needed the configuration of a run; got {path}: {error}") from error
-
-
-CHECKPOINTS = "checkpoints"
+    Raises:
+      ValueError: the mesh needs more devices than there are or, of several processes, fewer.
+    """
+    processes.check_takes_all(config.mesh.size)
+    return config.mesh.make(jax.devices()[: config.mesh.size])
 
 
 class Run:
     """A run on a mesh: its source, its state, the program of a step."""
 
-    def __init__(self, config: TrainConfig, mesh: jax.sharding.Mesh):
-        self.began = time.perf_counter()
+    def __init__(
+        self, config: TrainConfig, mesh: jax.sharding.Mesh, *, profile: Profile | None = None
+    ):
+        self.meter = Meter(peak=flops.peak_of(mesh))
         self.config, self.mesh = config, mesh
-        self.checkpoints = pathlib.Path(config.out_dir) / CHECKPOINTS
-        self.layout = getattr(config.strategy, "layout", Zigzag())
-        self.source = as_source(config.data, config.seed)
+        self.profile = profile if processes.is_first() else None
+        self.out_dir = pathlib.Path(config.out_dir)
+        self.checkpoints = self.out_dir / CHECKPOINTS
+        self.programs = Programs(self.out_dir / PROGRAMS if config.keep_programs else None)
+        self.batches = Batches(config, mesh)
+        self.validation = None if config.eval_every is None else validation_source(config)
+        self.tokenizer = None
+        if config.samples.every is not None:
+            self.tokenizer = tokenizer_of(self.batches.source, config.model.vocab_size)
+            if self.tokenizer is None:
+                raise ValueError(
+                    f"samples need data whose tokenizer is known; got {config.data!r}. Take a "
+                    "folder of `jaxcp prepare`, or samples.every=None"
+                )
+            room_for(config.model, self.tokenizer, config.samples)  # before any step is made
 
     def go(self, callbacks: tuple[Callback, ...]) -> Result:
         config = self.config
-        state = init_state(config)
-        restored = checkpoint.restore(self.checkpoints, state)
-        start = 0
-        if restored is not None:
-            start, state = restored
-            logger.info("resumed from step %d in %s", start, self.checkpoints)
-        metrics = MetricsFile(pathlib.Path(config.out_dir) / "metrics.jsonl", resumed_at=start)
+        check_data(self.batches.source)
+        processes.by_first(self.claim_data)
+        resumed, start, state = self.first_state()
+        metrics = processes.by_first(lambda: MetricsFile(self.out_dir / METRICS, resumed_at=start))
+        last = processes.decide(metrics.records[-1] if metrics and metrics.records else {})
+        self.meter.tokens = last.get("tokens", 0)
+        self.skips = Skips(config.max_skipped, last.get("skipped", 0))
+        stopped = "steps" if start >= config.steps else "stop_after"
         end = min(config.steps, config.stop_after or config.steps)
         for callback in callbacks:
             callback.start(step=start, steps=end)
         try:
             if start < end:
-                state = self.loop(state, start, end, metrics, callbacks)
+                state, stopped = self.loop(state, start, end, metrics, callbacks)
         finally:
             for callback in callbacks:
                 callback.stop()
         step = int(state["step"])
         return Result(
-            final_loss=metrics.records[-1]["loss"] if metrics.records else math.nan,
             steps=step,
-            resumed_from=None if restored is None else start,
-            seconds=self.seconds(),
-            metrics_path=metrics.path,
+            resumed_from=start if resumed else None,
+            seconds=self.meter.seconds(),
+            metrics_path=self.out_dir / METRICS,
             checkpoint_path=self.checkpoints / str(step),
-            model=join(config.model, state),
+            model=join(config.model, state, config.gathered_to),
+            stopped_by=stopped,
+            **processes.decide(self.losses(metrics)),
         )
 
-    def loop(self, state: State, start, end, metrics: MetricsFile, callbacks) -> State:
-        config = self.config
-        options = (
-            config.model,
-            config.strategy,
-            config.optimizer,
-            config.steps,
-            config.loss_chunk,
-        )
-        meter = _Meter(metrics.records[-1]["tokens"] if metrics.records else 0)
-        running = None
-        batches = prefetch(self.batch, start, end)
-        for step, (batch, count, in_order) in enumerate(batches, start + 1):
-            state, out = make_step(*options, in_order, config.losses)(state, batch)
-            # Only one step may wait behind the one that runs: time and memory stay what they seem.
-            jax.block_until_ready(running)
-            running = out
-            meter.tokens += count
-            last = step == end or self.seconds() >= config.max_seconds
-            save = last or step % config.checkpoint_every == 0
-            report = save or step % config.log_every == 0
-            if report:
-                record = {"step": step} | as_json(out, whole=save)
-                self.check_finite(record)
-                record |= meter.read() | {"seconds": self.seconds()}
-                metrics.write(record)  # before the checkpoint: a step on disk has its record
-                for callback in callbacks:
-                    callback.log(record)
-            if save:
-                checkpoint.save(self.checkpoints, step, state, keep=config.keep)
-            if report or step == start + 1:
-                jax.block_until_ready(out)
-                meter.mark()  # so that neither compiling nor saving counts as training
-            if last:
-                break
-        return state
+    def claim_data(self) -> None:
+        began = bool(checkpoint.steps(self.checkpoints))
+        shards.claim(self.out_dir / DATA, self.batches.source, began=began)
 
-    def seconds(self) -> float:
-        return time.perf_counter() - self.began
+    def losses(self, metrics: MetricsFile | None) -> dict[str, Any]:
+        """The losses of a `Result`, by the process that has the records."""
+        if metrics is None:
+            return {}
+        evaluated = self.evaluations(metrics)
+        best = min(evaluated, key=lambda record: record["eval_loss"], default={})
+        return {
+            "final_loss": metrics.records[-1]["loss"] if metrics.records else math.nan,
+            "eval_loss": evaluated[-1]["eval_loss"] if evaluated else None,
+            "best_loss": best.get("eval_loss"),
+            "best_step": best.get("step"),
+        }
 
-    def check_finite(self, record: Record) -> None:
-        if not math.isfinite(record["loss"] + record["grad_norm"]):
+    def first_state(self) -> tuple[bool, int, State]:
+        """Make the state to begin with: whether it was resumed, its step, and the state."""
+        with self.meter.timed("init"):
+            state = jax.block_until_ready(init_state(self.config))
+        specs = places_of(self.config).updated.values()
+        logger.info("%s", in_words(state, specs, self.mesh.shape))
+        with self.meter.timed("restore"):
+            restored = checkpoint.restore(self.checkpoints, state)
+            if restored is not None:
+                logger.info("resumed from step %d in %s", restored.step, self.checkpoints)
+                return True, *restored
+            start = self.config.start
+            if start.run is None or start.step is None:
+                return False, 0, state
+            other = pathlib.Path(start.run)
+            state = checkpoint.read(other / CHECKPOINTS, start.step, state)
+            processes.by_first(lambda: _copy_if_there(other / METRICS, self.out_dir / METRICS))
+            return False, start.step, state
+
+    def loop(
+        self, state: State, start: int, end: int, metrics: MetricsFile | None, callbacks: Any
+    ) -> tuple[State, str]:
+        """Make the steps; give the last state, and what the run was stopped by."""
+        config, meter = self.config, self.meter
+        saver = checkpoint.Saver(self.checkpoints, keep=config.keep, keep_every=config.keep_every)
+        best = checkpoint.Saver(self.out_dir / BEST, keep=1)
+        running, poll = None, processes.Poll(self.mesh)
+        # innermost: where a process is lost nothing waits for a save that cannot end
+        with Signals() as signals, saver, best, processes.tied():
+            batches = prefetch(self.batches.batch, start, end)
+            for step, (batch, work, in_order) in enumerate(batches, start + 1):
+                state, out = self.step(step, state, batch, in_order, first=step == start + 1)
+                # Only one step may wait behind the one that runs: time and memory stay what they
+                # seem.
+                if running is not None:
+                    self.count(*running, state, last=False)
+                running = step, out
+                meter.add(work)
+                if step == start + 1:
+                    jax.block_until_ready(out)
+                    meter.startup["first_step"] = meter.seconds()
+                    self.programs.note()
+                wish = STOPS[poll.turn(self.wish(signals))]
+                stopped = self.stopped_by(step, end, wish)
+                save = bool(stopped) or step % config.checkpoint_every == 0
+                report = save or any(self.due(step)) or step % config.log_every == 0
+                if report:
+                    running = None
+                    self.count(step, out, state, last=step == config.steps)
+                    record = {"step": step} | as_json(out, whole=save)
+                    record |= {"skipped": self.skips.total}
+                    record |= meter.read() | self.look(step, state)
+                    if metrics is not None:
+                        # before the checkpoint: a step on disk has its record
+                        metrics.write(record)
+                    for callback in callbacks:
+                        callback.log(record)
+                    if "eval_loss" in record:
+                        self.keep_best(step, state, metrics, best)
+                if save:
+                    saver.save(step, state)
+                    self.programs.note()
+                saver.check()
+                if report or step == start + 1:
+                    meter.mark()  # so that neither compiling nor saving counts as training
+                if stopped:
+                    return state, stopped
+        raise AssertionError((start, end))
+
+    def wish(self, signals: Signals) -> int:
+        """Give the number of the reason for which this process asks that the run stops."""
+        if signals.caught is not None:
+            return STOPS.index(signals.caught)
+        return STOPS.index("max_seconds") * (self.meter.seconds() >= self.config.max_seconds)
+
+    def stopped_by(self, step: int, end: int, wish: str) -> str | None:
+        """Say what the run stops by after a step; None where it goes on."""
+        if step == self.config.steps:
+            return "steps"
+        if wish.startswith("SIG"):
+            return wish
+        return "stop_after" if step == end else wish or None
+
+    def count(self, step: int, out: Any, state: State, *, last: bool) -> None:
+        """Wait for a step; end the run where too many were skipped."""
+        if not self.skips.add(out):
+            return
+        origin = sources_of(self.batches.locate(step - 1), self.config.batch_size)
+        numbers = f"loss {float(out['loss'])} and gradient norm {float(out['grad_norm'])}"
+        said = f"step {step} has {numbers}; {origin}"
+        logger.warning("%s. It is skipped", said)
+        if self.skips.too_many(step, last=last):
+            in_row = self.skips.in_row
+            reason = verdict(self.retry(step - in_row, state))
             raise FloatingPointError(
-                f"step {record['step']} has loss {record['loss']} and gradient norm "
-                f"{record['grad_norm']}; lower the learning rate or raise warmup_steps. "
-                f"{self.checkpoints} still holds the state before"
+                f"{said}. It is number {in_row} in a row. {reason}. {self.checkpoints} still holds "
+                "the state before"
             )
 
-    def batch(self, step: int):
+    def retry(self, step: int, state: State) -> float | None:
+        """Compute the loss of an earlier step's batch, for the last time: `state` is donated."""
+        if step < 1:
+            return None
+        batch, _, in_order = self.batches.batch(step - 1)
+        _, out = self.step(step, state, batch, in_order, first=False)
+        return math.nan if out["skipped"] else float(out["loss"])
+
+    def step(self, step: int, state: State, batch: Any, in_order: bool, first: bool):
+        """Make a step, the first by the clock, some with a trace."""
         config = self.config
-        arguments = step, config.batch_size, config.seq_len
-        locate = getattr(self.source, "locate", None)
-        host = checked(
-            self.source.batch(*arguments),
-            vocab_size=config.model.vocab_size,
-            max_positions=getattr(config.model, "max_positions", None),
-            locate=locate and functools.partial(locate, *arguments),
+        advance = make_step(
+            config.model, config.strategy, config.optimizer, config.cycles, config.loss_chunk,
+            in_order, config.losses, config.zero, config.rules,
+        )  # fmt: skip
+        if self.profile is not None:
+            self.profile.before(step, self.out_dir / TRACES)
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            # the first call returns when its program is compiled
+            with self.meter.timed("compile") if first else contextlib.nullcontext():
+                state, out = advance(state, batch)
+        if self.profile is not None:
+            self.profile.after(step, out)
+        return state, out
+
+    def due(self, step: int) -> tuple[bool, bool]:
+        """Tell whether a step is evaluated, and whether a text is written."""
+        every, samples = self.config.eval_every, self.config.samples.every
+        last = step == self.config.steps
+        return (
+            every is not None and (last or step % every == 0),
+            samples is not None and (last or step % samples == 0),
         )
-        count = host["tokens"].size
-        if depth := getattr(config.model, "num_mtp_layers", 0):
-            host |= draft_batch(host, depth)
-        width = getattr(config.model, "ngram_width", 1)
-        host["tokens"] = windows(host["tokens"], width, segment_ids=host.get("segment_ids"))
-        batch = put(host, mesh=self.mesh, layout=self.layout, accumulate=config.accumulate)
-        # window layers exchange the window alone where programs know who lies where
-        return batch, count, consecutive(host) and not self.layout.by_segment
+
+    def look(self, step: int, state: State) -> Record:
+        """Evaluate the state and let it write, where that is due."""
+        evaluate, write = self.due(step)
+        record: Record = {}
+        if evaluate:
+            assert self.validation is not None
+            began = self.meter.seconds()
+            loss = whole_loss(self.config, state, self.validation, self.batches.place)
+            record = {"eval_loss": loss.mean, "eval_tokens": loss.tokens}
+            record["eval_seconds"] = self.meter.seconds() - began
+        if write:
+            model = join(self.config.model, state, self.config.gathered_to)
+            assert self.tokenizer is not None
+            record["sample"] = sample(model, self.tokenizer, self.config.samples)
+        return record
+
+    def evaluations(self, metrics: MetricsFile) -> list[Record]:
+        """The records of this run, not of one that it goes on from, that have an `eval_loss`."""
+        first = self.config.start.step or 0
+        return [r for r in metrics.records if "eval_loss" in r and r["step"] > first]
+
+    def keep_best(
+        self, step: int, state: State, metrics: MetricsFile | None, saver: checkpoint.Saver
+    ) -> None:
+        """Save the state in `best` where its evaluation is the best of the run."""
+        if processes.decide(metrics is not None and self.is_new_best(step, metrics)):
+            saver.save(step, state)
+
+    def is_new_best(self, step: int, metrics: MetricsFile) -> bool:
+        best = min(self.evaluations(metrics), key=lambda record: record["eval_loss"])
+        return best["step"] == step and step not in checkpoint.steps(self.out_dir / BEST)
 
 
-class _Meter:
-    """Counts tokens, and tokens a second since the last mark."""
-
-    def __init__(self, tokens: int):
-        self.tokens = tokens
-        self.marked: tuple[float, int] | None = None
-
-    def mark(self) -> None:
-        self.marked = time.perf_counter(), self.tokens
-
-    def read(self) -> Record:
-        speed = None
-        if self.marked is not None:
-            speed = (self.tokens - self.marked[1]) / (time.perf_counter() - self.marked[0])
-        return {"tokens": self.tokens, "tokens_per_second": speed}
+def _copy_if_there(source: pathlib.Path, target: pathlib.Path) -> None:
+    if source.exists():
+        shutil.copyfile(source, target)

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from jaxcp.layers.cross_entropy import walk
+
 
 def chunked_cross_entropy(
     x: Float[Array, "B T D"],
@@ -24,12 +26,12 @@ def chunked_cross_entropy(
     `B x T x V`. Operands keep the dtype of `x`; products are summed in float32. Targets below 0
     must have weight 0. Works with and without a mesh around it.
     """
-    walk = functools.partial(_walk, chunk=chunk)
+    here = functools.partial(_sums, chunk=chunk)
     if jax.sharding.get_abstract_mesh().empty:
-        return walk(x, head, targets, weights)
+        return here(x, head, targets, weights)
 
     def local(*operands):
-        return jax.lax.psum(walk(*operands), ("data", "seq"))
+        return jax.lax.psum(here(*operands), ("data", "seq"))
 
     rows = P("data", "seq")
     return jax.shard_map(
@@ -37,29 +39,6 @@ def chunked_cross_entropy(
     )(x, head, targets, weights)
 
 
-def _walk(x, head, targets, weights, *, chunk):
-    tokens = targets.size
-    chunk = min(chunk, tokens)
-    count = -(-tokens // chunk)
-
-    def cut(leaf):
-        leaf = leaf.reshape(tokens, *leaf.shape[2:])
-        pads = [(0, count * chunk - tokens)] + [(0, 0)] * (leaf.ndim - 1)
-        return jnp.pad(leaf, pads).reshape(count, chunk, *leaf.shape[1:])
-
-    head = head.astype(x.dtype)
-
-    @jax.checkpoint
-    def one(operands):
-        hidden, target, weight = operands
-        with jax.named_scope("head"):
-            logits = jnp.einsum("td,dv->tv", hidden, head, preferred_element_type=jnp.float32)
-        # Compare instead of gather: it fuses, and it holds where the vocabulary is sharded too.
-        hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == target[:, None]
-        picked = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
-        return jnp.sum(weight * (jax.nn.logsumexp(logits, axis=-1) - picked))
-
-    with jax.named_scope("loss"):
-        # A map, not a scan with a sum: a carry would have to be typed as varying over the mesh.
-        losses = jax.lax.map(one, (cut(x), cut(targets), cut(weights)))
-        return jnp.sum(losses), jnp.sum(weights)
+def _sums(x, head, targets, weights, *, chunk):
+    losses = walk(x, head, targets, chunk=chunk)
+    return jnp.sum(weights.reshape(-1) * losses), jnp.sum(weights)

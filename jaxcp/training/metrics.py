@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reports of a run: a line of JSON for each logged step, a progress bar, a picture of the loss."""
+"""Reports of a run: a line of JSON for each logged step, a progress bar."""
 
 import json
 import os
@@ -10,16 +10,24 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from jaxcp.evaluate.pictures import new_figure
 from jaxcp.input_files import open_regular
 
 Record = dict[str, Any]
 """A logged step: `step, loss` (nats), `lr, grad_norm, tokens` (since step 0), `tokens_per_second`
-(None until there are two steps to time), `seconds` (of this process); of a model with experts also
-`router_load` (per cent of an even load, by MoE layer and expert, the MTP layer's last),
-`router_load_max, router_entropy, router_idle, router_flips` (`training.step.routing_health`); where
-they are minimised, `mtp_loss, router_balance_loss, router_z_loss` without their weights. A
-`router_load` of more than `LOADS` numbers is only in records of steps that save."""
+(None until there are two steps to time), `seconds` (of this process), `skipped` (steps since step 0
+whose gradients were not finite; at such a step `loss` or `grad_norm` is NaN or Infinity).
+
+The first record of a process has `startup`: the seconds of `init`, `restore` and `compile`, and of
+all until the `first_step` was done. A step that was evaluated has `eval_loss, eval_tokens,
+eval_seconds`, one at which the model wrote `sample`. Where the model's FLOPs are counted
+(`training/flops.py`) there are `flops_per_second` of all devices and `mfu_mask`, and where the
+devices' peak is known `mfu`.
+
+A model with experts also has `router_load` (per cent of an even load, by MoE layer and expert, the
+MTP layer's last), `router_load_max, router_entropy, router_idle, router_flips`
+(`training.step.routing_health`); where they are minimised, `mtp_loss, router_balance_loss,
+router_z_loss` without their weights. A `router_load` of more than `LOADS` numbers is only in
+records of steps that save."""
 
 LOADS = 4096
 """Numbers of `router_load` that any record may hold: about 16 KB."""
@@ -124,30 +132,3 @@ class ProgressBar:
 
     def stop(self) -> None:
         self.bar.stop()
-
-
-def plot_loss(metrics_path: str | pathlib.Path, out_png: str | pathlib.Path) -> None:
-    """Draw loss against tokens as a PNG.
-
-    Raises:
-      ValueError: the file holds no record.
-      ImportError: matplotlib is missing, which is an extra.
-    """
-    records = read_metrics(metrics_path)
-    if not records:
-        raise ValueError(f"{metrics_path} holds no record yet; train for more than log_every steps")
-    for number, record in enumerate(records, 1):
-        if not all(isinstance(record.get(key), int | float) for key in ("tokens", "loss")):
-            raise ValueError(f"needed tokens and loss as numbers; {metrics_path}, record {number}")
-    figure = new_figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(
-        [r["tokens"] for r in records],
-        [r["loss"] for r in records],
-        marker="." * (len(records) < 30),
-    )
-    axes.set(
-        xlabel="tokens", ylabel="loss (nats a token)", title=f"{records[-1]['loss']:.3f} at the end"
-    )
-    axes.grid(alpha=0.3)
-    figure.savefig(out_png, dpi=120)

@@ -18,6 +18,7 @@ from jaxcp.training.config import OptimizerConfig
 
 Params = dict[str, jax.Array]
 Axes = tuple[str | None, ...]
+Cycles = int | tuple[int, ...]
 
 SIDES = (
     ("heads", "head_dim"),  # q [D, N, H] is the matrix [D, N*H], o [N, H, D] is [N*H, D]
@@ -71,27 +72,67 @@ def decays(axes: Axes) -> bool:
     return len(lengths) > 1 or bool(numbered and lengths and axes[0] in TABLES)
 
 
-def schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.Schedule:
-    """Make the schedule: up to `peak`, level, down to `final_fraction * peak` after `steps`."""
+def schedule(config: OptimizerConfig, peak: float, cycles: Cycles) -> optax.Schedule:
+    """Make the schedule: up to `peak`, level, down to `final_fraction * peak` at the end.
+
+    Args:
+      cycles: the step at which it ends, or several: at each but the last all begins anew, with a
+        warm-up from the rate that the one before has ended with.
+    """
+    ends = (cycles,) if isinstance(cycles, int) else cycles
+    rates: list[optax.Schedule] = []
+    boundaries: list[int] = []
+    for start, end in zip((0, *ends), ends, strict=False):
+        rates += _cycle(config, peak, end - start, again=start > 0)
+        warmup, decay = _lengths(config, end - start)
+        boundaries += [*[start][: start > 0], start + warmup, end - decay]
+    return optax.join_schedules(rates, boundaries)
+
+
+def in_words(config: OptimizerConfig, cycles: Cycles) -> str:
+    """Describe the last cycle of a schedule in a line."""
+    before, end = (0, cycles) if isinstance(cycles, int) else ((0, *cycles)[-2], cycles[-1])
+    warmup, decay = _lengths(config, end - before)
+    first = config.final_fraction * config.learning_rate if before else 0.0
+    down = "" if decay <= 1 else f", {config.decay} decay from step {end - decay:,} to "
+    down += f"{config.final_fraction * config.learning_rate:.3g}" if down else ""
+    return (
+        f"learning rate, steps {before:,} to {end:,}: from {first:.3g} to "
+        f"{config.learning_rate:.3g} in {warmup:,} steps{down}"
+    )
+
+
+def _lengths(config: OptimizerConfig, steps: int) -> tuple[int, int]:
+    """Count the steps of the warm-up and of the decay, of so many in all."""
     warmup = min(config.warmup_steps, steps)
-    decay = min(max(1, round(config.decay_fraction * steps)), max(1, steps - warmup))
+    return warmup, min(max(1, round(config.decay_fraction * steps)), max(1, steps - warmup))
+
+
+def _cycle(config: OptimizerConfig, peak: float, steps: int, again: bool) -> list[optax.Schedule]:
+    warmup, decay = _lengths(config, steps)
+    last = config.final_fraction * peak
     if config.decay == "cosine":
         down = optax.cosine_decay_schedule(peak, decay, alpha=config.final_fraction)
+    elif config.decay == "linear":
+        down = optax.linear_schedule(peak, last, decay)
     else:
-        down = optax.linear_schedule(peak, config.final_fraction * peak, decay)
+
+        def down(step):
+            return peak - (peak - last) * jnp.sqrt(jnp.clip(step / decay, 0, 1))
+
     # Step 0 already moves: the ramp is (step + 1) / warmup.
-    ramp = optax.linear_schedule(peak / max(1, warmup), peak, max(1, warmup - 1))
-    level = optax.constant_schedule(peak)
-    return optax.join_schedules([ramp, level, down], [warmup, steps - decay])
+    first = (last if again else 0.0) + (peak - last * again) / max(1, warmup)
+    ramp = optax.linear_schedule(first, peak, max(1, warmup - 1))
+    return [ramp, optax.constant_schedule(peak), down]
 
 
 def make_optimizer(
-    config: OptimizerConfig, steps: int, axes: Mapping[str, Axes]
+    config: OptimizerConfig, steps: Cycles, axes: Mapping[str, Axes]
 ) -> optax.GradientTransformation:
     """Make the optimizer: gradient clipping, then AdamW or Muon.
 
     Args:
-      steps: length of the schedule.
+      steps: the end of the schedule, or the ends of its cycles.
       axes: logical axes of every parameter, by its name (`training.step.skeleton`).
     Raises:
       NotImplementedError: Muon, and a weight whose axes do not say which matrix it is.

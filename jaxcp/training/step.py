@@ -14,14 +14,17 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxcp.context_parallel.overlap import compiler_options
+from jaxcp.layers.gather import gathered_late
 from jaxcp.layers.router_stats import RouterStats
 from jaxcp.layers.stack import members
 from jaxcp.layout import Zigzag
 from jaxcp.models import family_of
-from jaxcp.sharding import sharding_of
+from jaxcp.sharding import DEFAULT, Rules, sharding_of
 from jaxcp.training.config import LossConfig, OptimizerConfig, TrainConfig
-from jaxcp.training.objective import draft_scale, objective
-from jaxcp.training.optimizer import make_optimizer, schedule
+from jaxcp.training.objective import Totals, draft_scale, objective
+from jaxcp.training.optimizer import Cycles, make_optimizer, schedule
+from jaxcp.training.start import load_weights
+from jaxcp.training.zero import Places, laid, places
 from jaxcp.weights.placement import place
 
 DRAFT_DTYPES = {
@@ -50,6 +53,8 @@ class Skeleton(NamedTuple):
     learnt: frozenset[str]
     axes: dict[str, tuple[str | None, ...]]
     """Logical axes of the learnt variables."""
+    shapes: dict[str, tuple[int, ...]]
+    """Shapes of the learnt variables."""
     structure: jax.tree_util.PyTreeDef
 
 
@@ -61,30 +66,53 @@ def skeleton(model_config: Any) -> Skeleton:
         name for name, variable in variables.items() if isinstance(variable, nnx.Param)
     )
     axes = {name: _axes(variables[name]) for name in variables if name in learnt}
-    return Skeleton(tuple(variables), learnt, axes, jax.tree.structure(model))
+    shapes = {name: variables[name].shape for name in variables if name in learnt}
+    return Skeleton(tuple(variables), learnt, axes, shapes, jax.tree.structure(model))
 
 
-def join(model_config: Any, state: State) -> Any:
-    """Build the model with the arrays of a state."""
+def join(model_config: Any, state: State, rules: Rules | None = None) -> Any:
+    """Build the model with the arrays of a state.
+
+    Args:
+      rules: of a state whose parameters lie in parts, what they are gathered to: most of them by
+        the block that reads them (`layers.gather`).
+    """
     bones = skeleton(model_config)
     arrays = state["params"] | state["others"]
-    return jax.tree.unflatten(bones.structure, [arrays[name] for name in bones.names])
+    model = jax.tree.unflatten(bones.structure, [arrays[name] for name in bones.names])
+    return model if rules is None else gathered_late(model, rules, model_config.dtype)
+
+
+def places_of(config: TrainConfig) -> Places:
+    """Say where the parameters of a run lie on the mesh in scope."""
+    mesh = jax.sharding.get_abstract_mesh().shape
+    return _places(config.model, config.zero, config.rules, mesh)
+
+
+def _places(model_config: Any, zero: int, rules: Rules, mesh: Any) -> Places:
+    bones = skeleton(model_config)
+    return places(zero, rules, bones.axes, bones.shapes, mesh)
 
 
 def init_state(config: TrainConfig) -> State:
-    """Make a fresh state on the mesh in scope."""
+    """Make a fresh state on the mesh in scope, with random weights or those of a checkpoint.
+
+    Raises:
+      ValueError: the checkpoint of `config.start.weights` is of another model, or none.
+    """
     learnt, axes = skeleton(config.model).learnt, skeleton(config.model).axes
-    arrays = {
-        name: v.get_value()
-        for name, v in _variables(
-            place(_new_model(config.model, config.seed), rules=config.rules)
-        ).items()
-    }
+    where = places_of(config)
+    if config.start.weights is None:
+        model = place(_new_model(config.model, config.seed), rules=config.rules)
+    else:
+        model = load_weights(config.model, config.start.weights, rules=config.rules)
+    arrays = {name: v.get_value() for name, v in _variables(model).items()}
     params = {name: x.astype(jnp.float32) for name, x in arrays.items() if name in learnt}
+    updated = laid(params, where.updated)
     state = {
-        "params": params,
+        "params": laid(updated if config.zero == 3 else params, where.params),
         "others": {name: x for name, x in arrays.items() if name not in learnt},
-        "opt_state": jax.jit(make_optimizer(config.optimizer, config.steps, axes).init)(params),
+        "opt_state": jax.jit(make_optimizer(config.optimizer, config.cycles, axes).init)(updated),
         "step": jnp.int32(0),
         "rng": jax.random.key_data(jax.random.key(config.seed)),
     }
@@ -97,6 +125,7 @@ def abstract_inputs(config: TrainConfig, mesh: Mesh) -> tuple[State, dict[str, A
     `jaxcp.compile.compile_for` takes these and `make_step`'s function.
     """
     abstract_mesh = mesh.abstract_mesh
+    where = _places(config.model, config.zero, config.rules, mesh.shape)
 
     def leaf(shape, dtype, spec) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(abstract_mesh, spec))
@@ -104,20 +133,21 @@ def abstract_inputs(config: TrainConfig, mesh: Mesh) -> tuple[State, dict[str, A
     def fresh(params):
         key = jax.random.key_data(jax.random.key(config.seed))
         axes = skeleton(config.model).axes
-        optimizer = make_optimizer(config.optimizer, config.steps, axes)
+        optimizer = make_optimizer(config.optimizer, config.cycles, axes)
         return {"opt_state": optimizer.init(params), "step": jnp.int32(0), "rng": key}
 
-    learnt = skeleton(config.model).learnt
-    params: dict[str, Any] = {}
-    others: dict[str, Any] = {}
+    shapes = skeleton(config.model).shapes
+    params, updated = (
+        {name: leaf(shapes[name], jnp.float32, specs[name]) for name in shapes} for specs in where
+    )
     model = nnx.eval_shape(lambda: _new_model(config.model, config.seed))
-    for name, variable in _variables(model).items():
-        dtype = jnp.float32 if name in learnt else variable.dtype
-        (params if name in learnt else others)[name] = leaf(
-            variable.shape, dtype, sharding_of(variable, config.rules)
-        )
+    others = {
+        name: leaf(variable.shape, variable.dtype, sharding_of(variable, config.rules))
+        for name, variable in _variables(model).items()
+        if name not in shapes
+    }
     with jax.sharding.use_abstract_mesh(abstract_mesh):
-        state = jax.eval_shape(fresh, params) | {"params": params, "others": others}
+        state = jax.eval_shape(fresh, updated) | {"params": params, "others": others}
     layout = getattr(config.strategy, "layout", Zigzag())
     length = layout.padded_length(config.seq_len, mesh.shape["seq"])
     shape = (config.accumulate, config.batch_size // config.accumulate, length)
@@ -164,64 +194,93 @@ def make_step(
     model_config: Any,
     strategy: Any,
     optimizer_config: OptimizerConfig,
-    steps: int,
+    steps: Cycles,
     loss_chunk: int,
     consecutive: bool = False,
     losses: LossConfig = NEXT_TOKENS,
+    zero: int = 0,
+    rules: Rules = DEFAULT,
 ) -> Callable[[State, Any], tuple[State, dict]]:
     """Make `train_step(state, batch) -> (state, record)`, jitted, which donates `state`.
 
     The record has "loss" (of next tokens), "lr", "grad_norm", the other `losses` under their names
-    in `objective` and, for a model with experts, the entries of `routing_health`.
+    in `objective`, "skipped" and, for a model with experts, the entries of `routing_health`.
 
-    `batch` leaves are `[accumulate, B, T]` as `data.sources.put` makes them, and `consecutive` is
-    the answer of `data.sources.consecutive`. The function is cached by its arguments, so a run that
+    Where the loss or the norm of the gradient is not finite the step is skipped: the new state is
+    the old one, but for the counts of steps that place it in the data and in the schedule.
+
+    `batch` leaves are `[accumulate, B, T]` as `data.placing.put` makes them, and `consecutive` is
+    the answer of `data.sources.consecutive`. `zero` and, where it is not 0, `rules` are those of
+    the run: they say where the state lies. The function is cached by its arguments, so a run that
     goes on in the same process does not compile again.
     """
     optimizer = make_optimizer(optimizer_config, steps, skeleton(model_config).axes)
     rate = schedule(optimizer_config, optimizer_config.learning_rate, steps)
-
     options = {"strategy": strategy, "consecutive": consecutive, "chunk": loss_chunk}
 
-    def sums(state, batch):
-        """Sum the gradient and the `Totals` over the pieces."""
-        scale = draft_scale(batch)
+    def loss(params, state, piece, scale):
+        model = join(model_config, state | {"params": params}, rules if zero == 3 else None)
+        return objective(model, piece, losses, draft_scale=scale, **options)
 
-        def loss(params, state, piece):
-            model = join(model_config, state | {"params": params})
-            return objective(model, piece, losses, draft_scale=scale, **options)
-
-        grad = jax.grad(loss, has_aux=True)
-        first = jax.tree.map(lambda x: x[0], batch)
-        if batch["tokens"].shape[0] == 1:
-            return grad(state["params"], state, first)
-
-        def add(total, piece):
-            return jax.tree.map(jnp.add, total, grad(state["params"], state, piece)), None
-
-        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(grad, state["params"], state, first))
-        return jax.lax.scan(add, zeros, batch)[0]
+    def lie(tree, specs):
+        return laid(tree, specs) if zero else tree
 
     def step(state: State, batch) -> tuple[State, dict]:
-        grads, totals = sums(state, batch)
+        where = _places(model_config, zero, rules, jax.sharding.get_abstract_mesh().shape)
+        grads, totals = _sums(loss, state, batch, lambda grads: lie(grads, where.updated))
         weight = jnp.maximum(totals.weight, 1e-9)
         grads = jax.tree.map(lambda g: g / weight, grads)
         # optax mixes int32 counts with floats, which strict promotion refuses
         with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"):
             lr = rate(state["step"])
-            updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
-            params = optax.apply_updates(state["params"], updates)
+            params = lie(state["params"], where.updated)
+            updates, opt_state = optimizer.update(grads, state["opt_state"], params)
+            params = lie(optax.apply_updates(params, updates), where.params)
         others, health = state["others"], {}
         if totals.stats is not None:
             health = routing_health(totals.stats)
             others = balance(others, totals.stats.counts, optimizer_config.router_bias_rate)
-        new = {"params": params, "others": others, "opt_state": opt_state}
-        new["step"] = state["step"] + 1
         record = {name: total / weight for name, total in totals.parts.items()}
         record |= {"lr": lr, "grad_norm": optax.tree.norm(grads)}
+        finite = jnp.isfinite(record["loss"] + record["grad_norm"])
+        record["skipped"] = 1 - finite.astype(jnp.int32)
+        new = {"params": params, "others": others, "opt_state": opt_state}
+        new = _where(finite, new, {name: state[name] for name in new})
+        new["step"] = state["step"] + 1
         return state | new, record | health
 
     return jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
+
+
+def _sums(loss: Callable, state: State, batch: Any, lie: Callable) -> tuple[Any, Totals]:
+    """Sum the gradient, which `lie` lays where it belongs, and the `Totals` over the pieces."""
+    scale = draft_scale(batch)
+
+    def gradient(state, piece):
+        grads, totals = jax.grad(loss, has_aux=True)(state["params"], state, piece, scale)
+        return lie(grads), totals
+
+    first = jax.tree.map(lambda x: x[0], batch)
+    if batch["tokens"].shape[0] == 1:
+        return gradient(state, first)
+
+    def add(total, piece):
+        return jax.tree.map(jnp.add, total, gradient(state, piece)), None
+
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, state, first))
+    return jax.lax.scan(add, zeros, batch)[0]
+
+
+def _where(finite: jax.Array, new: Any, old: Any) -> Any:
+    """Take the new arrays or the old ones, and the schedule's counts of steps in any case."""
+
+    def counts(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    def choose(a: Any, b: Any) -> Any:
+        return a if counts(a) else jnp.where(finite, a, b)
+
+    return jax.tree.map(choose, new, old, is_leaf=counts)
 
 
 def routing_health(stats: RouterStats) -> dict[str, jax.Array]:

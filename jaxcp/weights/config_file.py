@@ -40,7 +40,7 @@ WRONG_VALUES = AttributeError, TypeError, LookupError, ArithmeticError, ValueErr
 
 
 def load_config(path: str | os.PathLike) -> Any:
-    """The config object (`GPTConfig`, `HybridMoEConfig`) of a checkpoint folder; no weights read.
+    """The config object (`DenseConfig`, `HybridMoEConfig`) of a checkpoint folder; no weights read.
 
     A config.json without dtype means that of the tensors, and without tensors that of the family.
 

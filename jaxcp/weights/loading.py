@@ -24,13 +24,14 @@ from jaxcp.layers.stack import is_stacked, members, of_one_layer
 from jaxcp.models.base import LanguageModel
 from jaxcp.models.weight_table import Piece, Source, in_layers, sources, spelling_of
 from jaxcp.sharding import DEFAULT, Rules, sharding_of
+from jaxcp.text.folder import read_tokenizer
+from jaxcp.text.generation import read_generation, read_stop_tokens
 from jaxcp.text.tokenizer import Tokenizer
 from jaxcp.weights.config_file import fitted, load_config, naming
-from jaxcp.weights.files import CONFIG, TOKENIZER, Checkpoint, open_checkpoint
+from jaxcp.weights.files import CONFIG, Checkpoint, open_checkpoint
 from jaxcp.weights.formats import FORMATS, GPT_OSS
 from jaxcp.weights.placement import indivisible
 from jaxcp.weights.quantized import QuantizedSource, quantized_source, stackable, stream_quantized
-from jaxcp.weights.stop_tokens import read_stop_tokens
 from jaxcp.weights.stream import counted, progress_bar, stream
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,8 @@ def load(
     a product for them. Where it has none, which a log line says, they are widened to the model's
     dtype.
 
-    `model.stop_tokens` are the ids that end an answer (`eos_token_id`).
+    `model.stop_tokens` are the ids that end an answer (`eos_token_id`). `tokenizer.chat` writes
+    conversations in the checkpoint's own form, where it has one.
 
     Args:
       dtype: of parameters and computation; None keeps each tensor's own. Quantized weights stay as
@@ -80,7 +82,7 @@ def load(
     if dtype is not None:
         config = dataclasses.replace(config, dtype=jnp.dtype(dtype).name)
     family = models.family_of(config)
-    stop_tokens = read_stop_tokens(path, config.vocab_size)
+    stop_tokens, generation = read_stop_tokens(path, config.vocab_size), read_generation(path)
     checkpoint = open_checkpoint(path)
     config = fitted(path, config, checkpoint.shapes.keys())
     with naming(Path(path, CONFIG)):
@@ -122,9 +124,8 @@ def load(
     model = nnx.merge(graph, nnx.from_flat_state(list(read.items())))
     again = copies.keys() & checkpoint.shapes.keys() - family.weights.COPIES.keys()
     model.spelling = tuple(sorted({*spelling_of(chosen), *again}))
-    model.stop_tokens = stop_tokens
-    tokenizer = Path(path, TOKENIZER)
-    return model, Tokenizer.from_file(tokenizer) if tokenizer.exists() else None
+    model.stop_tokens, model.generation = stop_tokens, generation
+    return model, read_tokenizer(path)
 
 
 class _Leaf(NamedTuple):

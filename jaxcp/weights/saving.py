@@ -19,10 +19,10 @@ from jaxcp import models
 from jaxcp.layers.quantized import quantized_names
 from jaxcp.layers.stack import is_stacked, members
 from jaxcp.models.weight_table import Source, sources
+from jaxcp.text.generation import GENERATION, generation_config
 from jaxcp.text.tokenizer import Tokenizer
 from jaxcp.weights.config_file import fitted, load_config
 from jaxcp.weights.files import CONFIG, INDEX, TOKENIZER, WEIGHTS, open_checkpoint
-from jaxcp.weights.stop_tokens import GENERATION, generation_config
 
 SHARD_BYTES = 5_000_000_000
 
@@ -36,7 +36,9 @@ def save(
 ) -> None:
     """Write config.json, safetensors and tokenizer.json, tensors under the names that were loaded.
 
-    Writes generation_config.json too, where config.json does not say which tokens end an answer.
+    Writes generation_config.json too: what the checkpoint that was loaded has there (`temperature`,
+    `top_p` and all else), and the tokens that end an answer where config.json names others. Fields
+    that `out` alone has in that file stay.
 
     Weights of more than `shard_bytes` become several files of about as many bytes, and an index;
     the host holds one at a time.
@@ -52,7 +54,10 @@ def save(
     """
     out = Path(os.path.abspath(out))
     keep_config = _check_target(out, model.config)
-    stops = generation_config(out, getattr(model, "stop_tokens", ()), model.config.vocab_size)
+    generation = generation_config(
+        out, getattr(model, "stop_tokens", ()), model.config.vocab_size,
+        getattr(model, "generation", ""),
+    )  # fmt: skip
     leaves = _leaves(model)
     shards = _shards(model, leaves, shard_bytes)
     if len(shards) > 1 and Path(out, WEIGHTS).exists():
@@ -67,8 +72,8 @@ def save(
     try:
         if not keep_config:
             _write_json(staging / CONFIG, models.config_to_dict(model.config))
-        if stops is not None:
-            _write_json(staging / GENERATION, stops)
+        if generation is not None:
+            _write_json(staging / GENERATION, generation)
         if tokenizer is not None:
             tokenizer.save(staging / TOKENIZER)
         _write_weights(staging, shards, leaves)

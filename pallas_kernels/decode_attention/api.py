@@ -127,7 +127,10 @@ def quantize_cache(
     over the head dim divided by 127 (int8) or 448 (e4m3), so nothing saturates. With `a` that
     magnitude, int8 is off by at most `a / 254` an entry; e4m3 by a sixteenth of the entry, or
     `a / 458752` where that is more: better where a few entries are far larger than the rest,
-    worse elsewhere.
+    worse elsewhere. Of a head that is not finite the scale is not, nor then what is read.
+
+    Raises:
+      ValueError: another dtype.
 
     Raises:
       ValueError: another dtype.
@@ -138,7 +141,7 @@ def quantize_cache(
     most = LARGEST[name]
     x = x.astype(jnp.float32)
     greatest = jnp.max(jnp.abs(x), axis=-1)
-    scales = jnp.where(greatest > 0, greatest / most, 1.0)
+    scales = jnp.where(greatest == 0, 1.0, greatest / most)  # of NaN: NaN
     values = jnp.clip(x / scales[..., None], -most, most)
     return (jnp.round(values) if name == "int8" else values).astype(dtype), scales.swapaxes(1, 2)
 

@@ -2,10 +2,12 @@
 """Decode attention in plain XLA, a block of slots at a time: the default on CPU.
 
 Memory beside the cache is one block's scores. Blocks that no query of any sequence sees are
-skipped; the cache is sliced where it lies.
+skipped; the cache is sliced where it lies, with all its axes: of an array that was just written
+and is then read in another shape, XLA on a CPU makes two.
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,10 +20,21 @@ from pallas_kernels.flash_attention.mask import PAD_POSITION
 BLOCK = 1024
 
 
+class Cache(NamedTuple):
+    """Keys, values and their scales as they come, and which layer and pages of them are read."""
+
+    layer: Any
+    pages: Any
+    k: Any
+    v: Any
+    k_scale: Any
+    v_scale: Any
+
+
 def forward(q, cache, layer, pages, q_pos, kv_pos, *, mask, soft_cap, scale):
-    batch, t = q.shape[:2]
-    cache = rows.lines(cache, layer, pages)
-    kv_heads, slots = cache.k.shape[2], cache.slots
+    t = q.shape[1]
+    cache = Cache(layer, pages, *cache)
+    kv_heads, slots = cache.k.shape[-2], kv_pos.shape[1]
     acc = np.promote_types(q.dtype, np.float32)
     # a CPU multiplies float32 faster, and the products of bfloat16 numbers are float32 numbers
     compute = acc if target_platform() == "cpu" else q.dtype
@@ -35,7 +48,7 @@ def forward(q, cache, layer, pages, q_pos, kv_pos, *, mask, soft_cap, scale):
         begin = order[index] * block
         start = jnp.minimum(begin, slots - block)  # the last block ends where the cache does
 
-        at = functools.partial(_slots, cache, batch=batch, start=start, block=block)
+        at = functools.partial(_slots, cache, start=start, block=block)
         s = _dot("bkrh,bskh->bkrs", queries, at(cache.k).astype(q.dtype).astype(compute)) * scale
         if cache.k_scale is not None:
             s *= _per_key(at(cache.k_scale, axis=2), acc)
@@ -68,21 +81,24 @@ def forward(q, cache, layer, pages, q_pos, kv_pos, *, mask, soft_cap, scale):
 
 def _block(cache):
     """Slots of a block: of paged sequences, whole pages."""
-    page = cache.k.shape[1]
+    page = cache.k.shape[-3]
     if cache.pages is None:
         return min(BLOCK, page)
     return page * min(max(1, BLOCK // page), cache.pages.shape[1])
 
 
-def _slots(cache, x, *, batch, start, block, axis=1):
+def _slots(cache, x, *, start, block, axis=1):
     """Slots `[start, start + block)` of every sequence; `axis` of x, the cache's, is theirs."""
+    layer = () if cache.layer is None else (cache.layer,)
     if cache.pages is None:
-        at, sizes = [cache.first] + [0] * (x.ndim - 1), [batch, *x.shape[1:]]
+        own = x.shape[len(layer) :]
+        at, sizes = [0] * len(own), list(own)
         at[axis], sizes[axis] = start, block
-        return lax.dynamic_slice(x, at, sizes)
-    page = x.shape[axis]
+        sliced = lax.dynamic_slice(x, (*layer, *at), (*(1 for _ in layer), *sizes))
+        return sliced.reshape(sizes)
+    page = x.shape[len(layer) + axis]
     pages = lax.dynamic_slice_in_dim(cache.pages, start // page, block // page, 1)
-    parts = jnp.moveaxis(x[cache.first + pages], 1, axis)  # the pages beside their slots
+    parts = jnp.moveaxis(x[(*layer, pages)], 1, axis)  # the pages beside their slots
     return parts.reshape(*parts.shape[:axis], block, *parts.shape[axis + 2 :])
 
 

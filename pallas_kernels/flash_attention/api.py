@@ -9,6 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -17,6 +18,9 @@ from pallas_kernels.flash_attention.mask import NO_POSITION, PAD_POSITION, Mask
 
 IMPLEMENTATIONS = ("reference", "xla", "triton", "mosaic_tpu")
 BEST = {"cpu": "xla", "gpu": "triton", "tpu": "mosaic_tpu"}
+RESULT = "attention"
+"""The name of `out` and `lse` in policies of `jax.checkpoint`. With both saved no kernel of the
+forward pass runs again."""
 
 
 def flash_attention(
@@ -185,6 +189,11 @@ def apply_sinks(out, lse, sinks):
     return (out.astype(lse.dtype) * kept).astype(out.dtype), total
 
 
+def named(out, lse):
+    """Give `(out, lse)` of a forward pass the name `RESULT`."""
+    return checkpoint_name(out, RESULT), checkpoint_name(lse, RESULT)
+
+
 def row_delta(out, dout, dlse):
     """The row constant of the softmax gradient."""
     acc = dlse.dtype
@@ -206,7 +215,7 @@ def _attend(backend, out_dtype, options, q, k, v, carry, q_pos, *ids):
 
 
 def _attend_fwd(backend, out_dtype, options, q, k, v, carry, *ids):
-    out, lse = _attend(backend, out_dtype, options, q, k, v, carry, *ids)
+    out, lse = named(*_attend(backend, out_dtype, options, q, k, v, carry, *ids))
     return (out, lse), (q, k, v, carry, ids, out, lse)
 
 

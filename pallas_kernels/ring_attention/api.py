@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import resolve, target_platform
-from pallas_kernels.flash_attention import Mask, check, flash_attention, row_delta
+from pallas_kernels.flash_attention import Mask, check, flash_attention, named, row_delta
 from pallas_kernels.flash_attention.api import IMPLEMENTATIONS as FLASH
 from pallas_kernels.flash_attention.api import hide_pads
 
@@ -109,7 +109,7 @@ def _attend(backend, options, q, k, v, *ids):
 
 
 def _attend_fwd(backend, options, q, k, v, *ids):
-    out, lse = _attend(backend, options, q, k, v, *ids)
+    out, lse = named(*_attend(backend, options, q, k, v, *ids))
     return (out, lse), (q, k, v, ids, out, lse)
 
 

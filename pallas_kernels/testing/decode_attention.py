@@ -152,7 +152,8 @@ def arrays(case: Case) -> dict[str, np.ndarray]:
         if case.outliers:  # one entry of a token's head is thirty times the rest
             x[..., 0] *= 30
         if case.cache in QUANTIZED:
-            values, scales = quantize_cache(jnp.asarray(x, jnp.float32), case.cache)
+            rounded = jax.jit(quantize_cache, static_argnums=1)
+            values, scales = rounded(jnp.asarray(x, jnp.float32), case.cache)
             found[name] = np.asarray(values)
             found[f"{name}_scale"] = np.asarray(scales).astype(case.scale_dtype)
         else:

@@ -109,12 +109,14 @@ def arrays(case: Case) -> dict[str, np.ndarray]:
     return {name: x.astype(case.dtype) for name, x in found.items()}
 
 
+@functools.lru_cache(maxsize=16)
 def given_weights(case: Case):
     """Make the weights of each matrix: arrays in the case's dtype, or `Quantized`."""
     found = [jnp.asarray(arrays(case)[name]) for name in matrices(case)]
     if case.weights is None:
         return found
-    return [quantize(w, case.weights, block=case.block) for w in found]
+    rounded = jax.jit(functools.partial(quantize, format=case.weights, block=case.block))
+    return [rounded(w) for w in found]
 
 
 @functools.lru_cache(maxsize=16)
@@ -123,7 +125,7 @@ def expected(case: Case) -> dict[str, np.ndarray]:
     given = {name: x.astype(np.float64) for name, x in arrays(case).items()}
     lhs, dout, sizes = given["lhs"], given["dout"], case.sizes
     weights = [
-        np.asarray(w if case.weights is None else dequantize(w), np.float64)
+        np.asarray(w if case.weights is None else jax.jit(dequantize)(w), np.float64)
         for w in given_weights(case)
     ]
     products = [product(lhs, w, sizes) for w in weights]

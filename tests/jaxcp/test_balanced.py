@@ -21,7 +21,7 @@ from jaxcp.data.sources import checked, consecutive
 from jaxcp.mesh import MeshConfig
 from jaxcp.models.gpt.config import GPTConfig
 from jaxcp.training import TokenFiles, TrainConfig
-from jaxcp.training.loop import Run
+from jaxcp.training.batches import Batches
 from jaxcp.training.step import abstract_inputs
 from pallas_kernels import PAD_POSITION
 from pallas_kernels.flash_attention import NO_POSITION, Mask, blocks
@@ -237,7 +237,7 @@ def test_batches_of_a_run(tmp_path):
         strategy=jaxcp.Ring(layout=Balanced(block=8)),
     )  # fmt: skip
     mesh = config.mesh.make(jax.devices()[:4])
-    batch, _, in_order = Run(config, mesh).batch(0)
+    batch, _, in_order = Batches(config, mesh).batch(0)
     assert {key: x.shape for key, x in abstract_inputs(config, mesh)[1].items()} == {
         key: x.shape for key, x in batch.items()
     }

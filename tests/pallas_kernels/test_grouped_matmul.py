@@ -17,6 +17,7 @@ from pallas_kernels.grouped_matmul.api import IMPLEMENTATIONS
 from pallas_kernels.number_formats import four_times_e2m1, from_ue8m0, to_e2m1, to_ue8m0
 from pallas_kernels.testing.grouped_matmul import CASES, check, product
 
+rounded, exactly = jax.jit(quantize, static_argnames=("format", "block")), jax.jit(dequantize)
 KERNELS = ("triton", "mosaic_tpu")
 OTHERS = ("several blocks", "none has a row", "bfloat16", "int8", "mxfp4", "swiglu, bfloat16")
 OTHERS += ("float8 by block", "mxfp8")
@@ -53,16 +54,16 @@ def test_what_rounding_costs(values, block):
     sizes = [40, 24]
     for outliers, allowed in zip((0.0, 0.002), ROUNDING[values, block], strict=True):
         large = np.where(rng.random(weights.shape) < outliers, 30 * weights, weights)
-        rounded = dequantize(quantize(jnp.asarray(large, jnp.float32), values, block=block))
+        near = exactly(rounded(jnp.asarray(large, jnp.float32), values, block=block))
         exact = product(lhs, large, sizes)
-        off = product(lhs, np.asarray(rounded, np.float64), sizes) - exact
+        off = product(lhs, np.asarray(near, np.float64), sizes) - exact
         relative = np.linalg.norm(off) / np.linalg.norm(exact)
         assert allowed / 2 < relative < allowed, (outliers, relative)
 
 
 def test_a_matrix_of_zeros_has_scales():
-    weights = quantize(jnp.zeros((1, 8, 4)), jnp.float8_e4m3fn)
-    assert not np.asarray(dequantize(weights)).any()
+    weights = rounded(jnp.zeros((1, 8, 4)), jnp.float8_e4m3fn)
+    assert not np.asarray(exactly(weights)).any()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
@@ -70,12 +71,14 @@ def test_rows_of_no_group_may_hold_anything(implementation):
     lhs = jnp.ones((40, 16)).at[10:].set(jnp.nan)
     sizes = jnp.array([4, 0, 6])
 
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
     def loss(rhs):
         out = grouped_matmul(lhs, rhs, sizes, implementation=implementation)
         return out[:10].sum(), out
 
-    (_, out), drhs = jax.value_and_grad(loss, has_aux=True)(jnp.ones((3, 16, 16)))
-    assert not np.asarray(out[10:]).any()
+    (_, out), drhs = loss(jnp.ones((3, 16, 16)))
+    assert not np.asarray(out)[10:].any()
     assert np.isfinite(np.asarray(drhs)).all()
 
 
@@ -101,25 +104,27 @@ def test_what_does_not_fit_is_named():
 def test_what_a_format_can_hold_comes_back():
     """Every e2m1 and e4m3 value, under powers of two; a tie goes to the even code."""
     codes = np.arange(16, dtype=np.uint8)
+    float_of, code_of = jax.jit(four_times_e2m1, static_argnames="high"), jax.jit(to_e2m1)
+    power_of, exponent_of = jax.jit(from_ue8m0), jax.jit(to_ue8m0)
     e2m1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     exact = np.concatenate([e2m1, -e2m1])
-    found = four_times_e2m1(jnp.asarray(codes, jnp.int32))
+    found = float_of(jnp.asarray(codes, jnp.int32))
     np.testing.assert_array_equal(found, 4 * exact)
-    high = four_times_e2m1(jnp.asarray(codes, jnp.int32) << 4 | 5, high=True)
+    high = float_of(np.asarray(codes, np.int32) << 4 | 5, high=True)
     np.testing.assert_array_equal(high, 4 * exact)
-    back = np.asarray(to_e2m1(jnp.asarray(exact)))
+    back = np.asarray(code_of(jnp.asarray(exact)))
     np.testing.assert_array_equal(exact[back], exact)
-    ties = to_e2m1(jnp.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -5.0]))
+    ties = code_of(jnp.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -5.0]))
     np.testing.assert_array_equal(exact[np.asarray(ties)], [0, 1, 1, 2, 2, 4, 4, -4])
-    np.testing.assert_array_equal(to_e2m1(exact / 4 * 1.1), to_e2m1(jnp.asarray(exact / 4 * 1.1)))
+    np.testing.assert_array_equal(to_e2m1(exact / 4 * 1.1), code_of(jnp.asarray(exact / 4 * 1.1)))
     powers = 2.0 ** np.arange(-90, 90)
-    np.testing.assert_array_equal(from_ue8m0(to_ue8m0(jnp.asarray(powers))), powers)
-    above = from_ue8m0(to_ue8m0(jnp.asarray(powers * 1.01)))
+    np.testing.assert_array_equal(power_of(exponent_of(jnp.asarray(powers))), powers)
+    above = power_of(exponent_of(jnp.asarray(powers * 1.01)))
     np.testing.assert_array_equal(above, 2 * powers)
-    np.testing.assert_array_equal(to_ue8m0(powers * 1.01), to_ue8m0(jnp.asarray(powers * 1.01)))
+    np.testing.assert_array_equal(to_ue8m0(powers * 1.01), exponent_of(jnp.asarray(powers * 1.01)))
     whole = np.tile(exact, 12)[:, None] * np.array([1, 0.25, 1024])  # 192 rows
-    weights = quantize(jnp.asarray(whole[None], jnp.float32), "mxfp4")
-    np.testing.assert_array_equal(dequantize(weights)[0], whole)
+    weights = rounded(jnp.asarray(whole[None], jnp.float32), "mxfp4")
+    np.testing.assert_array_equal(exactly(weights)[0], whole)
 
 
 @pytest.mark.parametrize("packed", [2, 32, 256])
@@ -134,11 +139,11 @@ def test_a_slice_of_whole_packs_stands_for_itself(packed):
 def test_formats_that_do_not_fit_raise():
     x, sizes = jnp.ones((4, 64)), jnp.array([4])
     w = jnp.ones((1, 64, 5))
-    mx, nv = quantize(w, "mxfp4"), quantize(w, "nvfp4")
+    mx, nv = rounded(w, "mxfp4"), rounded(w, "nvfp4")
     with pytest.raises(ValueError, match="gate and up are alike"):
         grouped_swiglu(x, mx, nv, sizes)
     with pytest.raises(ValueError, match="gate and up are alike"):
-        grouped_swiglu(x, quantize(w), quantize(w, block=True), sizes)
+        grouped_swiglu(x, rounded(w), rounded(w, block=True), sizes)
     with pytest.raises(ValueError, match="32 rows share a scale"):
         quantize(jnp.ones((1, 40, 5)), "mxfp8")
     with pytest.raises(ValueError, match="scales of"):
@@ -150,7 +155,7 @@ def test_formats_that_do_not_fit_raise():
 @pytest.mark.parametrize("implementation", ["triton", "mosaic_tpu"])
 def test_what_kernels_have_no_path_for_raises(implementation):
     product = functools.partial(grouped_matmul, implementation=implementation)
-    x, sizes, w = jnp.ones((4, 64)), jnp.array([4]), quantize(jnp.ones((1, 64, 5)), "mxfp4")
+    x, sizes, w = jnp.ones((4, 64)), jnp.array([4]), rounded(jnp.ones((1, 64, 5)), "mxfp4")
     with pytest.raises(NotImplementedError, match="no gradient"):
         jax.eval_shape(jax.grad(lambda x, w: product(x, w, sizes).sum()), x, w)
     codes = jnp.zeros((1, 64, 5), jnp.uint8)
@@ -172,18 +177,21 @@ def test_rows_that_no_block_divides(implementation, packed):
     w = quantized.Quantized(jnp.asarray(values), scales, packed=packed)
     x = jnp.asarray(rng.normal(size=(20, summed)), jnp.float32)
     sizes = jnp.array([9, 11])
-    product = functools.partial(grouped_matmul, implementation=implementation)
-    exact = np.asarray(dequantize(w), np.float64)
-    expected = np.concatenate([np.asarray(x[:9]) @ exact[0], np.asarray(x[9:]) @ exact[1]])
+    product = jax.jit(functools.partial(grouped_matmul, implementation=implementation))
+    exact = np.asarray(exactly(w), np.float64)
+    rows = np.split(np.asarray(x), [9])
+    expected = np.concatenate([part @ matrix for part, matrix in zip(rows, exact, strict=True)])
     np.testing.assert_allclose(product(x, w, sizes), expected, atol=1e-3)
 
 
 STACKS = {
     "plain": lambda w: w,
-    "int8": jax.vmap(quantize),
-    "float8 by block": jax.vmap(functools.partial(quantize, format="float8_e4m3fn", block=True)),
-    "nvfp4": jax.vmap(functools.partial(quantize, format="nvfp4")),
-    "mxfp4": jax.vmap(functools.partial(quantize, format="mxfp4")),
+    "int8": jax.jit(jax.vmap(quantize)),
+    "float8 by block": jax.jit(
+        jax.vmap(functools.partial(quantize, format="float8_e4m3fn", block=True))
+    ),
+    "nvfp4": jax.jit(jax.vmap(functools.partial(quantize, format="nvfp4"))),
+    "mxfp4": jax.jit(jax.vmap(functools.partial(quantize, format="mxfp4"))),
 }
 
 
@@ -220,9 +228,10 @@ def test_a_layer_of_a_stack_is_its_slice(form, implementation, columns):
 
     in_scan = scanned(gate, up)
     for layer in range(layers):
-        expected = both(*jax.tree.map(lambda w, i=layer: w[i], (gate, up)))
+        expected = both(*jax.tree.map(lambda w, i=layer: np.asarray(w)[i], (gate, up)))
         assert all(np.asarray(x).any() for x in expected)
-        for got in (both(gate, up, jnp.int32(layer)), [x[layer] for x in in_scan]):
+        of_scan = [np.asarray(x)[layer] for x in in_scan]
+        for got in (both(gate, up, np.int32(layer)), of_scan):
             jax.tree.map(np.testing.assert_array_equal, tuple(got), expected)
 
 

@@ -4,6 +4,7 @@
 import dataclasses
 
 from jaxcp.layers.mlp import ACTIVATIONS
+from jaxcp.layers.remat import Remat, check_remat
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,9 +27,11 @@ class GPTConfig:
     tie_embeddings: bool = True
     """The head is the embedding."""
     dtype: str = "float32"
-    remat: bool = False
+    remat: Remat = False
+    """Policy of what the backward pass computes again (`layers.remat.POLICIES`)."""
 
     def __post_init__(self):
+        check_remat(self.remat)
         if self.embed_dim % self.num_heads:
             raise ValueError(
                 f"num_heads must divide embed_dim; got {self.num_heads} and {self.embed_dim}"

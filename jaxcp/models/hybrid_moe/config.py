@@ -4,6 +4,7 @@
 import dataclasses
 
 from jaxcp.layers.mlp import SILU, SwiGLU
+from jaxcp.layers.remat import Remat, check_remat
 from jaxcp.layers.rope import Rope
 from jaxcp.layers.routing import Routing
 
@@ -88,11 +89,13 @@ class HybridMoEConfig:
     tie_embeddings: bool = False
     """The head is the embedding."""
     dtype: str = "float32"
-    remat: bool = False
+    remat: Remat = False
+    """Policy of what the backward pass computes again (`layers.remat.POLICIES`)."""
     reproducible_experts: bool = False
     """MoE layers give the same bits on every mesh, slower (`MoE.reproducible`)."""
 
     def __post_init__(self):
+        check_remat(self.remat)
         full_num_heads = self.attention.full_num_heads
         if not self.layer_pattern or set(self.layer_pattern) - set("GLN"):
             raise ValueError(f"layer_pattern is made of G, L and N; got {self.layer_pattern!r}")

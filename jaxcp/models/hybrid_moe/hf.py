@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxcp.layers.mlp import SwiGLU
-from jaxcp.layers.rope import Rope, YaRN
+from jaxcp.layers.rope import Llama3, Rope, YaRN
 from jaxcp.layers.routing import Routing
-from jaxcp.models.hf_config import HARMLESS_NAMES, SILU, HFConfig
+from jaxcp.models.hf_config import HARMLESS_NAMES, SILU, HFConfig, shortest_cycle
 from jaxcp.models.hybrid_moe.config import (
     AttentionConfig,
     ExpertsConfig,
@@ -285,8 +285,7 @@ def _pattern(d: HFConfig) -> str:
         raise NotImplementedError(
             f"gpt_oss: layer_types are of {list(KINDS)}; got layer_types={types}"
         )
-    pattern = "".join(KINDS[kind] for kind in types)
-    return pattern[: next(n for n in range(1, layers + 1) if pattern.startswith(pattern[n:]))]
+    return shortest_cycle("".join(KINDS[kind] for kind in types))
 
 
 def _write_gpt_oss(c: HybridMoEConfig) -> dict[str, Any]:
@@ -314,7 +313,8 @@ def _read_ours(fields: Mapping[str, Any]) -> HybridMoEConfig:
     attention, experts = dict(given["attention"]), dict(given["experts"])
     rope = dict(attention["rope"])
     try:
-        rope["yarn"] = None if rope["yarn"] is None else _made(YaRN, rope["yarn"])
+        for name, kind in (("yarn", YaRN), ("llama3", Llama3)):
+            rope[name] = None if rope.get(name) is None else _made(kind, rope[name])
         attention["rope"] = _made(Rope, rope)
         experts["routing"] = _made(Routing, experts["routing"])
         experts["activation"] = _made(SwiGLU, experts["activation"])

@@ -10,6 +10,9 @@ from jax.sharding import PartitionSpec as P
 
 from jaxcp import Contiguous, Striped, Zigzag
 from jaxcp.attention.blocks import compress
+from jaxcp.attention.places import PagedSlots
+from jaxcp.attention.slots import block_slots
+from jaxcp.context_parallel.shards import on_shards
 from pallas_kernels import PAD_POSITION
 
 B, D = 2, 3
@@ -43,7 +46,7 @@ def jitted(values, gates, positions, ratio, overlap, layout):
     return compress(values, gates, positions, ratio=ratio, overlap=overlap, layout=layout)
 
 
-def on_shards(length, halves, layout, shards, mesh_of):
+def laid_out(length, halves, layout, shards, mesh_of):
     values, gates = rows(length, halves)
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), (B, length))
     there = {"v": values.astype(np.float32), "g": gates.astype(np.float32), "positions": positions}
@@ -65,7 +68,7 @@ def on_shards(length, halves, layout, shards, mesh_of):
     ],
 )  # fmt: skip
 def test_entries_are_those_of_the_definition(length, ratio, overlap, layout, shards, mesh_of):
-    arrays = on_shards(length, 2 if overlap else 1, layout, shards, mesh_of)
+    arrays = laid_out(length, 2 if overlap else 1, layout, shards, mesh_of)
     entries, blocks = map(np.asarray, jitted(*arrays, ratio, overlap, layout))
     count = length // ratio
     wanted = expected(*rows(length, 2 if overlap else 1), ratio, overlap)
@@ -87,3 +90,56 @@ def test_tokens_in_another_order_than_the_layouts_give_nan(mesh_of):
     assert owned.any() and np.isnan(np.asarray(entries)[owned]).all()
     with pytest.raises(NotImplementedError, match=r"Striped\(\) over 4 shards has 16; use Zigzag"):
         jitted(there["v"], there["g"], there["positions"], 8, False, Striped())
+
+
+def slots_of(lengths, pages, page, ratio, shards):
+    """`{(row, block): (page of the pool, slot)}` of all complete blocks, counted one by one."""
+    listed, found = pages.shape[1] // shards, {}
+    for row, length in enumerate(lengths):
+        ends = [w * ratio + ratio - 1 for w in range(length // ratio)]
+        for w, end in enumerate(ends):
+            place = end // page
+            number = pages[row, place % shards * listed + place // shards]
+            slot = sum(other // page == place for other in ends[:w])
+            found[row, w] = (place % shards) * pages.size // shards + number, slot
+    return found
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize(
+    "page, ratio", [(32, 4), (32, 128), (64, 128), (256, 128), (32, 12), (8, 8), (7, 3), (3, 7)]
+)
+def test_entries_lie_in_the_pages_of_their_last_tokens(page, ratio, shards, mesh_of):
+    """Written in two parts, into pages that hold other entries, and read again in order."""
+    rng, count = np.random.default_rng(0), 5  # pages a shard
+    lengths = np.asarray([count * shards * page, count * shards * page - page - 1], np.int32)
+    tables = [rng.permutation(2 * count).reshape(2, count) for _ in range(shards)]
+    pages = np.concatenate(tables, axis=1).astype(np.int32)
+    number = np.arange(lengths[0] // ratio, dtype=np.int32)
+    number = np.where(number < lengths[:, None] // ratio, number, PAD_POSITION)
+    new = rng.normal(size=(*number.shape, D)).astype(np.float32)
+    shape = 1, 2 * count * shards, block_slots(page, ratio), D
+    before = rng.normal(size=shape).astype(np.float32)
+    if shards > 1:
+        mesh_of(seq=shards)
+
+    def local(kept, lengths, place):
+        for part in (number % 2 == 0, number % 2 == 1):
+            blocks = np.where(part, number, PAD_POSITION)
+            kept = place.write_blocks(kept, 0, new, blocks, ratio)
+        return kept, *place.read_blocks(kept, 0, lengths, ratio)
+
+    place = PagedSlots(np.zeros((2, 1), np.int32), pages, None, page=page, sharded=False)
+    stack, rows = jax.P(*PagedSlots.block_stack), jax.P("data", "seq")
+    run = jax.jit(on_shards(local, (stack, jax.P("data"), place.specs), (stack, rows, rows)))
+    kept, entries, blocks = map(np.asarray, run(before, lengths, place))
+    wanted, expected_slots = before.copy(), slots_of(lengths, pages, page, ratio, shards)
+    for block, slot in expected_slots.items():
+        wanted[(0, *slot)] = new[block]
+    np.testing.assert_array_equal(kept, wanted)
+    for row in range(2):
+        real = blocks[row] != PAD_POSITION
+        assert sorted(blocks[row][real]) == list(range(lengths[row] // ratio))
+        np.testing.assert_array_equal(entries[row][real], new[row, blocks[row][real]])
+        for own, there in zip(np.split(blocks[row], shards), np.split(real, shards), strict=True):
+            assert (np.diff(own[there]) > 0).all()

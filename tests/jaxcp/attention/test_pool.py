@@ -24,6 +24,7 @@ MODELS = {
     "windows, sinks": "gpt-oss-tiny",
     "latents": "deepseek-v3-tiny",
     "selected latents": "deepseek-v32-tiny",
+    "blocks": "deepseek-v4-tiny",
 }
 MESHES = {"one device": {}, "seq 3": {"seq": 3}, "data 2, seq 4": {"data": 2, "seq": 4}}
 
@@ -127,6 +128,7 @@ def alone(name):
             *itertools.product(["full", "latents", "selected latents"], ["data 2, seq 4"]),
             ("latents", "one device"),
             ("selected latents", "seq 3"),
+            *itertools.product(["blocks"], MESHES),
         ],
         lambda case: case == ("windows, sinks", "seq 3"),
     ),
@@ -154,3 +156,15 @@ def test_sequences_in_a_pool_have_the_logits_that_they_have_alone(name, mesh, me
         logits = sequences.decode(text[at], active)
         after = whole[np.arange(len(LENGTHS)), before + width - 1]
         np.testing.assert_allclose(logits[active], after[active], **CLOSE)
+
+
+def test_what_compressed_blocks_take(mesh_of):
+    """Entries and index keys are divided over shards, windows and pending parts are on each."""
+    mesh_of(seq=4)
+    model, _ = jaxcp.load(FIXTURES / MODELS["blocks"])  # layers W, H, C, H, C
+    pool = model.init_pool(pages=6, page=32, states=3)
+    heavy, sparse = 6 * 32 // 8 * 32, 6 * 32 // 4 * (32 + 16)  # channels of 6 pages
+    window = 3 * 7 * 32
+    parts = [3 * (1 + 1 + 2 * 32), 3 * sum(2 + 2 * 2 + 2 * 2 * 2 * size for size in (32, 16))]
+    channels = 2 * (heavy + sparse) + 5 * window + 2 * sum(parts)
+    assert pool.keeps_state and pool.bytes_per_device() == 4 * channels

@@ -42,7 +42,7 @@ def test_help_names_every_command_and_needs_no_jax():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("demo", "generate", "chat", "train", "tune", "quantize", "eval"):
+    for command in ("demo", "generate", "chat", "prepare", "train", "tune", "quantize", "eval"):
         assert command in done.stdout
 
 

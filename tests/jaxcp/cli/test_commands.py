@@ -44,7 +44,11 @@ GENERATED = {
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(c, id=str([*c.values()])) for c in pairwise(GENERATED)]
+    "case",
+    [
+        pytest.param(c, id=str([*c.values()]), marks=[pytest.mark.slow] * (i > 1))
+        for i, c in enumerate(pairwise(GENERATED))
+    ],
 )
 def test_options_say_in_a_command_what_they_say_in_python(case, capsys, monkeypatch, short):
     case = dict(case)
@@ -294,6 +298,7 @@ def shell(command, **variables):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_pipe_at_both_ends(short):
     """Only the answer is on stdout, only the line of numbers on stderr, whatever is installed."""
     done = shell(

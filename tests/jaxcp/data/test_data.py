@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 
 import jaxcp
+from jaxcp.data.placing import prefetch, put
 from jaxcp.data.sources import (
     TextSource,
     TokenFiles,
     as_source,
     checked,
     consecutive,
-    prefetch,
-    put,
 )
 
 

@@ -12,7 +12,7 @@ import pytest
 import jaxcp
 from jaxcp.data.sources import checked
 from jaxcp.training import OptimizerConfig, TextSource, TokenFiles, TrainConfig
-from jaxcp.training.loop import Run
+from jaxcp.training.batches import Batches
 from pallas_kernels import PAD_POSITION
 
 LENGTH = 6
@@ -189,7 +189,7 @@ def test_a_run_names_file_and_offset(tmp_path):
         data=str(tmp_path / "x.bin"),
         out_dir=tmp_path / "out",
     )
-    run = Run(config, jaxcp.make_mesh(devices=jax.devices()[:1]))
+    run = Batches(config, jaxcp.make_mesh(devices=jax.devices()[:1]))
     with pytest.raises(ValueError, match=r"id 300, .*x\.bin, token 37 \(byte 74, uint16\)"):
         run.batch(0)
     longer = {"tokens": np.zeros((1, 17), int), "targets": np.zeros((1, 17), int)}

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Requests over one pool: each has the answer that it has alone, and no page is lost."""
 
-import contextlib
 import functools
+import math
 import pathlib
-import signal
 
 import costs
 import jax
@@ -45,15 +44,20 @@ def alone(name, ids, count, options=None):
     for _ in range(count):
         row = np.pad(ids, (0, WIDTH - len(ids)))[None]
         with jax.set_mesh(jaxcp.make_mesh(devices=jax.devices()[:1])):
-            logits = jaxcp.logits(model, row)[:, len(ids) - 1]
-            key = jax.random.fold_in(jax.random.key(options.seed), len(ids) - 1)
-            ids.append(int(sampler(logits, key)[0]))
+            logits = np.asarray(jaxcp.logits(model, row))[:, len(ids) - 1]
+            ids.append(int(drawn(sampler, logits, np.uint32(options.seed), len(ids) - 1)[0]))
     return ids[-count:]
 
 
-def engine_of(name, **options):
-    model, _ = jaxcp.load(FIXTURES / name)
-    options = {"max_len": WIDTH, "max_rows": 4, "stop_tokens": ()} | options
+@functools.partial(jax.jit, static_argnums=0)
+def drawn(sampler, logits, seed, position):
+    return sampler(logits, jax.random.fold_in(jax.random.key(seed), position))
+
+
+def engine_of(name, model=None, **options):
+    """An engine of one geometry, so that all of a model run the same programs."""
+    model = jaxcp.load(FIXTURES / name)[0] if model is None else model
+    options = {"max_len": WIDTH, "max_rows": 4, "stop_tokens": (), "max_wait": math.inf} | options
     return jaxcp.Engine(model, None, **options)
 
 
@@ -86,7 +90,8 @@ def test_a_batch_answers_as_each_prompt_does_alone(name, axes, mesh_of):
     results = engine.generate(given, Sampling(max_new_tokens=5))
     for ids, result in zip(given, results, strict=True):
         assert result.tokens == alone(name, ids, 5)
-        assert result.finish_reason == "length" and result.stats.computed == len(ids) + 4
+        assert result.finish_reason == "length"
+        assert result.stats.computed + result.stats.reused == len(ids) + 4
     everything_is_given_back(engine)
 
 
@@ -114,49 +119,58 @@ def test_a_token_is_drawn_by_its_seed_and_position(full):
     everything_is_given_back(full)
 
 
-def test_a_next_turn_and_a_fork_compute_what_is_new(full):
-    (ids,) = prompts(full.model, (50,), seed=2)
-    (first,) = full.generate([ids], Sampling(max_new_tokens=7))
-    turns = [[*ids, *first.tokens, 1, 2, 3], [*ids, *first.tokens, 4], [*ids[:20], 7]]
-    results = full.generate(turns, Sampling(max_new_tokens=3))
-    for turn, result in zip(turns, results, strict=True):
-        assert result.tokens == alone(FULL, turn, 3)
-    # the last token of an answer is not computed; of an edited history the common part is kept
-    assert [result.stats.reused for result in results] == [50 + 7 - 1, 50 + 7 - 1, 20]
-    everything_is_given_back(full)
-
-
-def test_windows_are_found_again_at_the_end_of_a_turn():
-    engine = engine_of(WINDOWS)
-    (ids,) = prompts(engine.model, (60,))
-    (first,) = engine.generate([ids], Sampling(max_new_tokens=4))
-    turn = [*ids, *first.tokens, 5, 6]
-    (second,) = engine.generate([turn], Sampling(max_new_tokens=4))
-    assert second.tokens == alone(WINDOWS, turn, 4)
-    assert second.stats.reused == 60 + 4 - 1
-    everything_is_given_back(engine)
-
-
-def test_who_loses_its_pages_answers_the_same():
-    """Two of three fit at a time, and more are let in: the youngest computes anew."""
-    engine = engine_of(FULL, max_len=160, pool_tokens=256)
-    engine.scheduler.limits = jaxcp.inference.scheduler.Limits(
-        max_rows=4, max_len=160, chunks=engine.scheduler.limits.chunks, overcommit=3.0
-    )
-    given = prompts(engine.model, (90, 90, 60), seed=4)
-    results = engine.generate(given, Sampling(max_new_tokens=40))
-    for ids, result in zip(given, results, strict=True):
-        assert result.tokens == alone(FULL, ids, 40)
-    assert sum(result.stats.preempted for result in results) >= 1
-    everything_is_given_back(engine)
-
-
 def test_stop_tokens_end_an_answer_and_are_no_part_of_it(full):
     (ids,) = prompts(full.model, (12,), seed=5)
     answer = alone(FULL, ids, 6)
     stop = answer[3]
     (result,) = full.generate([ids], Sampling(max_new_tokens=6, stop_tokens=(stop,)))
     assert result.tokens == answer[: answer.index(stop)] and result.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("name", slow_but([FULL, WINDOWS], lambda name: name == FULL))
+def test_a_stop_token_advances_no_state_though_the_next_step_is_under_way(name):
+    """Beside a row that goes on; the next turn finds all of the answer, and a right state."""
+    engine = engine_of(name)
+    ids, other = prompts(engine.model, (40, 50), seed=3)
+    answer = alone(name, ids, 8, Sampling(temperature=2.0))
+    position = next(i for i in range(2, 8) if answer[i] not in answer[:i])
+    options = Sampling(
+        max_new_tokens=20, temperature=2.0, stop_tokens=(answer[position], 10**2, 10**2 + 1)
+    )
+    first, second = engine.add(ids, options), engine.add(other, Sampling(max_new_tokens=24))
+    ended = []
+    while not (first.done and second.done):
+        ended += engine.step()
+    assert ended == [first, second] and first.finish_reason == "stop"
+    assert first.answer == answer[:position] and second.answer == alone(name, other, 24)
+    turn = [*ids, *first.answer, 3, 4]
+    (result,) = engine.generate([turn], Sampling(max_new_tokens=4))
+    assert result.stats.reused == len(ids) + position
+    assert result.tokens == alone(name, turn, 4)
+    everything_is_given_back(engine)
+
+
+def test_a_step_is_sent_before_the_one_before_is_read(full, monkeypatch):
+    events = []
+    run = full.runner.run
+
+    def recorded(plan):
+        events.append("send")
+        tokens = run(plan)
+        read = tokens.read
+        tokens.read = lambda: events.append("read") or read()
+        return tokens
+
+    (ids,) = prompts(full.model, (20,))
+    with monkeypatch.context() as patch:
+        patch.setattr(full.runner, "run", recorded)
+        full.generate([ids], Sampling(max_new_tokens=4))
+    assert events == ["send", *["send", "read"] * 3, "read"]
+
+
+def test_many_stop_tokens_are_refused(full):
+    with pytest.raises(ValueError, match="at most 8 stop tokens; got 9"):
+        full.add([1], Sampling(stop_tokens=range(9)))
 
 
 def test_a_cancelled_request_and_a_step_that_raises_give_everything_back(full, monkeypatch):
@@ -183,16 +197,42 @@ def test_after_warming_up_nothing_is_compiled():
     rng = np.random.default_rng(0)
     histories = prompts(engine.model, (3, 100, 700))
     warm = len(costs.compiled)
-    for _ in range(12):
-        given = [histories[i] for i in rng.integers(0, 3, rng.integers(1, 6))]
+    for _ in range(100):
+        given = [histories[i] for i in rng.integers(0, 3, 5)[: rng.integers(4, 6)]]
         given = [[*ids, *rng.integers(0, 99, rng.integers(1, 60)).tolist()] for ids in given]
         options = Sampling(max_new_tokens=3, temperature=float(rng.random()), seed=1)
         engine.generate(given, options)
     assert len(costs.compiled) == warm
-    assert len(engine.runner.sizes) + 2 <= 12
+    assert len(engine.runner.sizes) + len(engine.geometry.row_sizes) + 1 <= 12
 
 
-def test_what_cannot_be_is_refused(full, mesh_of):
+def test_a_row_that_decodes_waits_for_short_chunks_alone(monkeypatch):
+    """Though a prompt alone comes as it fits."""
+    engine = engine_of(FULL, max_wait=1e-9)
+    run, counts = engine.runner.run, []
+    monkeypatch.setattr(
+        engine.runner,
+        "run",
+        lambda plans: counts.append([r.count for r in plans[0].rows]) or run(plans),
+    )
+    first, second = prompts(engine.model, (100, 50), seed=2)
+    requests = [engine.add(first, Sampling(max_new_tokens=20))]
+    engine.step(), engine.step()
+    requests.append(engine.add(second, Sampling(max_new_tokens=4)))
+    while not all(request.done for request in requests):
+        engine.step()
+    assert counts[0] == [100] and [c[1] for c in counts if len(c) == 2][:7] == [8] * 6 + [2]
+    assert requests[0].answer == alone(FULL, first, 20)
+    assert requests[1].answer == alone(FULL, second, 4)
+
+
+@pytest.mark.parametrize("wait", [0, -1.0, "1", True, float("nan")])
+def test_what_is_no_time_to_wait(wait):
+    with pytest.raises(ValueError, match="max_wait must be positive seconds; got"):
+        engine_of(FULL, max_wait=wait)
+
+
+def test_what_cannot_be_is_refused(full):
     with pytest.raises(ValueError, match=r"max_len=384.*ask for fewer"):
         full.add([1] * 300, Sampling(max_new_tokens=200))
     with pytest.raises(ValueError, match="the prompt is empty"):
@@ -203,6 +243,9 @@ def test_what_cannot_be_is_refused(full, mesh_of):
         full.add([10**6])
     with pytest.raises(ValueError, match=r"must be a jaxcp\.Sampling; got dict"):
         full.add([1], {"max_new_tokens": 3})
+    stranger = engine_of(FULL).request([1])
+    with pytest.raises(ValueError, match="another engine's"):
+        list(full.stream(stranger))
     with pytest.raises(ValueError, match="list of prompts"):
         full.generate("text")
     with pytest.raises(ValueError, match="one sequence of ids"):
@@ -214,19 +257,25 @@ def test_what_cannot_be_is_refused(full, mesh_of):
         full.cancel(engine_of(FULL).add([1]))
     with pytest.raises(ValueError, match="what `add` gave"):
         full.cancel(None)
+    for method in (full.result, lambda x: list(full.stream(x))):
+        with pytest.raises(ValueError, match="what `add` gave; got int"):
+            method(5)
+    with pytest.raises(ValueError, match="list of prompts"):
+        full.generate(5)
+    with pytest.raises(ValueError, match=r"model must be a language model.*got tuple"):
+        jaxcp.Engine((full.model, None), None, max_len=8)
+    with pytest.raises(ValueError, match="cache_dtype must be one of"):
+        engine_of(FULL, cache_dtype=["int8"])
+    with pytest.raises(ValueError, match="regex must be text"):
+        Sampling(regex=["a"])
     with pytest.raises(ValueError, match="max_new_tokens"):
         Sampling(max_new_tokens=0)
     with pytest.raises(ValueError, match="seed"):
         Sampling(seed=-1)
-    with pytest.raises(NotImplementedError, match=r"compressed blocks.*engine\.session"):
-        engine_of("deepseek-v4-tiny").add([1])
     with jax.set_mesh(jaxcp.make_mesh(seq=2, devices=jax.devices()[:2])):
         model, _ = jaxcp.load(FIXTURES / FULL)
     with pytest.raises(ValueError, match=r"mesh of 2 devices.*jax\.set_mesh"):
         jaxcp.Engine(model, None, max_len=8)
-    mesh_of(data=2, seq=2)
-    with pytest.raises(NotImplementedError, match="data=2"):
-        engine_of(FULL).add([1])
 
 
 def test_a_prompt_that_never_fits_leaves_the_others_unqueued(full):
@@ -236,31 +285,80 @@ def test_a_prompt_that_never_fits_leaves_the_others_unqueued(full):
     everything_is_given_back(full)
 
 
-def test_an_interrupt_at_any_moment_leaves_nothing_half_done(full):
-    """SIGINT from a timer, many times: inside a step, the scheduler, and what cleans up."""
-    given = prompts(full.model, (30, 40, 20), seed=8)
-    expected = [alone(FULL, ids, 4) for ids in given]
-    rng, interrupted = np.random.default_rng(0), 0
-    before = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
-    try:
-        for _ in range(60):
-            try:
-                signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-4, 0.1), 0.003)
-                full.generate(given, Sampling(max_new_tokens=4))
-            except KeyboardInterrupt:
-                interrupted += 1
-            finally:
-                while signal.getitimer(signal.ITIMER_REAL)[0]:
-                    with contextlib.suppress(KeyboardInterrupt):
-                        signal.setitimer(signal.ITIMER_REAL, 0)
-            everything_is_given_back(full)
-    finally:
-        signal.signal(signal.SIGALRM, before)
-    assert interrupted > 5
-    results = full.generate(given, Sampling(max_new_tokens=4))
-    assert [result.tokens for result in results] == expected
+def spoiled(token):
+    """The model with an embedding of NaN for one token."""
+    model, _ = jaxcp.load(FIXTURES / FULL)
+    model.embed[...] = model.embed[...].at[token].set(np.nan)
+    return model
 
 
+def taken(engine, left):
+    """Pages that nobody else gets: of the pool so many are left, which requests share in turn."""
+    pages = engine.scheduler.pages
+    return [pages.take(0) for _ in range(pages.pools[0].free - left)]
+
+
+def given_back(engine, spare):
+    for page in spare:
+        engine.scheduler.pages.release(page)
+
+
+def test_a_request_without_finite_logits_fails_alone():
+    """And what it wrote into the pool reaches nobody who has its pages afterwards."""
+    engine = engine_of(FULL, spoiled(7))
+    spare = taken(engine, left=3)
+    ids = [[i for i in row if i != 7] for row in prompts(engine.model, (40, 30))]
+    good, bad = (
+        engine.add(ids[0], Sampling(max_new_tokens=4)),
+        engine.add([*ids[1], 7, 3], Sampling(max_new_tokens=4)),
+    )
+    while not (good.done and bad.done):
+        engine.step()
+    assert good.answer == alone(FULL, ids[0], 4)
+    assert bad.status is Status.FAILED and engine.result(bad).finish_reason == "failed"
+    assert bad.answer == [] and "not finite" in str(bad.error)
+    for row in ids:
+        (result,) = engine.generate([row], Sampling(max_new_tokens=4, temperature=0.9))
+        assert result.tokens == alone(FULL, row, 4, Sampling(temperature=0.9))
+    with pytest.raises(FloatingPointError, match="not finite"):
+        engine.generate([ids[0], [7]], Sampling(max_new_tokens=4, temperature=0.9))
+    given_back(engine, spare)
+    everything_is_given_back(engine)
+
+
+def test_a_request_that_leaves_before_its_nan_is_read_spoils_nobody():
+    """Whose pages hold it: a step is under way when it is cancelled, or a chunk of its prompt."""
+    engine = engine_of(FULL, spoiled(7), max_wait=1e-9)
+    spare = taken(engine, left=5)
+    ids = [[i for i in row if i != 7] for row in prompts(engine.model, (40, 30))]
+    for row in ids:
+        bad = engine.add([7] * 60, Sampling(max_new_tokens=4))
+        engine.step()
+        engine.cancel(bad)
+        (result,) = engine.generate([row], Sampling(max_new_tokens=4))
+        assert result.tokens == alone(FULL, row, 4)
+    beside = engine.add(ids[0], Sampling(max_new_tokens=12))
+    engine.step(), engine.step()
+    bad = engine.add([7] * 30, Sampling(max_new_tokens=4))
+    while not bad.done:
+        engine.step()
+    assert "after 8 tokens are not finite" in str(bad.error) and bad.answer == []
+    while not beside.done:
+        engine.step()
+    assert beside.answer == alone(FULL, ids[0], 12)
+    given_back(engine, spare)
+    everything_is_given_back(engine)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_session_without_finite_logits_says_so(temperature):
+    session = engine_of(FULL, spoiled(7)).session()
+    with pytest.raises(FloatingPointError, match="after 3 tokens are not finite"):
+        list(session.send([1, 7, 2], max_new_tokens=2, temperature=temperature))
+    assert session.tokens == [] and list(session.send([1, 2], max_new_tokens=2))
+
+
+@pytest.mark.slow
 def test_embeddings_that_see_tokens_before():
     config = jaxcp.HybridMoEConfig(
         vocab_size=64, num_layers=2, embed_dim=16, num_heads=2, num_kv_heads=2, head_dim=8,
@@ -271,5 +369,5 @@ def test_embeddings_that_see_tokens_before():
     engine = jaxcp.Engine(model, None, max_len=96, max_rows=2)
     given = prompts(model, (40, 1, 2))
     for ids, result in zip(given, engine.generate(given, Sampling(max_new_tokens=5)), strict=True):
-        session = jaxcp.Engine(model, None, max_len=96).session()
+        session = jaxcp.Engine(model, None, max_len=96, max_rows=2).session()
         assert result.tokens == list(session.send(ids, max_new_tokens=5))

@@ -42,27 +42,27 @@ def check(tree):
 
 
 def test_an_empty_tree_knows_nothing(tree):
-    assert tree.match(HISTORY, 10) == (0, [], None, None)
+    assert tree.match(HISTORY, 10)[:4] == (0, [], None, None)
 
 
 def test_a_history_is_found_to_the_token(tree):
     table = compute(tree, HISTORY)
-    assert tree.match([*HISTORY, 11, 12], 11) == (10, table[:2], table[2], None)
+    assert tree.match([*HISTORY, 11, 12], 11)[:4] == (10, table[:2], table[2], None)
 
 
 def test_a_page_that_is_full_need_not_be_copied(tree):
     table = compute(tree, HISTORY)
-    assert tree.match([*HISTORY[:8], 77], 8) == (8, table[:2], None, None)
+    assert tree.match([*HISTORY[:8], 77], 8)[:4] == (8, table[:2], None, None)
 
 
 def test_an_edited_history_keeps_what_comes_before_the_edit(tree):
     table = compute(tree, HISTORY)
-    assert tree.match([1, 2, 3, 4, 5, 77, 7], 6) == (5, table[:1], table[1], None)
+    assert tree.match([1, 2, 3, 4, 5, 77, 7], 6)[:4] == (5, table[:1], table[1], None)
 
 
 def test_the_last_token_of_a_prompt_can_be_left_to_compute(tree):
     table = compute(tree, HISTORY)
-    assert tree.match(HISTORY, len(HISTORY) - 1) == (9, table[:2], table[2], None)
+    assert tree.match(HISTORY, len(HISTORY) - 1)[:4] == (9, table[:2], table[2], None)
 
 
 def test_branches_that_part_inside_a_page_have_a_page_each(tree, pages):
@@ -71,8 +71,19 @@ def test_branches_that_part_inside_a_page_have_a_page_each(tree, pages):
     assert second[0] == first[0] and second[1] != first[1]
     assert sorted(tree.pages()) == sorted({*first, *second}), "every page once"
     assert tree.match([*HISTORY, 0], 10).pages == first[:2]
-    assert tree.match([1, 2, 3, 4, 5, 77, 78], 7) == (7, second[:1], second[1], None)
+    assert tree.match([1, 2, 3, 4, 5, 77, 78], 7)[:4] == (7, second[:1], second[1], None)
     assert tree.match([1, 2, 3, 4, 5], 5).source in (first[1], second[1]), "both have token 5"
+
+
+def test_to_look_at_a_table_is_no_use_of_it(tree, pages):
+    first, second = compute(tree, HISTORY), compute(tree, [70, 71, 72, 73, 74])
+    assert tree.table([*HISTORY, 11]) == (first, 10)
+    assert tree.table(HISTORY[:6]) == (first[:2], 6)
+    assert tree.table([9]) == ([], 0)
+    while pages.take(0) is not None:
+        pass
+    assert tree.evict(0)  # the one that was used longest ago, looked at or not
+    assert tree.known(HISTORY) < 10 and tree.table([70, 71, 72, 73, 74]) == (second, 5)
 
 
 def test_a_row_may_go_on_in_the_page_that_it_has_put_in(tree, pages):
@@ -80,7 +91,7 @@ def test_a_row_may_go_on_in_the_page_that_it_has_put_in(tree, pages):
     tree.insert(HISTORY[:5], table)  # the prompt
     tree.insert(HISTORY[:8], table)  # the answer
     assert tree.pages() == table
-    assert tree.match(HISTORY, 9) == (8, table, None, None)
+    assert tree.match(HISTORY, 9)[:4] == (8, table, None, None)
 
 
 def test_tokens_that_are_there_keep_their_pages(tree, pages):
@@ -96,8 +107,8 @@ def test_the_longest_unused_goes_first_and_from_its_end(tree, pages):
     for _ in range(2):
         pages.take(0)
     assert pages.pools[0].free == 0 and tree.evict(0)
-    assert tree.match([0, *HISTORY], 11) == (8, new[:2], None, None)
-    assert tree.match([*HISTORY, 0], 10) == (10, old[:2], old[2], None)
+    assert tree.match([0, *HISTORY], 11)[:4] == (8, new[:2], None, None)
+    assert tree.match([*HISTORY, 0], 10)[:4] == (10, old[:2], old[2], None)
     pool = pages.pools[0]
     assert (pool.free, pool.evictable, pool.held) == (1, 5, 2)
 
@@ -112,7 +123,7 @@ def test_a_parent_takes_over_the_page_in_which_it_ends(tree, pages):
         pass
     assert tree.evict(0), "the branch goes, which frees nothing, and then the other"
     assert tree.match([0, 0, 0, 0], 4).length == 0 and other[0] not in tree.pages()
-    assert tree.match(HISTORY, 9) == (6, branch[:1], branch[1], None)
+    assert tree.match(HISTORY, 9)[:4] == (6, branch[:1], branch[1], None)
 
 
 def test_what_is_locked_stays(tree, pages):
@@ -122,7 +133,7 @@ def test_what_is_locked_stays(tree, pages):
     for page in match.pages:
         pages.hold(page)
     tree.clear()
-    assert tree.match(HISTORY, 10) == (8, table[:2], None, None)
+    assert tree.match(HISTORY, 10)[:4] == (8, table[:2], None, None)
     tree.unlock(lock)
     for page in match.pages:
         pages.release(page)
@@ -159,14 +170,14 @@ class TestWithStates:
         state = pages.states.take()
         table = compute(tree, HISTORY[:6], state=state)
         compute(tree, HISTORY, shared=table[:1])
-        assert tree.match(HISTORY, 9) == (6, table[:1], tree.match(HISTORY, 9).source, state)
-        assert tree.match(HISTORY, 5) == (0, [], None, None), "before its snapshot"
+        assert tree.match(HISTORY, 9)[:4] == (6, table[:1], tree.match(HISTORY, 9).source, state)
+        assert tree.match(HISTORY, 5)[:4] == (0, [], None, None), "before its snapshot"
 
     def test_a_snapshot_inside_a_run_splits_it(self, tree, pages):
         first = compute(tree, HISTORY, state=pages.states.take())
         state = pages.states.take()
         compute(tree, HISTORY[:5], shared=first[:1], state=state)
-        assert tree.match(HISTORY, 9) == (5, first[:1], first[1], state)
+        assert tree.match(HISTORY, 9)[:4] == (5, first[:1], first[1], state)
 
     def test_a_second_snapshot_of_the_same_tokens_is_not_kept(self, tree, pages):
         first = pages.states.take()

@@ -14,13 +14,14 @@ draw = jax.jit(lambda logits, key, sampler: sampler(logits, key), static_argnums
 LOGITS = np.random.default_rng(0).normal(size=V).astype(np.float32) * 2
 
 
-def distribution(logits, temperature, top_k, top_p):
-    """The definition: sort, keep k, then the fewest whose probability reaches p."""
+def distribution(logits, temperature, top_k, top_p, min_p=0.0):
+    """The definition: sort, keep k, the fewest whose probability reaches p, and the likely ones."""
     order = np.argsort(-logits, kind="stable")
     p = np.exp((logits - logits.max()).astype(np.float64) / temperature)[order]
     p[V if top_k is None else top_k :] = 0
     p /= p.sum()
     p[np.cumsum(p) - p >= top_p] = 0
+    p[p < min_p * p.max()] = 0
     return (p / p.sum())[np.argsort(order)]
 
 
@@ -31,6 +32,8 @@ def distribution(logits, temperature, top_k, top_p):
         Sampler(temperature=0.5, top_k=3),
         Sampler(temperature=1.5, top_p=0.7),
         Sampler(temperature=1.0, top_k=5, top_p=0.8),
+        Sampler(temperature=2.0, min_p=0.2),
+        Sampler(temperature=1.5, top_k=6, top_p=0.95, min_p=0.1),
     ],
     ids=str,
 )
@@ -38,7 +41,8 @@ def test_frequencies(sampler):
     tokens = draw(np.tile(LOGITS, (DRAWS, 1)), jax.random.key(0), sampler)
     assert tokens.dtype == np.int32
     found = np.bincount(tokens, minlength=V) / DRAWS
-    expected = distribution(LOGITS, sampler.temperature, sampler.top_k, sampler.top_p)
+    cuts = sampler.top_k, sampler.top_p, sampler.min_p
+    expected = distribution(LOGITS, sampler.temperature, *cuts)
     assert (found[expected == 0] == 0).all()
     np.testing.assert_allclose(found, expected, atol=4 * 0.5 / DRAWS**0.5)
 
@@ -59,6 +63,7 @@ def test_greedy_and_what_equals_it():
         Sampler(),
         Sampler(temperature=9.0, top_k=1),
         Sampler(temperature=1, top_p=1e-6),
+        Sampler(temperature=9.0, min_p=1.0),
     ):
         np.testing.assert_array_equal(draw(logits, jax.random.key(0), sampler), best)
 

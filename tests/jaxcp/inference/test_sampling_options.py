@@ -48,7 +48,11 @@ def test_extreme_options():
         assert support([*row, -np.inf], temperature=temperature) == [0, 1, 2], temperature
     for top_p in (1e-6, 1e-46, 1e-300):
         assert support(row, top_p=top_p) == [1], top_p
-    for options in ({"top_k": 2**40}, {"top_k": np.int64(64)}, {"top_p": 1}, {"top_p": 1 - 1e-12}):
+    for min_p in (1, 1 - 1e-12):
+        assert support([5.0, 5.0, 3.0], min_p=min_p) == [0, 1], min_p
+    assert support(row, min_p=math.exp(-2.1)) == [1, 2]
+    for options in ({"top_k": 2**40}, {"top_k": np.int64(64)}, {"top_p": 1}, {"top_p": 1 - 1e-12},
+                    {"min_p": 0}, {"min_p": 1e-300}):  # fmt: skip
         assert support(row, **options) == [0, 1, 2], options
     assert Sampler(temperature=-0.0).options() is None
 
@@ -58,7 +62,7 @@ def test_options_are_data():
     draw = jax.jit(chex.assert_max_traces(sample, n=2))
     logits = np.zeros((2, V), np.float32)
     for options in ({}, {"temperature": 0.5}, {"temperature": 2.0, "top_k": 9}, {"temperature": 1,
-                    "top_p": 0.3}, {"top_k": 3}):  # fmt: skip
+                    "top_p": 0.3}, {"top_k": 3}, {"temperature": 1, "min_p": 0.1}):  # fmt: skip
         tokens = draw(logits, jax.random.key(0), Sampler(**options).options())
         chex.assert_shape(tokens, (2,))
         chex.assert_type(tokens, np.int32)
@@ -72,7 +76,7 @@ def test_the_same_tokens_on_every_mesh(axes, vocab, mesh_of):
     every = [
         Sampler(**options).options()
         for options in ({}, {"temperature": 2.0}, {"temperature": 2.0, "top_k": 5},
-                        {"temperature": 2.0, "top_p": 0.9})
+                        {"temperature": 2.0, "top_p": 0.9}, {"temperature": 2.0, "min_p": 0.1})
     ]  # fmt: skip
     key = jax.random.key(1)
     expected = [np.asarray(draw(logits, key, options)) for options in every]

@@ -4,10 +4,10 @@
 import pytest
 from paper_device import PaperDevice, right_answer
 
-from jaxcp.inference.chunks import ChunkLimits
+from jaxcp.inference.limits import ChunkLimits, Limits
 from jaxcp.inference.pages import Pages
 from jaxcp.inference.request import Request, Status
-from jaxcp.inference.scheduler import Limits, Scheduler
+from jaxcp.inference.scheduler import Scheduler
 
 PROMPT = list(range(1, 11))
 
@@ -16,12 +16,14 @@ class Bench:
     """A scheduler and a paper device, with a clock that ticks once a step."""
 
     def __init__(
-        self, *, shards=1, pages=16, states=0, sizes=(64,), max_wait=1e9, max_rows=4, overcommit=1.0
-    ):
+        self, *, shards=1, pages=16, states=0, sizes=(64,), max_wait=1e9, max_rows=4,
+        overcommit=1.0, host=None,
+    ):  # fmt: skip
         chunks = ChunkLimits(sizes=sizes, seconds=lambda new, context: new, max_wait=max_wait)
         limits = Limits(
-            max_rows=max_rows, max_len=256, chunks=chunks, overcommit=overcommit, snapshot_pages=3
-        )
+            max_rows=max_rows, max_len=256, chunks=chunks, overcommit=overcommit, snapshot_pages=3,
+            host=host,
+        )  # fmt: skip
         self.pages = Pages(shards=shards, pages_per_shard=pages, page_size=4, states=states)
         self.scheduler = Scheduler(self.pages, limits)
         self.device, self.now = PaperDevice(self.pages), 0.0
@@ -103,6 +105,27 @@ def test_a_fork_copies_at_most_one_page():
     assert left.seat.table[:2] == right.seat.table[:2] and left.seat.table[2] != right.seat.table[2]
     bench.finish(left, right)
     assert [left.answer, right.answer] == [right_answer(left), right_answer(right)]
+
+
+@pytest.mark.parametrize("states", [0, 9])
+def test_answers_of_one_prompt_compute_it_once(states):
+    """The others wait until the first one has it, in however many chunks; or is over."""
+    bench = Bench(states=states, sizes=(4, 8), max_wait=8)
+    first = bench.add(PROMPT)
+    others = [bench.add(PROMPT, after=first) for _ in range(2)]
+    while not first.answer:
+        assert all(other.waits for other in others)
+        assert {row.request for row in bench.step().rows} == {first}
+    bench.finish(first, *others)
+    assert all(other.answer == right_answer(other) for other in others)
+    assert [other.stats.reused for other in others] == [len(PROMPT) - 1] * 2
+    leader = bench.add(PROMPT[::-1])
+    follower = bench.add(PROMPT[::-1], after=leader)
+    bench.step()
+    assert follower.waits and follower.status is Status.WAITING
+    bench.scheduler.cancel(leader, bench.now)
+    bench.finish(follower)
+    assert follower.answer == right_answer(follower)
 
 
 def test_a_copy_can_be_made_onto_its_source():
@@ -249,6 +272,22 @@ def test_tokens_may_be_read_a_step_late():
     assert bench.read(plan, sampled) == [0]
     assert request.answer == right_answer(request)
     assert bench.counts[0][2] == 0
+
+
+def test_a_request_in_turn_is_planned_once_its_token_is_read():
+    """Nobody else waits for it."""
+    bench = Bench()
+    strict, other = bench.add(PROMPT, in_turn=True), bench.add(PROMPT[::-1])
+    plan, rows = bench.plan(), []
+    while plan.rows:
+        sampled = bench.device.run(plan)
+        later = bench.plan()
+        rows.append({row.request for row in later.rows})
+        bench.read(plan, sampled)
+        plan = later if later.rows else bench.plan()
+    assert rows[:4] == [{other}, {strict, other}, {other}, {strict, other}]
+    for request in (strict, other):
+        assert request.answer == right_answer(request)
 
 
 def test_a_step_of_a_former_seat_is_not_meant():

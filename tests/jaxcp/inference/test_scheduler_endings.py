@@ -6,8 +6,8 @@ from paper_device import right_answer
 from test_scheduler import PROMPT, Bench, work
 
 from jaxcp.inference.chunks import ChunkBudget, ChunkLimits
+from jaxcp.inference.limits import Limits
 from jaxcp.inference.request import Request, Status
-from jaxcp.inference.scheduler import Limits
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 3, 4])
@@ -70,12 +70,19 @@ def test_a_device_that_lost_its_pages_costs_time_alone():
     assert [first.answer, second.answer] == [right_answer(first), right_answer(second)]
 
 
-def test_a_device_cannot_be_lost_under_a_step():
-    bench = Bench()
-    bench.add(PROMPT)
-    bench.plan()
-    with pytest.raises(ValueError, match="1 plans are in flight"):
-        bench.scheduler.forget()
+@pytest.mark.parametrize("states", [0, 8])
+def test_a_device_that_is_lost_under_a_step_takes_the_step_along(states):
+    bench = Bench(states=states)
+    request = bench.add(PROMPT)
+    bench.step()
+    lost = bench.plan()
+    assert bench.scheduler.in_flight == (lost,)
+    bench.scheduler.forget()
+    bench.device.erase()
+    bench.scheduler.check()
+    assert bench.scheduler.in_flight == () and bench.pages.states.held == 0
+    bench.finish(request)
+    assert request.answer == right_answer(request)
 
 
 def test_finish_cuts_the_answer_at_a_stop_string():
@@ -93,14 +100,15 @@ def test_finish_cuts_the_answer_at_a_stop_string():
 
 
 class TestSnapshots:
-    """One every three pages, one where the prompt ends, one where the turn ends."""
+    """After chunks and every three pages of an answer; where a prompt or a turn ends, and where two
+    prompts part."""
 
     def test_where_they_are_taken(self):
-        bench = Bench(states=8)
+        bench = Bench(states=8, sizes=(14,))
         prompt = list(range(30))
         bench.add(prompt, new=8)
         chunks = [bench.step() for _ in range(3)]
-        assert [work(plan) for plan in chunks] == [[(0, 0, 12)], [(0, 12, 12)], [(0, 24, 6)]]
+        assert [work(plan) for plan in chunks] == [[(0, 0, 14)], [(0, 14, 14)], [(0, 28, 2)]]
         assert all(plan.rows[0].snapshot is not None for plan in chunks)
         later = [bench.step() for _ in range(7)]
         with_snapshot = [plan.rows[0].start + 1 for plan in later if plan.rows[0].snapshot]
@@ -120,12 +128,23 @@ class TestSnapshots:
         assert second.answer == right_answer(second)
 
     def test_an_edited_history_starts_from_the_snapshot_before_the_edit(self):
-        bench = Bench(states=8)
+        """And takes one at the edit, for others that come by."""
+        bench = Bench(states=8, sizes=(16,))
         first = bench.add(list(range(30)))
         bench.finish(first)
-        second = bench.add([*range(26), 0, 0])
-        bench.finish(second)
-        assert second.stats.reused == 24 and second.answer == right_answer(second)
+        for start, reused in [(18, 16), (30, 26), (22, 26)]:
+            second = bench.add([*range(26), *range(start, start + 4)])
+            bench.finish(second)
+            assert second.stats.reused == reused and second.answer == right_answer(second)
+
+    def test_a_prompt_that_comes_again_is_computed_to_its_last_token_once_more(self):
+        bench = Bench(states=8)
+        reused = []
+        for _ in range(3):
+            bench.finish(request := bench.add(PROMPT))
+            reused.append(request.stats.reused)
+            assert request.answer == right_answer(request)
+        assert reused == [0, 0, len(PROMPT) - 1]
 
     def test_a_running_row_goes_before_a_snapshot(self):
         bench = Bench(states=2, max_rows=2)

@@ -21,16 +21,16 @@ from hypothesis.stateful import (
 )
 from paper_device import VOCABULARY, PaperDevice, right_answer
 
-from jaxcp.inference.chunks import ChunkLimits
+from jaxcp.inference.limits import ChunkLimits, HostLimits, Limits
 from jaxcp.inference.pages import Pages
 from jaxcp.inference.request import Request, Status
-from jaxcp.inference.scheduler import Limits, Scheduler
+from jaxcp.inference.scheduler import Scheduler
 
 SEEDS = st.integers(0, 2**32 - 1)
 
 
 class Machine(RuleBasedStateMachine):
-    events = 0
+    events = restored = 0
 
     @initialize(seed=SEEDS)
     def start(self, seed):
@@ -51,12 +51,21 @@ class Machine(RuleBasedStateMachine):
             ),
             overcommit=draw.choice([1.0, 4.0]),
             snapshot_pages=draw.randint(1, 4),
+            host=self.room_on_the_host(draw),
         )
         self.scheduler = Scheduler(self.pages, self.limits)
         self.device = PaperDevice(self.pages)
         self.device.careful = draw.random() < 0.7
         self.requests, self.in_flight, self.now = [], deque(), 0.0
         self.stopped = set()
+
+    def room_on_the_host(self, draw):
+        """None, a block or two, or enough for all; at a price that is sometimes too high."""
+        size = draw.choice([None, 5, 12, 40, 1000])
+        price = draw.choice([0.0, 0.0, 4.0, 40.0])
+        return size and HostLimits(
+            size=size, page_bytes=3, state_bytes=2, seconds=lambda pages, states: price * pages
+        )
 
     @rule(seed=SEEDS)
     def ask(self, seed):
@@ -71,6 +80,15 @@ class Machine(RuleBasedStateMachine):
         history = draw.choice(self.requests).tokens.tolist()
         for _ in range(draw.randint(1, 2)):
             self.add(draw, history + draw.choices(range(VOCABULARY), k=draw.randint(0, 5)))
+
+    @precondition(lambda self: self.requests)
+    @rule(seed=SEEDS)
+    def ask_again(self, seed):
+        """Other answers of a prompt, which wait until it is computed."""
+        draw = random.Random(seed)
+        first = draw.choice(self.requests)
+        for _ in range(draw.randint(1, 3)):
+            self.add(draw, first.tokens[: first.prompt_len].tolist(), after=first)
 
     @precondition(lambda self: self.requests)
     @rule(seed=SEEDS)
@@ -136,6 +154,8 @@ class Machine(RuleBasedStateMachine):
         for path, pages, state in paths(self.scheduler.tree.root):
             self.device.reads(pages, path)
             assert state is None or self.device.states[state] == path
+        if self.limits.host:
+            self.device.has(self.scheduler.tree.host)
         for request in self.requests:
             if request.status is Status.FINISHED and request not in self.stopped:
                 assert request.answer == right_answer(request)
@@ -152,17 +172,20 @@ class Machine(RuleBasedStateMachine):
                 self.read()
             self.adds_up()
         assert all(request.done for request in self.requests), "somebody waits for ever"
+        Machine.restored += sum(request.stats.restored for request in self.requests)
         while self.in_flight:
             self.read()
         self.scheduler.tree.clear()
         self.adds_up()
         assert all(pool.free == pool.size for pool in (*self.pages.pools, self.pages.states))
 
-    def add(self, draw, prompt):
+    def add(self, draw, prompt, **options):
         request = Request(
             prompt,
             max_new_tokens=draw.randint(1, 12),
             stop_tokens=draw.choice([(), (), (4,), (3, 4)]),
+            in_turn=draw.random() < 0.2,
+            **options,
         )
         most = len(prompt) + request.max_new_tokens - 1
         places = -(-most // self.pages.page_size)
@@ -221,7 +244,7 @@ def paths(node, path=(), pages=()):
 
 @pytest.mark.parametrize("events", [2_000, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_thousands_of_events(events):
-    Machine.events = 0
+    Machine.events = Machine.restored = 0
     options = settings(
         max_examples=events // 80,
         stateful_step_count=100,
@@ -229,4 +252,4 @@ def test_thousands_of_events(events):
         suppress_health_check=list(HealthCheck),
     )
     run_state_machine_as_test(Machine, settings=options)
-    assert Machine.events >= events
+    assert Machine.events >= events and Machine.restored >= events // 200

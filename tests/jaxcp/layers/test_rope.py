@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rotary positions, from the definition in complex float64."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcp.layers.rope import Rope, YaRN, rotate
+from jaxcp.layers.rope import Llama3, Rope, YaRN, rotate
 
 
 def yarn_by_channel(size, theta, factor, original, fast, slow, truncate):
@@ -24,6 +26,23 @@ def yarn_by_channel(size, theta, factor, original, fast, slow, truncate):
     return np.asarray(out)
 
 
+def llama3_by_wavelength(size, theta, factor, original, low, high):
+    """Frequencies of Llama 3.1, a channel at a time, by the number of tokens that a turn takes."""
+    out = []
+    for j in range(size // 2):
+        plain = theta ** (-2 * j / size)
+        wavelength = 2 * np.pi / plain
+        if wavelength < original / high:
+            out.append(plain)
+        elif wavelength > original / low:
+            out.append(plain / factor)
+        else:
+            smooth = (original / wavelength - low) / (high - low)
+            out.append((1 - smooth) * plain / factor + smooth * plain)
+    return np.asarray(out)
+
+
+LLAMA = Llama3(factor=8.0, original_max_positions=8192)
 GPT_OSS = YaRN(factor=32.0, original_max_positions=4096, truncate=False)
 
 
@@ -41,13 +60,19 @@ GPT_OSS = YaRN(factor=32.0, original_max_positions=4096, truncate=False)
             yarn_by_channel(16, 10_000, 40, 64, 32, 1, True),
             1,
         ),
+        (
+            Rope(theta=500_000.0, llama3=LLAMA),
+            llama3_by_wavelength(16, 500_000, 8, 8192, 1, 4),
+            1,
+        ),
+        (Rope(theta=1e4, linear=4.0), 1e4 ** (-np.arange(8) / 8) / 4, 1),
     ],
-    ids=["default", "gpt-oss", "deepseek"],
+    ids=["default", "gpt-oss", "deepseek", "llama3", "linear"],
 )
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_pairs_turn_by_position_times_frequency(rope, expected, gain, interleaved, sign):
-    rope = Rope(theta=rope.theta, yarn=rope.yarn, interleaved=interleaved)
+    rope = dataclasses.replace(rope, interleaved=interleaved)
     x = np.random.default_rng(0).normal(size=(2, 5, 3, 16))
     positions = np.asarray([[0, 1, 2, 100, 4000], [7, 3, 3, 9, 1000]], np.int32)
     turn = gain * np.exp(1j * sign * positions[..., None, None] * expected)
@@ -58,6 +83,34 @@ def test_pairs_turn_by_position_times_frequency(rope, expected, gain, interleave
         pairs, found = x[..., :8] + 1j * x[..., 8:], found[..., :8] + 1j * found[..., 8:]
     np.testing.assert_allclose(found, pairs * turn, atol=2e-3)  # float32 angles of 4,000 radians
     np.testing.assert_allclose(found[:, :3], (pairs * turn)[:, :3], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        (
+            {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+             "original_max_position_embeddings": 8192},
+            Rope(theta=5e5, llama3=LLAMA),
+        ),
+        ({"rope_type": "linear", "factor": 4}, Rope(theta=5e5, linear=4.0)),
+        ({"type": "linear", "factor": 1.0}, Rope(theta=5e5)),
+    ],
+)  # fmt: skip
+def test_slower_ropes_of_a_config(fields, expected):
+    assert Rope.from_hf({"rope_theta": 500000, "rope_scaling": fields}) == expected
+    assert Rope.from_hf({"rope_parameters": expected.to_hf()}) == expected
+
+
+def test_llama3_leaves_blends_and_slows_channels_of_128():
+    """Channels of Llama-3.1-8B: 29 stay, 6 are blended, 29 turn 8 times slower."""
+    rope = Rope(theta=500_000.0, llama3=LLAMA)
+    found, plain = rope.frequencies(128), Rope(theta=500_000.0).frequencies(128)
+    np.testing.assert_allclose(found, llama3_by_wavelength(128, 5e5, 8, 8192, 1, 4), rtol=1e-12)
+    ratio = plain / found
+    assert [(ratio == 1).sum(), (ratio > 7.999).sum()] == [29, 29]
+    with pytest.raises(ValueError, match="yarn, llama3 and linear: one at most"):
+        Rope(yarn=GPT_OSS, llama3=LLAMA)
 
 
 def test_rope_of_a_config():
@@ -76,11 +129,30 @@ def test_rope_of_a_config():
     assert Rope.from_hf({"rope_parameters": without}).yarn.gain == pytest.approx(1.36889, abs=1e-5)
 
 
+LLAMA_4 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear'"),
-        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type='llama3'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": []}}, "rope_type='longrope'"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "llama3 needs finite numbers.*'factor'"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "linear needs finite numbers.*'factor'"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "linear must be positive.*linear=0"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 32}},
+            "linear: not known are beta_fast",
+        ),
+        (
+            {"rope_scaling": LLAMA_4 | {"low_freq_factor": 4.0}},
+            "low_freq_factor < high_freq_factor; got 4.0 and 4.0",
+        ),
+        ({"rope_scaling": LLAMA_4 | {"factor": "8"}}, "llama3 needs finite numbers.*'8'"),
+        ({"rope_scaling": LLAMA_4 | {"attention_factor": 1.0}}, "not known are attention_factor"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "not known are full_att"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "yarn needs factor and original_max"),

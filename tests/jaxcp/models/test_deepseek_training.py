@@ -14,7 +14,8 @@ from tiny_checkpoints import FIXTURES
 import jaxcp
 from jaxcp import LossConfig, Zigzag
 from jaxcp.data.lookahead import draft_batch
-from jaxcp.data.sources import checked, put
+from jaxcp.data.placing import put
+from jaxcp.data.sources import checked
 from jaxcp.training.objective import draft_scale, objective
 from jaxcp.training.step import balance, skeleton
 from jaxcp.weights.placement import place

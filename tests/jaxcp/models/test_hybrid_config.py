@@ -11,7 +11,7 @@ from tiny_checkpoints import FIXTURES
 
 from jaxcp import HybridMoEConfig, TrainConfig, models, weights
 from jaxcp.layers.mlp import SwiGLU
-from jaxcp.layers.rope import Rope, YaRN
+from jaxcp.layers.rope import Llama3, Rope, YaRN
 from jaxcp.layers.routing import Routing
 from jaxcp.layers.stack import of_each_layer
 from jaxcp.models.hybrid_moe import hf
@@ -241,6 +241,12 @@ MIXTURE = HybridMoEConfig(
         {},
         {"ngram": NGramConfig(), "layer_pattern": "G", "attention": AttentionConfig(sinks=True)},
         {"ngram": NGramConfig(), "norm": NormConfig(float32_scale=True), "num_mtp_layers": 1},
+        {
+            "attention": AttentionConfig(
+                rope=Rope(llama3=Llama3(factor=2.0, original_max_positions=9))
+            )
+        },
+        {"attention": AttentionConfig(rope=Rope(linear=2.0))},
     ],
 )
 def test_a_mixture_is_taken_for_nothing_else(change):

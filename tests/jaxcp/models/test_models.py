@@ -81,7 +81,13 @@ def test_logits_are_those_of_transformers(name, mesh_of):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name, axes", [("hy3-tiny", {"seq": 8}), ("gpt-oss-tiny", {"seq": 2, "model": 2})]
+    "name, axes",
+    [
+        ("hy3-tiny", {"seq": 8}),
+        ("gpt-oss-tiny", {"seq": 2, "model": 2}),
+        ("qwen2-tiny", {"seq": 2, "model": 2}),
+        ("qwen3-tiny", {"seq": 8}),
+    ],
 )
 def test_gradients_are_those_of_transformers(name, axes, mesh_of, tmp_path):
     """They bear the names of transformers in memory: a checkpoint like any other."""

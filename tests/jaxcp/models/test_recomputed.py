@@ -14,7 +14,10 @@ import jaxcp
 from jaxcp import GPTConfig
 from jaxcp.compile import decode_program, prefill_program
 
-FAMILIES = ("gpt2", "gpt-oss", "qwen3-moe", "hy3", "deepseek-v3", "deepseek-v32", "deepseek-v4")
+FAMILIES = (
+    *("gpt2", "gpt-oss", "qwen3-moe", "hy3", "deepseek-v3", "deepseek-v32", "deepseek-v4"),
+    "qwen2",
+)
 
 
 def traced(program):

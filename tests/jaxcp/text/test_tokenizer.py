@@ -95,9 +95,10 @@ def test_special_tokens_are_read_but_not_printed():
     backend = tokenizers.Tokenizer.from_str(BYTES.backend.to_str())
     backend.add_special_tokens(["<eos>"])
     tokenizer = Tokenizer(backend)
-    ids = tokenizer.encode("a<eos>b")
+    ids = tokenizer.encode("a<eos>b", read_control_tokens=True)
     assert ids.tolist() == [97, 256, 98] and tokenizer.vocab_size == 257
     assert tokenizer.decode(ids) == "ab" == "".join(tokenizer.stream(ids))
+    assert tokenizer.encode("a<eos>b").tolist() == [*b"a<eos>b"]
 
 
 def test_bad_tokenizer_file(tmp_path):

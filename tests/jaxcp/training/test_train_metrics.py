@@ -3,7 +3,8 @@
 
 import pytest
 
-from jaxcp.training.metrics import MetricsFile, plot_loss, read_metrics
+from jaxcp.training.metrics import MetricsFile, read_metrics
+from jaxcp.training.plots import plot_loss, plot_losses
 
 
 def record(step):
@@ -46,3 +47,26 @@ def test_the_loss_is_drawn(tmp_path):
     file.write(record(2))
     plot_loss(path, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_are_drawn_in_one_picture(tmp_path, monkeypatch):
+    from jaxcp.training import plots
+
+    figures, make = [], plots.new_figure
+
+    def remembered(**options):
+        figures.append(make(**options))
+        return figures[-1]
+
+    monkeypatch.setattr(plots, "new_figure", remembered)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        file = MetricsFile(tmp_path / name / "metrics.jsonl", resumed_at=0)
+        file.write(record(1))
+        file.write(record(2) | {"eval_loss": 3.25})
+    plot_losses([tmp_path / "a", tmp_path / "b" / "metrics.jsonl"], tmp_path / "runs.png")
+    labels = [line.get_label() for line in figures[0].axes[0].get_lines()]
+    assert labels == ["a: 3.000", "a, evaluated: 3.250", "b: 3.000", "b, evaluated: 3.250"]
+    assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="needed runs to draw"):
+        plot_losses([], tmp_path / "runs.png")

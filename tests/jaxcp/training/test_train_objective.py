@@ -13,7 +13,8 @@ from safetensors.numpy import load_file
 
 import jaxcp
 from jaxcp.data.lookahead import draft_batch
-from jaxcp.data.sources import checked, put
+from jaxcp.data.placing import put
+from jaxcp.data.sources import checked
 from jaxcp.layout import Contiguous, Zigzag
 from jaxcp.mesh import MeshConfig
 from jaxcp.models.hybrid_moe.config import HybridMoEConfig

@@ -14,7 +14,10 @@ from tiny_checkpoints import FIXTURES, assert_same, tensors, write
 from jaxcp import load_config, models, weights
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-FAMILIES = "gpt2", "hy3", "qwen3-moe", "gpt-oss", "deepseek-v3", "deepseek-v32", "deepseek-v4"
+FAMILIES = (
+    *("gpt2", "hy3", "qwen3-moe", "gpt-oss", "deepseek-v3", "deepseek-v32", "deepseek-v4"),
+    *("llama", "mistral", "qwen2", "qwen3"),
+)
 
 
 def cast(contents, dtype):

@@ -10,7 +10,7 @@ from hostile_folders import bounded, folder_of, refused
 
 from jaxcp.input_files import JSON_BYTES, read_json
 from jaxcp.text.tokenizer import Tokenizer, byte_level
-from jaxcp.training import checkpoint, metrics
+from jaxcp.training import checkpoint, metrics, plots
 
 # JSON
 
@@ -123,7 +123,7 @@ def test_metrics_of_somebody_else(tmp_path):
     with pytest.raises(ValueError, match="needed a step in each record"):
         metrics.MetricsFile(file, resumed_at=3)
     with pytest.raises(ValueError, match="needed tokens and loss as numbers"):
-        metrics.plot_loss(file, tmp_path / "loss.png")
+        plots.plot_loss(file, tmp_path / "loss.png")
     file.unlink()
     os.mkfifo(file)
     with bounded(), pytest.raises(ValueError, match="needed a regular file"):

@@ -19,7 +19,10 @@ from jaxcp.weights.config_file import fitted, load_config
 from jaxcp.weights.files import FORMATS, open_checkpoint
 
 REFUSED = ValueError, NotImplementedError, FileNotFoundError
-FAMILIES = "gpt2", "hy3", "deepseek-v3", "deepseek-v32", "deepseek-v4", "gpt-oss", "qwen3-moe"
+FAMILIES = (
+    *("gpt2", "hy3", "deepseek-v3", "deepseek-v32", "deepseek-v4", "gpt-oss", "qwen3-moe"),
+    *("llama", "mistral", "qwen2", "qwen3"),
+)
 NUMBERS = st.sampled_from([0, 1, -1, 2, 7, 10**9, 2**31, 2**63, 10**30, 0.5, -0.0, 1e300, 1e-310])
 SCALARS = NUMBERS | st.none() | st.booleans() | st.text(max_size=3) | st.integers(-9, 999)
 VALUES = st.recursive(

@@ -106,7 +106,8 @@ def test_config_without_a_field(tmp_path):
 
 def test_not_a_config():
     with pytest.raises(
-        ValueError, match=r"needed a model config \(GPTConfig, .*HybridMoEConfig\); got dict"
+        ValueError,
+        match=r"needed a model config \(GPTConfig, .*HybridMoEConfig, DenseConfig\); got dict",
     ):
         weights.abstract_model({})
 

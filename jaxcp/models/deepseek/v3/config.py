@@ -5,6 +5,7 @@ import dataclasses
 import math
 
 from jaxcp.layers.mla import IndexDims, LatentDims
+from jaxcp.layers.remat import Remat, check_remat
 from jaxcp.layers.rope import Rope
 from jaxcp.layers.routing import Routing
 
@@ -39,11 +40,13 @@ class DeepSeekV3Config:
     num_mtp_layers: int = 0
     """1 adds the layer that drafts the token after next."""
     dtype: str = "float32"
-    remat: bool = False
+    remat: Remat = False
+    """Policy of what the backward pass computes again (`layers.remat.POLICIES`)."""
     reproducible_experts: bool = False
     """MoE layers give the same bits on every mesh, slower (`MoE.reproducible`)."""
 
     def __post_init__(self):
+        check_remat(self.remat)
         if not 0 <= self.first_dense_layers <= self.num_layers:
             raise ValueError(
                 "needs 0 <= first_dense_layers <= num_layers; "

@@ -5,6 +5,7 @@ import dataclasses
 
 from jaxcp.layers.compressed import SharedHeadDims
 from jaxcp.layers.mla import IndexDims
+from jaxcp.layers.remat import Remat, check_remat
 from jaxcp.layers.rope import Rope
 
 
@@ -72,11 +73,13 @@ class DeepSeekV4Config:
     norm_eps: float = 1e-6
     num_mtp_layers: int = 0
     dtype: str = "float32"
-    remat: bool = False
+    remat: Remat = False
+    """Policy of what the backward pass computes again (`layers.remat.POLICIES`)."""
     reproducible_experts: bool = False
     """MoE layers give the same bits on every mesh, slower (`MoE.reproducible`)."""
 
     def __post_init__(self):
+        check_remat(self.remat)
         if len(self.layer_kinds) != self.num_layers or set(self.layer_kinds) - set("WCH"):
             raise ValueError(
                 f"layer_kinds has a letter of W, C, H for each of {self.num_layers} layers; "

@@ -9,9 +9,9 @@ from tiny_checkpoints import FIXTURES
 
 import jaxcp
 from jaxcp.cli.main import main
+from jaxcp.text.generation import read_stop_tokens
 from jaxcp.text.tokenizer import byte_level
 from jaxcp.weights.quantizing import quantize
-from jaxcp.weights.stop_tokens import read_stop_tokens
 
 ABSENT = object()
 
@@ -54,6 +54,28 @@ def test_where_they_stand(files, expected, tmp_path, caplog):
     write(tmp_path, **files)
     assert read_stop_tokens(tmp_path, 256) == expected
     assert ("cannot end an answer" in caplog.text) == ("256" in str(files))
+
+
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        ({"text_config": {"eos_token_id": 7}}, (7,)),  # Qwen3.5
+        ({"text_config": {"eos_token_id": [7, 8]}, "eos_token_id": 9}, (9,)),  # Gemma 4
+        ({"text_config": {"eos_token_id": 7}, "eos_token_id": None}, ()),
+        ({"text_config": {}}, ()),
+        ({"text_config": None}, ()),
+    ],
+)
+def test_of_a_model_that_is_more_than_a_language_model(fields, expected, tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(fields))
+    assert read_stop_tokens(tmp_path, 256) == expected
+    write(tmp_path, generation=5)
+    assert read_stop_tokens(tmp_path, 256) == (5,)
+    file.write_text('{"text_config": {"eos_token_id": "7"}}')
+    write(tmp_path, generation=ABSENT)
+    with pytest.raises(ValueError, match=r"null as eos_token_id; .*config\.json has '7'"):
+        read_stop_tokens(tmp_path, 256)
 
 
 @pytest.mark.parametrize("name", ["config", "generation"])
@@ -99,10 +121,33 @@ def test_they_are_kept(folder, tmp_path):
     assert jaxcp.load(tmp_path / "int8")[0].stop_tokens == (3, 4)
 
 
-def test_on_the_command_line(folder, capsys):
-    """Every token is an eos here, so whatever the model says first is the end."""
+def test_advice_on_sampling_is_kept(folder, tmp_path):
+    """All of the file: saved into a new folder, over another checkpoint's, and without its ids."""
+    file = folder / "generation_config.json"
+    advice = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "do_sample": True, "eos_token_id": 3}
+    file.write_text(json.dumps(advice | {"transformers_version": "4.51", "max_new_tokens": 32768}))
     byte_level().save(folder / "tokenizer.json")
-    write(folder, generation=list(range(256)))
+    model, tokenizer = jaxcp.load(folder)
+    jaxcp.save(model, tmp_path / "out", tokenizer)
+    saved = tmp_path / "out/generation_config.json"
+    assert json.loads(saved.read_text()) == json.loads(file.read_text())
+    again, tokenizer = jaxcp.load(tmp_path / "out")
+    assert (tokenizer.defaults.temperature, tokenizer.defaults.top_p) == (0.6, 0.95)
+    assert (tokenizer.defaults.top_k, again.stop_tokens) == (20, (3,))
+    saved.write_text(json.dumps({"temperature": 1.5, "min_p": 0.1}))
+    jaxcp.save(again, tmp_path / "out")
+    assert json.loads(saved.read_text()) == json.loads(file.read_text()) | {"min_p": 0.1}
+    again.stop_tokens = (4, 5)
+    jaxcp.save(again, tmp_path / "new")
+    written = json.loads((tmp_path / "new/generation_config.json").read_text())
+    assert written == json.loads(file.read_text()) | {"eos_token_id": [4, 5]}
+
+
+def test_on_the_command_line(folder, capsys):
+    """The eos is what the model says first."""
+    byte_level().save(folder / "tokenizer.json")
+    model, _ = jaxcp.load(folder)
+    write(folder, generation=int(jaxcp.logits(model, [list(b"abc")])[0, -1].argmax()))
     for options, count in (((), 0), (("--ignore-eos",), 1)):
         text = "--prompt", "abc", "--max-new-tokens", "1"
         main(["generate", "--checkpoint", str(folder), *text, *options])

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FLOPs that a step is worth, whatever it recomputes: products of matrices, and attention.
+
+A product counts 2 FLOPs a weight and token forward and 4 backward: `6 N` a token. N has the head
+and the experts that a token meets, and not the embedding, which is no product. Attention counts
+`12 heads x head_dim` for each query and key that sees it; a causal row of S has S (S + 1) / 2 of
+these, a window W at most W a query, and documents that are packed only their own.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxcp.data.batch import Batch
+from jaxcp.layers.attention import Attention
+from jaxcp.models import abstract_model
+from jaxcp.training.optimizer import sides
+from jaxcp.training.step import skeleton
+from pallas_kernels import PAD_POSITION, devices
+
+FORWARD_AND_BACKWARD = 3
+
+
+class Attended(NamedTuple):
+    """Layers whose attention has one window (None: none), and the widths of their heads in all."""
+
+    window: int | None
+    width: int
+
+
+@functools.lru_cache(maxsize=8)
+def matrix_weights(model_config: Any) -> float:
+    """Count the weights that a token is multiplied by."""
+    bones = skeleton(model_config)
+    total = 0.0
+    for name, axes in bones.axes.items():
+        plain = axes[axes[:1] == ("layers",) :]
+        if len(sides(axes)[1]) < 2:
+            continue
+        size = math.prod(bones.shapes[name])
+        if plain[:1] == ("experts",):
+            size *= model_config.num_experts_per_tok / model_config.num_experts
+        total += size
+    if getattr(model_config, "tie_embeddings", False):
+        total += model_config.vocab_size * model_config.embed_dim
+    return total
+
+
+@functools.lru_cache(maxsize=8)
+def attended(model_config: Any) -> tuple[Attended, ...] | None:
+    """List the attention of a model by window; None where it has a kind that is not counted."""
+    widths: dict[int | None, int] = {}
+    for attention, count in abstract_model(model_config).attentions().values():
+        if not isinstance(attention, Attention):
+            return None
+        heads = attention.q.shape[-2:]
+        widths[attention.window] = widths.get(attention.window, 0) + count * math.prod(heads)
+    return tuple(Attended(window, width) for window, width in widths.items())
+
+
+def flops_of(model_config: Any, batch: Batch) -> float | None:
+    """FLOPs of a training step on a batch `[B, T]` in natural order; None where not known."""
+    layers = attended(model_config)
+    if layers is None:
+        return None
+    lengths = document_lengths(batch)
+    total = 2 * FORWARD_AND_BACKWARD * matrix_weights(model_config) * lengths.sum()
+    for window, width in layers:
+        total += 4 * FORWARD_AND_BACKWARD * width * visible_pairs(lengths, window)
+    return float(total)
+
+
+def document_lengths(batch: Batch) -> np.ndarray:
+    """Count the tokens of each document of each row, pads left out."""
+    real = batch["positions"] != PAD_POSITION
+    if "segment_ids" not in batch:
+        return real.sum(1)
+    row = np.broadcast_to(np.arange(len(real))[:, None], real.shape)
+    keys = row.astype(np.int64) << 32 | batch["segment_ids"].astype(np.uint32)
+    return np.unique(keys[real], return_counts=True)[1]
+
+
+def visible_pairs(lengths: np.ndarray, window: int | None) -> int:
+    """Count the pairs of a query and a key that it sees, over documents of these lengths."""
+    lengths = lengths.astype(np.int64)
+    whole = lengths if window is None else np.minimum(lengths, window)
+    return int((whole * (whole + 1) // 2 + (lengths - whole) * whole).sum())
+
+
+def mask_of(model_config: Any, batch: Batch) -> str:
+    """Name what the counted FLOPs of attention leave out: causal, window, packed."""
+    layers = attended(model_config) or ()
+    parts = ["causal"] + ["window"] * any(layer.window is not None for layer in layers)
+    return "+".join([*parts, *["packed"] * ("segment_ids" in batch)])
+
+
+def peak_of(mesh: jax.sharding.Mesh) -> float | None:
+    """Peak bfloat16 FLOPs a second of all devices of a mesh; None for one that is not known."""
+    chip = devices.find(mesh.devices.flat[0].device_kind)
+    return None if chip is None else chip.bf16_flops_per_device * mesh.size
