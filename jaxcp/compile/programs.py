@@ -17,7 +17,6 @@ from jaxcp.inference import programs, steps, turns
 from jaxcp.inference.batch import resting, resting_chunk
 from jaxcp.inference.geometry import FEW, geometry_of
 from jaxcp.inference.programs import LINES, no_seats
-from jaxcp.inference.runner import chunk_sizes
 from jaxcp.sharding import DEFAULT, Rules
 from jaxcp.weights.placement import parts_of
 
@@ -86,8 +85,8 @@ def engine_programs(
     strategy: Strategy | None = None,
     rules: Rules = DEFAULT,
 ) -> dict[str, tuple[Callable, tuple]]:
-    """The programs of an `Engine` with these options, by name: "decode", "few" with `drafts`, and
-    "chunk of N" for every size of chunks.
+    """The programs of an `Engine` with these options, by name: "decode", "few" with `drafts`,
+    "chunk of N" for every size of chunks, and "R chunks of N" with several rows.
 
     >>> fn, args = engine_programs(jaxcp.abstract_model(config), mesh, max_len=131_072)["decode"]
     """
@@ -114,15 +113,19 @@ def engine_programs(
         shape = rows, FEW, *[g.ngram] * (g.ngram > 1)
         ids = shaped(np.zeros(shape, np.int32), LINES)
         made["few"] = programs.program(programs.few), (*state, ids, numbers, g)
-    for size in chunk_sizes(g):
-        chunk = resting_chunk(size, g)
+
+    def chunks(size, rows, g):
+        chunk = resting_chunk(size, g.groups * rows, g)
         tokens = P("data", "seq" if chunk.sharded else None)
         arrays = shaped((chunk.ids, chunk.positions, chunk.following), tokens)
         static = g, chunk.sharded, strategy
-        made[f"chunk of {size}"] = (
-            programs.program(programs.chunk),
-            (*state, *arrays, shaped(chunk.numbers, LINES), *static),
-        )
+        arguments = *state, *arrays, shaped(chunk.numbers, LINES), *static
+        return programs.program(programs.chunk), arguments
+
+    made |= {f"chunk of {size}": chunks(size, 1, g) for size in g.chunk_sizes}
+    if g.together is not None:
+        rows, size, narrow = g.together
+        made[f"{rows} chunks of {size}"] = chunks(size, rows, narrow)
     return made
 
 

@@ -12,14 +12,12 @@ from typing import Any
 import numpy as np
 
 from jaxcp.data.windows import windows
-from jaxcp.inference.geometry import FEW, Geometry
+from jaxcp.inference.geometry import FEW, SHORT, Geometry
 from jaxcp.inference.plan import Row
 from jaxcp.inference.sampling import RowOptions
 from jaxcp.layout import Layout
 from pallas_kernels import PAD_POSITION
 
-SHORT = (8, 32, 64)
-"""Widths of a chunk that every device computes."""
 FIELDS = ("line", "late", "drafts", "before", "added", "state", "room", *RowOptions._fields)
 """The first columns of a row's numbers, see `columns`; floats by their bits."""
 STOPS = 8
@@ -28,14 +26,14 @@ STOPS = 8
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Chunk:
-    """A chunk of a prompt of each group of devices."""
+    """Chunks of B prompts, those of each group of devices in a row."""
 
     ids: np.ndarray
-    """int32 `[groups, T]`, or `[groups, T, ngram]`."""
+    """int32 `[B, T]`, or `[B, T, ngram]`."""
     positions: np.ndarray
-    """int32 `[groups, T]`; `PAD_POSITION` for pads."""
+    """int32 `[B, T]`; `PAD_POSITION` for pads."""
     following: np.ndarray
-    """int32 `[groups, T]`: the token after each one; -1 after the last that is known."""
+    """int32 `[B, T]`: the token after each one; -1 after the last that is known."""
     numbers: np.ndarray
     """Numbers of these rows, see `columns`."""
     sharded: bool
@@ -68,7 +66,11 @@ def columns(numbers: Any, geometry: Geometry) -> dict[str, Any]:
 def lines_of(groups: Sequence[Sequence[Row]], geometry: Geometry) -> list[Row | None]:
     """The rows of each group, padded with None to one of `geometry.row_sizes`, side by side."""
     most = max(map(len, groups))
-    size = next(size for size in geometry.row_sizes if size >= most)
+    return padded_lines(groups, next(size for size in geometry.row_sizes if size >= most))
+
+
+def padded_lines(groups: Sequence[Sequence[Row]], size: int) -> list[Row | None]:
+    """The rows of each group, padded with None to `size`, side by side."""
     return [row for rows in groups for row in (*rows, *[None] * (size - len(rows)))]
 
 
@@ -93,15 +95,15 @@ def few_batch(lines: Sequence[Row | None], geometry: Geometry) -> tuple[np.ndarr
 def chunk_batch(
     rows: Sequence[Row | None], geometry: Geometry, sizes: tuple[int, ...], layout: Layout
 ) -> Chunk:
-    """A chunk of a prompt of each group: short and the same on every shard, or sharded in the
+    """A chunk of the prompt of each row: short and the same on every shard, or sharded in the
     places of `layout`.
 
     Args:
-      rows: one a group; None rests.
+      rows: as many of each group; None rests.
       sizes: the chunks' tokens are padded to the first of these that holds them.
     """
     size = next(size for size in sizes if size >= max(row.count for row in rows if row))
-    chunk = resting_chunk(size, geometry)
+    chunk = resting_chunk(size, len(rows), geometry)
     places = np.arange(size)
     if chunk.sharded:
         places = np.argsort(np.sort(layout.places(size, geometry.shards), axis=1), axis=None)
@@ -116,14 +118,13 @@ def chunk_batch(
     return chunk
 
 
-def resting_chunk(size: int, geometry: Geometry) -> Chunk:
-    """A chunk of pads alone."""
-    groups = geometry.groups
+def resting_chunk(size: int, rows: int, geometry: Geometry) -> Chunk:
+    """Chunks of pads alone."""
     return Chunk(
-        ids=np.zeros(_shape(groups, size, geometry), np.int32),
-        positions=np.full((groups, size), PAD_POSITION, np.int32),
-        following=np.full((groups, size), -1, np.int32),
-        numbers=resting(groups, geometry),
+        ids=np.zeros(_shape(rows, size, geometry), np.int32),
+        positions=np.full((rows, size), PAD_POSITION, np.int32),
+        following=np.full((rows, size), -1, np.int32),
+        numbers=resting(rows, geometry),
         sharded=size > SHORT[-1],
     )
 

@@ -20,7 +20,7 @@ from jaxcp.inference.checks import check_mesh, integer, seconds
 from jaxcp.inference.geometry import FEW, Geometry, check_memory, geometry_of
 from jaxcp.inference.groups import Groups
 from jaxcp.inference.interrupts import deferred
-from jaxcp.inference.limits import ChunkLimits, Limits
+from jaxcp.inference.limits import ChunkLimits, Limits, TogetherLimits
 from jaxcp.inference.loop import Loop
 from jaxcp.inference.pace import Pace
 from jaxcp.inference.pages import Pages
@@ -329,8 +329,9 @@ class Engine:
         """A scheduler for every group of devices along the mesh's `data`."""
         g = self.geometry
         chunks = ChunkLimits(
-            sizes=self.runner.sizes, seconds=self._pace.seconds, max_wait=self.max_wait
-        )
+            sizes=self.runner.sizes, seconds=self._pace.seconds, max_wait=self.max_wait,
+            together=self._together(),
+        )  # fmt: skip
         limits = Limits(
             max_rows=g.max_rows, max_len=self.max_len, chunks=chunks, snapshot_pages=16,
             host=self.runner.host.limits(),
@@ -340,6 +341,17 @@ class Engine:
             "states": g.states,
         }  # fmt: skip
         return Groups([Scheduler(Pages(**sizes), limits) for _ in range(g.groups)])
+
+    def _together(self) -> TogetherLimits | None:
+        """Limits of the program for chunks of several rows."""
+        if self.runner.together is None:
+            return None
+        rows, tokens, geometry = self.runner.together
+
+        def seconds(contexts: Sequence[int]) -> float:
+            return self._pace.seconds(tokens, sum(contexts) / rows, rows)
+
+        return TogetherLimits(rows=rows, tokens=tokens, context=geometry.longest, seconds=seconds)
 
     @functools.cached_property
     def _pace(self) -> Pace:

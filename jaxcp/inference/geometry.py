@@ -6,7 +6,7 @@ import itertools
 import logging
 import math
 import numbers
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -22,6 +22,12 @@ SMALL_POOL = 32_768
 """Tokens of a pool for several requests, where nothing is said of its size."""
 FEW = 8
 """Tokens of a row in a step that looks at guesses: the latest, and guesses."""
+SHORT = (8, 32, 64)
+"""Tokens of a chunk that every device computes."""
+WIDTHS = (128, 512, 2048)
+"""Tokens a shard of the chunks that are sharded."""
+TOGETHER = 8
+"""Rows of the program that computes short chunks of several."""
 DRAFTED = 3
 """Tokens that a layer of the model drafts at a time at most: later ones are seldom right."""
 OF_A_TOKEN = 8 + 1 / 8
@@ -55,10 +61,44 @@ class Geometry:
     """Room on the host for what each group evicts."""
 
     @property
+    def seats(self) -> int:
+        """Rows of all groups."""
+        return self.groups * self.max_rows
+
+    @property
     def row_sizes(self) -> tuple[int, ...]:
         """Rows of the steps of decoding that there are."""
         few = itertools.takewhile(lambda size: size < self.max_rows, (1, 4, 16, 64, 256))
         return (*few, self.max_rows)
+
+    @property
+    def chunk_sizes(self) -> tuple[int, ...]:
+        """Tokens of chunks, up to one that takes the longest prompt at once."""
+        short = SHORT[-1:] if self.drafts else SHORT  # to bound the number of programs
+        sizes = (*short, *(width * self.shards for width in WIDTHS))
+        enough = [size for size in sizes if size >= self.longest]
+        return tuple(size for size in sizes if not enough or size <= enough[0])
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a row at most, in whole pages of every shard."""
+        return self.shards * self.listed * self.page_size
+
+    @property
+    def together(self) -> "Together | None":
+        """The program for chunks of several rows; None where there is one row, or no room.
+
+        It may copy a layer's pages of all of them: as many as of one row of the longest, or of
+        `SMALL_POOL` tokens where that is more.
+        """
+        rows = min(TOGETHER, self.max_rows)
+        most = max(self.longest, SMALL_POOL) // (rows * self.shards * self.page_size)
+        if rows == 1 or most == 0:
+            return None
+        zigzag = 2 * self.shards
+        tokens = min(-(-WIDTHS[0] // zigzag) * zigzag, self.chunk_sizes[-1])
+        narrow = dataclasses.replace(self, listed=min(self.listed, most))
+        return Together(rows, tokens, narrow)
 
     @property
     def pool_tokens(self) -> int:
@@ -73,6 +113,17 @@ class Geometry:
             "states": self.states,
             **_pool_options(self.drafts, self.drafting, self.cache_dtype),
         }
+
+
+class Together(NamedTuple):
+    """Sizes of a program for chunks of several rows."""
+
+    rows: int
+    """Rows of each group of devices."""
+    tokens: int
+    """Tokens of each row."""
+    geometry: Geometry
+    """Sizes of the rows, which are no longer than `geometry.longest`."""
 
 
 def geometry_of(

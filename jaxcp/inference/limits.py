@@ -2,7 +2,24 @@
 """Bounds of what a scheduler gives out."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TogetherLimits:
+    """Chunks of several rows that one program computes.
+
+    Args:
+      rows: so many at most.
+      tokens: of each row at most.
+      context: tokens of a row at most, those before its chunk and those that come after it too.
+      seconds: predicts the seconds of the program from the tokens before each row's.
+    """
+
+    rows: int
+    tokens: int
+    context: int
+    seconds: Callable[[Sequence[int]], float]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -13,12 +30,15 @@ class ChunkLimits:
       sizes: ascending. The smallest is computed however long it takes, so that a prompt always gets
         on; the largest bounds the prompt tokens of a step.
       seconds: predicts the seconds of a chunk from its tokens and the tokens before it.
-      max_wait: the seconds that chunks may add to a step in which rows decode.
+      max_wait: the seconds that chunks may add to a step in which rows decode. Where that is
+        infinite nothing depends on seconds.
+      together: chunks of several rows in one program; None: each is one of its own.
     """
 
     sizes: tuple[int, ...]
     seconds: Callable[[int, int], float]
     max_wait: float = float("inf")
+    together: TogetherLimits | None = None
 
     def total(self, count: int, context: int) -> float:
         """Predict the seconds of `count` tokens behind `context`, in the largest chunks."""
@@ -28,6 +48,11 @@ class ChunkLimits:
             seconds += self.seconds(now, context)
             count, context = count - now, context + now
         return seconds
+
+    def padded(self, count: int) -> int:
+        """Count the tokens of `count`, in the largest chunks, with their pads."""
+        full, rest = divmod(count, self.sizes[-1])
+        return full * self.sizes[-1] + next((s for s in self.sizes if s >= rest > 0), 0)
 
     def __post_init__(self):
         if not self.sizes or self.sizes[0] < 1 or list(self.sizes) != sorted({*self.sizes}):

@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxcp.inference.groups import Groups
 from jaxcp.inference.interrupts import deferred
-from jaxcp.inference.pace import Pace
+from jaxcp.inference.pace import Pace, Work
 from jaxcp.inference.plan import Plan, Row
 from jaxcp.inference.request import Request, Status
 from jaxcp.inference.runner import Runner, Sampled, Tokens
@@ -58,13 +58,26 @@ class Loop:
         plans, sent = self._sampled[0].plans, self._sampled.popleft().sent
         began, self._latest_read = max(sent, self._latest_read), time.monotonic()
         if not any(plan.pages_in or plan.states_in for plan in plans):  # which take time, too
-            self.pace.learn(_chunks(plans), self._latest_read - began)
+            self.pace.learn(self._work(plans), self._latest_read - began)
         rows: list[Row] = []
         for scheduler, plan, of_plan in zip(self.groups.schedulers, plans, sampled, strict=True):
             rows += self._take(scheduler, plan, of_plan) if plan.rows else []
         if not all(all(of_plan.finite) for of_plan in sampled):  # whoever it was for
             self._start_anew()
         return [row.request for row in rows if row.request.done]
+
+    def _work(self, plans: list[Plan]) -> list[Work]:
+        """The chunks of plans, as programs had them."""
+        groups = [[row for row in plan.rows if _is_chunk(row)] for plan in plans]
+        alone = [
+            [Work(row.count, row.start) for row in rows if not row.together] for rows in groups
+        ]
+        work = [max(filter(None, side)) for side in itertools.zip_longest(*alone)]  # side by side
+        beside = [[row.start for row in rows if row.together] for rows in groups]
+        if self.runner.together is not None and any(beside):
+            rows, tokens, _ = self.runner.together
+            work.append(Work(tokens, max(map(sum, beside)) / rows, rows))
+        return work
 
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:
@@ -125,8 +138,8 @@ class Loop:
         with deferred() as allowed:
             with self._failing(), allowed(), self.on_mesh():
                 seconds = self.runner.warm_up()
-            for size, taken in seconds.items():
-                self.pace.know(size, taken)
+            for size, rows, taken in seconds:
+                self.pace.know(size, rows, taken)
 
 
 def _spoiled(sampled, number) -> bool:
@@ -134,13 +147,8 @@ def _spoiled(sampled, number) -> bool:
     return not sampled.finite[number] or NO_TOKEN in sampled.tokens[number]
 
 
-def _chunks(plans) -> list[tuple[int, int]]:
-    """The chunks that took longest of those that run side by side: `(tokens, tokens before)`."""
-    groups = [
-        [(row.count, row.start) for row in plan.rows if row.count > 1 + row.drafts]
-        for plan in plans
-    ]
-    return [max(filter(None, chunks)) for chunks in itertools.zip_longest(*groups)]
+def _is_chunk(row) -> bool:
+    return row.count > 1 + row.drafts
 
 
 def _guess(request: Request) -> int:

@@ -118,6 +118,26 @@ class Pages:
         """Count those of a row's first `places` pages that lie on this shard."""
         return (places - shard + self.shards - 1) // self.shards
 
+    def check_size(self, tokens: int, asked: str) -> None:
+        """Raise ValueError where a row of so many tokens, for what is `asked`, could not lie here
+        even if it were alone."""
+        needed = self.on_shard(self.places(tokens), 0)
+        if needed > self.pages_per_shard:
+            raise ValueError(
+                f"{asked} need {needed} pages of {self.page_size} tokens on a shard, which has "
+                f"{self.pages_per_shard}; ask for fewer, or make the pool larger"
+            )
+
+    def fit(self, rows: Iterable[tuple[int, int]], factor: float) -> bool:
+        """Tell whether rows with `(places they have, places they may come to have)` fit together
+        into the pools, so many times as large."""
+        rows = list(rows)
+        for shard, pool in enumerate(self.pools):
+            coming = sum(self.on_shard(b, shard) - self.on_shard(a, shard) for a, b in rows)
+            if pool.held + coming > factor * pool.size:
+                return False
+        return True
+
     def take(self, place: int) -> int | None:
         """A page for this place of a row, held once; None where its shard has none free."""
         shard = place % self.shards

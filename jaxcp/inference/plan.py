@@ -35,6 +35,8 @@ class Row:
     drafts: int = 0
     samples: bool = True
     """False in a chunk that ends inside the prompt."""
+    together: bool = False
+    """True where other rows may have their chunks in the same program."""
     snapshot: int | None = None
     """The state to which the row's own is copied after the step."""
 

@@ -44,7 +44,7 @@ class Seats(NamedTuple):
 
 def no_seats(geometry: Geometry, vocab_size: int) -> Seats:
     """Make the seats that nobody has, on the host."""
-    seats = geometry.groups * geometry.max_rows
+    seats = geometry.seats
     recent = np.zeros((seats, geometry.ngram), np.int32)
     bits = np.zeros((seats, words(vocab_size)), np.int32)
     return Seats(recent, nothing_said(seats, vocab_size), bits)
@@ -98,6 +98,12 @@ def chunk(model, pool, seats, ids, positions, following, numbers, geometry, shar
     )
 
 
+def arranged(pool, said, pages, states, row, line):
+    """`(pool, said)` after copies of pages and states, see `copied`, and with what the row `line`
+    has said, see `with_row`."""
+    return copied(pool, pages, states), with_row(said, row, line)
+
+
 def _step(model, pool, seats, row, ids, positions, geometry, following, **options):
     """Compute tokens and sample one behind them; `following`: see `Chunk`, None: that one."""
     hidden, state, attend = _forward(model, pool, row, ids, positions, geometry, **options)
@@ -145,8 +151,7 @@ OPTIONS: dict[Any, tuple] = {
     decode: ((4,), (1, 2)),
     few: ((5,), (1, 2)),
     chunk: ((7, 8, 9), (1, 2)),
-    copied: ((), (0,)),
-    with_row: ((), (0,)),
+    arranged: ((), (0, 1)),
 }
 """Static arguments, and donated ones, of each program."""
 

@@ -3,12 +3,12 @@
 
 | program | how many |
 |---|---|
-| copies of pages and states | 1 |
+| copies of pages and states, and what a row has said, for its penalties | 1 |
 | copies to the host and back, see `HostCopies` | 2, where there is memory for them |
-| what a row has said, for its penalties | 1 |
 | a step of decoding | one for each of `Geometry.row_sizes` |
 | a step that looks at guesses | as many, where there are guesses |
 | a chunk of a prompt | one for each of `sizes` |
+| chunks of several prompts | 1, where there are several rows |
 
 Steps donate the pool. One that fails may have taken it along: `reset` makes a new one.
 
@@ -18,6 +18,7 @@ for it. So a step can be made and sent while the one before runs.
 
 import itertools
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -25,11 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from jaxcp.attention.pool import Pool, copied
+from jaxcp.attention.pool import Pool
 from jaxcp.context_parallel import Strategy
 from jaxcp.inference import programs
 from jaxcp.inference.batch import (
-    SHORT,
     Chunk,
     chunk_batch,
     copies,
@@ -37,13 +37,14 @@ from jaxcp.inference.batch import (
     few_batch,
     is_late,
     lines_of,
+    padded_lines,
     resting_chunk,
 )
 from jaxcp.inference.geometry import FEW, Geometry
 from jaxcp.inference.host_copies import HostCopies
 from jaxcp.inference.logprobs import LogProbs, TokenLogProbs
 from jaxcp.inference.masks import words
-from jaxcp.inference.penalties import Said, said_by, with_row
+from jaxcp.inference.penalties import Said, said_by
 from jaxcp.inference.plan import Plan, Row
 from jaxcp.inference.programs import LINES, Seats, no_seats
 from jaxcp.inference.request import Seat
@@ -51,8 +52,6 @@ from jaxcp.inference.sampling import NOT_FINITE, Sampling
 from jaxcp.inference.turns import layout_of
 from jaxcp.inference.verify import Verified
 
-WIDTHS = (128, 512, 2048)
-"""Tokens a shard of the chunks that are sharded."""
 Lines = list[Row | None]
 """The row in each line of a batch; None rests."""
 
@@ -129,10 +128,12 @@ class Runner:
 
     def __init__(self, model: Any, geometry: Geometry, *, strategy: Strategy | None = None):
         self.model, self.geometry, self.strategy = model, geometry, strategy
-        self.sizes = chunk_sizes(geometry)
+        self.sizes, self.together = geometry.chunk_sizes, geometry.together
         self.pool: Pool
         self.seats: Seats
         self.host = HostCopies(geometry)
+        nobody = said_by([], [], Sampling(), model.config.vocab_size), np.int32(geometry.seats)
+        self._nothing = _put(nobody, P())
         self.reset()
         self.pool = self.host.begin(self.pool)
 
@@ -162,40 +163,64 @@ class Runner:
             lines = lines_of(single, g)
             steps.append((lines, self._decode(decode_batch(lines, g))))
         chunks = [[row for row in rows if row.count > 1] for rows in rest]
-        for lines in map(list, itertools.zip_longest(*chunks)):
-            chunk = chunk_batch(lines, g, self.sizes, layout_of(self.strategy))
-            steps.append((lines, self._chunk(chunk)))
+        steps += self._chunks([[row for row in rows if not row.together] for rows in chunks])
+        beside = [[row for row in rows if row.together] for rows in chunks]
+        if self.together is not None and any(beside):
+            steps.append(self._chunks_of(beside, *self.together))
         self._copy([[]] * g.groups, [_snapshots(plan) for plan in plans])
         return Tokens(plans, steps)
 
-    def warm_up(self) -> dict[int, float]:
+    def _chunks(self, groups: list[list[Row]]) -> Iterator[tuple[Lines, Verified]]:
+        """Run a program for the first row of each group, one for the second, and so on."""
+        for lines in map(list, itertools.zip_longest(*groups)):
+            chunk = chunk_batch(lines, self.geometry, self.sizes, layout_of(self.strategy))
+            yield lines, self._chunk(chunk, self.geometry)
+
+    def _chunks_of(self, groups, rows, tokens, geometry) -> tuple[Lines, Verified]:
+        """Run one program for the chunks of all rows."""
+        lines = padded_lines(groups, rows)
+        chunk = chunk_batch(lines, geometry, (tokens,), layout_of(self.strategy))
+        return lines, self._chunk(chunk, geometry)
+
+    def warm_up(self) -> list[tuple[int, int, float]]:
         """Compile every program: no request compiles anything afterwards.
 
         Returns:
-          By size, the seconds of a chunk that is all pads.
+          Size, rows, and seconds of chunks that are all pads.
         """
         groups = self.geometry.groups
-        self._copy([[]] * groups, [[]] * groups, always=True)
-        self._write(said_by([], [], Sampling(), self.model.config.vocab_size), 0)
+        self._arrange()
         for rows in self.geometry.row_sizes:
             lines: Lines = [None] * (groups * rows)
             self._decode(decode_batch(lines, self.geometry))
             if self.geometry.drafts:
                 self._few(*few_batch(lines, self.geometry))
-        seconds = {}
-        for size in self.sizes:
-            for _ in range(2):  # the second does not compile
-                start = time.monotonic()
-                self._chunk(resting_chunk(size, self.geometry))
-                jax.block_until_ready(self.pool)
-                seconds[size] = time.monotonic() - start
-        return seconds
+        programs = [(1, size, self.geometry) for size in self.sizes]
+        programs += [self.together] if self.together else []
+        return [(size, rows, self._timed(size, rows, g)) for rows, size, g in programs]
 
-    def _copy(self, pages, states, *, always=False) -> None:
+    def _timed(self, size, rows, geometry) -> float:
+        """Seconds of chunks that are all pads."""
+        for _ in range(2):  # the second does not compile
+            start = time.monotonic()
+            self._chunk(resting_chunk(size, geometry.groups * rows, geometry), geometry)
+            jax.block_until_ready(self.pool)
+        return time.monotonic() - start
+
+    def _copy(self, pages, states) -> None:
         """Copy pages and states of each group, if there are any to copy."""
-        if always or any(pages) or any(states):
-            pairs = (copies(x, self.geometry.max_rows) for x in (pages, states))
-            self.pool = programs.program(copied)(self.pool, *_put(tuple(pairs), LINES))
+        if any(pages) or any(states):
+            self._arrange(pages=pages, states=states)
+
+    def _arrange(self, *, pages=None, states=None, said: tuple[Said, int] | None = None) -> None:
+        """Copy pages and states, and write what the row in a line has said."""
+        none: list[list] = [[]] * self.geometry.groups
+        pairs = tuple(copies(x or none, self.geometry.max_rows) for x in (pages, states))
+        row, line = self._nothing if said is None else _put((said[0], np.int32(said[1])), P())
+        self.pool, said_after = programs.program(programs.arranged)(
+            self.pool, self.seats.said, *_put(pairs, LINES), row, line
+        )
+        self.seats = self.seats._replace(said=said_after)
 
     def _prepare(self, plans: list[Plan]) -> None:
         """Send what rows are sampled by, beside their numbers: what they have said when they take a
@@ -208,20 +233,16 @@ class Runner:
         }
         for line, row in rows.items():
             if row.request.sampling.penalizes and self._written.get(line) is not row.seat:
-                self._write(_said(row, self.model.config.vocab_size), line)
+                self._arrange(said=(_said(row, self.model.config.vocab_size), line))
                 self._written[line] = row.seat
         rows = {line: row for line, row in rows.items() if row.request.output.constraint}
         if rows:
             allowed = self.host.settled(_put(self._bits(rows), LINES))
             self.seats = self.seats._replace(allowed=allowed)
 
-    def _write(self, said: Said, line: int) -> None:
-        arrays = _put((said, np.int32(line)), P())
-        self.seats = self.seats._replace(said=programs.program(with_row)(self.seats.said, *arrays))
-
     def _bits(self, rows: dict[int, Row]) -> np.ndarray:
         """Bits of what the grammars of these rows, by line, allow next."""
-        seats = self.geometry.groups * self.geometry.max_rows
+        seats = self.geometry.seats
         bits = np.zeros((seats, words(self.model.config.vocab_size)), np.int32)
         for line, row in rows.items():
             bits[line] = row.request.output.constraint.allowed()
@@ -233,10 +254,10 @@ class Runner:
     def _few(self, ids: np.ndarray, numbers: np.ndarray) -> Verified:
         return self._step(programs.few, *_put((ids, numbers), LINES), self.geometry)
 
-    def _chunk(self, chunk: Chunk) -> Verified:
+    def _chunk(self, chunk: Chunk, geometry: Geometry) -> Verified:
         spec = P("data", "seq" if chunk.sharded else None)
         arrays = _put((chunk.ids, chunk.positions, chunk.following), spec)
-        static = self.geometry, chunk.sharded, self.strategy if chunk.sharded else None
+        static = geometry, chunk.sharded, self.strategy if chunk.sharded else None
         return self._step(programs.chunk, *arrays, _put(chunk.numbers, LINES), *static)
 
     def _step(self, function, *arguments) -> Verified:
@@ -265,15 +286,6 @@ def _is_few(row) -> bool:
 
 def _snapshots(plan) -> list[tuple[int, int]]:
     return [(row.seat.state, row.snapshot) for row in plan.rows if row.snapshot is not None]
-
-
-def chunk_sizes(geometry: Geometry) -> tuple[int, ...]:
-    """Tokens of chunks, up to one that takes the longest prompt at once."""
-    short = SHORT[-1:] if geometry.drafts else SHORT  # to bound the number of programs
-    sizes = (*short, *(width * geometry.shards for width in WIDTHS))
-    longest = geometry.shards * geometry.listed * geometry.page_size
-    enough = [size for size in sizes if size >= longest]
-    return tuple(size for size in sizes if not enough or size <= enough[0])
 
 
 def _put(arrays, spec):

@@ -9,8 +9,9 @@ the exception that it raised. `request.py` tells the life of a request, `plan.py
 - The oldest request is never preempted and is in every plan, so everything comes to its end.
 """
 
+import itertools
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from jaxcp.inference.chunks import ChunkBudget
 from jaxcp.inference.host_store import HostStore
@@ -50,16 +51,11 @@ class Scheduler:
 
     def check_size(self, request: Request) -> None:
         """Raise ValueError where a request could not run even if it were alone."""
-        pages, most = self.pages, request.max_computed
+        most = request.max_computed
         asked = f"{request.prompt_len} tokens of the prompt and up to {request.max_new_tokens} new"
         if most > self.limits.max_len:
             raise ValueError(f"{asked} are more than max_len={self.limits.max_len}; ask for fewer")
-        needed = pages.on_shard(pages.places(most), 0)
-        if needed > pages.pages_per_shard:
-            raise ValueError(
-                f"{asked} need {needed} pages of {pages.page_size} tokens on a shard, which has "
-                f"{pages.pages_per_shard}; ask for fewer, or make the pool larger"
-            )
+        self.pages.check_size(most, asked)
 
     def schedule(self, now: float, drafts: Callable[[Request], int] = lambda request: 0) -> Plan:
         """The next step: every row that decodes, and chunks of prompts as far as time allows.
@@ -72,7 +68,8 @@ class Scheduler:
         plan = Plan()
         seats = self._seats()
         decoding = any(len(request.tokens) - seat.scheduled <= 1 for request, seat in seats)
-        budget = ChunkBudget(self.limits.chunks, bounded=decoding)
+        prompts = list(self._prompts(seats))
+        budget = ChunkBudget(self.limits.chunks, bounded=decoding, prompts=prompts)
         for request, seat in seats:  # the oldest first: whom it preempts is not in the plan yet
             if request.seat is seat:
                 self._continue(plan, request, seat, budget, drafts)
@@ -187,17 +184,28 @@ class Scheduler:
             return
         guessed = 0 if left > 1 else count - 1
         if left > 1:
-            budget.spend(count, start)
+            budget.spend(left, count, start)
         wanted = self._snapshot_due(request, seat, start, start + count)
         plan.rows.append(
             Row(
                 request=request, seat=seat, start=start, count=count, drafts=guessed,
-                samples=count >= left, snapshot=self._take_snapshot() if wanted else None,
+                samples=count >= left, together=left > 1 and budget.joins(left, start),
+                snapshot=self._take_snapshot() if wanted else None,
             )
         )  # fmt: skip
         seat.scheduled += count
         request.stats.computed += count
         request.stats.drafted += guessed
+
+    def _prompts(self, seats) -> Iterator[tuple[int, int]]:
+        """The prompts that may want chunks, see `ChunkBudget`, and may be admitted for them."""
+        blocked = self.waiting and self.waiting[0] is self._too_large
+        coming = [] if blocked else list(itertools.islice(self.waiting, len(self._free_rows)))
+        known = [seat.scheduled for _, seat in seats]
+        known += [self.tree.known(request.tokens) for request in coming]
+        for request, here in zip([*self.running, *coming], known, strict=True):
+            if len(request.tokens) - here > 1:
+                yield len(request.tokens) - here, here
 
     def _next_tokens(self, request, seat, left, budget, drafts) -> int:
         """Count the tokens to compute behind those scheduled, `left` of which are known."""
@@ -247,16 +255,9 @@ class Scheduler:
 
         One that was preempted comes back without overcommitment, or it would be preempted again.
         """
-        pages, factor = self.pages, 1 if request.stats.preempted else self.limits.overcommit
-        rows = [
-            (len(one.table), pages.places(other.max_computed))
-            for other, one in [*self._seats(), (request, seat)]
-        ]
-        for shard, pool in enumerate(pages.pools):
-            coming = sum(pages.on_shard(b, shard) - pages.on_shard(a, shard) for a, b in rows)
-            if pool.held + coming > factor * pool.size:
-                return False
-        return True
+        factor = 1 if request.stats.preempted else self.limits.overcommit
+        seats, places = [*self._seats(), (request, seat)], self.pages.places
+        return self.pages.fit([(len(s.table), places(r.max_computed)) for r, s in seats], factor)
 
     def _equip(self, seat, length) -> bool:
         """Take pages up to that of the first token to compute, and a state.

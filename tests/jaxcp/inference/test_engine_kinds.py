@@ -13,7 +13,7 @@ from slow import slow_but
 
 import jaxcp
 from benchmarks.cache_formats import pool_logits
-from jaxcp.inference.batch import SHORT
+from jaxcp.inference.geometry import SHORT
 from jaxcp.inference.sampling import Sampling
 from jaxcp.layers.stack import Layers
 
@@ -159,6 +159,33 @@ def test_a_prompt_in_chunks_is_answered_as_a_whole(name, axes, mesh_of):
     given = texts((5, 250), seed=1)
     for ids, result in zip(given, answers(engine, given, 6), strict=True):
         assert is_greedy(name, ids, result.tokens)
+
+
+@by_kind(CASES[0])
+def test_short_prompts_share_programs(name, axes, mesh_of):
+    """Of one and of several chunks, whose rows are few, all, or more than there are, beside a long
+    prompt, and in a second turn: the answers are those of each alone."""
+    engine = engine_of(name, axes, mesh_of)
+    limits = engine.scheduler.limits
+    free = dataclasses.replace(limits.chunks.together, context=200, seconds=lambda contexts: 0.0)
+    dear = {"seconds": lambda count, context: 1.0, "max_wait": 1e9}
+    chunks = dataclasses.replace(limits.chunks, together=free, **dear)
+    engine.scheduler.limits = dataclasses.replace(limits, chunks=chunks)
+    schedule, beside = engine.scheduler.schedule, []
+
+    def seen(*args):
+        plan = schedule(*args)
+        beside.append(sum(row.together for row in plan.rows))
+        return plan
+
+    engine.scheduler.schedule = seen
+    given = texts((5, 33, 60, 150, 220, 9), seed=6)
+    first = answers(engine, given, 4)
+    more = [[*ids, *result.tokens, *ids[:20]] for ids, result in zip(given, first, strict=True)]
+    second = [*answers(engine, more[:3], 4), *answers(engine, more[3:], 4)]
+    for ids, result in zip([*given, *more], [*first, *second], strict=True):
+        assert is_greedy(name, ids, result.tokens)
+    assert {*beside} == {0, 2, 3, 4}
 
 
 @by_kind(CASES[0], shards=3)

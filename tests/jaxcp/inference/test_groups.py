@@ -12,7 +12,7 @@ from tiny_checkpoints import FIXTURES
 
 import jaxcp
 from jaxcp import Sampling
-from jaxcp.inference.batch import SHORT
+from jaxcp.inference.geometry import SHORT
 from jaxcp.inference.groups import Groups
 from jaxcp.inference.limits import ChunkLimits, Limits
 from jaxcp.inference.pages import Pages
