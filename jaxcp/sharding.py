@@ -40,7 +40,9 @@ class Rules:
     head_groups: str | None = "model"  # of an output through narrow middles: heads lie with theirs
     group_heads: str | None = None  # within such a group
     index_heads: str | None = None  # of an indexer: small, every device scores for all its queries
-    vocab: str | None = None  # the loss and the sampler read whole rows
+    vocab: str | None = None
+    """Of the head and the table of embeddings. Where the tokens do not lie over that axis (a step
+    of decoding), each device computes its part of the logits; else the head is gathered."""
     experts: str | None = "expert"
     """Experts over "seq" or "data" lie on the devices that hold tokens, which then travel to them;
     over "expert" every device sees the same tokens."""
@@ -113,6 +115,15 @@ def over_replicas(
 
 def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+
+
+def gathered_beside(x: jax.Array, spec: P | None) -> jax.Array:
+    """`x`, whole over the mesh axes in `spec`; as it is without a mesh."""
+    if spec is None or jax.sharding.get_abstract_mesh().empty:
+        return x
+    taken = {axis for entry in spec for axis in _names(entry)}
+    left = [{*_names(entry)} - taken for entry in jax.typeof(x).sharding.spec]
+    return jax.sharding.reshard(x, P(*(tuple(sorted(axes)) or None for axes in left)))
 
 
 def tokens_spec(x) -> P | None:

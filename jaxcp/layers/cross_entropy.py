@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from jaxcp.sharding import gathered_beside
+
 
 def token_losses(
     x: Float[Array, "B T D"],
@@ -30,7 +32,7 @@ def token_losses(
     rows = P("data", "seq")
     return jax.shard_map(
         local, in_specs=(rows, P(), rows), out_specs=rows, axis_names={"data", "seq"}
-    )(x, head, targets)
+    )(x, gathered_beside(head, rows), targets)
 
 
 def walk(

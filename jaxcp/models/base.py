@@ -19,7 +19,7 @@ from jaxcp.layers.gather import gathered, lies_in_parts
 from jaxcp.layers.remat import policy_of
 from jaxcp.layers.router_stats import RouterStats
 from jaxcp.layers.stack import Layers, layers_in
-from jaxcp.sharding import tokens_spec
+from jaxcp.sharding import gathered_beside, tokens_spec
 
 
 class LanguageModel(nnx.Module):
@@ -185,9 +185,8 @@ class LanguageModel(nnx.Module):
     @jax.named_scope("head")
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Float32 logits of hidden states, accumulated in float32."""
-        return jnp.einsum(
-            "btd,dv->btv", hidden.astype(jnp.float32), self.head_kernel().astype(jnp.float32)
-        )
+        head = gathered_beside(self.head_kernel(), tokens_spec(hidden))
+        return jnp.einsum("btd,dv->btv", hidden.astype(jnp.float32), head.astype(jnp.float32))
 
     def __call__(self, tokens, positions, **options):
         """Float32 logits `[B, T, V]` of a whole sequence; `options` as `hidden` takes them."""
@@ -202,4 +201,5 @@ def embed(table, ids, dtype):
     """Rows of `table`, laid out as `ids` are."""
     spec = tokens_spec(ids)
     sharding = None if spec is None else type(spec)(*spec, None)
+    table = gathered_beside(jnp.asarray(table), spec)
     return table.at[ids].get(mode="clip", out_sharding=sharding).astype(dtype)

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxcp.layers.cross_entropy import walk
+from jaxcp.sharding import gathered_beside
 
 
 def chunked_cross_entropy(
@@ -34,6 +35,7 @@ def chunked_cross_entropy(
         return jax.lax.psum(here(*operands), ("data", "seq"))
 
     rows = P("data", "seq")
+    head = gathered_beside(head, rows)
     return jax.shard_map(
         local, in_specs=(rows, P(), rows, rows), out_specs=(P(), P()), axis_names={"data", "seq"}
     )(x, head, targets, weights)

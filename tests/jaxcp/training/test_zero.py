@@ -140,6 +140,14 @@ def test_experts_among_the_tokens_train_as_on_one_device():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("zero", [0, 3])
+@pytest.mark.parametrize("axis", ["data", "seq", "model"])
+def test_a_vocabulary_in_parts_trains_as_on_one_device(axis, zero):
+    mesh = {"data": 2, "seq": 2, "model": 2}
+    same(config(GPT, mesh=mesh, zero=zero, rules=Rules(vocab=axis)))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [{"seq": 4}, {"data": 4}], ids=str)
 def test_muon_sees_whole_matrices(mesh):
     same(config(HY3, mesh=mesh, zero=3, muon=0.02))
