@@ -8,27 +8,30 @@ import contextlib
 import functools
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from jaxcp.context_parallel import Strategy
 from jaxcp.inference.asking import Asking, checked_stop_tokens
+from jaxcp.inference.awaited import Awaited
 from jaxcp.inference.chat_session import begin
 from jaxcp.inference.checks import check_mesh, integer, seconds
 from jaxcp.inference.geometry import FEW, Geometry, check_memory, geometry_of
 from jaxcp.inference.groups import Groups
 from jaxcp.inference.interrupts import deferred
-from jaxcp.inference.limits import ChunkLimits, Limits, TogetherLimits
+from jaxcp.inference.limits import ChunkLimits, Limits
+from jaxcp.inference.logprobs import TokenLogProbs
 from jaxcp.inference.loop import Loop
 from jaxcp.inference.pace import Pace
 from jaxcp.inference.pages import Pages
 from jaxcp.inference.request import Request
 from jaxcp.inference.result import Result, result_of
 from jaxcp.inference.runner import Runner
-from jaxcp.inference.sampling import Sampling
+from jaxcp.inference.sampling import MOST_LOGPROBS, Sampling
 from jaxcp.inference.scheduler import Scheduler
+from jaxcp.inference.score import score
 from jaxcp.inference.session import Session
 from jaxcp.inference.steps import check_strategy
 from jaxcp.models.base import LanguageModel
@@ -127,6 +130,7 @@ class Engine:
         self.host_memory = integer("host_memory", 0 if host_memory is None else host_memory, 0)
         check_mesh(model)
         self._lock = threading.RLock()
+        self._awaited = Awaited(queue=self.queue, step=self.step, cancel=self.cancel)
         self._mesh = None if jax.sharding.get_abstract_mesh().empty else jax.sharding.get_mesh()
         if cache_dtype is not None or memory is not None or drafts or self.host_memory:
             _ = self.geometry  # says what is wrong with them
@@ -260,6 +264,25 @@ class Engine:
         if request.error is not None:
             raise request.error
 
+    def astream(self, request: Request) -> AsyncIterator[int]:
+        """Do as `stream` does, for `async for`: steps run in threads, and coroutines share them."""
+        self._check_own("astream", request)
+        return self._awaited.stream(request)
+
+    def score(self, prompt: str | Sequence[int], *, best: int = 0) -> list[TokenLogProbs]:
+        """Log-probabilities of the tokens of a prompt after the first, each by all those before it,
+        with as many of the most probable in its place, up to 20; see `jaxcp.inference.score`.
+
+        Raises:
+          ValueError: as `ids`; more tokens than `max_len`; `best` is out of range.
+          FloatingPointError: one is NaN.
+        """
+        ids = self.ids(prompt)
+        integer("the number of tokens", len(ids), 1, self.max_len, "max_len")
+        best = integer("best", best, 0, min(MOST_LOGPROBS, self.model.config.vocab_size))
+        with self.on_mesh():
+            return score(self.model, ids, best, strategy=self.strategy, alone=self._lock)
+
     def ids(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a prompt.
 
@@ -315,11 +338,7 @@ class Engine:
 
     @property
     def scheduler(self) -> Scheduler:
-        """Who runs, and who has which page, on a mesh with one group of devices.
-
-        Raises:
-          ValueError: `data` is more than 1, and `groups` has several.
-        """
+        """Who runs, and who has which page; ValueError where `groups` has several."""
         if len(self.groups.schedulers) > 1:
             raise ValueError("the mesh has several groups of devices: see Engine.groups")
         return self.groups.schedulers[0]
@@ -330,7 +349,7 @@ class Engine:
         g = self.geometry
         chunks = ChunkLimits(
             sizes=self.runner.sizes, seconds=self._pace.seconds, max_wait=self.max_wait,
-            together=self._together(),
+            together=self._pace.together(self.runner.together),
         )  # fmt: skip
         limits = Limits(
             max_rows=g.max_rows, max_len=self.max_len, chunks=chunks, snapshot_pages=16,
@@ -341,17 +360,6 @@ class Engine:
             "states": g.states,
         }  # fmt: skip
         return Groups([Scheduler(Pages(**sizes), limits) for _ in range(g.groups)])
-
-    def _together(self) -> TogetherLimits | None:
-        """Limits of the program for chunks of several rows."""
-        if self.runner.together is None:
-            return None
-        rows, tokens, geometry = self.runner.together
-
-        def seconds(contexts: Sequence[int]) -> float:
-            return self._pace.seconds(tokens, sum(contexts) / rows, rows)
-
-        return TogetherLimits(rows=rows, tokens=tokens, context=geometry.longest, seconds=seconds)
 
     @functools.cached_property
     def _pace(self) -> Pace:
@@ -378,8 +386,8 @@ class Engine:
     def bytes_per_device(self, tokens: int) -> int:
         """Bytes of the pool that a sequence of so many tokens takes, where it takes most."""
         pages, g = self.groups.schedulers[0].pages, self.geometry
-        places = pages.on_shard(pages.places(tokens), 0)
-        return self.runner.pool.bytes_of(places / g.pages_per_shard, 1 / max(1, g.states))
+        share = pages.on_shard(pages.places(tokens), 0) / g.pages_per_shard
+        return self.runner.pool.bytes_of(share, 1 / max(1, g.states))
 
     def on_mesh(self) -> contextlib.AbstractContextManager:
         """The mesh this engine was made under, as a context."""

@@ -3,7 +3,7 @@
 
 They are those before biases, penalties, grammars, temperature and cuts, in float32: what a forward
 pass over the whole text gives. Those of a prompt are not kept: the pages of a prefix that is known
-already hold no logits, and its tokens are not computed again; `jaxcp.logits` has them.
+already hold no logits, and its tokens are not computed again; `Engine.score` has them.
 """
 
 import dataclasses

@@ -16,6 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxcp.inference.geometry import Together
+from jaxcp.inference.limits import TogetherLimits
+
 LATEST = 48
 """Chunks that are remembered."""
 TERMS = [(1,), (0, 1), (1, 2), (0, 1, 2), (0,), (2,), (0, 2)]
@@ -84,6 +87,18 @@ class Pace:
         if self._costs is None or self._smaller(count) not in self._measured:
             return float("inf")
         return float(self._of(count, context, rows) @ self._costs)
+
+    def together(self, sizes: Together | None) -> TogetherLimits | None:
+        """Limits of a program for chunks of several rows."""
+        if sizes is None:
+            return None
+
+        def seconds(contexts: Sequence[int]) -> float:
+            return self.seconds(sizes.tokens, sum(contexts) / sizes.rows, sizes.rows)
+
+        return TogetherLimits(
+            rows=sizes.rows, tokens=sizes.tokens, context=sizes.geometry.longest, seconds=seconds
+        )
 
     def _smaller(self, count) -> int:
         """The size before that of a chunk; 0 for the first."""

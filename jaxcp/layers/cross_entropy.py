@@ -2,6 +2,8 @@
 """The loss of each token, in float32, without ever holding `[B, T, V]`."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,10 +37,27 @@ def token_losses(
     )(x, gathered_beside(head, rows), targets)
 
 
+def losses_of_chunk(
+    hidden: Float[Array, "T D"], targets: Int[Array, "T"], *, head: Float[Array, "D V"]
+) -> Float[Array, "T"]:
+    """Compute the losses of a chunk."""
+    with jax.named_scope("head"):
+        logits = jnp.einsum("td,dv->tv", hidden, head, preferred_element_type=jnp.float32)
+    # Compare instead of gather: it fuses, and it holds where the vocabulary is sharded too.
+    hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == targets[:, None]
+    picked = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
+    return jax.nn.logsumexp(logits, axis=-1) - picked
+
+
 def walk(
-    x: Float[Array, "B T D"], head: Float[Array, "D V"], targets: Int[Array, "B T"], *, chunk: int
-) -> Float[Array, "N"]:
-    """Compute the losses of the `N = B T` targets that are here, one chunk after the other.
+    x: Float[Array, "B T D"],
+    head: Float[Array, "D V"],
+    targets: Int[Array, "B T"],
+    *,
+    chunk: int,
+    of: Callable = losses_of_chunk,
+) -> Any:
+    """Compute `of` the `N = B T` targets that are here, chunk by chunk: arrays `[N, ...]`.
 
     The backward pass computes the logits of a chunk again, so that `chunk x V` floats live at once.
     """
@@ -51,15 +70,7 @@ def walk(
         pads = [(0, count * chunk - tokens)] + [(0, 0)] * (leaf.ndim - 1)
         return jnp.pad(leaf, pads).reshape(count, chunk, *leaf.shape[1:])
 
-    one = jax.checkpoint(functools.partial(_losses, head=head.astype(x.dtype)))
+    one = jax.checkpoint(functools.partial(of, head=head.astype(x.dtype)))
     with jax.named_scope("loss"):
-        return jax.lax.map(lambda piece: one(*piece), (cut(x), cut(targets))).reshape(-1)[:tokens]
-
-
-def _losses(hidden, targets, *, head):
-    with jax.named_scope("head"):
-        logits = jnp.einsum("td,dv->tv", hidden, head, preferred_element_type=jnp.float32)
-    # Compare instead of gather: it fuses, and it holds where the vocabulary is sharded too.
-    hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == targets[:, None]
-    picked = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
-    return jax.nn.logsumexp(logits, axis=-1) - picked
+        found = jax.lax.map(lambda piece: one(*piece), (cut(x), cut(targets)))
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:tokens], found)

@@ -5,9 +5,11 @@ import dataclasses
 from collections.abc import AsyncIterator
 from typing import Any
 
+from jaxcp.inference.logprobs import TokenLogProbs
 from jaxcp.serve.errors import not_done, wrong
 from jaxcp.serve.events import End, Event, Job, Text, Usage
 from jaxcp.serve.form import Form
+from jaxcp.serve.logprobs import of_prompt
 from jaxcp.serve.options import Options
 from jaxcp.serve.reading import PlainReader
 from jaxcp.serve.sse import DONE, data
@@ -32,8 +34,6 @@ class CompletionRequest(Options, forbid_unknown_fields=True, kw_only=True):
             raise not_done("suffix")
         if self.best_of not in (None, self.n or 1):
             raise not_done("best_of", "ask for n answers and choose")
-        if self.echo and self.logprobs is not None:
-            raise not_done("echo with logprobs", "those of a prompt are not kept; leave one out")
         if self.logprobs is not None and not 0 <= self.logprobs <= 20:
             raise wrong(f"logprobs must be 0 to 20; got {self.logprobs}", "logprobs")
 
@@ -43,6 +43,8 @@ class Completions(Form):
     """The answer to one request, in OpenAI's form."""
 
     ask: CompletionRequest
+    of_prompt: tuple[TokenLogProbs, ...] = ()
+    """What its tokens have, where the prompt is said again with its log-probabilities."""
 
     def check(self) -> None:
         self.ask.check(self.served.config.max_choices)
@@ -57,6 +59,8 @@ class Completions(Form):
             logprobs=ask.logprobs, defaults=served.tokenizer.defaults,
         )  # fmt: skip
         requests = served.requests(ids, sampling)
+        if ask.echo and ask.logprobs is not None:
+            self.of_prompt = of_prompt(ids, served.engine.score(ids, best=ask.logprobs))
         readers = [PlainReader(served.tokenizer, stop, echo) for _ in requests]
         return Job(requests=requests, readers=readers)
 
@@ -101,10 +105,10 @@ class Completions(Form):
         choice = {"index": event.choice, "text": "", "logprobs": None, "finish_reason": None}
         if isinstance(event, Text):
             begin = offsets.get(event.choice, 0)
-            offsets[event.choice] = begin + len(event.text)
             if self.ask.logprobs is not None:
-                texts = self.served.texts
-                choice["logprobs"] = texts.completion(event.logprobs, begin)
+                before = () if event.choice in offsets else self.of_prompt
+                choice["logprobs"] = self.served.texts.completion((*before, *event.logprobs), begin)
+            offsets[event.choice] = begin + len(event.text)
             return choice | {"text": event.text}
         if isinstance(event, End):
             return choice | {"finish_reason": event.reason}

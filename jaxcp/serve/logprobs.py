@@ -2,6 +2,8 @@
 """Log-probabilities as OpenAI's clients read them."""
 
 import functools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from jaxcp.inference.logprobs import TokenLogProbs
@@ -55,10 +57,19 @@ class TokenTexts:
             offset += len(self.text_of(one.token))
         return {
             "tokens": [self.text_of(one.token) for one in logprobs],
-            "token_logprobs": [max(one.logprob, LEAST) for one in logprobs],
-            "top_logprobs": [
-                {self.text_of(token): max(value, LEAST) for token, value in reversed(one.best)}
-                for one in logprobs
-            ],
+            "token_logprobs": [None if _is_first(x) else max(x.logprob, LEAST) for x in logprobs],
+            "top_logprobs": [None if _is_first(x) else self._best(x) for x in logprobs],
             "text_offset": offsets,
         }
+
+    def _best(self, one: TokenLogProbs) -> dict[str, float]:
+        return {self.text_of(token): max(value, LEAST) for token, value in reversed(one.best)}
+
+
+def of_prompt(ids: Sequence[int], scored: Sequence[TokenLogProbs]) -> tuple[TokenLogProbs, ...]:
+    """What the tokens of a prompt have. The first has nothing: NaN here, null for clients."""
+    return TokenLogProbs(token=ids[0], logprob=math.nan, best=()), *scored
+
+
+def _is_first(logprobs: TokenLogProbs) -> bool:
+    return math.isnan(logprobs.logprob)

@@ -91,6 +91,21 @@ def test_log_probabilities_are_the_models(server, engine):
     np.testing.assert_allclose(streamed, given["token_logprobs"])
 
 
+def test_a_prompt_that_is_said_again_has_its_log_probabilities(server, engine):
+    fields = {"max_tokens": 3, "echo": True, "logprobs": 1}
+    choice = server.complete(PROMPT, **fields)["choices"][0]
+    given = choice["logprobs"]
+    assert "".join(given["tokens"]) == choice["text"] and choice["text"].startswith(PROMPT)
+    assert given["token_logprobs"][0] is given["top_logprobs"][0] is None
+    scored = engine.score(PROMPT, best=1)
+    expected = [one.logprob for one in scored]
+    np.testing.assert_allclose(given["token_logprobs"][1 : len(PROMPT)], expected, atol=1e-5)
+    assert [*given["top_logprobs"][1].values()] == pytest.approx([scored[0].best[0][1]], abs=1e-5)
+    assert given["text_offset"] == [*range(len(choice["text"]))]
+    parts = [c["choices"][0]["logprobs"] for c in server.stream(PROMPT, **fields) if c["choices"]]
+    assert [x for part in parts if part for x in part["tokens"]] == given["tokens"]
+
+
 def test_ids_echo_biases_and_penalties(server, engine):
     ids = list(PROMPT.encode())
     text = server.complete(PROMPT, max_tokens=5)["choices"][0]["text"]
@@ -132,7 +147,6 @@ def test_what_is_left_out_is_as_the_checkpoint_advises(server, engine, monkeypat
     [
         ({"suffix": "x"}, "suffix", "not supported"),
         ({"best_of": 3}, "best_of", "not supported"),
-        ({"echo": True, "logprobs": 1}, "echo with logprobs", "not kept"),
         ({"n": 0}, "n", "1 to 16"),
         ({"temperature": -1}, "temperature", "temperature must be"),
         ({"top_p": 0}, "top_p", "top_p must be"),
