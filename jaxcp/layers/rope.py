@@ -105,7 +105,8 @@ class Llama3:
 class Rope:
     """Frequencies of base `theta`, as they are or slowed in one way: `yarn`, `llama3`, `linear`.
 
-    `linear`: all channels turn so many times slower. Source: arXiv 2306.15595.
+    `linear`: all channels turn so many times slower. Source: arXiv 2306.15595. `part`: the fraction
+    of a head's channels that turn, the first ones.
     """
 
     theta: float = 10_000.0
@@ -113,14 +114,31 @@ class Rope:
     interleaved: bool = False
     llama3: Llama3 | None = None
     linear: float = 1.0
+    part: float = 1.0
 
     def __post_init__(self):
+        if not 0 < self.part <= 1:
+            raise ValueError(f"part must be above 0, and 1 at most; got part={self.part}")
         if not 1 < self.theta < math.inf:
             raise ValueError(f"theta must be above 1, and finite; got theta={self.theta}")
         if not 0 < self.linear < math.inf:
             raise ValueError(f"linear must be positive, and finite; got linear={self.linear}")
         if (self.yarn is not None) + (self.llama3 is not None) + (self.linear != 1) > 1:
             raise ValueError(f"yarn, llama3 and linear: one at most; got {self}")
+
+    def turning(self, size: int) -> int:
+        """Count the channels of a head of `size` that turn.
+
+        Raises:
+          ValueError: they make no pairs.
+        """
+        count = int(size * self.part)
+        if count < 2 or count % 2:
+            raise ValueError(
+                f"an even number of channels must turn, 2 or more; got {count} of {size}, "
+                f"by part={self.part}"
+            )
+        return count
 
     def frequencies(self, size: int) -> np.ndarray:
         """The radians that each of the `size / 2` pairs turns in a position; float64."""
@@ -138,16 +156,19 @@ class Rope:
         *,
         interleaved: bool = False,
         theta: float = 10_000.0,
+        part: float | None = None,
         default: Mapping[str, Any] | None = None,
     ) -> "Rope":
         """Read a config.json: `rope_parameters`, or the older `rope_theta` and `rope_scaling`.
 
-        If both are there they are one set (`merged`). `theta` and `default`, a set of
-        `rope_parameters`, are the family's values for fields that the file does not have.
+        If both are there they are one set (`merged`). `theta`, `part` (`partial_rotary_factor`;
+        None: all channels of the family turn) and `default`, a set of `rope_parameters`, are the
+        family's values for fields that the file does not have.
 
         Raises:
-          NotImplementedError: a `rope_type` other than those of `KEYS`, a partial rotation, or
-            parameters that are not known here (such as one set a kind of layer).
+          NotImplementedError: a `rope_type` other than those of `KEYS`, a partial rotation that the
+            family does not have, or parameters that are not known here (such as one set a kind of
+            layer).
           ValueError: a scaling without what it needs, such as `factor`; parameters that
             contradict each other, that are no numbers, or that do nothing.
         """
@@ -168,9 +189,6 @@ class Rope:
                 f"factor={rope['factor']!r} does nothing with a rope_type of default; "
                 "name the rope_type, or remove factor"
             )
-        for parts in (rope, fields):
-            if parts.get("partial_rotary_factor") not in (None, 1):
-                raise NotImplementedError("partial_rotary_factor must be 1: all channels turn")
         theta = _theta(rope, fields, theta)
         return cls(
             theta=theta,
@@ -178,14 +196,16 @@ class Rope:
             llama3=_llama3(rope) if kind == "llama3" else None,
             linear=_numbers(rope, "linear", "factor")["factor"] if kind == "linear" else 1.0,
             interleaved=interleaved,
+            part=_part(rope, fields, part),
         )
 
     def to_hf(self) -> dict[str, Any]:
         """The `rope_parameters` that `from_hf` reads."""
+        part = {} if self.part == 1 else {"partial_rotary_factor": self.part}
         if self.linear != 1:
-            return {"rope_type": "linear", "rope_theta": self.theta, "factor": self.linear}
+            return part | {"rope_type": "linear", "rope_theta": self.theta, "factor": self.linear}
         if self.llama3 is not None:
-            return {
+            return part | {
                 "rope_type": "llama3",
                 "rope_theta": self.theta,
                 "factor": self.llama3.factor,
@@ -194,18 +214,22 @@ class Rope:
                 "high_freq_factor": self.llama3.high_freq_factor,
             }
         if self.yarn is None:
-            return {"rope_type": "default", "rope_theta": self.theta}
+            return part | {"rope_type": "default", "rope_theta": self.theta}
         y = self.yarn
         given = {} if y.attention_factor is None else {"attention_factor": y.attention_factor}
-        return given | {
-            "rope_type": "yarn",
-            "rope_theta": self.theta,
-            "factor": y.factor,
-            "original_max_position_embeddings": y.original_max_positions,
-            "beta_fast": y.beta_fast,
-            "beta_slow": y.beta_slow,
-            "truncate": y.truncate,
-        }
+        return (
+            part
+            | given
+            | {
+                "rope_type": "yarn",
+                "rope_theta": self.theta,
+                "factor": y.factor,
+                "original_max_position_embeddings": y.original_max_positions,
+                "beta_fast": y.beta_fast,
+                "beta_slow": y.beta_slow,
+                "truncate": y.truncate,
+            }
+        )
 
 
 def rotate(
@@ -213,8 +237,14 @@ def rotate(
 ) -> Float[Array, "B T N H"]:
     """Turn every pair of x's channels by its position; `sign=-1` turns back.
 
-    Angles are float32, the rotation is in x's dtype. If only some channels turn, rotate a slice.
+    Angles are float32, the rotation is in x's dtype. Channels after the first `rope.turning(H)`
+    stay as they are.
     """
+    turning = rope.turning(x.shape[-1])
+    if turning < x.shape[-1]:
+        whole = dataclasses.replace(rope, part=1.0)
+        first = rotate(x[..., :turning], positions, whole, sign=sign)
+        return jnp.concatenate([first, x[..., turning:]], axis=-1)
     frequencies = jnp.asarray(rope.frequencies(x.shape[-1]), jnp.float32)
     angle = positions[..., None, None].astype(jnp.float32) * frequencies
     gain = 1.0 if rope.yarn is None else rope.yarn.gain
@@ -266,15 +296,27 @@ def _one_type(part):
 
 
 def _theta(rope, fields, theta):
-    given = [x for x in (rope.get("rope_theta"), fields.get("rope_theta")) if x is not None]
+    return float(_once("rope_theta", rope, fields, theta))
+
+
+def _part(rope, fields, part):
+    given = _once("partial_rotary_factor", rope, fields, 1.0 if part is None else part)
+    if part is None and given != 1:
+        raise NotImplementedError("partial_rotary_factor must be 1: all channels turn")
+    return float(given)
+
+
+def _once(key, rope, fields, default):
+    """Read the number that is among the `rope_parameters`, or beside them."""
+    given = [x for x in (rope.get(key), fields.get(key)) if x is not None]
     if wrong := [x for x in given if not _is_number(x)]:
-        raise ValueError(f"rope_theta must be a finite number; got rope_theta={wrong[0]!r}")
+        raise ValueError(f"{key} must be a finite number; got {key}={wrong[0]!r}")
     if len(set(given)) > 1:
         raise ValueError(
-            f"rope_theta must be one number; got {given[0]} among the rope_parameters and "
+            f"{key} must be one number; got {given[0]} among the rope_parameters and "
             f"{given[1]} beside them"
         )
-    return float(given[0] if given else theta)
+    return given[0] if given else default
 
 
 def _yarn(rope, fields):

@@ -85,6 +85,34 @@ def test_pairs_turn_by_position_times_frequency(rope, expected, gain, interleave
     np.testing.assert_allclose(found[:, :3], (pairs * turn)[:, :3], atol=1e-5)
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_the_first_channels_alone_turn(interleaved):
+    """Of 192 by 0.334, as in MiMo-V2-Flash, 64: slowed as a head of 64 is."""
+    rope = Rope(theta=1e4, part=0.334, interleaved=interleaved, yarn=YaRN(
+        factor=4.0, original_max_positions=64))  # fmt: skip
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 5, 2, 192)), jnp.float32)
+    positions = jnp.asarray([[0, 1, 2, 100, 70]], jnp.int32)
+    found, whole = rotate(x, positions, rope), dataclasses.replace(rope, part=1.0)
+    np.testing.assert_array_equal(found[..., :64], rotate(x[..., :64], positions, whole))
+    np.testing.assert_array_equal(found[..., 64:], x[..., 64:])
+    for part, size in ((0.334, 16), (0.1, 8)):
+        with pytest.raises(ValueError, match=rf"even number of channels must turn.* of {size}"):
+            Rope(part=part).turning(size)
+    with pytest.raises(ValueError, match=r"part must be above 0, and 1 at most; got part=1\.5"):
+        Rope(part=1.5)
+
+
+def test_the_part_of_a_config():
+    beside, within = {"partial_rotary_factor": 0.25}, {"rope_theta": 1e4}
+    assert Rope.from_hf(beside, part=0.5).part == 0.25
+    assert Rope.from_hf({"rope_parameters": within | beside}, part=0.5).part == 0.25
+    assert Rope.from_hf({"rope_parameters": within}, part=0.5).part == 0.5
+    with pytest.raises(ValueError, match=r"partial_rotary_factor must be one number; got 0\.25"):
+        Rope.from_hf({"rope_parameters": beside, "partial_rotary_factor": 0.5}, part=0.5)
+    with pytest.raises(ValueError, match="partial_rotary_factor must be a finite number"):
+        Rope.from_hf({"partial_rotary_factor": "0.5"}, part=0.5)
+
+
 @pytest.mark.parametrize(
     "fields, expected",
     [
