@@ -35,7 +35,8 @@ from pallas_kernels.online_softmax import merge_stacked
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Full:
-    """Keys and values `[L, B, S, K, H]`, sharded over slots and heads; of a pool also in 8 bits."""
+    """Keys and values, each `[L, B, S, K, H]`, sharded over slots and heads; of a pool also in 8
+    bits."""
 
     k: jax.Array | EightBits
     v: jax.Array | EightBits
@@ -45,8 +46,13 @@ class Full:
     rolls_back = True
 
     @classmethod
-    def empty(cls, room: Room, *, layers: int, num_kv_heads: int, head_dim: int) -> "Full":
-        return cls(*(room.for_heads(layers, num_kv_heads, head_dim) for _ in range(2)))
+    def empty(
+        cls, room: Room, *, layers: int, num_kv_heads: int, head_dim: int,
+        value_dim: int | None = None,
+    ) -> "Full":  # fmt: skip
+        """`value_dim`: channels of a value, where not `head_dim`."""
+        sizes = head_dim, head_dim if value_dim is None else value_dim
+        return cls(*(room.for_heads(layers, num_kv_heads, size) for size in sizes))
 
     def attend(self, tokens, layer, q, k, v, *, window, sinks=None, scale=None, soft_cap=None):
         """`(out [B, T, N, H], what is kept then)`: see `OverCache`."""

@@ -39,7 +39,7 @@ SPEC = (None, "model", None)
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["k", "v"], meta_fields=["window"])
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """Keys and values `[L, B, R, K, H]` of the newest tokens, the same on every shard."""
+    """Keys and values, each `[L, B, R, K, H]`, of the newest tokens, the same on every shard."""
 
     k: jax.Array
     v: jax.Array
@@ -52,10 +52,13 @@ class Window:
 
     @classmethod
     def empty(
-        cls, room: Room, *, layers: int, num_kv_heads: int, head_dim: int, window: int
-    ) -> "Window":
-        shape = layers, window - 1 + MAX_EXTEND, num_kv_heads, head_dim
-        k, v = (room.for_state(*shape, spec=SPEC) for _ in range(2))
+        cls, room: Room, *, layers: int, num_kv_heads: int, head_dim: int, window: int,
+        value_dim: int | None = None,
+    ) -> "Window":  # fmt: skip
+        """`value_dim`: channels of a value, where not `head_dim`."""
+        shape = layers, window - 1 + MAX_EXTEND, num_kv_heads
+        sizes = head_dim, head_dim if value_dim is None else value_dim
+        k, v = (room.for_state(*shape, size, spec=SPEC) for size in sizes)
         return cls(k, v, window)
 
     def attend(self, tokens, layer, q, k, v, *, window, sinks=None, scale=None, soft_cap=None):

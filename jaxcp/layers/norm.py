@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RMSNorm and LayerNorm over the last axis, statistics in float32."""
+"""RMSNorm and LayerNorm, statistics in float32."""
 
 import jax
 import jax.numpy as jnp
@@ -11,26 +11,26 @@ from jaxcp.layers.parameter import constant
 class RMSNorm(nnx.Module):
     """`x / rms(x) * scale`.
 
-    Rounds to x's dtype before the scale, as Llama and Hy3 do; with `float32_scale` after it, as
-    gpt-oss and DeepSeek-V4 do.
+    Over the last axis, or the last ones where `axis` names several. Rounds to x's dtype before the
+    scale, as Llama and Hy3 do; with `float32_scale` after it, as gpt-oss and DeepSeek-V4 do.
     """
 
     def __init__(
         self,
-        size: int,
-        *,
+        *size: int,
         eps: float,
-        axis: str = "embed",
+        axis: str | tuple[str, ...] = "embed",
         gain: float = 1.0,
         float32_scale: bool = False,
     ):
-        self.scale = constant((size,), (axis,), gain)
+        self.scale = constant(size, (axis,) if isinstance(axis, str) else axis, gain)
         self.eps, self.float32_scale = eps, float32_scale
+        self.over = tuple(range(-len(size), 0))
 
     @jax.named_scope("norm")
     def __call__(self, x):
         y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=self.over, keepdims=True) + self.eps)
         if self.float32_scale:
             return (y * self.scale.astype(jnp.float32)).astype(x.dtype)
         return y.astype(x.dtype) * self.scale.astype(x.dtype)

@@ -3,8 +3,9 @@
 
 A product counts 2 FLOPs a weight and token forward and 4 backward: `6 N` a token. N has the head
 and the experts that a token meets, and not the embedding, which is no product. Attention counts
-`12 heads x head_dim` for each query and key that sees it; a causal row of S has S (S + 1) / 2 of
-these, a window W at most W a query, and documents that are packed only their own.
+`12 heads x head_dim` (the mean of a key's and a value's) for each query and key that sees it; a
+causal row of S has S (S + 1) / 2 of these, a window W at most W a query, and documents that are
+packed only their own.
 """
 
 import functools
@@ -56,8 +57,9 @@ def attended(model_config: Any) -> tuple[Attended, ...] | None:
     for attention, count in abstract_model(model_config).attentions().values():
         if not isinstance(attention, Attention):
             return None
-        heads = attention.q.shape[-2:]
-        widths[attention.window] = widths.get(attention.window, 0) + count * math.prod(heads)
+        heads, key = attention.q.shape[-2:]
+        width = count * heads * (key + attention.value_dim) // 2
+        widths[attention.window] = widths.get(attention.window, 0) + width
     return tuple(Attended(window, width) for window, width in widths.items())
 
 
