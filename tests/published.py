@@ -111,3 +111,54 @@ QWEN3_32B = QWEN3_8B | {
     "hidden_size": 5120, "intermediate_size": 25600, "num_attention_heads": 64,
     "num_hidden_layers": 64, "max_window_layers": 64,
 }  # fmt: skip
+GLM_45 = {
+    "model_type": "glm4_moe", "architectures": ["Glm4MoeForCausalLM"], "attention_bias": True,
+    "attention_dropout": 0.0, "eos_token_id": [151329, 151336, 151338], "first_k_dense_replace": 3,
+    "head_dim": 128, "hidden_act": "silu", "hidden_size": 5120, "initializer_range": 0.02,
+    "intermediate_size": 12288, "max_position_embeddings": 131072, "moe_intermediate_size": 1536,
+    "n_group": 1, "n_routed_experts": 160, "n_shared_experts": 1, "norm_topk_prob": True,
+    "num_attention_heads": 96, "num_experts_per_tok": 8, "num_hidden_layers": 92,
+    "num_key_value_heads": 8, "num_nextn_predict_layers": 1, "pad_token_id": 151329,
+    "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-05, "rope_scaling": None,
+    "rope_theta": 1000000, "routed_scaling_factor": 2.5, "tie_word_embeddings": False,
+    "topk_group": 1, "torch_dtype": "bfloat16", "use_cache": True, "use_qk_norm": True,
+    "vocab_size": 151552,
+}  # fmt: skip
+GLM_45_AIR = GLM_45 | {
+    "first_k_dense_replace": 1, "hidden_size": 4096, "intermediate_size": 10944,
+    "moe_intermediate_size": 1408, "n_routed_experts": 128, "num_hidden_layers": 46,
+    "routed_scaling_factor": 1.0, "use_qk_norm": False,
+}  # fmt: skip
+MINIMAX_M25 = {
+    "model_type": "minimax_m2", "architectures": ["MiniMaxM2ForCausalLM"],
+    "num_hidden_layers": 62, "hidden_size": 3072, "num_attention_heads": 48,
+    "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 1536, "vocab_size": 200064,
+    "num_experts_per_tok": 8, "num_local_experts": 256, "max_position_embeddings": 196608,
+    "rope_theta": 5000000, "rotary_dim": 64, "hidden_act": "silu", "rms_norm_eps": 1e-06,
+    "use_cache": True, "tie_word_embeddings": False, "use_qk_norm": True,
+    "qk_norm_type": "per_layer", "use_routing_bias": True, "use_mtp": True,
+    "mtp_transformer_layers": 1, "num_mtp_modules": 3, "shared_intermediate_size": 0,
+    "scoring_func": "sigmoid", "quantization_config": {
+        "quant_method": "fp8", "fmt": "float8_e4m3fn", "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+        "modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"]},
+}  # fmt: skip
+MIMO_V2_FLASH = {
+    "model_type": "mimo_v2_flash", "architectures": ["MiMoV2FlashForCausalLM"],
+    "num_hidden_layers": 48, "hidden_size": 4096, "num_attention_heads": 64,
+    "num_key_value_heads": 4, "head_dim": 192, "v_head_dim": 128, "intermediate_size": 16384,
+    "vocab_size": 152576, "max_position_embeddings": 262144, "rope_theta": 5000000,
+    "swa_rope_theta": 10000, "partial_rotary_factor": 0.334, "sliding_window": 128,
+    "sliding_window_size": 128, "attention_chunk_size": 128, "swa_num_attention_heads": 64,
+    "swa_num_key_value_heads": 8, "swa_head_dim": 192, "swa_v_head_dim": 128,
+    "hybrid_layer_pattern": [0, 1, 1, 1, 1, *[0, 1, 1, 1, 1, 1] * 7, 0],
+    "moe_layer_freq": [0] + [1] * 47, "moe_intermediate_size": 2048, "n_routed_experts": 256,
+    "n_shared_experts": None, "num_experts_per_tok": 8, "norm_topk_prob": True,
+    "scoring_func": "sigmoid", "n_group": 1, "topk_group": 1, "topk_method": "noaux_tc",
+    "routed_scaling_factor": None, "hidden_act": "silu", "layernorm_epsilon": 1e-05,
+    "attention_dropout": 0.0, "attention_bias": False, "attention_value_scale": 0.707,
+    "add_swa_attention_sink_bias": True, "add_full_attention_sink_bias": False,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True,
+    "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
+                            "weight_block_size": [128, 128]},
+}  # fmt: skip

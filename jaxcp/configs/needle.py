@@ -16,10 +16,12 @@ import jaxcp
 from jaxcp.data.haystack import NeedleSource, Stage
 from jaxcp.layers.rope import Rope
 from jaxcp.layers.routing import Routing
-from jaxcp.models.hybrid_moe.config import AttentionConfig, ExpertsConfig, NGramConfig
+from jaxcp.models.hybrid_moe.config import AttentionConfig, ExpertsConfig, Heads, NGramConfig
 
 
 def config() -> jaxcp.TrainConfig:
+    rope = Rope(theta=1_000.0)
+    full = Heads(num_heads=2, num_kv_heads=2, head_dim=64, value_dim=64, rope=rope)
     model = jaxcp.HybridMoEConfig(
         vocab_size=256,
         num_layers=4,
@@ -33,7 +35,7 @@ def config() -> jaxcp.TrainConfig:
         num_experts_per_tok=2,
         layer_pattern="LNLL",
         window=32,
-        attention=AttentionConfig(rope=Rope(theta=1_000.0), full_num_heads=2),
+        attention=AttentionConfig(rope=rope, full=full),
         experts=ExpertsConfig(num_shared=2, routing=Routing(scale=2.0)),
         ngram=NGramConfig(width=12),
     )

@@ -5,6 +5,7 @@ import jaxcp.flax_version  # noqa: F401  (before flax)
 
 # isort: split
 import dataclasses
+import difflib
 import importlib
 import types
 from collections.abc import Collection, Mapping, Sequence
@@ -74,7 +75,15 @@ FAMILIES = {
         "jaxcp.models.deepseek.v4", config="DeepSeekV4Config", model="DeepSeekV4"
     ),
     **dict.fromkeys(
-        ("hy_v3", "qwen3_moe", "gpt_oss", "jaxcp_hybrid_moe"),
+        (
+            "hy_v3",
+            "qwen3_moe",
+            "gpt_oss",
+            "glm4_moe",
+            "minimax_m2",
+            "mimo_v2_flash",
+            "jaxcp_hybrid_moe",
+        ),
         Family("jaxcp.models.hybrid_moe", config="HybridMoEConfig", model="HybridMoE"),
     ),
     **dict.fromkeys(
@@ -91,6 +100,9 @@ ARCHITECTURES = {
     "HYV3ForCausalLM": "hy_v3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
     "GptOssForCausalLM": "gpt_oss",
+    "Glm4MoeForCausalLM": "glm4_moe",
+    "MiniMaxM2ForCausalLM": "minimax_m2",
+    "MiMoV2FlashForCausalLM": "mimo_v2_flash",
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
     "Qwen2ForCausalLM": "qwen2",
@@ -122,6 +134,7 @@ def config_from_dict(fields: Mapping[str, Any]) -> Any:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
             f"needed a model_type that jaxcp knows ({', '.join(FAMILIES)}); got {model_type!r}. "
+            f"{_near(fields)}. "
             "A new family is a folder in jaxcp/models and a line in jaxcp/models/__init__.py"
         )
     try:
@@ -142,6 +155,23 @@ def config_to_dict(config: Any) -> dict[str, Any]:
       NotImplementedError: the format of its family cannot express it.
     """
     return family_of(config).write(config)
+
+
+def _near(fields: Mapping[str, Any]) -> str:
+    """Say which families have a name near the model_type, or an architecture, of a file."""
+    names = fields.get("architectures") or []
+    words = [fields.get("model_type"), *(names if isinstance(names, list) else [])]
+    known = {_plain(name): name for name in FAMILIES}
+    close: dict[str, None] = {}
+    for word in (_plain(word) for word in words if isinstance(word, str)):
+        begin = [x for x in known if len(word) > 3 and (x.startswith(word) or word.startswith(x))]
+        near = difflib.get_close_matches(word, known, n=3, cutoff=0.7)
+        close |= dict.fromkeys(known[name] for name in (*begin, *near))
+    return f"Near it in name: {', '.join(close)}" if close else "None is near it in name"
+
+
+def _plain(name: str) -> str:
+    return name[:99].partition("For")[0].lower().replace("_", "").replace("-", "")
 
 
 def _by_architecture(names: Any) -> str | None:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The configuration of a hybrid MoE: Hy3, Qwen3-MoE, gpt-oss, and any mixture of their features."""
+"""The configuration of a hybrid MoE: Hy3, Qwen3-MoE, gpt-oss, GLM-4.5, MiniMax-M2,
+MiMo-V2-Flash, and any mixture of their features."""
 
 import dataclasses
 
@@ -10,14 +11,49 @@ from jaxcp.layers.routing import Routing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Heads:
+    """The heads of one kind of layers.
+
+    Raises:
+      ValueError: sizes that contradict each other, naming both.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    """Channels of a value; `head_dim` are those of a query and a key."""
+    rope: Rope = dataclasses.field(default_factory=Rope)
+    sinks: bool = False
+    """A learned logit a head that joins the softmax and whose probability is dropped."""
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads must divide num_heads; got {self.num_kv_heads} and {self.num_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary positions; got {self.head_dim}")
+        self.rope.turning(self.head_dim)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
     rope: Rope = dataclasses.field(default_factory=Rope)
     qk_norm: bool = True
+    qk_norm_together: bool = False
+    """QK norm is over all heads of a token, not over each."""
     use_bias: bool = False
+    output_bias: bool | None = None
+    """A bias of the output, where not as `use_bias`."""
     sinks: bool = False
-    """A learned logit a head that joins the softmax and whose probability is dropped."""
-    full_num_heads: int | None = None
-    """Query heads of G and N layers, where not `num_heads`: full attention pays for each."""
+    """See `Heads`."""
+    value_dim: int | None = None
+    """Channels of a value, where not `head_dim`."""
+    value_scale: float = 1.0
+    """Factor of values."""
+    full: Heads | None = None
+    """Those of G and N layers, where they are others: full attention pays for each."""
     max_positions: int | None = None
     """The words of config.json on the lengths a model was trained for; limits nothing here."""
 
@@ -96,22 +132,12 @@ class HybridMoEConfig:
 
     def __post_init__(self):
         check_remat(self.remat)
-        full_num_heads = self.attention.full_num_heads
         if not self.layer_pattern or set(self.layer_pattern) - set("GLN"):
             raise ValueError(f"layer_pattern is made of G, L and N; got {self.layer_pattern!r}")
         if "L" in self.layer_pattern and (self.window is None or self.window < 1):
             raise ValueError(f"a pattern with L needs window >= 1; got window={self.window}")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_kv_heads must divide num_heads; got {self.num_kv_heads} and {self.num_heads}"
-            )
-        if full_num_heads is not None and full_num_heads % self.num_kv_heads:
-            raise ValueError(
-                "num_kv_heads must divide full_num_heads; "
-                f"got {self.num_kv_heads} and {full_num_heads}"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for rotary positions; got {self.head_dim}")
+        for kind in sorted(set(self.layer_pattern)):
+            self.heads_of(kind)  # checks them
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(
                 "needs 1 <= num_experts_per_tok <= num_experts; "
@@ -139,11 +165,22 @@ class HybridMoEConfig:
             return "G"
         return self.layer_pattern[layer % len(self.layer_pattern)]
 
-    def query_heads(self, layer: int) -> int:
-        """The number of query heads of a layer; the one after the last is the MTP layer."""
-        if self.kind(layer) == "L" or layer >= self.num_layers:
-            return self.num_heads
-        return self.attention.full_num_heads or self.num_heads
+    def heads(self, layer: int) -> Heads:
+        """The heads of a layer; the one after the last is the MTP layer."""
+        return self.heads_of(self.kind(layer) if layer < self.num_layers else "L")
+
+    def heads_of(self, kind: str) -> Heads:
+        """The heads of G, L or N layers."""
+        if kind != "L" and self.attention.full is not None:
+            return self.attention.full
+        return Heads(
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            value_dim=self.attention.value_dim or self.head_dim,
+            rope=self.attention.rope,
+            sinks=self.attention.sinks,
+        )
 
     @property
     def ngram_width(self) -> int:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hy3, Qwen3-MoE, gpt-oss and what lies between: grouped-query attention and experts.
+"""Hy3, Qwen3-MoE, gpt-oss, GLM-4.5, MiniMax-M2, MiMo-V2-Flash and what lies between: grouped-query
+attention and experts.
 
 Dense layers first, then mixture of experts. The layer pattern adds layers with a sliding window
 and layers without rotary positions.
@@ -23,23 +24,27 @@ from jaxcp.models.hybrid_moe.config import HybridMoEConfig
 
 class Block(ResidualBlock):
     def __init__(self, config: HybridMoEConfig, layer: int, rngs: nnx.Rngs):
-        c, kind = config, config.kind(layer)
+        c, kind, heads = config, config.kind(layer), config.heads(layer)
         std = c.embed_dim**-0.5
         out_std = std * (2 * c.num_layers) ** -0.5
         self.attention_norm = norm(c)
         self.attention = Attention(
             c.embed_dim,
-            c.query_heads(layer),
-            c.num_kv_heads,
-            c.head_dim,
+            heads.num_heads,
+            heads.num_kv_heads,
+            heads.head_dim,
             std=std,
             out_std=out_std,
+            value_dim=heads.value_dim,
+            value_scale=c.attention.value_scale,
             qk_norm_eps=c.norm.eps if c.attention.qk_norm else None,
+            qk_norm_together=c.attention.qk_norm_together,
             qk_gain=1.2 if kind == "L" else 1.5,
-            rope=None if kind == "N" else c.attention.rope,
+            rope=None if kind == "N" else heads.rope,
             window=c.window if kind == "L" else None,
             use_bias=c.attention.use_bias,
-            sinks=c.attention.sinks,
+            output_bias=c.attention.output_bias,
+            sinks=heads.sinks,
             rngs=rngs,
         )
         self.mlp_norm = norm(c)
@@ -67,8 +72,8 @@ class Block(ResidualBlock):
 class HybridMoE(DraftingModel):
     """A stack of full, window and position-free attention with dense and mixture-of-experts layers.
 
-    Hy3, Qwen3-MoE, gpt-oss and mixtures of their features, by `HybridMoEConfig`. `model(tokens,
-    positions)` gives float32 logits `[B, T, V]`.
+    Hy3, Qwen3-MoE, gpt-oss, GLM-4.5, MiniMax-M2, MiMo-V2-Flash and mixtures of their features, by
+    `HybridMoEConfig`. `model(tokens, positions)` gives float32 logits `[B, T, V]`.
 
     >>> model = jaxcp.HybridMoE(config, rngs=nnx.Rngs(0))
     """

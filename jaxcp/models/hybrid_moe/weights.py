@@ -1,171 +1,129 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors of Hy3, Qwen3-MoE and gpt-oss, as the hub has them; aliases are those of transformers in
-memory and of Tencent. The first name is written where the checkpoint that was read had no other.
+"""Tensors of a hybrid MoE, as the hub has them; aliases are those of transformers in memory and of
+Tencent. The first name is written where the checkpoint that was read had no other.
 
-Axes: `v` vocabulary, `d` embed, `n` heads, `k` kv heads, `h` head, `f` mlp or expert width,
-`e` experts. A torch Linear stores `[out, in]`; gpt-oss's experts are `[in, out]`.
+Axes as in `decoder_rows`. A torch Linear stores `[out, in]`; gpt-oss's experts are `[in, out]`.
 """
 
-import dataclasses
 import functools
-import logging
 from collections.abc import Collection, Mapping
 
+from jaxcp.models import mtp_rows
+from jaxcp.models.decoder_rows import (
+    ATTENTION,
+    EXPERTS,
+    FUSED_EXPERTS,
+    GATED_MLP,
+    MODEL,
+    NORMS,
+    ROUTER,
+    SELECTION_BIAS,
+    SHARED_EXPERTS,
+    in_layer,
+)
 from jaxcp.models.hybrid_moe import hf
 from jaxcp.models.hybrid_moe.config import HybridMoEConfig
+from jaxcp.models.mtp_rows import fit
 from jaxcp.models.weight_table import Row
 
-log = logging.getLogger(__name__)
+__all__ = ["COPIES", "copies", "fit", "left_out", "table"]
 
-LAYER = "model.layers.{i}"
-EXPERTS = f"{LAYER}.mlp.experts"
-
-
-def _layer(name: str | tuple[str, ...], axes: str, path: str, leaf_axes: str) -> Row:
-    names = (name,) if isinstance(name, str) else name
-    return Row(tuple(f"{LAYER}.{n}" for n in names), axes, f"layers.{{i}}.{path}", leaf_axes)
-
-
-def _both(name: str, axes: str, suffix: str, leaf_axes: str, **options) -> Row:
-    paths = f"layers.{{i}}.mlp.gate{suffix}", f"layers.{{i}}.mlp.up{suffix}"
-    return Row(f"{EXPERTS}.{name}", axes, paths, leaf_axes, **options)
-
-
-def _shared(kind: str) -> tuple[str, str]:
-    return f"mlp.shared_mlp.{kind}_proj.weight", f"mlp.shared_experts.{kind}_proj.weight"
-
-
-MODEL = (
-    Row("model.embed_tokens.weight", "v d", "embed", "v d"),
-    Row("model.norm.weight", "d", "final_norm.scale", "d"),
-    Row("lm_head.weight", "v d", "lm_head", "d v"),
-    # ours, where the embedding sees more than one token
+GATE_AND_UP, GATE_AND_UP_BIAS = ("mlp.gate", "mlp.up"), ("mlp.gate_bias", "mlp.up_bias")
+# ours, where the embedding sees more than one token
+NGRAM = (
     Row("model.embed_ngram.weight", "v c", "ngram.table", "v c"),
     Row("model.ngram_proj.weight", "d (w c)", "ngram.proj", "w c d"),
 )
-ATTENTION = (
-    _layer("input_layernorm.weight", "d", "attention_norm.scale", "d"),
-    _layer("self_attn.q_proj.weight", "(n h) d", "attention.q", "d n h"),
-    _layer("self_attn.k_proj.weight", "(k h) d", "attention.k", "d k h"),
-    _layer("self_attn.v_proj.weight", "(k h) d", "attention.v", "d k h"),
-    _layer("self_attn.o_proj.weight", "d (n h)", "attention.o", "n h d"),
-    _layer("self_attn.q_proj.bias", "(n h)", "attention.q_bias", "n h"),
-    _layer("self_attn.k_proj.bias", "(k h)", "attention.k_bias", "k h"),
-    _layer("self_attn.v_proj.bias", "(k h)", "attention.v_bias", "k h"),
-    _layer("self_attn.o_proj.bias", "d", "attention.o_bias", "d"),
-    _layer("self_attn.q_norm.weight", "h", "attention.q_norm.scale", "h"),
-    _layer("self_attn.k_norm.weight", "h", "attention.k_norm.scale", "h"),
-    _layer("self_attn.sinks", "n", "attention.sinks", "n"),
-    _layer("post_attention_layernorm.weight", "d", "mlp_norm.scale", "d"),
+NORMS_OF_ALL_HEADS = (
+    in_layer("self_attn.q_norm.weight", "(n h)", "attention.q_norm.scale", "n h"),
+    in_layer("self_attn.k_norm.weight", "(k h)", "attention.k_norm.scale", "k h"),
 )
-DENSE = (
-    _layer("mlp.gate_proj.weight", "f d", "mlp.gate", "d f"),
-    _layer("mlp.up_proj.weight", "f d", "mlp.up", "d f"),
-    _layer("mlp.down_proj.weight", "d f", "mlp.down", "f d"),
-)
-# One tensor an expert; or fused, gate before up, as transformers holds them in memory.
-EXPERTS_OUT_IN = (
-    _layer("mlp.experts.{e}.gate_proj.weight", "f d", "mlp.gate", "e d f"),
-    _layer("mlp.experts.{e}.up_proj.weight", "f d", "mlp.up", "e d f"),
-    _layer("mlp.experts.{e}.down_proj.weight", "d f", "mlp.down", "e f d"),
-    _both("gate_up_proj", "e f d", "", "e d f", join=1),
-    _layer("mlp.experts.down_proj", "e d f", "mlp.down", "e f d"),
-)
+SINKS = in_layer("self_attn.sinks", "n", "attention.sinks", "n")
 EXPERT_BIASES = (
-    _both("gate_up_proj_bias", "e f", "_bias", "e f", join=1, interleaved=True),
-    _layer("mlp.experts.down_proj_bias", "e d", "mlp.down_bias", "e d"),
-)
-# The same names as transformers' fused ones, in another order: never in one table.
-EXPERTS_IN_OUT = (
-    _both("gate_up_proj", "e d f", "", "e d f", join=2, interleaved=True),
-    _layer("mlp.experts.down_proj", "e f d", "mlp.down", "e f d"),
-)
-HY3_ROUTER = ("mlp.router.gate.weight", "mlp.gate.weight", "mlp.gate.wg.weight")
-SELECTION_BIAS = (
-    _layer(("mlp.expert_bias", "mlp.e_score_correction_bias"), "e", "mlp.router_bias", "e"),
-)
-SHARED = (
-    _layer(_shared("gate"), "f d", "mlp.shared.gate", "d f"),
-    _layer(_shared("up"), "f d", "mlp.shared.up", "d f"),
-    _layer(_shared("down"), "d f", "mlp.shared.down", "f d"),
-)
-BLOCKS = {
-    "hy_v3": (
-        *ATTENTION,
-        *DENSE,
-        _layer(HY3_ROUTER, "e d", "mlp.router", "d e"),
-        *SELECTION_BIAS,
-        *EXPERTS_OUT_IN,
-        *SHARED,
+    in_layer("mlp.experts.gate_up_proj_bias", "e f", GATE_AND_UP_BIAS, "e f", join=1,
+             interleaved=True),
+    in_layer("mlp.experts.down_proj_bias", "e d", "mlp.down_bias", "e d"),
+)  # fmt: skip
+ROUTER_BIAS = in_layer("mlp.router.bias", "e", "mlp.router_linear_bias", "e")
+
+
+def _shared(kind: str, axes: str, leaf_axes: str) -> Row:
+    names = f"mlp.shared_mlp.{kind}_proj.weight", f"mlp.shared_experts.{kind}_proj.weight"
+    return in_layer(names, axes, f"mlp.shared.{kind}", leaf_axes)
+
+
+HY_V3 = (
+    *GATED_MLP,
+    in_layer(
+        ("mlp.router.gate.weight", "mlp.gate.weight", "mlp.gate.wg.weight"), "e d", "mlp.router",
+        "d e",
     ),
-    "qwen3_moe": (
-        *ATTENTION,
-        *DENSE,
-        _layer("mlp.gate.weight", "e d", "mlp.router", "d e"),
-        *EXPERTS_OUT_IN,
-    ),
-    "gpt_oss": (
-        *ATTENTION,
-        _layer("mlp.router.weight", "e d", "mlp.router", "d e"),
-        _layer("mlp.router.bias", "e", "mlp.router_linear_bias", "e"),
-        *EXPERTS_IN_OUT,
-        *EXPERT_BIASES,
-    ),
-}
-MIXTURE = (
-    *BLOCKS["hy_v3"],
-    _layer("mlp.router.bias", "e", "mlp.router_linear_bias", "e"),
+    in_layer(("mlp.expert_bias", "mlp.e_score_correction_bias"), "e", "mlp.router_bias", "e"),
+    *EXPERTS,
+    _shared("gate", "f d", "d f"),
+    _shared("up", "f d", "d f"),
+    _shared("down", "d f", "f d"),
+)  # fmt: skip
+GPT_OSS = (
+    SINKS,
+    in_layer("mlp.router.weight", "e d", "mlp.router", "d e"),
+    ROUTER_BIAS,
+    # the same names as transformers' fused ones, in another order: never in one table
+    in_layer("mlp.experts.gate_up_proj", "e d f", GATE_AND_UP, "e d f", join=2, interleaved=True),
+    in_layer("mlp.experts.down_proj", "e f d", "mlp.down", "e f d"),
     *EXPERT_BIASES,
 )
-MTP = (
-    Row(f"{LAYER}.enorm.weight", "d", "mtp.embed_norm.scale", "d"),
-    Row(f"{LAYER}.hnorm.weight", "d", "mtp.hidden_norm.scale", "d"),
-    Row(f"{LAYER}.eh_proj.weight", "d (p c)", "mtp.join", "p c d"),
-    Row(f"{LAYER}.final_layernorm.weight", "d", "mtp.final_norm.scale", "d"),
-)
+MINIMAX_M2 = (
+    *NORMS_OF_ALL_HEADS,
+    in_layer(("block_sparse_moe.gate.weight", "mlp.gate.weight"), "e d", "mlp.router", "d e"),
+    in_layer(
+        ("block_sparse_moe.e_score_correction_bias", "mlp.e_score_correction_bias"), "e",
+        "mlp.router_bias", "e",
+    ),
+    in_layer("block_sparse_moe.experts.{e}.w1.weight", "f d", "mlp.gate", "e d f"),
+    in_layer("block_sparse_moe.experts.{e}.w3.weight", "f d", "mlp.up", "e d f"),
+    in_layer("block_sparse_moe.experts.{e}.w2.weight", "d f", "mlp.down", "e f d"),
+    *FUSED_EXPERTS,
+)  # fmt: skip
+FEATURES = {
+    "hy_v3": HY_V3,
+    "qwen3_moe": (*GATED_MLP, ROUTER, *EXPERTS),
+    "gpt_oss": GPT_OSS,
+    "glm4_moe": (*GATED_MLP, ROUTER, SELECTION_BIAS, *EXPERTS, *SHARED_EXPERTS),
+    "minimax_m2": MINIMAX_M2,
+    "mimo_v2_flash": (
+        in_layer(("self_attn.attention_sink_bias", "self_attn.sinks"), "n", "attention.sinks", "n"),
+        *GATED_MLP,
+        ROUTER,
+        SELECTION_BIAS,
+        *EXPERTS,
+    ),
+}
+"""What layers have beside norms and attention, by model_type."""
+MIXTURE = (*HY_V3, *NORMS_OF_ALL_HEADS, SINKS, ROUTER_BIAS, *EXPERT_BIASES)
+MTP_OF_MIMO = "model.mtp."
 
 COPIES = {"lm_head.weight": "embed"}
 
 
 def copies(config: HybridMoEConfig) -> Mapping[str, str]:
-    """`COPIES`, where the head is tied."""
-    return COPIES if config.tie_embeddings else {}
+    """`COPIES`, where the head is tied; what GLM's MTP layer has again."""
+    of_mtp = mtp_rows.copies_of_mtp(config) if hf.model_type(config) == "glm4_moe" else {}
+    return {**(COPIES if config.tie_embeddings else {}), **of_mtp}
 
 
 @functools.lru_cache(maxsize=8)
 def table(config: HybridMoEConfig) -> tuple[Row, ...]:
     """Every tensor of a model of this configuration."""
-    block = BLOCKS.get(hf.model_type(config), MIXTURE)
-    mtp = (*MTP, *block) if config.num_mtp_layers else ()
-    return (*MODEL, *block, *(_mtp(row, config.num_layers) for row in mtp))
-
-
-def _mtp(row: Row, layer: int) -> Row:
-    """A row of the layer after the last."""
-    names = tuple(name.replace("{i}", str(layer)) for name in row.all_names)
-    paths = tuple(path.replace("layers.{i}.", "mtp.block.") for path in row.all_paths)
-    return dataclasses.replace(row, names=names, paths=paths)
-
-
-def fit(config: HybridMoEConfig, names: Collection[str]) -> HybridMoEConfig:
-    """The configuration of what a checkpoint with these tensors holds.
-
-    transformers drops the MTP layer and goes on saying that there is one.
-    """
-    if config.num_mtp_layers and not any(n.startswith(_after(config)) for n in names):
-        log.info("config.json speaks of an MTP layer; the checkpoint has none, and is read so")
-        return dataclasses.replace(config, num_mtp_layers=0)
-    return config
+    model_type = hf.model_type(config)
+    block = (*NORMS, *ATTENTION, *FEATURES.get(model_type, MIXTURE))
+    norm = mtp_rows.SHARED_HEAD_NORM if model_type == "glm4_moe" else mtp_rows.FINAL_NORM
+    return (*MODEL, *NGRAM, *block, *mtp_rows.mtp_rows(config, norm, block))
 
 
 def left_out(names: Collection[str], config: HybridMoEConfig) -> frozenset[str]:
-    """An MTP layer that config.json does not speak of."""
-    prefix = _after(config)
-    # Without this projection it is an ordinary layer, num_layers is wrong, and that must show.
-    if config.num_mtp_layers or f"{prefix}eh_proj.weight" not in names:
-        return frozenset()
-    return frozenset(name for name in names if name.startswith(prefix))
-
-
-def _after(config: HybridMoEConfig) -> str:
-    return f"model.layers.{config.num_layers}."
+    """An MTP layer that config.json does not speak of; those of MiMo, each of which drafts another
+    token, are not there."""
+    mimo = hf.model_type(config) == "mimo_v2_flash"
+    own = (name for name in names if mimo and name.startswith(MTP_OF_MIMO))
+    return mtp_rows.left_out(names, config) | frozenset(own)

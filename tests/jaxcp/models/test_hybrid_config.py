@@ -18,6 +18,7 @@ from jaxcp.models.hybrid_moe import hf
 from jaxcp.models.hybrid_moe.config import (
     AttentionConfig,
     ExpertsConfig,
+    Heads,
     NGramConfig,
     NormConfig,
 )
@@ -229,7 +230,8 @@ MIXTURE = HybridMoEConfig(
     vocab_size=32, num_layers=3, embed_dim=16, num_heads=4, num_kv_heads=2, head_dim=8,
     mlp_dim=16, moe_dim=8, num_experts=4, num_experts_per_tok=2, layer_pattern="LNG", window=5,
     attention=AttentionConfig(
-        full_num_heads=2, rope=Rope(yarn=YaRN(factor=2.0, original_max_positions=9))
+        full=Heads(num_heads=2, num_kv_heads=1, head_dim=6, value_dim=5, rope=Rope(part=0.7)),
+        rope=Rope(yarn=YaRN(factor=2.0, original_max_positions=9)), output_bias=False,
     ),
     experts=ExpertsConfig(routing=Routing(scale=1.5)), ngram=NGramConfig(width=3),
 )  # fmt: skip
@@ -277,10 +279,7 @@ def test_a_plain_one_has_the_format_of_its_family():
         ({"window": None}, "a pattern with L needs window >= 1; got window=None"),
         ({"window": 0}, "needs window >= 1; got window=0"),
         ({"num_kv_heads": 3}, "num_kv_heads must divide num_heads; got 3 and 4"),
-        (
-            {"attention": AttentionConfig(full_num_heads=3)},
-            "num_kv_heads must divide full_num_heads; got 2 and 3",
-        ),
+        ({"attention": AttentionConfig(rope=Rope(part=0.4))}, "got 3 of 8, by part=0.4"),
         ({"head_dim": 7}, "head_dim must be even for rotary positions; got 7"),
         ({"num_experts_per_tok": 5}, "1 <= num_experts_per_tok <= num_experts; got 5 of 4"),
         ({"num_experts_per_tok": 0}, "got 0 of 4"),

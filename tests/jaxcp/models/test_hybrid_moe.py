@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hy3 with its MTP layer, Qwen3-MoE and gpt-oss compute what transformers computes; mixtures of
-their features compute the same however they are spread and cached."""
+"""A hybrid MoE computes, layer by layer, what transformers computes; Hy3 drafts so; mixtures of all
+features compute the same however they are spread and cached."""
 
 import dataclasses
 import functools
@@ -24,12 +24,15 @@ from jaxcp.models.base import embed
 from jaxcp.models.hybrid_moe.config import (
     AttentionConfig,
     ExpertsConfig,
+    Heads,
     NGramConfig,
     NormConfig,
 )
 from jaxcp.weights.placement import place
 
 CLOSE = {"atol": 1e-4, "rtol": 0}
+FAMILIES = "hy3", "qwen3-moe", "gpt-oss", "glm4-moe", "minimax-m2", "mimo-v2-flash"
+ALL = pytest.mark.parametrize("name", [f"{family}-tiny" for family in FAMILIES])
 
 
 def reference(name, file="reference"):
@@ -61,7 +64,7 @@ def states(model, tokens, positions):
     return out, model.logits(out[-1])
 
 
-@pytest.mark.parametrize("name", ["hy3-tiny", "qwen3-moe-tiny", "gpt-oss-tiny"])
+@ALL
 def test_every_layer_is_that_of_transformers(name):
     expected = reference(name)
     found, logits = states(loaded(name), *natural(expected["input_ids"]))
@@ -108,7 +111,7 @@ def test_chunks_over_a_cache_are_the_whole_sequence(mesh_of):
         np.testing.assert_allclose(found, logits[:, at], **CLOSE, err_msg=f"token {at}")
 
 
-@pytest.mark.parametrize("name", ["hy3-tiny", "qwen3-moe-tiny", "gpt-oss-tiny"])
+@ALL
 def test_no_layer_of_a_bfloat16_model_widens_its_states(name):
     """What must be float32 (router, norms, softmax) is so inside."""
     config = jaxcp.load_config(FIXTURES / name)
@@ -184,12 +187,14 @@ def test_tokens_that_follow(segments, expected):
 
 # Any mixture of their features
 
+YARN = Rope(yarn=YaRN(factor=4.0, original_max_positions=64))
 MIXTURE = HybridMoEConfig(
     vocab_size=64, num_layers=2, embed_dim=16, num_heads=4, num_kv_heads=2, head_dim=8,
     mlp_dim=16, moe_dim=8, num_experts=6, num_experts_per_tok=2, layer_pattern="LN", window=40,
     attention=AttentionConfig(
-        rope=Rope(yarn=YaRN(factor=4.0, original_max_positions=64)), sinks=True, use_bias=True,
-        full_num_heads=2,
+        rope=YARN, sinks=True, use_bias=True, output_bias=False, value_scale=0.5,
+        qk_norm_together=True,
+        full=Heads(num_heads=4, num_kv_heads=4, head_dim=6, value_dim=4, rope=Rope(part=0.4)),
     ),
     experts=ExpertsConfig(
         routing=Routing(scores="sqrt_softplus", linear_bias=True, num_groups=3, top_groups=2),

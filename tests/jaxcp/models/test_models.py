@@ -16,14 +16,15 @@ from tiny_checkpoints import FIXTURES, flat, random_model, tensors, write
 import jaxcp
 from jaxcp import GPT, GPTConfig, HybridMoE, HybridMoEConfig, Zigzag, models
 from jaxcp.layers.routing import Routing
-from jaxcp.models.hybrid_moe.config import AttentionConfig, ExpertsConfig, NormConfig
+from jaxcp.models.hybrid_moe.config import AttentionConfig, ExpertsConfig, Heads, NormConfig
 from jaxcp.weights.placement import place
 
 HYBRID = HybridMoEConfig(
     vocab_size=32, num_layers=3, embed_dim=16, num_heads=4, num_kv_heads=2, head_dim=8,
     mlp_dim=16, moe_dim=8, num_experts=4, num_experts_per_tok=2,
     layer_pattern="LNG", window=5, norm=NormConfig(eps=1e-6),
-    attention=AttentionConfig(full_num_heads=2), experts=ExpertsConfig(routing=Routing(scale=1.5)),
+    attention=AttentionConfig(full=Heads(num_heads=2, num_kv_heads=2, head_dim=8, value_dim=8)),
+    experts=ExpertsConfig(routing=Routing(scale=1.5)),
 )  # fmt: skip
 
 

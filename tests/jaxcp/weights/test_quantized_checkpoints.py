@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from slow import slow_but
 from test_mxfp4 import e2m1
 from tiny_checkpoints import FIXTURES, assert_same, flat, random_model, tensors, write
 
@@ -98,6 +99,10 @@ def wide_v3():
     return fields
 
 
+PUBLISHED_SO = {"m2": "minimax-m2-tiny", "mimo": "mimo-v2-flash-tiny"}
+"""Others in DeepSeek-V3's format."""
+
+
 @functools.cache
 def pair(kind, folder):
     """Folders of a quantized checkpoint and of the one that it stands for."""
@@ -109,6 +114,9 @@ def pair(kind, folder):
         shaped = write(folder / "shaped", name, {}, **fields)
         jaxcp.save(random_model(jaxcp.load_config(shaped)), folder / "random")
         whole = load_file(folder / "random" / "model.safetensors")
+    elif kind in PUBLISHED_SO:
+        name, pack, fields = PUBLISHED_SO[kind], in_deepseek_v3, {}
+        whole = tensors(name)
     else:
         name, pack, fields = "deepseek-v4-tiny", in_deepseek_v4, {}
         whole = load_file(FIXTURES / name / "model_official_names.safetensors")
@@ -133,16 +141,18 @@ def expected(kind, folder):
     return logits(jaxcp.load(pair(kind, folder)[1])[0])
 
 
-WIDENED = {"hy3": (), "v3": ("kv_up",), "v4": ("o_down",)}
+WIDENED = {"v3": ("kv_up",), "v4": ("o_down",)}
 
 
-@pytest.mark.parametrize("kind", ["hy3", "v3", pytest.param("v4", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", slow_but(["hy3", "v3", "v4", *PUBLISHED_SO], lambda kind: kind in ("hy3", "v3"))
+)
 def test_logits(kind, folder):
     model = jaxcp.load(pair(kind, folder / kind)[0])[0]
     np.testing.assert_allclose(logits(model), expected(kind, folder / kind), **CLOSE)
 
 
-@pytest.mark.parametrize("kind", ["hy3", "v3", "v4"])
+@pytest.mark.parametrize("kind", ["hy3", "v3", "v4", *PUBLISHED_SO])
 def test_leaves_stay_quantized(kind, folder, caplog):
     """But for those that a log line names; and each is what numpy says, bit by bit."""
     packed, exact = pair(kind, folder / kind)
@@ -156,7 +166,7 @@ def test_leaves_stay_quantized(kind, folder, caplog):
     plain = [n for n, x in found.items() if n.endswith(linear) and not is_quantized(x)]
     compressors = [n for n in plain if "compressor" in n]
     plain = [n for n in plain if n not in compressors]
-    assert all(n.endswith(WIDENED[kind]) for n in plain), plain
+    assert all(n.endswith(WIDENED.get(kind, ())) for n in plain), plain
     said = [x.getMessage() for x in caplog.records if "widened" in x.getMessage()]
     assert all(f" {name}," in f"{said[0]}," for name in plain) if plain else not said
     assert ("static scales are not used" in caplog.text) == (kind == "hy3")
