@@ -13,6 +13,7 @@ from jaxcp.training.config import (
     StartConfig,
     TrainConfig,
 )
+from jaxcp.training.context import ContextStage
 from jaxcp.training.export import export_run
 from jaxcp.training.loop import Result, train
 from jaxcp.training.metrics import Callback, ProgressBar, read_metrics
@@ -23,6 +24,7 @@ from jaxcp.training.runs import load_run
 __all__ = [
     "BatchSource",
     "Callback",
+    "ContextStage",
     "LossConfig",
     "Mixture",
     "OptimizerConfig",

@@ -42,12 +42,19 @@ class Batches:
     def read(self, step: int) -> tuple[Batch, Share]:
         """Read what this process holds of the batch of a step, or all of it; and which rows."""
         config = self.config
-        rows, length = config.batch_size, config.seq_len
+        rows, length = config.batch_size, config.at(step + 1).seq_len
         if jax.process_count() > 1 and getattr(self.source, "by_rows", False):
             share = share_of(self.mesh, rows, config.accumulate)
             host = self.source.some_rows(step, rows, length, share.rows)  # type: ignore[attr-defined]
             return self.checked(host, self.locate(step, share.rows)), share
         host = self.checked(self.source.batch(step, rows, length), self.locate(step))
+        got = host["tokens"].shape[1]
+        if config.context and got != length:
+            raise ValueError(
+                "a context in stages needs a source whose rows have the length that it is asked "
+                f"for; step {step + 1} has {length} tokens in a row, and got {got} from "
+                f"{config.data!r:.80}"
+            )
         return host, whole(len(host["tokens"]), self.mesh, config.accumulate)
 
     def work(self, host: Batch, share: Share) -> Work:
@@ -66,7 +73,7 @@ class Batches:
         locate = getattr(self.source, "locate", None)
         if locate is None:
             return None
-        config = self.config
+        config = self.config.at(step + 1)
         of_batch = functools.partial(locate, step, config.batch_size, config.seq_len)
         if rows is None:
             return of_batch

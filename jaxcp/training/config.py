@@ -2,6 +2,7 @@
 """Configuration of a training run: frozen values, checked when made; a run is a Python file."""
 
 import dataclasses
+import functools
 import math
 import numbers
 import pathlib
@@ -11,6 +12,7 @@ from typing import Any, Literal
 from jaxcp.data.sources import BatchSource, TokenFiles, WholeSource
 from jaxcp.mesh import MeshConfig
 from jaxcp.sharding import Rules
+from jaxcp.training.context import ContextStage, check_order, runs_of
 
 
 def _whole(config: Any, *names: str) -> None:
@@ -162,8 +164,8 @@ class TrainConfig:
 
     Raises:
       ValueError: a size below 1; rows that `accumulate` x `mesh.data` does not divide; rows longer
-        than the model has positions; data that is neither a glob nor a source; an `out_dir` on an
-        object store.
+        than the model has positions, in any stage; a stage that changes a rotary base of a model
+        without; data that is neither a glob nor a source; an `out_dir` on an object store.
 
     >>> config = jaxcp.TrainConfig(
     ...     model=jaxcp.GPTConfig(...), seq_len=1024, batch_size=8, steps=1000,
@@ -198,6 +200,8 @@ class TrainConfig:
     start: StartConfig = dataclasses.field(default_factory=StartConfig)
     extended: tuple[int, ...] = ()
     """Former `steps` of a run that was made longer: at each its schedule began anew."""
+    context: tuple[ContextStage, ...] = ()
+    """Stages in which rows are longer than `seq_len`; each compiles once. `batch_size` stays."""
     eval_every: int | None = None
     """Steps between evaluations, each over all of `eval_data`; the last step has one too."""
     eval_data: str | BatchSource | None = None
@@ -262,6 +266,9 @@ class TrainConfig:
             raise ValueError(
                 f"the model has {limit} positions; got seq_len={self.seq_len}. Raise max_positions"
             )
+        if self.context:
+            check_order(self.seq_len, self.context, self.steps)
+            _ = self.stages  # each is checked as a run is
 
     def _check_evaluation(self) -> None:
         if self.eval_every is None or isinstance(self.eval_data, str | WholeSource):
@@ -282,3 +289,16 @@ class TrainConfig:
     def cycles(self) -> tuple[int, ...]:
         """The ends of the cycles of the schedule: one, but for a run that was made longer."""
         return (*self.extended, self.steps)
+
+    @functools.cached_property
+    def stages(self) -> "dict[int, TrainConfig]":
+        """The run as it is in each stage of its context, by the steps done when that begins."""
+        return runs_of(self)
+
+    def begun(self, step: int) -> int:
+        """Count the steps that were done when the stage of step `step` (from 1 on) began."""
+        return max((stage.step for stage in self.context if stage.step < step), default=0)
+
+    def at(self, step: int) -> "TrainConfig":
+        """The run as it is in step `step`, from 1 on: with the rows and the model of its stage."""
+        return self.stages[self.begun(step)] if self.context else self

@@ -95,4 +95,4 @@ def best_model(result: Result, config: TrainConfig) -> Any:
     with jax.set_mesh(mesh_of(config)):
         fresh = init_state(dataclasses.replace(config, start=StartConfig()))
         state = checkpoint.read(folder, result.best_step, fresh)
-        return join(config.model, state, config.gathered_to)
+        return join(config.at(result.best_step).model, state, config.gathered_to)

@@ -52,8 +52,7 @@ def _write(config: TrainConfig) -> None:
     if (out_dir / CONFIG).exists() and began:
         theirs = read_identity(out_dir)
         if config.extended and theirs.get("steps") == config.extended[-1] == began[-1]:
-            of_now = {"steps": config.steps, "extended": list(config.extended)}
-            theirs = theirs | of_now  # a finished run becomes longer
+            theirs = theirs | _longer(config, theirs, ours)
         lines = differences(theirs, ours)
         if lines:
             raise ValueError(
@@ -63,6 +62,15 @@ def _write(config: TrainConfig) -> None:
     out_dir.mkdir(parents=True, exist_ok=True)
     _write_json(out_dir / CONFIG, ours)
     _write_json(out_dir / RESOLVED, plain(config, everything=True))
+
+
+def _longer(config: TrainConfig, theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    """What a finished run becomes as it is made longer; its context may grow after its old end."""
+    begun = [stage for stage in ours.get("context", []) if stage["step"] < config.extended[-1]]
+    fields = {"steps": config.steps, "extended": list(config.extended)}
+    if begun == theirs.get("context", []) != ours.get("context", []):
+        fields["context"] = ours["context"]
+    return fields
 
 
 def _write_json(path: pathlib.Path, value: Any) -> None:

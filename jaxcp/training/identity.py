@@ -21,6 +21,7 @@ def identity(config: TrainConfig) -> dict[str, Any]:
     names += ["losses"] * (config.losses != LossConfig())
     names += ["start"] * (config.start != StartConfig())
     names += ["extended"] * bool(config.extended)
+    names += ["context"] * bool(config.context)
     return {"model": model} | {name: plain(getattr(config, name)) for name in names}
 
 

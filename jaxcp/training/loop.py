@@ -17,6 +17,7 @@ from jaxcp.training import checkpoint, flops, shards
 from jaxcp.training.batches import Batches
 from jaxcp.training.config import TrainConfig
 from jaxcp.training.folder import check_data, claim
+from jaxcp.training.growth import check_growth, in_record
 from jaxcp.training.meter import Meter
 from jaxcp.training.metrics import Callback, MetricsFile, ProgressBar, Record, as_json
 from jaxcp.training.profile import Profile
@@ -137,6 +138,7 @@ class Run:
         config = self.config
         check_data(self.batches.source)
         processes.by_first(self.claim_data)
+        processes.together(lambda: check_growth(config, self.mesh, self.batches))
         resumed, start, state = self.first_state()
         metrics = processes.by_first(lambda: MetricsFile(self.out_dir / METRICS, resumed_at=start))
         last = processes.decide(metrics.records[-1] if metrics and metrics.records else {})
@@ -159,20 +161,20 @@ class Run:
             seconds=self.meter.seconds(),
             metrics_path=self.out_dir / METRICS,
             checkpoint_path=self.checkpoints / str(step),
-            model=join(config.model, state, config.gathered_to),
+            model=join(config.at(step).model, state, config.gathered_to),
             stopped_by=stopped,
-            **processes.decide(self.losses(metrics)),
+            **processes.decide(self.losses(step, metrics)),
         )
 
     def claim_data(self) -> None:
         began = bool(checkpoint.steps(self.checkpoints))
         shards.claim(self.out_dir / DATA, self.batches.source, began=began)
 
-    def losses(self, metrics: MetricsFile | None) -> dict[str, Any]:
-        """The losses of a `Result`, by the process that has the records."""
+    def losses(self, step: int, metrics: MetricsFile | None) -> dict[str, Any]:
+        """The losses of a `Result` at a step, by the process that has the records."""
         if metrics is None:
             return {}
-        evaluated = self.evaluations(metrics)
+        evaluated = self.evaluations(step, metrics)
         best = min(evaluated, key=lambda record: record["eval_loss"], default={})
         return {
             "final_loss": metrics.records[-1]["loss"] if metrics.records else math.nan,
@@ -212,17 +214,20 @@ class Run:
         with Signals() as signals, saver, best, processes.tied():
             batches = prefetch(self.batches.batch, start, end)
             for step, (batch, work, in_order) in enumerate(batches, start + 1):
-                state, out = self.step(step, state, batch, in_order, first=step == start + 1)
+                first = step == start + 1
+                compiles = first or config.begun(step) == step - 1
+                state, out = self.step(step, state, batch, in_order, first=first)
                 # Only one step may wait behind the one that runs: time and memory stay what they
                 # seem.
                 if running is not None:
                     self.count(*running, state, last=False)
                 running = step, out
                 meter.add(work)
-                if step == start + 1:
+                if compiles:
                     jax.block_until_ready(out)
-                    meter.startup["first_step"] = meter.seconds()
                     self.programs.note()
+                if first:
+                    meter.startup["first_step"] = meter.seconds()
                 wish = STOPS[poll.turn(self.wish(signals))]
                 stopped = self.stopped_by(step, end, wish)
                 save = bool(stopped) or step % config.checkpoint_every == 0
@@ -231,7 +236,7 @@ class Run:
                     running = None
                     self.count(step, out, state, last=step == config.steps)
                     record = {"step": step} | as_json(out, whole=save)
-                    record |= {"skipped": self.skips.total}
+                    record |= {"skipped": self.skips.total} | in_record(config, step)
                     record |= meter.read() | self.look(step, state)
                     if metrics is not None:
                         # before the checkpoint: a step on disk has its record
@@ -244,7 +249,7 @@ class Run:
                     saver.save(step, state)
                     self.programs.note()
                 saver.check()
-                if report or step == start + 1:
+                if report or compiles:
                     meter.mark()  # so that neither compiling nor saving counts as training
                 if stopped:
                     return state, stopped
@@ -290,7 +295,7 @@ class Run:
 
     def step(self, step: int, state: State, batch: Any, in_order: bool, first: bool):
         """Make a step, the first by the clock, some with a trace."""
-        config = self.config
+        config = self.config.at(step)
         advance = make_step(
             config.model, config.strategy, config.optimizer, config.cycles, config.loss_chunk,
             in_order, config.losses, config.zero, config.rules,
@@ -321,18 +326,20 @@ class Run:
         if evaluate:
             assert self.validation is not None
             began = self.meter.seconds()
-            loss = whole_loss(self.config, state, self.validation, self.batches.place)
+            run = self.config.at(step)
+            loss = whole_loss(run, state, self.validation, self.batches.place)
             record = {"eval_loss": loss.mean, "eval_tokens": loss.tokens}
             record["eval_seconds"] = self.meter.seconds() - began
         if write:
-            model = join(self.config.model, state, self.config.gathered_to)
+            model = join(self.config.at(step).model, state, self.config.gathered_to)
             assert self.tokenizer is not None
             record["sample"] = sample(model, self.tokenizer, self.config.samples)
         return record
 
-    def evaluations(self, metrics: MetricsFile) -> list[Record]:
-        """The records of this run, not of one that it goes on from, that have an `eval_loss`."""
-        first = self.config.start.step or 0
+    def evaluations(self, step: int, metrics: MetricsFile) -> list[Record]:
+        """The records that have an `eval_loss`: of this run, not of one that it goes on from, and
+        with the context of step `step`, as losses over other lengths are others."""
+        first = max(self.config.start.step or 0, self.config.begun(step))
         return [r for r in metrics.records if "eval_loss" in r and r["step"] > first]
 
     def keep_best(
@@ -343,7 +350,7 @@ class Run:
             saver.save(step, state)
 
     def is_new_best(self, step: int, metrics: MetricsFile) -> bool:
-        best = min(self.evaluations(metrics), key=lambda record: record["eval_loss"])
+        best = min(self.evaluations(step, metrics), key=lambda record: record["eval_loss"])
         return best["step"] == step and step not in checkpoint.steps(self.out_dir / BEST)
 
 

@@ -21,7 +21,8 @@ The first record of a process has `startup`: the seconds of `init`, `restore` an
 all until the `first_step` was done. A step that was evaluated has `eval_loss, eval_tokens,
 eval_seconds`, one at which the model wrote `sample`. Where the model's FLOPs are counted
 (`training/flops.py`) there are `flops_per_second` of all devices and `mfu_mask`, and where the
-devices' peak is known `mfu`.
+devices' peak is known `mfu`. Where the context grows in stages there is `context`, the tokens of a
+row, and where the model has one base of rotary positions `rope_theta`.
 
 A model with experts also has `router_load` (per cent of an even load, by MoE layer and expert, the
 MTP layer's last), `router_load_max, router_entropy, router_idle, router_flips`

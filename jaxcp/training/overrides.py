@@ -127,6 +127,8 @@ def _read_as(kind: Any, text: str) -> Any:
         return values[text] if text in values else _no()
     if origin is tuple:
         return _read_tuple(typing.get_args(kind), ast.literal_eval(text))
+    if dataclasses.is_dataclass(kind):
+        return _read_fields(kind, ast.literal_eval(text))
     return read_strategy(text) if kind is Any else _no()
 
 
@@ -136,6 +138,14 @@ def _read_tuple(kinds: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
     if kinds[-1:] == (Ellipsis,):
         kinds = kinds[:1] * len(value)
     return tuple(_read_as(kind, str(x)) for kind, x in zip(kinds, value, strict=True))
+
+
+def _read_fields(kind: Any, values: Sequence[Any]) -> Any:
+    """Make a config of the values of its first fields, in their order."""
+    hints = typing.get_type_hints(kind)
+    names = [field.name for field in dataclasses.fields(kind)]
+    pairs = zip(names[: len(values)], values, strict=True)
+    return kind(**{name: _read(hints[name], str(value), name) for name, value in pairs})
 
 
 def read_strategy(text: str) -> Any:
