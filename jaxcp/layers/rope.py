@@ -23,6 +23,9 @@ LLAMA3_KEYS = HF_KEYS | {
 }  # fmt: skip
 KEYS = {"default": YARN_KEYS, "yarn": YARN_KEYS, "llama3": LLAMA3_KEYS, "linear": HF_KEYS}
 """Parameters that a rope_type may come with; those of yarn do nothing by default."""
+LATER = {"later": True}
+"""Metadata of a field of a model's configuration that runs from before it, which may go on, have
+not."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,8 +116,8 @@ class Rope:
     yarn: YaRN | None = None
     interleaved: bool = False
     llama3: Llama3 | None = None
-    linear: float = 1.0
-    part: float = 1.0
+    linear: float = dataclasses.field(default=1.0, metadata=LATER)
+    part: float = dataclasses.field(default=1.0, metadata=LATER)
 
     def __post_init__(self):
         if not 0 < self.part <= 1:

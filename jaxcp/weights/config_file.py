@@ -19,7 +19,7 @@ from jaxcp.weights.stored_dtype import stored_dtype
 
 MOST_LAYERS = 10_000
 """Bound on the layers that a config.json may ask for; no model has a fiftieth of it."""
-COUNTS_LAYERS = re.compile("layer|dense")
+COUNTS_LAYERS = re.compile("layer|dense_replace")
 LISTED_LAYERS = 256
 """A config of at most so many layers is tried whatever tensors there are: all missing ones are
 then listed."""

@@ -6,7 +6,7 @@ import dataclasses
 
 from jaxcp.layers.mlp import SILU, SwiGLU
 from jaxcp.layers.remat import Remat, check_remat
-from jaxcp.layers.rope import Rope
+from jaxcp.layers.rope import LATER, Rope
 from jaxcp.layers.routing import Routing
 
 
@@ -41,7 +41,7 @@ class Heads:
 class AttentionConfig:
     rope: Rope = dataclasses.field(default_factory=Rope)
     qk_norm: bool = True
-    qk_norm_together: bool = False
+    qk_norm_together: bool = dataclasses.field(default=False, metadata=LATER)
     """QK norm is over all heads of a token, not over each."""
     use_bias: bool = False
     output_bias: bool | None = None
@@ -50,7 +50,7 @@ class AttentionConfig:
     """See `Heads`."""
     value_dim: int | None = None
     """Channels of a value, where not `head_dim`."""
-    value_scale: float = 1.0
+    value_scale: float = dataclasses.field(default=1.0, metadata=LATER)
     """Factor of values."""
     full: Heads | None = None
     """Those of G and N layers, where they are others: full attention pays for each."""

@@ -6,7 +6,7 @@ import json
 import math
 
 import pytest
-from published import GLM_45, GLM_45_AIR, MIMO_V2_FLASH, MINIMAX_M25
+from published import GLM_45, GLM_45_AIR, HY3, MIMO_V2_FLASH, MINIMAX_M25
 from test_hybrid_config import named
 from tiny_checkpoints import FIXTURES
 
@@ -14,6 +14,7 @@ from jaxcp import models, weights
 from jaxcp.layers.rope import Rope, YaRN
 from jaxcp.models.hybrid_moe import hf
 from jaxcp.models.hybrid_moe.config import Heads
+from jaxcp.training.identity import differences, plain
 
 PUBLISHED = {"GLM-4.5": GLM_45, "Air": GLM_45_AIR, "M2.5": MINIMAX_M25, "MiMo": MIMO_V2_FLASH}
 NVFP4 = {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}
@@ -212,6 +213,23 @@ def test_a_set_of_rope_parameters_for_each_kind():
 def test_an_unknown_model_type_names_its_neighbours(fields, near):
     with pytest.raises(ValueError, match=near):
         models.config_from_dict(fields)
+
+
+def test_a_width_of_dense_layers_is_no_count_of_them(tmp_path):
+    """MiniMax-M3's config.json has one of 12,288; it is refused for what it is."""
+    fields = MINIMAX_M25 | {"model_type": "minimax_m3", "dense_intermediate_size": 12288}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match="Near it in name: minimax_m2"):
+        weights.load_config(tmp_path)
+
+
+def test_a_run_from_before_these_features_goes_on():
+    old = json.loads(json.dumps(plain(read(HY3))))
+    for name in ("output_bias", "value_dim", "full"):
+        assert old["attention"].pop(name) is None
+    assert not {"qk_norm_together", "value_scale"} & old["attention"].keys()
+    assert not {"part", "linear"} & old["attention"]["rope"].keys()
+    assert differences(old, plain(read(HY3))) == []
 
 
 def test_fixtures_are_of_their_families():
