@@ -22,11 +22,9 @@ def seconds(action) -> float:
     return time.perf_counter() - began
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mebibytes", type=int, default=256)
-    size = parser.parse_args().mebibytes
-    keys = jax.random.split(jax.random.key(0), size // 4)
+def measure(mebibytes: int) -> dict[str, float]:
+    """Save a state of so many MiB twice, the first time to import and start threads."""
+    keys = jax.random.split(jax.random.key(0), mebibytes // 4)
     state = {f"{i}": jax.random.normal(key, (1024, 1024)) for i, key in enumerate(keys)}
     state = jax.block_until_ready(jax.tree.map(lambda x: x.astype("float32"), state))
     change = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
@@ -34,13 +32,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         with checkpoint.Saver(folder, keep=1) as saver:
-            for step in (1, 2):  # the first one imports and starts threads
+            for step in (1, 2):
                 waits = seconds(lambda step=step, state=state: saver.save(step, state))
                 rest = seconds(saver.wait)
                 state = jax.block_until_ready(change(state))  # as no copy of it is on the host
         copies = seconds(lambda: jax.tree.map(lambda x: x.copy(), jax.device_get(state)))
         reads = seconds(lambda: checkpoint.restore(folder, state))
-    times = {"waits": waits, "copies": copies, "on_disk": waits + rest, "reads": reads}
+    return {"waits": waits, "copies": copies, "on_disk": waits + rest, "reads": reads}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--mebibytes", type=int, default=256)
+    size = parser.parse_args().mebibytes
+    times = measure(size)
     print(json.dumps({"MiB": size} | {name: round(x, 3) for name, x in times.items()}))
 
 
