@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention and mixture-of-experts kernels for JAX: reference, XLA, Triton and Mosaic TPU."""
+"""Attention, recurrence and expert kernels for JAX: reference, XLA, Triton and Mosaic TPU."""
 
 from pallas_kernels.decode_attention import decode_attention, quantize_cache
 from pallas_kernels.flash_attention import PAD_POSITION, flash_attention
+from pallas_kernels.gated_delta import gated_delta
 from pallas_kernels.grouped_matmul import (
     Quantized,
     dequantize,
@@ -18,6 +19,7 @@ __all__ = [
     "decode_attention",
     "dequantize",
     "flash_attention",
+    "gated_delta",
     "grouped_matmul",
     "grouped_swiglu",
     "quantize",

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gated delta rule token by token, as it is defined: what other implementations are held to."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+PRECISION = lax.Precision.HIGHEST
+
+
+def forward(q, k, v, log_decay, beta, starts, state, *, scale, chunk):
+    """`(out [B, T, N, V], state)`; `log_decay [B, T, N, 1 or H]`, `starts [B, T]`."""
+    del chunk  # there are none
+
+    def token(state, now):
+        q, k, v, log_decay, beta, start = now
+        state = jnp.where(start[:, None, None, None], jnp.zeros_like(state), state)
+        state = jnp.exp(log_decay)[..., None] * state
+        there = jnp.einsum("bnhv,bnh->bnv", state, k, precision=PRECISION)
+        new = beta[..., None] * (v - there)
+        state = state + k[..., None] * new[..., None, :]
+        return state, scale * jnp.einsum("bnhv,bnh->bnv", state, q, precision=PRECISION)
+
+    arrays = q, k, v, log_decay, beta, starts
+    state, out = lax.scan(token, state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), arrays))
+    return jnp.moveaxis(out, 0, 1), state
