@@ -217,7 +217,7 @@ def test_what_must_know_the_order_refuses(mesh_of):
     with refused():
         jaxcp.attention_fn(jaxcp.Ring(layout=Balanced()))(x, x, x)
     pieces = jax.shard_map(
-        lambda x: Pieces(Balanced(), "seq", 32).split(x),
+        lambda x: Pieces.of_layout(Balanced(), 32, "seq").split(x),
         in_specs=P(None, "seq"),
         out_specs=P(None, None, "seq"),
     )
