@@ -41,6 +41,10 @@ if TYPE_CHECKING:
     from jaxcp.models.gpt.model import GPT as GPT
     from jaxcp.models.hybrid_moe.config import HybridMoEConfig as HybridMoEConfig
     from jaxcp.models.hybrid_moe.model import HybridMoE as HybridMoE
+    from jaxcp.models.kimi_linear.config import KimiLinearConfig as KimiLinearConfig
+    from jaxcp.models.kimi_linear.model import KimiLinear as KimiLinear
+    from jaxcp.models.qwen3_next.config import Qwen3NextConfig as Qwen3NextConfig
+    from jaxcp.models.qwen3_next.model import Qwen3Next as Qwen3Next
     from jaxcp.sharding import Rules as Rules
     from jaxcp.training import LossConfig as LossConfig
     from jaxcp.training import OptimizerConfig as OptimizerConfig
@@ -71,6 +75,10 @@ _HOME = {
     "jaxcp.models.gpt.model": ("GPT",),
     "jaxcp.models.hybrid_moe.config": ("HybridMoEConfig",),
     "jaxcp.models.hybrid_moe.model": ("HybridMoE",),
+    "jaxcp.models.kimi_linear.config": ("KimiLinearConfig",),
+    "jaxcp.models.kimi_linear.model": ("KimiLinear",),
+    "jaxcp.models.qwen3_next.config": ("Qwen3NextConfig",),
+    "jaxcp.models.qwen3_next.model": ("Qwen3Next",),
     "jaxcp.sharding": ("Rules",),
     "jaxcp.training": (
         "LossConfig",

@@ -162,3 +162,86 @@ MIMO_V2_FLASH = {
     "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
                             "weight_block_size": [128, 128]},
 }  # fmt: skip
+QWEN3_NEXT_80B = {
+    "model_type": "qwen3_next", "architectures": ["Qwen3NextForCausalLM"],
+    "attention_dropout": 0.0, "bos_token_id": 151643, "decoder_sparse_step": 1,
+    "eos_token_id": 151645, "full_attention_interval": 4, "head_dim": 256, "hidden_act": "silu",
+    "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 5120,
+    "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32, "linear_value_head_dim": 128, "max_position_embeddings": 262144,
+    "mlp_only_layers": [], "moe_intermediate_size": 512, "norm_topk_prob": True,
+    "num_attention_heads": 16, "num_experts": 512, "num_experts_per_tok": 10,
+    "num_hidden_layers": 48, "num_key_value_heads": 2, "output_router_logits": False,
+    "partial_rotary_factor": 0.25, "rms_norm_eps": 1e-06, "rope_scaling": None,
+    "rope_theta": 10000000, "router_aux_loss_coef": 0.001, "shared_expert_intermediate_size": 512,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True,
+    "use_sliding_window": False, "vocab_size": 151936,
+}  # fmt: skip
+QWEN35_397B_TEXT = {
+    "model_type": "qwen3_5_moe_text", "attention_bias": False, "attention_dropout": 0.0,
+    "attn_output_gate": True, "dtype": "bfloat16", "eos_token_id": 248044,
+    "full_attention_interval": 4, "head_dim": 256, "hidden_act": "silu", "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "layer_types": [*["linear_attention"] * 3, "full_attention"] * 15,
+    "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_num_key_heads": 16,
+    "linear_num_value_heads": 64, "linear_value_head_dim": 128, "max_position_embeddings": 262144,
+    "mlp_only_layers": [], "moe_intermediate_size": 1024, "mtp_num_hidden_layers": 1,
+    "mtp_use_dedicated_embeddings": False, "num_attention_heads": 32, "num_experts": 512,
+    "num_experts_per_tok": 10, "num_hidden_layers": 60, "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06, "router_aux_loss_coef": 0.001, "shared_expert_intermediate_size": 1024,
+    "use_cache": True, "vocab_size": 248320, "mamba_ssm_dtype": "float32",
+    "rope_parameters": {
+        "mrope_interleaved": True, "mrope_section": [11, 11, 10], "rope_type": "default",
+        "rope_theta": 10000000, "partial_rotary_factor": 0.25,
+    },
+}  # fmt: skip
+QWEN35_WHOLE = {
+    "tie_word_embeddings": False, "transformers_version": "4.57.0.dev0", "image_token_id": 248056,
+    "video_token_id": 248057, "vision_start_token_id": 248053, "vision_end_token_id": 248054,
+    "vision_config": {"depth": 27, "hidden_size": 1152, "model_type": "qwen3_5_moe"},
+}  # fmt: skip
+QWEN35_397B = QWEN35_WHOLE | {
+    "model_type": "qwen3_5_moe", "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+    "text_config": QWEN35_397B_TEXT,
+}  # fmt: skip
+QWEN35_35B = QWEN35_397B | {
+    "text_config": QWEN35_397B_TEXT | {
+        "hidden_size": 2048, "layer_types": QWEN35_397B_TEXT["layer_types"][:40],
+        "linear_num_value_heads": 32, "moe_intermediate_size": 512, "num_attention_heads": 16,
+        "num_experts": 256, "num_experts_per_tok": 8, "num_hidden_layers": 40,
+        "shared_expert_intermediate_size": 512,
+    },
+}  # fmt: skip
+_OF_EXPERTS = (
+    "num_experts", "num_experts_per_tok", "moe_intermediate_size", "router_aux_loss_coef",
+    "shared_expert_intermediate_size",
+)  # fmt: skip
+QWEN35_27B = QWEN35_397B | {
+    "model_type": "qwen3_5", "architectures": ["Qwen3_5ForConditionalGeneration"],
+    "text_config": {k: v for k, v in QWEN35_397B_TEXT.items() if k not in _OF_EXPERTS} | {
+        "model_type": "qwen3_5_text", "hidden_size": 5120, "intermediate_size": 17408,
+        "layer_types": [*["linear_attention"] * 3, "full_attention"] * 16,
+        "linear_num_value_heads": 48, "num_attention_heads": 24, "num_hidden_layers": 64,
+        "num_key_value_heads": 4,
+    },
+}  # fmt: skip
+KIMI_LINEAR_48B = {
+    "model_type": "kimi_linear", "architectures": ["KimiLinearForCausalLM"],
+    "bos_token_id": 163584, "dtype": "bfloat16", "eos_token_id": 163586,
+    "first_k_dense_replace": 1, "head_dim": 72, "hidden_act": "silu", "hidden_size": 2304,
+    "initializer_range": 0.02, "intermediate_size": 9216, "kv_lora_rank": 512,
+    "linear_attn_config": {
+        "full_attn_layers": [4, 8, 12, 16, 20, 24, 27], "head_dim": 128,
+        "kda_layers": [i for i in range(1, 27) if i % 4], "num_heads": 32,
+        "short_conv_kernel_size": 4,
+    },
+    "mla_use_nope": True, "model_max_length": 1048576, "moe_intermediate_size": 1024,
+    "moe_layer_freq": 1, "moe_renormalize": True, "moe_router_activation_func": "sigmoid",
+    "num_attention_heads": 32, "num_expert_group": 1, "num_experts": 256,
+    "num_experts_per_token": 8, "num_hidden_layers": 27, "num_key_value_heads": 32,
+    "num_nextn_predict_layers": 0, "num_shared_experts": 1, "pad_token_id": 163839,
+    "q_lora_rank": None, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-05,
+    "rope_scaling": None, "rope_theta": 10000.0, "routed_scaling_factor": 2.446,
+    "tie_word_embeddings": False, "topk_group": 1, "use_cache": True, "use_grouped_topk": True,
+    "v_head_dim": 128, "vocab_size": 163840,
+}  # fmt: skip

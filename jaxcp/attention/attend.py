@@ -10,6 +10,7 @@ one method that fits what it has computed:
 | `latent(q, latent, weights)` | a latent that keys and values are made of | `LatentAttention` |
 | `selected(q, keys, selection)` | one head of keys, of which an index selects | the same |
 | `compress`, `compressed`, `shared` | a window, and entries of blocks | `CompressedAttention` |
+| `convolved(inputs, taps)`, `delta(q, k, v, ...)` | a recurrence, in order | `GatedDelta` |
 
 What a layer keeps (its keys and values) goes through as a value, `state`, so that layers alike can
 be scanned: `kept(name)` gives what a stack of layers keeps, with a leading axis of layers, and

@@ -176,6 +176,12 @@ class OverLayer(Attend):
     def shared(self, q, kv, **options):
         return self._answer("shared", q, kv, **options)
 
+    def convolved(self, inputs, taps):
+        return self._answer("convolved", inputs, taps)
+
+    def delta(self, q, k, v, log_decay, beta):
+        return self._answer("delta", q, k, v, log_decay, beta)
+
     def _answer(self, method, *arrays, **options):
         answer, self.state = getattr(self.state, method)(
             self.tokens, self.layer, *arrays, **options

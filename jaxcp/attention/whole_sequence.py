@@ -8,7 +8,12 @@ from jaxcp.attention.attend import Attend
 from jaxcp.attention.blocks import block_ends, compress
 from jaxcp.attention.selected import shared_head, sparse_attention
 from jaxcp.context_parallel.api import context_parallel_attention, latent_attention
+from jaxcp.context_parallel.gated_delta import (
+    context_parallel_convolution,
+    context_parallel_gated_delta,
+)
 from jaxcp.context_parallel.strategy import Strategy
+from jaxcp.layout import Zigzag
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # one is like no other: arrays do not compare
@@ -19,6 +24,8 @@ class WholeSequence(Attend):
     segment_ids: Any = None
     strategy: Strategy | None = None
     consecutive: bool = False
+    length: int | None = None
+    """Tokens of a row before a layout filled it up: recurrent layers on several shards ask."""
 
     def __call__(self, q, k, v, *, window, sinks=None, scale=None, soft_cap=None):
         """Heads that have keys and values of their own: `[B, T, heads, H]`."""
@@ -65,9 +72,28 @@ class WholeSequence(Attend):
         """One head that is key and value, `kv [B, T, H]`."""
         return self.latent(q, kv, (), expand=shared_head, scale=scale, window=window, sinks=sinks)
 
-    def _check(self, what, why):
+    def convolved(self, inputs, taps):
+        """Short causal convolutions of `inputs`, several `[B, T, N, H]`, by `taps [W, N, H]`."""
+        return context_parallel_convolution(inputs, taps, self.positions, **self._order)
+
+    def delta(self, q, k, v, log_decay, beta):
+        """The gated delta rule over the row: see `pallas_kernels.gated_delta`."""
+        arrays = q, k, v, log_decay, beta
+        return context_parallel_gated_delta(*arrays, self.positions, **self._order)
+
+    @property
+    def _order(self):
+        """What says in which order tokens lie."""
+        self._check_bits("a recurrence")
+        layout = Zigzag() if self.strategy is None else self.strategy.layout
+        return {"layout": layout, "length": self.length, "segment_ids": self.segment_ids}
+
+    def _check_bits(self, what):
         if self.strategy is not None and self.strategy.same_bits:
             raise NotImplementedError(f"{what} has no reproducible form; use Ring()")
+
+    def _check(self, what, why):
+        self._check_bits(what)
         if self.segment_ids is not None:
             raise NotImplementedError(
                 f"{what} does not keep packed documents apart ({why}), and got segment_ids: "

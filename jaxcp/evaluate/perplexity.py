@@ -197,7 +197,8 @@ def _sums(model, batch: dict[str, np.ndarray], strategy: Strategy, buckets: int)
     } | ({"segment_ids": segments} if layout.by_segment else {})
     arrays = layout.permute(arrays, jax.sharding.get_abstract_mesh().shape.get("seq", 1))
     seen, real = arrays.pop("seen"), arrays["targets"] >= 0
-    program = _losses(strategy, not layout.by_segment, target_platform())
+    length = tokens.shape[1] if getattr(model.config, "recurrent", False) else None
+    program = _losses(strategy, not layout.by_segment, target_platform(), length)
     losses = np.asarray(program(model, jax.tree.map(_put, arrays)), np.float64)[real]
     if not np.isfinite(losses).all():
         raise FloatingPointError(
@@ -211,13 +212,13 @@ def _sums(model, batch: dict[str, np.ndarray], strategy: Strategy, buckets: int)
 
 
 @functools.cache
-def _losses(strategy: Strategy, consecutive: bool, platform: str) -> Callable:
+def _losses(strategy: Strategy, consecutive: bool, platform: str, length: int | None) -> Callable:
     """Make the program that computes the losses `[B, T]` of a batch."""
 
     def losses(model, batch):
         x, _ = model.hidden(
             batch["tokens"], batch["positions"], segment_ids=batch.get("segment_ids"),
-            strategy=strategy, consecutive=consecutive,
+            strategy=strategy, consecutive=consecutive, length=length,
         )  # fmt: skip
         return token_losses(x, model.head_kernel(), batch["targets"], chunk=CHUNK)
 

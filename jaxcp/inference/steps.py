@@ -122,11 +122,13 @@ def logits(model: Any, tokens: Any, *, strategy: Strategy | None = None) -> jax.
     batch = strategy.layout.permute({"tokens": tokens, "positions": positions}, shards)
     batch = _put((batch["tokens"], batch["positions"]), P("data", "seq"))
     whole = jitted(whole_sequence, False)
-    return strategy.layout.inverse(whole(model, *batch, strategy), shards, tokens.shape[1])
+    length = tokens.shape[1] if getattr(model.config, "recurrent", False) else None
+    found = whole(model, *batch, strategy, length)
+    return strategy.layout.inverse(found, shards, tokens.shape[1])
 
 
-def whole_sequence(model, tokens, positions, strategy):
-    return model(tokens, positions, strategy=strategy, consecutive=True)
+def whole_sequence(model, tokens, positions, strategy, length):
+    return model(tokens, positions, strategy=strategy, consecutive=True, length=length)
 
 
 @jax.named_scope("prefill")
@@ -184,7 +186,7 @@ def logits_at(model, hidden, positions, last):
     return model.logits(row[:, None])[:, 0]
 
 
-STATIC = {prefill_piece: (7, 8), whole_sequence: (3,)}
+STATIC = {prefill_piece: (7, 8), whole_sequence: (3, 4)}
 """Arguments of which a program is compiled for each value."""
 
 

@@ -26,16 +26,20 @@ from jaxcp.sharding import tokens_spec
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LatentDims:
-    """Widths: of the two latents, and of a head's key (plain and rotated part) and value."""
+    """Widths: of the two latents, and of a head's key (plain and rotated part) and value.
 
-    q_rank: int
+    `q_rank` is None where queries are made of the stream itself.
+    """
+
+    q_rank: int | None
     kv_rank: int
     nope_dim: int
     rope_dim: int
     value_dim: int
 
     def __post_init__(self):
-        if min(dataclasses.astuple(self)) < 1 or self.rope_dim % 2:
+        widths = (x for x in dataclasses.astuple(self) if x is not None)
+        if min(widths) < 1 or self.rope_dim % 2:
             raise ValueError(f"widths must be positive and rope_dim even; got {self}")
 
 
@@ -53,13 +57,15 @@ class IndexDims:
 
 
 class LatentAttention(nnx.Module):
+    """`rope`: None leaves the part of keys that all heads share as it is."""
+
     def __init__(
         self,
         embed_dim: int,
         num_heads: int,
         dims: LatentDims,
         *,
-        rope: Rope,
+        rope: Rope | None,
         scale: float,
         index: IndexDims | None = None,
         norm_eps: float,
@@ -68,11 +74,15 @@ class LatentAttention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         d, n = dims, num_heads
-        self.q_down = normal(rngs, (embed_dim, d.q_rank), ("embed", "latent"), std, summed=1)
-        self.q_norm = RMSNorm(d.q_rank, eps=norm_eps, axis="latent")
-        q_up = d.q_rank, n, d.nope_dim + d.rope_dim
-        q_up_axes = "latent", "heads", "head_dim"
-        self.q_up = normal(rngs, q_up, q_up_axes, d.q_rank**-0.5, summed=1)
+        width = d.nope_dim + d.rope_dim
+        if d.q_rank is None:
+            axes = "embed", "heads", "head_dim"
+            self.q = normal(rngs, (embed_dim, n, width), axes, std, summed=1)
+        else:
+            self.q_down = normal(rngs, (embed_dim, d.q_rank), ("embed", "latent"), std, summed=1)
+            self.q_norm = RMSNorm(d.q_rank, eps=norm_eps, axis="latent")
+            q_up, q_up_axes = (d.q_rank, n, width), ("latent", "heads", "head_dim")
+            self.q_up = normal(rngs, q_up, q_up_axes, d.q_rank**-0.5, summed=1)
         kv_down = embed_dim, d.kv_rank + d.rope_dim
         self.kv_down = normal(rngs, kv_down, ("embed", "latent"), std, summed=1)
         self.kv_norm = RMSNorm(d.kv_rank, eps=norm_eps, axis="latent")
@@ -84,9 +94,11 @@ class LatentAttention(nnx.Module):
         self.dims, self.rope, self.scale = dims, rope, scale
         self.index = (
             None
-            if index is None
+            if index is None or rope is None or d.q_rank is None
             else TokenIndex(embed_dim, d.q_rank, index, rope, d.rope_dim, std, rngs)
         )
+        if index is not None and self.index is None:
+            raise ValueError("an index needs rotary positions and a latent of queries")
 
     def empty(self, room: Room, *, layers: int = 1) -> Latent:
         """Make what so many layers like this one keep, before the first token."""
@@ -111,14 +123,18 @@ class LatentAttention(nnx.Module):
     @jax.named_scope("qkv")
     def _qkv(self, x, positions):
         """Queries, their latent, that of keys and values, and the rotated part of keys."""
-        d = self.dims
-        q_latent = self.q_norm(linear("btd,dr->btr", x, self.q_down))
-        q = linear("btr,rnh->btnh", q_latent, self.q_up)
-        rotated = rotate(q[..., d.nope_dim :], positions, self.rope)
-        q = jnp.concatenate([q[..., : d.nope_dim], rotated], axis=-1)
+        d, q_latent = self.dims, None
+        if d.q_rank is None:
+            q = linear("btd,dnh->btnh", x, self.q)
+        else:
+            q_latent = self.q_norm(linear("btd,dr->btr", x, self.q_down))
+            q = linear("btr,rnh->btnh", q_latent, self.q_up)
         kv = linear("btd,dr->btr", x, self.kv_down)
-        latent = self.kv_norm(kv[..., : d.kv_rank])
-        key_part = rotate(kv[..., None, d.kv_rank :], positions, self.rope)[:, :, 0]
+        latent, key_part = self.kv_norm(kv[..., : d.kv_rank]), kv[..., d.kv_rank :]
+        if self.rope is not None:
+            rotated = rotate(q[..., d.nope_dim :], positions, self.rope)
+            q = jnp.concatenate([q[..., : d.nope_dim], rotated], axis=-1)
+            key_part = rotate(key_part[:, :, None], positions, self.rope)[:, :, 0]
         return q, q_latent, latent, key_part
 
     def _selected(self, q, latent, key_part, up, selection, attend):

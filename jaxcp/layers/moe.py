@@ -32,6 +32,8 @@ class MoE(nnx.Module):
     """`use_bias`: the experts' projections (not the shared ones') have biases, as gpt-oss has.
 
     `float32_sum`: routed and shared experts are added in float32, then rounded to x's dtype.
+    `shared_dim`: the width of the shared experts together, where not `moe_dim` each. `shared_gate`:
+    what they say is multiplied by the sigmoid of a projection to one number, as Qwen3-Next has it.
     `reproducible`: `y` has the same bits on every mesh of one kind of device (see `fixed_tiles`);
     where expert widths are split over the model axis, a call raises NotImplementedError. Gradients
     of weights are sums over devices and have other bits.
@@ -45,6 +47,8 @@ class MoE(nnx.Module):
         num_experts: int,
         num_experts_per_tok: int,
         num_shared_experts: int = 0,
+        shared_dim: int | None = None,
+        shared_gate: bool = False,
         routing: Routing,
         activation: SwiGLU = SILU,
         use_bias: bool = False,
@@ -71,12 +75,17 @@ class MoE(nnx.Module):
         if num_shared_experts:
             self.shared = GatedMLP(
                 embed_dim,
-                num_shared_experts * moe_dim,
+                num_shared_experts * moe_dim if shared_dim is None else shared_dim,
                 activation=activation,
                 std=std,
                 out_std=out_std,
                 rngs=rngs,
             )
+        if shared_gate:
+            if reproducible:
+                raise NotImplementedError("reproducible experts have no gated shared expert")
+            self.shared_gate = normal(rngs, (embed_dim,), ("embed",), std)
+        self.has_shared_gate = shared_gate
         self.num_experts_per_tok, self.num_shared_experts = num_experts_per_tok, num_shared_experts
         self.routing, self.activation, self.use_bias = routing, activation, use_bias
         self.float32_sum, self.reproducible = float32_sum, reproducible
@@ -120,8 +129,19 @@ class MoE(nnx.Module):
             y, stats = run(x, chosen, positions, w)
         if self.num_shared_experts and not self.reproducible:
             dtype = y.dtype if self.float32_sum else x.dtype
-            y = y.astype(dtype) + self.shared(x).astype(dtype)
+            y = y.astype(dtype) + self._shared(x).astype(dtype)
         return y.astype(x.dtype), stats
+
+    def _shared(self, x):
+        y = self.shared(x)
+        if not self.has_shared_gate:
+            return y
+        return (
+            y
+            * jax.nn.sigmoid(jnp.einsum("btd,d->bt", x, self.shared_gate.astype(x.dtype)))[
+                ..., None
+            ]
+        )
 
     def _weights(self, dtype):
         """Every leaf of the router (float32) and of the routed experts, by name: those in `dtype`,

@@ -50,3 +50,38 @@ class LayerNorm(nnx.Module):
         y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
         return (y * self.scale.astype(jnp.float32) + self.bias.astype(jnp.float32)).astype(x.dtype)
+
+
+class ZeroCentredRMSNorm(nnx.Module):
+    """`x / rms(x) * (1 + scale)`, rounded to x's dtype after the scale: Qwen3-Next."""
+
+    def __init__(self, size: int, *, eps: float, axis: str = "embed"):
+        self.scale = constant((size,), (axis,), 0.0)
+        self.eps = eps
+
+    @jax.named_scope("norm")
+    def __call__(self, x):
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * (1 + self.scale.astype(jnp.float32))).astype(x.dtype)
+
+
+class GatedRMSNorm(nnx.Module):
+    """`x / rms(x) * scale * activation(gate)`: silu in Qwen3-Next, sigmoid in Kimi Linear.
+
+    Silu's rounds to x's dtype before the scale, as its authors do; both gate in float32.
+    """
+
+    def __init__(self, size: int, *, eps: float, activation: str):
+        self.scale = constant((size,), ("head_dim",), 1.0)
+        self.eps, self.activation = eps, activation
+
+    @jax.named_scope("norm")
+    def __call__(self, x, gate):
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        if self.activation == "silu":
+            y = (y.astype(x.dtype) * self.scale.astype(x.dtype)).astype(jnp.float32)
+            return (y * jax.nn.silu(gate.astype(jnp.float32))).astype(x.dtype)
+        y = y * self.scale.astype(jnp.float32)
+        return (y * jax.nn.sigmoid(gate.astype(jnp.float32))).astype(x.dtype)

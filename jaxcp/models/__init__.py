@@ -90,6 +90,13 @@ FAMILIES = {
         ("llama", "mistral", "qwen2", "qwen3"),
         Family("jaxcp.models.dense", config="DenseConfig", model="DenseModel"),
     ),
+    "kimi_linear": Family(
+        "jaxcp.models.kimi_linear", config="KimiLinearConfig", model="KimiLinear"
+    ),
+    **dict.fromkeys(
+        ("qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5", "qwen3_5_text"),
+        Family("jaxcp.models.qwen3_next", config="Qwen3NextConfig", model="Qwen3Next"),
+    ),
 }
 
 ARCHITECTURES = {
@@ -107,6 +114,12 @@ ARCHITECTURES = {
     "MistralForCausalLM": "mistral",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "KimiLinearForCausalLM": "kimi_linear",
+    "Qwen3NextForCausalLM": "qwen3_next",
+    "Qwen3_5MoeForCausalLM": "qwen3_5_moe_text",
+    "Qwen3_5MoeForConditionalGeneration": "qwen3_5_moe",
+    "Qwen3_5ForCausalLM": "qwen3_5_text",
+    "Qwen3_5ForConditionalGeneration": "qwen3_5",
 }
 """Names that `architectures` has where a config.json is older than `model_type`."""
 

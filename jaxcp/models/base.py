@@ -149,14 +149,17 @@ class LanguageModel(nnx.Module):
         segment_ids=None,
         strategy: Strategy | None = None,
         consecutive: bool = False,
+        length: int | None = None,
     ) -> Attend:
         """Attention over a whole sequence, for `forward`; `strategy` defaults to `Ring()`.
 
-        `consecutive`: see `context_parallel_attention`.
+        `consecutive`: see `context_parallel_attention`; `length`: tokens of a row before a layout
+        filled it up, without which recurrent layers raise ValueError on more than one shard.
         """
         return WholeSequence(
-            positions, segment_ids=segment_ids, strategy=strategy, consecutive=consecutive
-        )
+            positions, segment_ids=segment_ids, strategy=strategy, consecutive=consecutive,
+            length=length,
+        )  # fmt: skip
 
     def through(
         self, layers: Layers, x: Any, attend: Attend, *inputs: Any

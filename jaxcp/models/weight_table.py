@@ -7,8 +7,9 @@ A row names a checkpoint tensor, its axes, the leaf of our model, and that leaf'
 
 `{i}` is a layer. `{e}` is an expert: one tensor each, stacked on a leading axis `e`. Several names
 are aliases: all are read, the first is written unless the checkpoint that was read had another.
-Several paths lie side by side in one tensor along its axis `join`, or take turns on it where
-`interleaved`. Of several rows that fit a leaf (number of axes included), the same holds.
+Several paths lie side by side in one tensor along its axis `join`, or take turns on it: entry by
+entry where `interleaved`, in as many equal parts of each as `turns` says. An axis `1` of a tensor
+is of size one. Of several rows that fit a leaf (number of axes included), the same holds.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +32,7 @@ class Row:
     leaf_axes: str
     join: int = 0
     interleaved: bool = False
+    turns: int = 1
     stored_as: str | None = None
     """Format of the tensor where it is not the leaf's: tables of integers, int64 in files."""
 
@@ -49,7 +52,7 @@ class Row:
     def groups(self) -> list[list[str]]:
         """The axes of the tensor (a stack of experts, where `{e}`), each as the leaf axes in it."""
         axes = re.findall(r"\(([^)]*)\)|(\S+)", self.axes)
-        groups = [(inner or single).split() for inner, single in axes]
+        groups = [[a for a in (inner or single).split() if a != "1"] for inner, single in axes]
         return [["e"], *groups] if self.per_expert else groups
 
     def to_tensor(self, leaf: np.ndarray) -> np.ndarray:
@@ -107,21 +110,29 @@ class Source:
         """A view of `tensor(name)`, which is whole but for its experts, as the leaf has it."""
         name = self.names[0] if name is None else name
         whole, shape = tensor(name), dict(self.leaves)[path]
-        index = [slice(None)] * whole.ndim
+        index: list[Any] = [slice(None)] * whole.ndim
         index[self._join] = self.place(path)
         if self.row.per_expert:
             axes = self.row.leaf_axes.split()
             shape = tuple(1 if a == "e" else n for a, n in zip(axes, shape, strict=True))
         return self.row.to_leaf(whole[tuple(index)], shape)
 
-    def place(self, path: str) -> slice:
+    def place(self, path: str) -> slice | np.ndarray:
         """Find the leaf at `path` on the axis that leaves share."""
         paths = [leaf_path for leaf_path, _ in self.leaves]
         place = paths.index(path)
         if self.row.interleaved:
             return slice(place, None, len(paths))
-        sizes = [self.row.tensor_shape(shape)[self._join] for _, shape in self.leaves]
-        return slice(sum(sizes[:place]), sum(sizes[: place + 1]))
+        sizes = [size // self.row.turns for size in self._sizes]
+        here = slice(sum(sizes[:place]), sum(sizes[: place + 1]))
+        if self.row.turns == 1:
+            return here
+        return np.arange(sum(self._sizes)).reshape(self.row.turns, -1)[:, here].reshape(-1)
+
+    @property
+    def _sizes(self) -> list[int]:
+        """What each leaf has of the axis that they share."""
+        return [self.row.tensor_shape(shape)[self._join] for _, shape in self.leaves]
 
     def write(self, leaf: Callable[[str], np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
         """`(name, tensor)` for every tensor, from `leaf(path)`."""
@@ -129,6 +140,9 @@ class Source:
         whole = np.concatenate(parts, self._join)
         if self.row.interleaved:
             whole = np.stack(parts, self._join + 1).reshape(whole.shape)
+        elif self.row.turns > 1:
+            cut = [np.split(part, self.row.turns, self._join) for part in parts]
+            whole = np.concatenate([x for turn in zip(*cut, strict=True) for x in turn], self._join)
         if self.row.stored_as is not None:
             whole = whole.astype(self.row.stored_as)
         yield from zip(self.names, whole if self.row.per_expert else [whole], strict=True)

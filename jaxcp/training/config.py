@@ -10,6 +10,7 @@ import re
 from typing import Any, Literal
 
 from jaxcp.data.sources import BatchSource, TokenFiles, WholeSource
+from jaxcp.layout import Zigzag
 from jaxcp.mesh import MeshConfig
 from jaxcp.sharding import Rules
 from jaxcp.training.context import ContextStage, check_order, runs_of
@@ -269,6 +270,17 @@ class TrainConfig:
         if self.context:
             check_order(self.seq_len, self.context, self.steps)
             _ = self.stages  # each is checked as a run is
+        self._check_pieces()
+
+    def _check_pieces(self) -> None:
+        """Refuse rows that a layout would fill up, where layers go by the order of tokens."""
+        layout = getattr(self.strategy, "layout", Zigzag())
+        pieces = layout.pieces * self.mesh.seq
+        if getattr(self.model, "recurrent", False) and self.mesh.seq > 1 and self.seq_len % pieces:
+            raise ValueError(
+                f"a model with recurrent layers needs seq_len to divide by {pieces}, the pieces of "
+                f"{layout} over seq={self.mesh.seq}; got seq_len={self.seq_len}"
+            )
 
     def _check_evaluation(self) -> None:
         if self.eval_every is None or isinstance(self.eval_data, str | WholeSource):

@@ -40,6 +40,7 @@ def objective(
         )
     tokens, positions = piece["tokens"], piece["positions"]
     options["segment_ids"] = piece.get("segment_ids")
+    options["length"] = positions.shape[1]  # where order counts, `TrainConfig` lets nothing fill up
     drafts: list[jax.Array] = []
     if "following" in piece:
         following = piece["following"]

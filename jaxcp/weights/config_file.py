@@ -114,6 +114,8 @@ def _check_layers(fields: Mapping[str, Any]) -> None:
     for key, value in fields.items():
         if isinstance(value, int) and value > MOST_LAYERS and COUNTS_LAYERS.search(key):
             raise ValueError(f"needed at most {MOST_LAYERS:,} layers; got {key:.50}={value}")
+        if key == "text_config" and isinstance(value, Mapping):
+            _check_layers(value)
 
 
 def _misfits(config: Any, path: str = "") -> Iterator[str]:

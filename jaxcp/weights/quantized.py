@@ -196,9 +196,13 @@ class _Layout:
         outputs = _outputs(row, variable)
         if outputs is None or (len(source.leaves) > 1 and row.join != outputs):
             return None
+        if row.turns > 1:  # no slice of the outputs: widened
+            return None
         last = len(row.groups) - row.per_expert - 1
         alone = len(source.leaves) == 1
-        return cls(outputs != last, slice(None) if alone else source.place(path))
+        place = source.place(path)
+        assert isinstance(place, slice)
+        return cls(outputs != last, slice(None) if alone else place)
 
     def of_rows(self, block):
         return block[1] if self.flip else block[0]

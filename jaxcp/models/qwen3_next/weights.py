@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors of Qwen3-Next and Qwen3.5.
+
+Qwen3-Next joins what projects to queries, keys, values and gates, for one key head after another;
+Qwen3.5 lays them side by side or apart. Axes: as in `decoder_rows`, and `w` the taps of a
+convolution. A Qwen3.5 that sees pictures has its text part under `model.language_model`.
+"""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Collection, Mapping
+
+from jaxcp.models.decoder_rows import EXPERTS, GATED_MLP, MODEL, NORMS, OUTPUT, ROUTER, in_layer
+from jaxcp.models.qwen3_next.config import Qwen3NextConfig
+from jaxcp.models.weight_table import Row
+
+log = logging.getLogger(__name__)
+
+COPIES = {"lm_head.weight": "embed"}
+LEFT_OUT = "mtp.", "model.visual.", "visual."
+"""Layers that draft, and those that see pictures."""
+
+
+def _delta(name: str, axes: str, paths: str | tuple[str, ...], leaf_axes: str, **options) -> Row:
+    paths = (paths,) if isinstance(paths, str) else paths
+    paths = tuple(f"attention.{path}" for path in paths)
+    return in_layer(f"linear_attn.{name}", axes, paths, leaf_axes, **options)
+
+
+DELTA = (
+    _delta("conv1d.weight", "(n h) 1 w", ("query_taps", "key_taps", "value_taps"), "w n h"),
+    _delta("A_log", "n", "log_rate", "n"),
+    _delta("dt_bias", "n", "decay_bias", "n"),
+    _delta("norm.weight", "h", "norm.scale", "h"),
+    _delta("out_proj.weight", "d (n h)", "out", "n h d"),
+)
+APART = (
+    _delta("in_proj_qkv.weight", "(n h) d", ("query", "key", "value"), "d n h"),
+    _delta("in_proj_z.weight", "(n h) d", "z", "d n h"),
+    _delta("in_proj_b.weight", "n d", "beta", "d n"),
+    _delta("in_proj_a.weight", "n d", "decay", "d n"),
+)
+ATTENTION = (
+    in_layer("self_attn.k_proj.weight", "(k h) d", "attention.k", "d k h"),
+    in_layer("self_attn.v_proj.weight", "(k h) d", "attention.v", "d k h"),
+    OUTPUT,
+    in_layer("self_attn.k_proj.bias", "(k h)", "attention.k_bias", "k h"),
+    in_layer("self_attn.v_proj.bias", "(k h)", "attention.v_bias", "k h"),
+    in_layer("self_attn.o_proj.bias", "d", "attention.o_bias", "d"),
+    in_layer("self_attn.q_norm.weight", "h", "attention.q_norm.scale", "h"),
+    in_layer("self_attn.k_norm.weight", "h", "attention.k_norm.scale", "h"),
+)
+SHARED = (
+    in_layer("mlp.shared_expert.gate_proj.weight", "f d", "mlp.shared.gate", "d f"),
+    in_layer("mlp.shared_expert.up_proj.weight", "f d", "mlp.shared.up", "d f"),
+    in_layer("mlp.shared_expert.down_proj.weight", "d f", "mlp.shared.down", "f d"),
+    in_layer("mlp.shared_expert_gate.weight", "1 d", "mlp.shared_gate", "d"),
+)
+
+
+def _joined(key_heads: int) -> tuple[Row, ...]:
+    """What Qwen3-Next joins, a key head after another."""
+    parts = "query", "key", "value", "z"
+    return (
+        _delta("in_proj_qkvz.weight", "(n h) d", parts, "d n h", turns=key_heads),
+        _delta("in_proj_ba.weight", "n d", ("beta", "decay"), "d n", turns=key_heads),
+    )
+
+
+def _queries(heads: int) -> tuple[Row, ...]:
+    """A head's query, then its gate."""
+    both, biases = ("attention.q", "attention.gate"), ("attention.q_bias", "attention.gate_bias")
+    return (
+        in_layer("self_attn.q_proj.weight", "(n h) d", both, "d n h", turns=heads),
+        in_layer("self_attn.q_proj.bias", "(n h)", biases, "n h", turns=heads),
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def table(config: Qwen3NextConfig) -> tuple[Row, ...]:
+    """Every tensor of a model of this configuration."""
+    delta = _joined(config.delta.num_key_heads) if config.format == "qwen3_next" else APART
+    layer = *DELTA, *delta, *ATTENTION, *_queries(config.num_heads)
+    mlps = *GATED_MLP, ROUTER, *EXPERTS, *SHARED
+    return tuple(map(_under_either_name, (*MODEL, *NORMS, *layer, *mlps)))
+
+
+def _under_either_name(row: Row) -> Row:
+    nested = (name.replace("model.", "model.language_model.", 1) for name in row.all_names)
+    return dataclasses.replace(row, names=tuple(dict.fromkeys((*row.all_names, *nested))))
+
+
+def copies(config: Qwen3NextConfig) -> Mapping[str, str]:
+    """`COPIES`, where the head is tied."""
+    return COPIES if config.tie_embeddings else {}
+
+
+def left_out(names: Collection[str], config: Qwen3NextConfig) -> frozenset[str]:
+    """Tensors of layers that draft and of those that see pictures."""
+    del config
+    return frozenset(name for name in names if name.startswith(LEFT_OUT))
