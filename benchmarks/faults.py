@@ -1,14 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Faults on end: a run is killed, stopped and damaged, and ends as if nothing had been.
+"""A run of one process that is killed, stopped and damaged, and ends as if nothing had been.
 
-    python -m benchmarks.soak --minutes 15
-
-After each fault the run must go on from its newest whole checkpoint, and in the end every loss must
-be, bit for bit, that of a run that nobody disturbed. The first that is not raises.
+After each fault it must go on from its newest whole checkpoint, and in the end every loss must be,
+bit for bit, that of a run that nobody disturbed. The first that is not raises.
 """
 
-import argparse
-import itertools
 import json
 import multiprocessing
 import os
@@ -16,7 +12,6 @@ import pathlib
 import random
 import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Iterable
 
@@ -29,6 +24,7 @@ EVERY = 6
 """Steps between checkpoints."""
 PATIENCE = 300
 """Seconds until a child that does nothing is an error; a loaded machine is slow."""
+ENDED = "ended.json"
 FAULTS = (
     "kill", "kill in a save", "SIGTERM", "SIGINT", "truncated", "flipped", "missing", "shard gone",
 )  # fmt: skip
@@ -75,11 +71,16 @@ def config(folder: pathlib.Path, steps: int, **changes) -> TrainConfig:
 def child(folder: pathlib.Path, steps: int, changes: dict) -> None:
     """Train, and write down how it ended."""
     try:
-        result = train(config(folder, steps, **changes), callbacks=(Told(folder),))
-        ended = {"stopped_by": result.stopped_by, "steps": result.steps}
+        ended = trained(folder, steps, changes)
     except Exception as error:
         ended = {"error": str(error)}
-    (folder / "ended.json").write_text(json.dumps(ended))
+    (folder / ENDED).write_text(json.dumps(ended))
+
+
+def trained(folder: pathlib.Path, steps: int, changes: dict) -> dict:
+    """Train, and say how it ended."""
+    result = train(config(folder, steps, **changes), callbacks=(Told(folder),))
+    return {"stopped_by": result.stopped_by, "steps": result.steps}
 
 
 class Course:
@@ -111,7 +112,7 @@ class Course:
 
     def start(self):
         """Start a process of the run."""
-        for name in ("resumed", "ended.json"):
+        for name in ("resumed", ENDED):
             (self.folder / name).unlink(missing_ok=True)
         arguments = (self.folder, self.steps, self.changes)
         process = self.forks.Process(target=child, args=arguments)
@@ -127,7 +128,7 @@ class Course:
         """Wait for the end of a process; give what it wrote about it."""
         process.join(PATIENCE)
         assert process.exitcode == 0, process.exitcode
-        return json.loads((self.folder / "ended.json").read_text())
+        return json.loads((self.folder / ENDED).read_text())
 
     def losses(self) -> list[float]:
         """List the losses of all steps."""
@@ -219,30 +220,3 @@ def wait_for(what, process) -> None:
         assert process.is_alive(), f"the process ended by itself, code {process.exitcode}"
         assert time.monotonic() < deadline, "nothing happened"
         time.sleep(0.001)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=15.0)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    deadline = time.monotonic() + 60 * arguments.minutes
-    rng, steps, counts = random.Random(arguments.seed), 400, dict.fromkeys(FAULTS, 0)
-    with tempfile.TemporaryDirectory() as name:
-        folder = pathlib.Path(name)
-        expected = undisturbed(folder / "run", steps)
-        for turn in itertools.count():
-            faults = [*FAULTS, "kill", "kill in a save"]
-            rng.shuffle(faults)
-            assert disturbed(folder / "run", steps, faults, rng.random()) == expected
-            for fault in faults:
-                counts[fault] += 1
-            print(f"run {turn}: {len(faults)} faults, {steps} losses bit for bit", flush=True)
-            if time.monotonic() > deadline:
-                break
-    print(", ".join(f"{count} x {fault}" for fault, count in counts.items()))
-
-
-if __name__ == "__main__":
-    main()
