@@ -193,4 +193,5 @@ def write(config: KimiLinearConfig) -> dict[str, Any]:
         "tie_word_embeddings": c.tie_embeddings,
         "hidden_act": "silu",
         "dtype": c.dtype,
+        "pad_token_id": None,  # transformers' own default is beyond a smaller vocabulary
     }
