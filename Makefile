@@ -13,7 +13,7 @@ BENCH_VENV ?= .venv-bench
 export JAX_PLATFORMS = cpu
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-all test-hf lint bench-deviceless bench-cp bench-cp-cpu bench-inference soak clean
+.PHONY: demo test test-all test-hf lint bench-deviceless bench-cp bench-cp-cpu bench-inference bench-train soak clean
 
 demo: $(VENV)/.installed
 	$(BIN)/jaxcp demo
@@ -31,7 +31,9 @@ test-all: $(VENV)/.installed-test
 # What transformers makes of saved models. The import first: without them the tests would be skipped.
 test-hf: $(VENV)/.installed-hf
 	$(BIN)/python -c 'import torch, transformers; print("torch", torch.__version__, "transformers", transformers.__version__)'
-	$(BIN)/python -m pytest -q tests/jaxcp/weights/test_hf.py tests/jaxcp/models/test_hf_drawn.py tests/jaxcp/training/test_torch_gpt.py
+	$(BIN)/python -m pytest -q tests/jaxcp/weights/test_hf.py \
+	  tests/jaxcp/models/test_hf_drawn.py tests/jaxcp/models/test_hf_recurrent.py \
+	  tests/jaxcp/training/test_torch_gpt.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -53,6 +55,10 @@ bench-cp-cpu: $(BENCH_VENV)/.installed
 # Minutes of wall clock, on the CPU of this machine.
 bench-inference: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.inference --out benchmarks/results
+
+# Minutes, beside PyTorch on as many threads; on a machine with nothing else to do.
+bench-train: $(VENV)/.installed-hf
+	$(BIN)/python -m benchmarks.train --out benchmarks/results
 
 # Kills, signals, damaged files: each run must end bit for bit as one that nothing happened to.
 soak: $(VENV)/.installed
