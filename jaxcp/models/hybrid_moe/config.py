@@ -53,7 +53,7 @@ class AttentionConfig:
     value_scale: float = dataclasses.field(default=1.0, metadata=LATER)
     """Factor of values."""
     full: Heads | None = None
-    """Those of G and N layers, where they are others: full attention pays for each."""
+    """Heads of G and N layers, where they are others: full attention pays for each."""
     max_positions: int | None = None
     """The words of config.json on the lengths a model was trained for; limits nothing here."""
 

@@ -99,7 +99,7 @@ FEATURES = {
         *EXPERTS,
     ),
 }
-"""What layers have beside norms and attention, by model_type."""
+"""Rows of layers beside norms and attention, by model_type."""
 MIXTURE = (*HY_V3, *NORMS_OF_ALL_HEADS, SINKS, ROUTER_BIAS, *EXPERT_BIASES)
 MTP_OF_MIMO = "model.mtp."
 
