@@ -201,8 +201,7 @@ class Scheduler:
         """The prompts that may want chunks, see `ChunkBudget`, and may be admitted for them."""
         blocked = self.waiting and self.waiting[0] is self._too_large
         coming = [] if blocked else list(itertools.islice(self.waiting, len(self._free_rows)))
-        known = [seat.scheduled for _, seat in seats]
-        known += [self.tree.known(request.tokens) for request in coming]
+        known = [s.scheduled for _, s in seats] + [self.tree.known(r.tokens) for r in coming]
         for request, here in zip([*self.running, *coming], known, strict=True):
             if len(request.tokens) - here > 1:
                 yield len(request.tokens) - here, here
