@@ -40,12 +40,16 @@ MUON = {
     "latent index_heads head_dim": "; latent ; index_heads head_dim",
     "embed head_dim": "; embed ; head_dim",
     "embed index_heads": "; embed ; index_heads",
+    "embed heads": "; embed ; heads",
     "head_groups group_heads head_dim latent": "head_groups ; group_heads head_dim ; latent",
     "head_groups latent embed": "; head_groups latent ; embed",
     "embed embed": "; embed ; embed",
 }
 DECAYS_TOO = {"vocab embed", "embed vocab", "vocab ngram", "positions embed", "mixes embed"}
-BIASES = {"heads head_dim", "kv_heads head_dim", "experts mlp", "choices embed", "places latent"}
+BIASES = {
+    "heads head_dim", "kv_heads head_dim", "experts mlp", "choices embed", "places latent",
+    "places heads head_dim", "places kv_heads head_dim",
+}  # fmt: skip
 
 
 def configs(folder):
