@@ -28,10 +28,11 @@ test: $(VENV)/.installed-test
 test-all: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --costs $(if $(SHARE),--share $(SHARE)) $(TESTS)
 
-# What transformers makes of saved models. The import first: without them the tests would be skipped.
+# What transformers makes of saved models; SHARE as above. The import first: without them the tests
+# would be skipped.
 test-hf: $(VENV)/.installed-hf
 	$(BIN)/python -c 'import torch, transformers; print("torch", torch.__version__, "transformers", transformers.__version__)'
-	$(BIN)/python -m pytest -q tests/jaxcp/weights/test_hf.py \
+	$(BIN)/python -m pytest -q $(if $(SHARE),--share $(SHARE)) tests/jaxcp/weights/test_hf.py \
 	  tests/jaxcp/models/test_hf_drawn.py tests/jaxcp/models/test_hf_recurrent.py \
 	  tests/jaxcp/training/test_torch_gpt.py
 
