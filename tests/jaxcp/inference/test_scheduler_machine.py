@@ -266,7 +266,7 @@ def paths(node, path=(), pages=()):
 def test_thousands_of_events(events):
     Machine.events = 0
     options = settings(
-        max_examples=events // 40,
+        max_examples=events // 30,
         stateful_step_count=50,
         phases=[Phase.generate],  # seeds do not shrink, and trying takes minutes
         suppress_health_check=list(HealthCheck),
