@@ -29,7 +29,9 @@ def test_the_programs_are_those_of_an_engine(mesh_of):
     mesh_of(seq=4)
     model = jaxcp.HybridMoE(CONFIG, rngs=nnx.Rngs(0))
     engine = jaxcp.Engine(model, None, max_len=65_536, max_rows=4, pool_tokens=2**18, drafts=2)
-    assert list(made)[2:] == [f"chunk of {size}" for size in engine.runner.sizes]
+    rows, tokens, _ = engine.runner.together
+    chunks = [f"chunk of {size}" for size in engine.runner.sizes]
+    assert list(made)[2:] == [*chunks, f"{rows} chunks of {tokens}"]
 
 
 @pytest.mark.slow
