@@ -41,7 +41,7 @@ class Rules:
     group_heads: str | None = None  # within such a group
     index_heads: str | None = None  # of an indexer: small, every device scores for all its queries
     vocab: str | None = None
-    """Of the head and the table of embeddings. Where the tokens do not lie over that axis (a step
+    """The head and the table of embeddings. Where tokens do not lie over that axis (a step
     of decoding), each device computes its part of the logits; else the head is gathered."""
     experts: str | None = "expert"
     """Experts over "seq" or "data" lie on the devices that hold tokens, which then travel to them;

@@ -83,7 +83,7 @@ class WholeSequence(Attend):
 
     @property
     def _order(self):
-        """What says in which order tokens lie."""
+        """The value that says in which order tokens lie."""
         self._check_bits("a recurrence")
         layout = Zigzag() if self.strategy is None else self.strategy.layout
         return {"layout": layout, "length": self.length, "segment_ids": self.segment_ids}

@@ -30,7 +30,7 @@ class Work(NamedTuple):
     """The chunks of a program."""
 
     tokens: int
-    """Of the longest."""
+    """Tokens of the longest."""
     context: float
     """Tokens before, of a row that is the mean of all."""
     rows: int = 1

@@ -131,7 +131,7 @@ class Source:
 
     @property
     def _sizes(self) -> list[int]:
-        """What each leaf has of the axis that they share."""
+        """The part that each leaf has of the axis that they share."""
         return [self.row.tensor_shape(shape)[self._join] for _, shape in self.leaves]
 
     def write(self, leaf: Callable[[str], np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:

@@ -44,7 +44,7 @@ class Completions(Form):
 
     ask: CompletionRequest
     of_prompt: tuple[TokenLogProbs, ...] = ()
-    """What its tokens have, where the prompt is said again with its log-probabilities."""
+    """Log-probabilities of its tokens, where the prompt is said again with them."""
 
     def check(self) -> None:
         self.ask.check(self.served.config.max_choices)

@@ -67,7 +67,7 @@ class TokenTexts:
 
 
 def of_prompt(ids: Sequence[int], scored: Sequence[TokenLogProbs]) -> tuple[TokenLogProbs, ...]:
-    """What the tokens of a prompt have. The first has nothing: NaN here, null for clients."""
+    """Make those of a prompt. Its first token has none: NaN here, null for clients."""
     return TokenLogProbs(token=ids[0], logprob=math.nan, best=()), *scored
 
 

@@ -65,7 +65,7 @@ def _write(config: TrainConfig) -> None:
 
 
 def _longer(config: TrainConfig, theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
-    """What a finished run becomes as it is made longer; its context may grow after its old end."""
+    """The run that a finished one becomes; its context may grow after its old end."""
     begun = [stage for stage in ours.get("context", []) if stage["step"] < config.extended[-1]]
     fields = {"steps": config.steps, "extended": list(config.extended)}
     if begun == theirs.get("context", []) != ours.get("context", []):

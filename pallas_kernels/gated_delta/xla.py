@@ -38,7 +38,7 @@ _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
 class Chunks(NamedTuple):
-    """What chunks of tokens make of the state before them, whatever it is; c chunks of L tokens."""
+    """The map of chunks of tokens from the state before them, any; c chunks of L tokens."""
 
     transition: Float[Array, "c B N H H"]
     added: Float[Array, "c B N H V"]

@@ -16,7 +16,7 @@ from jaxcp.models.base import LanguageModel, embed
 from jaxcp.models.kimi_linear.config import KimiLinearConfig
 
 LATENT_EPS = 1e-6
-"""Of the norms of latents, whatever config.json says."""
+"""The epsilon of the norms of latents, whatever config.json says."""
 
 
 class Block(ResidualBlock):

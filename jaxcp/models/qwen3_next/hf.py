@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 KINDS = {"linear_attention": "R", "full_attention": "G"}
 PART = 0.25
 DRAFTS = "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"
-"""Of layers that draft, which change no answer."""
+"""Fields of layers that draft, which change no answer."""
 SEEING = {"qwen3_5_moe": "qwen3_5_moe_text", "qwen3_5": "qwen3_5_text"}
 """Formats with a `text_config` in them, and that of the text alone."""
 OF_PICTURES = (

@@ -60,7 +60,7 @@ SHARED = (
 
 
 def _joined(key_heads: int) -> tuple[Row, ...]:
-    """What Qwen3-Next joins, a key head after another."""
+    """The tensors that Qwen3-Next joins, a key head after another."""
     parts = "query", "key", "value", "z"
     return (
         _delta("in_proj_qkvz.weight", "(n h) d", parts, "d n h", turns=key_heads),
