@@ -116,7 +116,7 @@ class Team(Course):
         return [process.exitcode for process in started]
 
     def said(self, number: int) -> str:
-        """What a process wrote."""
+        """Read what a process wrote."""
         return (self.folder / f"said-{number}").read_text(errors="replace")
 
     def finish_all(self, started: list[Any]) -> dict:

@@ -113,7 +113,7 @@ def loss_rows(args: Args) -> Iterator[Row]:
 
 
 def saving_row(mebibytes: int) -> Row:
-    """What a run waits for a save, beside what the save takes until it is on the disk."""
+    """Measure what a run waits for a save, beside what the save takes until it is on the disk."""
     times = saving.measure(mebibytes)
     return (
         f"a save of {mebibytes} MiB: the run waits", f"{times['waits']:.2f} s",

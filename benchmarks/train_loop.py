@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run costs beside its steps: the loop around them, measured inside a run.
+"""The costs of a run beside its steps: the loop around them, measured inside a run.
 
 Whenever the run logs, as many bare steps are made with the same program and a state of their own;
 so both are timed in turns, and what else the machine does meets both.

@@ -46,12 +46,12 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """What a process needed for the steps of a round."""
+    """Seconds of a process for the steps of a round."""
 
     seconds: float
     cpu_seconds: float
     loss: float
-    """Of the last step: those of both sides are the same."""
+    """Loss of the last step: those of both sides are the same."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Race:
         return statistics.median(ratios), min(ratios), max(ratios)
 
     def medians(self, unit: str = "seconds") -> tuple[float, float]:
-        """What a round of each side takes."""
+        """Costs of a round of each side."""
         ours, theirs = (
             statistics.median(getattr(t, unit) for t in side) for side in (self.ours, self.theirs)
         )
@@ -140,7 +140,7 @@ def our_steps(setting: Setting, folder: pathlib.Path, seq: int = 1) -> Callable[
 
 
 def their_steps(setting: Setting, folder: pathlib.Path) -> Callable[[], float]:
-    """As `our_steps`, of PyTorch."""
+    """Make those of PyTorch; see `our_steps`."""
     import torch
 
     from benchmarks import torch_gpt

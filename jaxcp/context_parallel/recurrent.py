@@ -157,7 +157,7 @@ class Pieces:
         return Inputs(values, numbers)
 
     def carried(self, x, here, nothing):
-        """For each token `x [B, t, c]` (integers) of the latest token before it that is `here`.
+        """Find for each token the `x [B, t, c]` (integers) of the latest before it that is `here`.
 
         `nothing [c]` where there is none. `c + 1` integers of each piece travel.
         """

@@ -34,18 +34,21 @@ NORMS = (
     in_layer("post_attention_layernorm.weight", "d", "mlp_norm.scale", "d"),
 )
 OUTPUT = in_layer("self_attn.o_proj.weight", "d (n h)", "attention.o", "n h d")
-ATTENTION = (
+QUERIES = (
     in_layer("self_attn.q_proj.weight", "(n h) d", "attention.q", "d n h"),
+    in_layer("self_attn.q_proj.bias", "(n h)", "attention.q_bias", "n h"),
+)
+KEYS_AND_OUTPUT = (
     in_layer("self_attn.k_proj.weight", "(k h) d", "attention.k", "d k h"),
     in_layer("self_attn.v_proj.weight", "(k h) d", "attention.v", "d k h"),
     OUTPUT,
-    in_layer("self_attn.q_proj.bias", "(n h)", "attention.q_bias", "n h"),
     in_layer("self_attn.k_proj.bias", "(k h)", "attention.k_bias", "k h"),
     in_layer("self_attn.v_proj.bias", "(k h)", "attention.v_bias", "k h"),
     in_layer("self_attn.o_proj.bias", "d", "attention.o_bias", "d"),
     in_layer("self_attn.q_norm.weight", "h", "attention.q_norm.scale", "h"),
     in_layer("self_attn.k_norm.weight", "h", "attention.k_norm.scale", "h"),
 )
+ATTENTION = (*QUERIES, *KEYS_AND_OUTPUT)
 GATED_MLP = (
     in_layer("mlp.gate_proj.weight", "f d", "mlp.gate", "d f"),
     in_layer("mlp.up_proj.weight", "f d", "mlp.up", "d f"),

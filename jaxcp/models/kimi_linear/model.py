@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kimi Linear: Kimi delta attention, and every few layers latent attention without positions."""
 
-import jax.numpy as jnp
 from flax import nnx
 
 from jaxcp.layers.block import ResidualBlock
@@ -10,9 +9,7 @@ from jaxcp.layers.mla import LatentAttention
 from jaxcp.layers.mlp import GatedMLP
 from jaxcp.layers.moe import MoE
 from jaxcp.layers.norm import RMSNorm
-from jaxcp.layers.parameter import normal
-from jaxcp.layers.stack import Layers
-from jaxcp.models.base import LanguageModel, embed
+from jaxcp.models.decoder import Decoder
 from jaxcp.models.kimi_linear.config import KimiLinearConfig
 
 LATENT_EPS = 1e-6
@@ -46,25 +43,10 @@ class Block(ResidualBlock):
             )  # fmt: skip
 
 
-class KimiLinear(LanguageModel):
+class KimiLinear(Decoder):
     """A Kimi Linear, by `KimiLinearConfig`.
-
-    `model(tokens, positions)` gives float32 logits `[B, T, V]`; `jaxcp.logits` and an `Engine` see
-    to layout and padding.
 
     >>> model = jaxcp.KimiLinear(config, rngs=nnx.Rngs(0))
     """
 
-    def __init__(self, config: KimiLinearConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        table = config.vocab_size, config.embed_dim
-        std = 0.02 if config.tie_embeddings else 1.0
-        self.embed = normal(rngs, table, ("vocab", "embed"), std)
-        self.layers = Layers([Block(config, i, rngs) for i in range(config.num_layers)])
-        self.final_norm = RMSNorm(config.embed_dim, eps=config.norm_eps)
-        if not config.tie_embeddings:
-            self.lm_head = normal(rngs, table[::-1], ("embed", "vocab"), 0.01)
-
-    def embedded(self, tokens, positions):
-        del positions  # no layer turns by them
-        return embed(self.embed, tokens, jnp.dtype(self.config.dtype))
+    block = Block

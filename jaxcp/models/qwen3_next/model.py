@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Qwen3-Next and Qwen3.5: recurrent layers and gated full attention, with experts or an MLP."""
 
-import jax.numpy as jnp
 from flax import nnx
 
 from jaxcp.layers.block import ResidualBlock
@@ -10,10 +9,8 @@ from jaxcp.layers.gated_delta import GatedDelta
 from jaxcp.layers.mlp import GatedMLP
 from jaxcp.layers.moe import MoE
 from jaxcp.layers.norm import ZeroCentredRMSNorm
-from jaxcp.layers.parameter import normal
 from jaxcp.layers.routing import Routing
-from jaxcp.layers.stack import Layers
-from jaxcp.models.base import LanguageModel, embed
+from jaxcp.models.decoder import Decoder
 from jaxcp.models.qwen3_next.config import Qwen3NextConfig
 
 
@@ -44,25 +41,11 @@ class Block(ResidualBlock):
             )  # fmt: skip
 
 
-class Qwen3Next(LanguageModel):
+class Qwen3Next(Decoder):
     """A Qwen3-Next or Qwen3.5 (its text part), by `Qwen3NextConfig`.
-
-    `model(tokens, positions)` gives float32 logits `[B, T, V]`; `jaxcp.logits` and an `Engine` see
-    to layout and padding.
 
     >>> model = jaxcp.Qwen3Next(config, rngs=nnx.Rngs(0))
     """
 
-    def __init__(self, config: Qwen3NextConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        table = config.vocab_size, config.embed_dim
-        std = 0.02 if config.tie_embeddings else 1.0
-        self.embed = normal(rngs, table, ("vocab", "embed"), std)
-        self.layers = Layers([Block(config, i, rngs) for i in range(config.num_layers)])
-        self.final_norm = ZeroCentredRMSNorm(config.embed_dim, eps=config.norm_eps)
-        if not config.tie_embeddings:
-            self.lm_head = normal(rngs, table[::-1], ("embed", "vocab"), 0.01)
-
-    def embedded(self, tokens, positions):
-        del positions  # attention turns by them
-        return embed(self.embed, tokens, jnp.dtype(self.config.dtype))
+    block = Block
+    norm = ZeroCentredRMSNorm

@@ -11,7 +11,15 @@ import functools
 import logging
 from collections.abc import Collection, Mapping
 
-from jaxcp.models.decoder_rows import EXPERTS, GATED_MLP, MODEL, NORMS, OUTPUT, ROUTER, in_layer
+from jaxcp.models.decoder_rows import (
+    EXPERTS,
+    GATED_MLP,
+    KEYS_AND_OUTPUT,
+    MODEL,
+    NORMS,
+    ROUTER,
+    in_layer,
+)
 from jaxcp.models.qwen3_next.config import Qwen3NextConfig
 from jaxcp.models.weight_table import Row
 
@@ -40,16 +48,6 @@ APART = (
     _delta("in_proj_z.weight", "(n h) d", "z", "d n h"),
     _delta("in_proj_b.weight", "n d", "beta", "d n"),
     _delta("in_proj_a.weight", "n d", "decay", "d n"),
-)
-ATTENTION = (
-    in_layer("self_attn.k_proj.weight", "(k h) d", "attention.k", "d k h"),
-    in_layer("self_attn.v_proj.weight", "(k h) d", "attention.v", "d k h"),
-    OUTPUT,
-    in_layer("self_attn.k_proj.bias", "(k h)", "attention.k_bias", "k h"),
-    in_layer("self_attn.v_proj.bias", "(k h)", "attention.v_bias", "k h"),
-    in_layer("self_attn.o_proj.bias", "d", "attention.o_bias", "d"),
-    in_layer("self_attn.q_norm.weight", "h", "attention.q_norm.scale", "h"),
-    in_layer("self_attn.k_norm.weight", "h", "attention.k_norm.scale", "h"),
 )
 SHARED = (
     in_layer("mlp.shared_expert.gate_proj.weight", "f d", "mlp.shared.gate", "d f"),
@@ -81,7 +79,7 @@ def _queries(heads: int) -> tuple[Row, ...]:
 def table(config: Qwen3NextConfig) -> tuple[Row, ...]:
     """Every tensor of a model of this configuration."""
     delta = _joined(config.delta.num_key_heads) if config.format == "qwen3_next" else APART
-    layer = *DELTA, *delta, *ATTENTION, *_queries(config.num_heads)
+    layer = *DELTA, *delta, *KEYS_AND_OUTPUT, *_queries(config.num_heads)
     mlps = *GATED_MLP, ROUTER, *EXPERTS, *SHARED
     return tuple(map(_under_either_name, (*MODEL, *NORMS, *layer, *mlps)))
 

@@ -163,8 +163,8 @@ def test_a_prompt_in_chunks_is_answered_as_a_whole(name, axes, mesh_of):
 
 @by_kind(CASES[0])
 def test_short_prompts_share_programs(name, axes, mesh_of):
-    """Of one and of several chunks, whose rows are few, all, or more than there are, beside a long
-    prompt, and in a second turn: the answers are those of each alone."""
+    """Prompts of one and of several chunks, whose rows are few, all, or more than there are, beside
+    a long prompt, and in a second turn: the answers are those of each alone."""
     engine = engine_of(name, axes, mesh_of)
     limits = engine.scheduler.limits
     free = dataclasses.replace(limits.chunks.together, context=200, seconds=lambda contexts: 0.0)

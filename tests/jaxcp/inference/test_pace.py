@@ -95,7 +95,7 @@ def test_short_prompts_share_a_program_where_that_is_faster():
 
 
 def test_long_prompts_have_programs_of_their_own():
-    """Those with much to go, or much before it."""
+    """Prompts with much to go, or much before it."""
     mixed = [(9000, 0), (100, 0), (60, 4090), (50, 0)]
     assert taken(budget(mixed), mixed) == [9000, 100, 60, 50]
     assert [budget(mixed).joins(*one) for one in mixed] == [False, True, False, True]

@@ -40,7 +40,7 @@ def drawn_at_random(seed):
 
 
 def said_of(texts, lines, every=EVERY):
-    """As a runner has them: rows over `data`."""
+    """Place them as a runner has them: rows over `data`."""
     said, empty = nothing_said(ROWS, V), jax.sharding.get_abstract_mesh().empty
     said = said if empty else jax.device_put(said, P("data"))
     for line, text, sampling in zip(lines, texts, every, strict=True):

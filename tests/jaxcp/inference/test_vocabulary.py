@@ -22,8 +22,8 @@ CASES = [
 
 
 def answers(name, rules, axes):
-    """Of a plain prompt, a sampled one with log-probabilities and penalties, and one in parts; the
-    logits of a text; and the shape of the head, or the table that is one, on a device."""
+    """Answers to a plain prompt, a longer one, and one drawn under penalties; the logits of a text;
+    and the shape of the head, or of the table that is one, on a device."""
     with jax.set_mesh(jaxcp.make_mesh(**axes)):
         model, _ = jaxcp.load(FIXTURES / name, rules=rules)
         engine = jaxcp.Engine(model, None, max_len=64, max_rows=4, stop_tokens=())
