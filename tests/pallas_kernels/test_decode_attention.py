@@ -34,14 +34,14 @@ SKIPPING = ("xla", "triton", "mosaic_tpu")
 
 TELLING = ("eight KV heads, int8", "no block divides", "nothing to see", "everything")
 TELLING += ("pages", "pages of a stack, int8")
-"""Cases that an interpreted kernel runs in `make test`: each option is in one of them."""
+"""Cases of `make test`: each option is in one of them."""
 
 
 @pytest.mark.parametrize(
     "name, implementation",
     slow_but(
         itertools.product(CASES, IMPLEMENTATIONS),
-        lambda case: case[0] in TELLING or case[1] == "xla",
+        lambda case: case[0] in TELLING,
     ),
 )
 def test_matches_float64_and_repeats(name, implementation):
