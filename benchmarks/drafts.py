@@ -38,7 +38,7 @@ class Args:
     """Layers beside the MTP layer, which always keeps its own keys: a part of each step."""
     prompt: int = 256
     """Tokens of a prompt."""
-    new_tokens: int = 128
+    new_tokens: int = 512
     rows: tuple[int, ...] = (1, 4)
     drafts: int = 3
     repeats: int = 3
