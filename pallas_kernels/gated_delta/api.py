@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The gated delta rule: the public signature, and the checks before a backend.
 
-A backend is a module with `forward` (see `reference.py`) on checked arguments, heads repeated.
+A backend is a module with `local` and `scan` (see `xla.py`), on chunks.
 """
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.dispatch import resolve
-from pallas_kernels.gated_delta import xla
-from pallas_kernels.gated_delta.xla import Chunks
+from pallas_kernels.gated_delta import chunks, reference
+from pallas_kernels.gated_delta.chunks import Chunks
 
-IMPLEMENTATIONS = ("reference", "xla")
+IMPLEMENTATIONS = ("reference", "xla", "triton", "mosaic_tpu")
+BEST = {"gpu": "triton", "tpu": "mosaic_tpu"}
+FEW = 16
+"""Fewer tokens than that are no work for a kernel."""
 
 
 def gated_delta(
@@ -46,10 +49,13 @@ def gated_delta(
       starts: a document begins with this token: it finds a state of zeros.
       pads: tokens that are none: the state passes by, their `out` is 0.
       scale: multiplies `out`; default `H ** -0.5`.
-      implementation: "reference" (token by token) or "xla" (chunks of 64 tokens, products of
-        matrices); None takes "xla" everywhere.
+      implementation: "reference" (token by token), or products of matrices for chunks of 64
+        tokens: "xla", "triton" (NVIDIA), "mosaic_tpu" (TPU); None takes the platform's kernel, and
+        "xla" where there is none and for less than 16 tokens. Where q, k and v are bfloat16 the
+        kernels round what they multiply to bfloat16, but for decays and the inverse.
     Raises:
       ValueError: shapes or dtypes that make no sense.
+      NotImplementedError: a kernel that does not take these dtypes, naming one that does.
 
     Source: Yang et al., Gated Delta Networks (arXiv 2412.06464); Kimi Linear (arXiv 2510.26692).
 
@@ -61,19 +67,21 @@ def gated_delta(
     """
     arrays = _checked(q, k, v, log_decay, beta, starts, pads)
     shape = (v.shape[0], *v.shape[2:3], k.shape[-1], v.shape[-1])
-    if state is None:
-        state = jnp.zeros(shape, arrays[0].dtype)
+    acc = arrays[3].dtype
+    state = jnp.zeros(shape, acc) if state is None else state
     if state.shape != shape:
         raise ValueError(f"state must be [B, N, H, V] = {list(shape)}; got {state.shape}")
-    backend = resolve("gated_delta", implementation, IMPLEMENTATIONS, {})
-    out, state = backend.forward(
-        *arrays, state.astype(arrays[0].dtype), scale=_scale(scale, k), chunk=xla.CHUNK
-    )
+    state, scale = state.astype(acc), _scale(scale, k)
+    if implementation == "reference":
+        out, state = reference.forward(*arrays, state, scale=scale)
+    else:
+        work = _chunks(arrays, scale, implementation)
+        out, state = work.outputs(state, v.shape[1])
     return out.astype(v.dtype), state
 
 
 def gated_delta_chunks(
-    q, k, v, log_decay, beta, *, starts=None, pads=None, scale=None, chunk: int = xla.CHUNK
+    q, k, v, log_decay, beta, *, starts=None, pads=None, scale=None, implementation=None
 ) -> Chunks:
     """The part of `gated_delta` that needs no state, of the same arguments.
 
@@ -81,7 +89,14 @@ def gated_delta_chunks(
     `gated_delta` gives: so that of a sequence in pieces each is worked at once.
     """
     arrays = _checked(q, k, v, log_decay, beta, starts, pads)
-    return xla.prepare(*arrays, scale=_scale(scale, k), chunk=chunk)
+    return _chunks(arrays, _scale(scale, k), implementation)
+
+
+def _chunks(arrays, scale, implementation) -> Chunks:
+    if implementation is None and arrays[0].shape[1] < FEW:
+        implementation = "xla"
+    backend = resolve("gated_delta", implementation, IMPLEMENTATIONS, BEST)
+    return chunks.prepare(backend, *arrays, scale=scale, least=backend.LEAST)
 
 
 def _scale(scale, k):
@@ -89,13 +104,11 @@ def _scale(scale, k):
 
 
 def _checked(q, k, v, log_decay, beta, starts, pads):
-    """All arrays in the dtype of sums, key heads repeated, and pads made to change nothing."""
+    """Gates in the dtype of sums, and pads made to change nothing."""
     _check(q, k, v, log_decay, beta, starts, pads)
     wide = any(x.dtype == jnp.float64 for x in (q, k, v))
     acc = jnp.float64 if wide else jnp.float32
-    q, k, v, log_decay, beta = (x.astype(acc) for x in (q, k, v, log_decay, beta))
-    times = v.shape[2] // k.shape[2]
-    q, k = (x if times == 1 else jnp.repeat(x, times, axis=2) for x in (q, k))
+    log_decay, beta = (x.astype(acc) for x in (log_decay, beta))
     starts = jnp.zeros(v.shape[:2], bool) if starts is None else starts
     if pads is not None:
         q, k, v, log_decay, beta = (
@@ -103,8 +116,6 @@ def _checked(q, k, v, log_decay, beta, starts, pads):
             for x in (q, k, v, log_decay, beta)
         )
         starts = starts & ~pads
-    if log_decay.ndim == 3:
-        log_decay = log_decay[..., None]
     return q, k, v, log_decay, beta, starts
 
 

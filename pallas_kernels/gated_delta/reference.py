@@ -8,9 +8,11 @@ from jax import lax
 PRECISION = lax.Precision.HIGHEST
 
 
-def forward(q, k, v, log_decay, beta, starts, state, *, scale, chunk):
-    """`(out [B, T, N, V], state)`; `log_decay [B, T, N, 1 or H]`, `starts [B, T]`."""
-    del chunk  # there are none
+def forward(q, k, v, log_decay, beta, starts, state, *, scale):
+    """`(out [B, T, N, V], state)` of checked arguments, with a state."""
+    q, k, v = (x.astype(state.dtype) for x in (q, k, v))
+    q, k = (jnp.repeat(x, v.shape[2] // k.shape[2], axis=2) for x in (q, k))
+    log_decay = log_decay[..., None] if log_decay.ndim == 3 else log_decay
 
     def token(state, now):
         q, k, v, log_decay, beta, start = now

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the kernels of both kinds of chip have in common: a program for each chunk of each head.
+
+Arrays are `[c, B, heads, rows, columns]`, and a program has the rows and columns of one.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels.gated_delta import tile
+from pallas_kernels.gated_delta.tile import Chunk
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def check(name: str, q, k, v) -> None:
+    """Raise NotImplementedError for what no kernel of these multiplies."""
+    for x in (q, k, v):
+        if x.dtype.name not in DTYPES:
+            raise NotImplementedError(
+                f'{name}: {", ".join(DTYPES)}; got {x.dtype}. Take implementation="xla"'
+            )
+
+
+def narrow(*arrays) -> bool:
+    """True if products may round their operands: all of these are bfloat16."""
+    return all(x.dtype == jnp.bfloat16 for x in arrays)
+
+
+def like(x, shape, dtype):
+    """An output's shape; inside `shard_map` it varies over the axes that the inputs vary over."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
+
+
+def chunks_of_heads(q, k, v, log_decay, beta, document, *, run: Any) -> Chunk:
+    """`tile.local` of every chunk; `run` are keywords of `pallas_call`.
+
+    What is multiplied again is kept in bfloat16 where it would be rounded then.
+    """
+    small = narrow(q, k, v)
+    arrays = q, k, v, log_decay, beta, document
+    c, b, n = v.shape[:3]
+    one = [x.shape[-2:] for x in arrays]
+    parts = jax.eval_shape(tile.local, *(jax.ShapeDtypeStruct(x, jnp.float32) for x in one))
+    wide = jnp.bfloat16 if small else jnp.float32
+    kinds = parts._replace(**{name: wide for name in parts._fields})._replace(passes=jnp.float32)
+    shapes = [
+        like(v, (c, b, n, *part.shape), dtype) for part, dtype in zip(parts, kinds, strict=True)
+    ]
+    out = _programs(
+        functools.partial(_local, product=tile.rounded if small else tile.exactly),
+        arrays, shapes, n, "gated_delta_local", run,
+    )  # fmt: skip
+    return Chunk(*out)
+
+
+def chunks_backward(arrays, dparts: Chunk, *, run: Any):
+    """The gradients of q, k, v, log_decay and beta, those of q and k for each head of v."""
+    small = narrow(*arrays[:3])
+    c, b, n = arrays[2].shape[:3]
+    product = tile.rounded_with_derivative if small else tile.exactly
+    shapes = [like(arrays[2], (c, b, n, *x.shape[-2:]), jnp.float32) for x in arrays[:5]]
+    return _programs(
+        functools.partial(_local_backward, product=product),
+        (*arrays, *dparts), shapes, n, "gated_delta_local_backward", run,
+    )  # fmt: skip
+
+
+def block(x, heads: int, chunk=lambda c: c) -> pl.BlockSpec:
+    """The matrix of `x [c, B, K, ...]` for a program `(chunk, head of v, row)`."""
+    if x.ndim == 4:  # one for all heads
+        return pl.BlockSpec((None, None, *x.shape[2:]), lambda c, n, b: (chunk(c), b, 0, 0))
+    times = heads // x.shape[2]
+    return pl.BlockSpec(
+        (None, None, None, *x.shape[3:]), lambda c, n, b: (chunk(c), b, n // times, 0, 0)
+    )
+
+
+def _programs(kernel, arrays, shapes, heads, name, run):
+    c, b = arrays[0].shape[:2]
+    return pl.pallas_call(
+        kernel,
+        grid=(c, heads, b),
+        in_specs=[block(x, heads) for x in arrays],
+        out_specs=[block(x, heads) for x in shapes],
+        out_shape=shapes,
+        name=name,
+        **run,
+    )(*arrays)
+
+
+def _local(*refs, product):
+    arrays = [ref[...].astype(jnp.float32) for ref in refs[:6]]
+    parts = tile.local(*arrays, product=product)
+    for ref, part in zip(refs[6:], parts, strict=True):
+        ref[...] = part.astype(ref.dtype)
+
+
+def _local_backward(*refs, product):
+    *arrays, document = (ref[...].astype(jnp.float32) for ref in refs[:6])
+    dparts = Chunk(*(ref[...].astype(jnp.float32) for ref in refs[6:12]))
+    work = functools.partial(tile.local, document=document, product=product)
+    for ref, grad in zip(refs[12:], jax.vjp(work, *arrays)[1](dparts), strict=True):
+        ref[...] = grad
