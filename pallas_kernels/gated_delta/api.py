@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The gated delta rule: the public signature, and the checks before a backend.
 
-A backend is a module with `local` and `scan` (see `xla.py`), on chunks.
+A backend is a module with `local` and `scan`, and `tokens` of a chunk (see `xla.py`).
 """
 
 import jax.numpy as jnp
@@ -96,7 +96,7 @@ def _chunks(arrays, scale, implementation) -> Chunks:
     if implementation is None and arrays[0].shape[1] < FEW:
         implementation = "xla"
     backend = resolve("gated_delta", implementation, IMPLEMENTATIONS, BEST)
-    return chunks.prepare(backend, *arrays, scale=scale, least=backend.LEAST)
+    return chunks.prepare(backend, *arrays, scale=scale)
 
 
 def _scale(scale, k):

@@ -9,9 +9,6 @@ import jax.numpy as jnp
 from pallas_kernels.gated_delta import gradients
 from pallas_kernels.gated_delta.tile import Chunk
 
-CHUNK = 64
-"""Tokens of a chunk at most, a power of two."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Chunks:
@@ -55,12 +52,10 @@ class Chunks:
         return self.parts.passes.dtype
 
 
-def prepare(backend, q, k, v, log_decay, beta, starts, *, scale, least: int = 1) -> Chunks:
-    """Work all chunks, of `[B, T, N, ...]`, of q and k `[B, T, K, H]`, and of `starts [B, T]`.
-
-    `least`: tokens of a chunk at least.
-    """
-    length = max(least, min(CHUNK, 1 << (q.shape[1] - 1).bit_length()))
+def prepare(backend, q, k, v, log_decay, beta, starts, *, scale) -> Chunks:
+    """Work all chunks, of `[B, T, N, ...]`, of q and k `[B, T, K, H]`, and of `starts [B, T]`."""
+    least, most = backend.tokens(q.dtype)
+    length = max(least, min(most, 1 << (q.shape[1] - 1).bit_length()))
 
     def cut(x):  # [B, T, ...] -> [c, B, ..., L, ...]; what is filled up changes nothing
         x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % length)] + [(0, 0)] * (x.ndim - 2))

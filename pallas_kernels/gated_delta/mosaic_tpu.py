@@ -17,10 +17,14 @@ from pallas_kernels.dispatch import target_platform
 from pallas_kernels.gated_delta import tile, tiles
 from pallas_kernels.gated_delta.tile import Chunk
 
-LEAST = 16
-"""Tokens of a chunk at least."""
 VMEM = 64 << 20
 """Bytes of fast memory that a kernel may take."""
+
+
+def tokens(dtype) -> tuple[int, int]:
+    """See `xla.tokens`."""
+    del dtype
+    return 16, 64
 
 
 def local(q, k, v, log_decay, beta, document) -> Chunk:

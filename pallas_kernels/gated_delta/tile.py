@@ -73,7 +73,7 @@ def _derivable(a, b):
 
 
 def _derivable_forward(a, b):
-    return _derivable(a, b), (a, b)
+    return _rounded_product(a, b, (1, 0)), (a, b)
 
 
 def _derivable_backward(saved, dout):

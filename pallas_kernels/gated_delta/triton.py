@@ -2,7 +2,7 @@
 """The gated delta rule for NVIDIA GPUs, through Pallas and XLA's Triton.
 
 One kernel works all chunks, a program each; one walks them, a program a head and some columns of
-its state, which stays in registers. Each has a backward, which is JAX's derivative of the same
+its state, which stays in registers. The walk has a backward, which is JAX's derivative of the same
 tile, made inside the kernel; what several programs of a head find is summed outside. No atomics: a
 run repeats bit by bit. Interpreted on CPU; inside `shard_map` the interpreter needs the caller's
 `check_vma=False`.
@@ -19,32 +19,39 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dispatch import target_platform
 from pallas_kernels.flash_attention.blocks import pad_axis
-from pallas_kernels.gated_delta import tile, tiles, tuning
+from pallas_kernels.gated_delta import tile, tiles, tuning, xla
 from pallas_kernels.gated_delta.tile import Chunk
 
 # 2026-11: jax 0.11 and later warn about Pallas-Triton whenever a program is lowered. That is after
 # the pallas_call has returned, so it cannot be silenced around the call. It works through jax 0.12.
 warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
 
-LEAST = 16
-"""Tokens of a chunk at least."""
+
+def tokens(dtype) -> tuple[int, int]:
+    """See `xla.tokens`; longer chunks of float32 exceed shared memory."""
+    return 16, 64 if dtype == jnp.bfloat16 else 32
 
 
 def local(q, k, v, log_decay, beta, document) -> Chunk:
-    """See `xla.local`."""
+    """See `xla.local`, which takes what is not all bfloat16: float32 tiles exceed shared memory."""
     tiles.check("triton", q, k, v)
     arrays = q, k, v, log_decay, beta, document
-    run = _keywords("triton_local", max(k.shape[-1], v.shape[-1]), q.dtype)
+    if not tiles.narrow(q, k, v):
+        return xla.local(*arrays)
+    run = _run(_tuned("triton_local", max(k.shape[-1], v.shape[-1]), q.dtype))
     parts = tiles.chunks_of_heads(*_powers(arrays), run=run)
     return _cut(parts, k.shape[-1], v.shape[-1])
 
 
 def local_backward(arrays, dparts: Chunk):
-    """See `tiles.chunks_backward`."""
-    q, k, v, *_ = arrays
-    run = _keywords("triton_local_backward", max(k.shape[-1], v.shape[-1]), q.dtype)
-    grads = tiles.chunks_backward(_powers(arrays), _grown(dparts), run=run)
-    return [grad[..., : x.shape[-1]] for grad, x in zip(grads, arrays, strict=False)]
+    """See `tiles.chunks_backward`; by XLA: the derivative of a tile exceeds shared memory."""
+    product = tile.rounded_with_derivative if tiles.narrow(*arrays[:3]) else tile.exactly
+
+    def work(*learnt):
+        parts = xla.local(*learnt, arrays[-1], product=product)
+        return jax.tree.map(lambda x, d: x.astype(d.dtype), parts, dparts)
+
+    return jax.vjp(work, *arrays[:-1])[1](dparts)
 
 
 def scan(parts: Chunk, state):
@@ -235,10 +242,6 @@ def _cut(parts: Chunk, h: int, v: int) -> Chunk:
 
 def _tuned(op, head_dim, dtype):
     return tuning.blocks(op, head_dim, dtype, interpret=target_platform() == "cpu")
-
-
-def _keywords(op, head_dim, dtype):
-    return _run(_tuned(op, head_dim, dtype))
 
 
 def _run(row):

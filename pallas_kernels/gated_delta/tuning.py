@@ -20,12 +20,10 @@ MANY = 1 << 31
 TABLE: tuple[tuple[str, str, int, int, Blocks], ...] = (
     # the interpreter: small, so that short tests have several programs a head
     ("triton_local", INTERPRETED, MANY, 4, Blocks()),
-    ("triton_local_backward", INTERPRETED, MANY, 4, Blocks()),
     ("triton_scan", INTERPRETED, MANY, 4, Blocks(columns=16)),
     ("triton_scan_backward", INTERPRETED, MANY, 4, Blocks(columns=16)),
     # any NVIDIA GPU from sm_80
     ("triton_local", "", 128, 4, Blocks(warps=8)),
-    ("triton_local_backward", "", 128, 4, Blocks(warps=8)),
     ("triton_scan", "", 128, 4, Blocks(columns=32, warps=8)),
     ("triton_scan_backward", "", 128, 4, Blocks(columns=16, warps=8)),
 )
