@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.gated_delta import gradients
 from pallas_kernels.gated_delta.tile import Chunk
+from pallas_kernels.varying import alike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +34,13 @@ class Chunks:
         parts = self.parts._replace(
             u=jnp.concatenate([u, jnp.zeros_like(w)], axis=-1), reads=None, attended=None
         )
-        _, after = gradients.of(self.backend).scan(parts, jnp.concatenate([nothing, eye], axis=-1))
+        start = alike(parts, jnp.concatenate([nothing, eye], axis=-1))[1]
+        _, after = gradients.of(self.backend).scan(parts, start)
         return after[..., u.shape[-1] :], after[..., : u.shape[-1]]
 
     def outputs(self, state, tokens: int):
         """`(out [B, tokens, N, V], state)` from the state before the first token."""
-        out, state = gradients.of(self.backend).scan(self.parts, state)
+        out, state = gradients.of(self.backend).scan(*alike(self.parts, state))
         c, b, n, length, v = out.shape
         out = self.scale * out.transpose(1, 0, 3, 2, 4).reshape(b, c * length, n, v)
         return out[:, :tokens], state
@@ -54,6 +56,7 @@ class Chunks:
 
 def prepare(backend, q, k, v, log_decay, beta, starts, *, scale) -> Chunks:
     """Work all chunks, of `[B, T, N, ...]`, of q and k `[B, T, K, H]`, and of `starts [B, T]`."""
+    q, k, v, log_decay, beta, starts = alike(q, k, v, log_decay, beta, starts)
     least, most = backend.tokens(q.dtype)
     length = max(least, min(most, 1 << (q.shape[1] - 1).bit_length()))
 

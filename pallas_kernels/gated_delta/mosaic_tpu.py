@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.dispatch import target_platform
 from pallas_kernels.gated_delta import tile, tiles
 from pallas_kernels.gated_delta.tile import Chunk
+from pallas_kernels.varying import like
 
 VMEM = 64 << 20
 """Bytes of fast memory that a kernel may take."""
@@ -31,7 +32,8 @@ def local(q, k, v, log_decay, beta, document) -> Chunk:
     """See `xla.local`."""
     tiles.check("mosaic_tpu", q, k, v)
     arrays = q, k, v, log_decay, beta, document
-    return tiles.chunks_of_heads(*arrays, run=_keywords(*[pltpu.PARALLEL] * 3))
+    products = tile.ROUNDED if tiles.narrow(q, k, v) else tile.EXACT
+    return tiles.chunks_of_heads(*arrays, products=products, run=_keywords(*[pltpu.PARALLEL] * 3))
 
 
 def local_backward(arrays, dparts: Chunk):
@@ -52,7 +54,7 @@ def scan_backward(parts: Chunk, state, dout, dstate):
     product = tile.rounded_with_derivative if tiles.narrow(parts.u) else tile.exactly
     back = functools.partial(_block, heads=heads, chunk=lambda c: steps - 1 - c)
     douts = [] if dout is None else [dout]
-    shapes = [tiles.like(state, x.shape, x.dtype) for x in (*given, dstate)]
+    shapes = [like(state, x.shape, x.dtype) for x in (*given, dstate)]
     *dparts, dstate = pl.pallas_call(
         functools.partial(_walk_back, named=named, product=product),
         grid=(parts.u.shape[1], heads, steps),
@@ -70,11 +72,11 @@ def _walk(parts: Chunk, state, *, keep: bool = False):
     """`(out, state, states before each chunk)`, each None where it is not asked for."""
     given, named = _given(parts)
     (c, b, n, length, v), h = parts.u.shape, parts.w.shape[-1]
-    outs = {"state": tiles.like(state, state.shape, state.dtype)}
+    outs = {"state": like(state, state.shape, state.dtype)}
     if parts.reads is not None:
-        outs["out"] = tiles.like(state, (c, b, n, length, v), state.dtype)
+        outs["out"] = like(state, (c, b, n, length, v), state.dtype)
     if keep:
-        outs["before"] = tiles.like(state, (c, b, n, h, v), state.dtype)
+        outs["before"] = like(state, (c, b, n, h, v), state.dtype)
     specs = {name: _block(x, heads=n) for name, x in outs.items()} | {"state": _state(state)}
     product = tile.rounded if tiles.narrow(parts.u) else tile.exactly
     results = pl.pallas_call(

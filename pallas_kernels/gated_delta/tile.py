@@ -17,8 +17,9 @@ so that one code is XLA's, Mosaic's and Triton's, and JAX's derivative of it the
 Source: Yang et al. (arXiv 2406.06484, arXiv 2412.06464); Kimi Linear (arXiv 2510.26692).
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,13 +43,22 @@ Product = Callable[[jax.Array, jax.Array, tuple[int, int]], jax.Array]
 """Contracts a dimension of each of two matrices."""
 
 
-def exactly(a, b, contract=(1, 0)):
+class Products(NamedTuple):
+    """How matrices are multiplied."""
+
+    exact: Product
+    """Where sums of decays and the inverse come from."""
+    large: Product
+    """All else."""
+
+
+def exactly(a, b, contract=(1, 0), *, precision: Any = (HIGHEST, HIGHEST)):
     """A product in the dtype of its operands, float32 or float64, none of which is rounded."""
     return lax.dot_general(
         a,
         b,
         (((contract[0],), (contract[1],)), ((), ())),
-        precision=(HIGHEST, HIGHEST),
+        precision=precision,
         preferred_element_type=a.dtype,
     )
 
@@ -58,6 +68,7 @@ def _rounded_product(a, b, contract):
         a.astype(jnp.bfloat16),
         b.astype(jnp.bfloat16),
         (((contract[0],), (contract[1],)), ((), ())),
+        precision=(lax.Precision.DEFAULT, lax.Precision.DEFAULT),
         preferred_element_type=jnp.float32,
     )
 
@@ -91,7 +102,13 @@ def rounded_with_derivative(a, b, contract=(1, 0)):
     return _derivable(a, b)
 
 
-def local(q, k, v, log_decay, beta, document, *, product: Product = exactly) -> Chunk:
+EXACT = Products(exactly, exactly)
+ROUNDED = Products(exactly, rounded)
+DERIVABLE = Products(exactly, rounded_with_derivative)
+"""`ROUNDED`, with its derivative."""
+
+
+def local(q, k, v, log_decay, beta, document, *, products: Products | None = None) -> Chunk:
     """What tokens do, of one head: float32 `q, k [L, H]`, `v [L, V]`; L a power of two.
 
     Args:
@@ -99,26 +116,32 @@ def local(q, k, v, log_decay, beta, document, *, product: Product = exactly) -> 
       beta: `[1, L]`.
       document: `[1, L]`, a float that counts documents: 0 is that of the token before the chunk.
     """
-    length = q.shape[0]
-    i, j = (lax.broadcasted_iota(jnp.int32, (length, length), axis) for axis in (0, 1))
+    return Chunk(**dict(parts(q, k, v, log_decay, beta, document, products=products or EXACT)))
+
+
+def parts(q, k, v, log_decay, beta, document, *, products: Products) -> Iterator[tuple[str, Any]]:
+    """The parts of `local` by name, each as soon as it is made, so that registers are few.
+
+    q, k, v and log_decay may be references, which are read anew where they are used.
+    """
+
+    read = functools.partial(_read, dtype=beta.dtype)
+    i, j = _places(q.shape[0])
     own, last = column(document), jnp.max(document, axis=1, keepdims=True)
     causal = (own == document) & (i >= j)
-    pairs = _by_head if log_decay.shape == beta.shape else _by_channel
-    from_start, to_end, total, decayed = pairs(log_decay, k, q, product)
-    from_start = jnp.where(own == 0, from_start, 0)
-    to_end = jnp.where(own == last, to_end, 0)
-    attends, sees = (jnp.where(causal, x, 0) for x in decayed)
-
-    beta = column(beta)
-    inverse = unit_lower_inverse(beta * attends)
-    return Chunk(
-        w=product(inverse, beta * k * from_start, (1, 0)),
-        u=product(inverse, beta * v, (1, 0)),
-        reads=q * from_start,
-        attended=sees,
-        kept=k * to_end,
-        passes=jnp.where(last == 0, total, 0),
+    decays = (_Head if log_decay.shape == beta.shape else _Channels)(
+        log_decay, beta.dtype, products
     )
+    yield "passes", jnp.where(last == 0, decays.total(), 0)
+    yield "kept", read(k) * jnp.where(own == last, decays.to_end(), 0)
+    attends, sees = (jnp.where(causal, x, 0) for x in decays.products((k, q), k))
+    yield "attended", sees
+    rate = column(beta)
+    inverse = unit_lower_inverse(rate * attends, products.exact)
+    yield "u", products.large(inverse, rate * read(v), (1, 0))
+    from_start = jnp.where(own == 0, decays.from_start(), 0)
+    yield "w", products.large(inverse, rate * read(k) * from_start, (1, 0))
+    yield "reads", read(q) * from_start
 
 
 def advance(chunk: Chunk, state, *, product: Product = exactly):
@@ -132,52 +155,89 @@ def advance(chunk: Chunk, state, *, product: Product = exactly):
 
 def column(row):
     """`[n, 1]` of `[1, n]`."""
-    n = row.shape[1]
-    i, j = (lax.broadcasted_iota(jnp.int32, (n, n), axis) for axis in (0, 1))
+    i, j = _places(row.shape[1])
     return jnp.sum(jnp.where(i == j, row, 0), axis=1, keepdims=True)
 
 
-def _by_head(log_decay, k, q, product):
-    """`(from the start, to the end, of all, (k k^T, q k^T) decayed)`; one decay a head."""
-    n = log_decay.shape[1]
-    i, j = (lax.broadcasted_iota(jnp.int32, (n, n), axis) for axis in (0, 1))
-    until = jnp.where(i >= j, log_decay, 0)
-    between = jnp.exp(exactly(until, (i > j).astype(until.dtype)))
-    from_start = jnp.exp(jnp.sum(until, axis=1, keepdims=True))
-    to_end = jnp.exp(jnp.sum(jnp.where(i < j, log_decay, 0), axis=1, keepdims=True))
-    total = jnp.exp(jnp.sum(log_decay, axis=1, keepdims=True))
-    decayed = tuple(product(x, k, (1, 1)) * between for x in (k, q))
-    return from_start, to_end, total, decayed
+class _Head:
+    """What is left after a time, of `log_decay [1, L]`: one decay a head."""
+
+    def __init__(self, log_decay, dtype, products):
+        self.exact, self.large = products
+        self.n, self.log_decay = log_decay.shape[1], _read(log_decay, dtype)
+        self.i, self.j = _places(self.n)
+
+    def from_start(self):
+        return self._summed(self.i >= self.j)
+
+    def to_end(self):
+        return self._summed(self.i < self.j)
+
+    def total(self):
+        return jnp.exp(jnp.sum(self.log_decay, axis=1, keepdims=True))
+
+    def products(self, rows, k):
+        """`x k^T` of each x, decayed from k's token to x's."""
+        until = jnp.where(self.i >= self.j, self.log_decay, 0)
+        between = jnp.exp(self.exact(until, (self.i > self.j).astype(until.dtype), (1, 0)))
+        read = functools.partial(_read, dtype=between.dtype)
+        return [self.large(read(x), read(k), (1, 1)) * between for x in rows]
+
+    def _summed(self, which):
+        return jnp.exp(jnp.sum(jnp.where(which, self.log_decay, 0), axis=1, keepdims=True))
 
 
-def _by_channel(log_decay, k, q, product):
-    """`_by_head` with a decay a channel.
+class _Channels:
+    """`_Head` of `log_decay [L, H]`: a decay a channel.
 
     Two tokens meet at the border that halves the least aligned block with both: from there on the
     decay is the later one's, up to there the earlier one's. So each size of block is one product.
     """
-    n = k.shape[0]
-    i, j = (lax.broadcasted_iota(jnp.int32, (n, n), axis) for axis in (0, 1))
 
-    def summed(which):
-        return jnp.exp(exactly(which.astype(log_decay.dtype), log_decay))
+    def __init__(self, log_decay, dtype, products):
+        self.exact, self.large = products
+        self.n, self.log_decay, self.dtype = log_decay.shape[0], log_decay, dtype
+        self.i, self.j = _places(self.n)
 
-    total = column(jnp.exp(jnp.sum(log_decay, axis=0, keepdims=True)))
-    decayed = [jnp.where(i == j, jnp.sum(x * k, axis=1, keepdims=True), 0) for x in (k, q)]
-    for bit in range(n.bit_length() - 1):
-        same = (i >> (bit + 1)) == (j >> (bit + 1))
-        late_i, late_j = ((x >> bit) & 1 == 1 for x in (i, j))
-        after = late_i & late_j & (j <= i)
-        before = ~late_i & ~late_j & (j > i)
-        decay = summed(same & (after | before))
-        meet = same & late_i & ~late_j
-        ours = k * decay
-        for at, x in enumerate((ours, q * decay)):
-            decayed[at] = decayed[at] + jnp.where(meet, product(x, ours, (1, 1)), 0)
-    return summed(i >= j), summed(j > i), total, tuple(decayed)
+    def from_start(self):
+        return self._summed(self.i >= self.j)
+
+    def to_end(self):
+        return self._summed(self.i < self.j)
+
+    def total(self):
+        log_decay = _read(self.log_decay, self.dtype)
+        return column(jnp.exp(jnp.sum(log_decay, axis=0, keepdims=True)))
+
+    def products(self, rows, k):
+        i, j, read = self.i, self.j, functools.partial(_read, dtype=self.dtype)
+        own = (jnp.sum(read(x) * read(k), axis=1, keepdims=True) for x in rows)
+        found = [jnp.where(i == j, x, 0) for x in own]
+        for bit in range(self.n.bit_length() - 1):
+            same = (i >> (bit + 1)) == (j >> (bit + 1))
+            late_i, late_j = ((x >> bit) & 1 == 1 for x in (i, j))
+            after, before = late_i & late_j & (j <= i), ~late_i & ~late_j & (j > i)
+            decay, meet = self._summed(same & (after | before)), same & late_i & ~late_j
+            found = [
+                x + jnp.where(meet, self.large(read(row) * decay, read(k) * decay, (1, 1)), 0)
+                for x, row in zip(found, rows, strict=True)
+            ]
+        return found
+
+    def _summed(self, which):
+        log_decay = _read(self.log_decay, self.dtype)
+        return jnp.exp(self.exact(which.astype(self.dtype), log_decay, (1, 0)))
 
 
-def unit_lower_inverse(x):
+def _read(x, dtype):
+    return x[...].astype(dtype)
+
+
+def _places(n):
+    return (lax.broadcasted_iota(jnp.int32, (n, n), axis) for axis in (0, 1))
+
+
+def unit_lower_inverse(x, product: Product = exactly):
     """The inverse of a unit lower triangular matrix `[L, L]`, of which x is below the diagonal
     (what else it has is not looked at); L a power of two.
 
@@ -185,10 +245,12 @@ def unit_lower_inverse(x):
     their alternating sum, the inverse, is not: equal keys have entries of 1 and powers of 1e18.
     """
     n = x.shape[0]
-    i, j = (lax.broadcasted_iota(jnp.int32, (n, n), axis) for axis in (0, 1))
+    i, j = _places(n)
     inverse = (i == j).astype(x.dtype)
     for bit in range(n.bit_length() - 1):
         below = ((i >> bit) == (j >> bit) + 1) & ((i >> bit) & 1 == 1)
         step = jnp.where(below, x, 0)
-        inverse = inverse - (exactly(inverse, exactly(step, inverse)) if bit else step)
+        inverse = inverse - (
+            product(inverse, product(step, inverse, (1, 0)), (1, 0)) if bit else step
+        )
     return inverse

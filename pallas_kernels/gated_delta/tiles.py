@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.gated_delta import tile
-from pallas_kernels.gated_delta.tile import Chunk
+from pallas_kernels.gated_delta.tile import Chunk, Products
+from pallas_kernels.varying import like
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -31,12 +32,7 @@ def narrow(*arrays) -> bool:
     return all(x.dtype == jnp.bfloat16 for x in arrays)
 
 
-def like(x, shape, dtype):
-    """An output's shape; inside `shard_map` it varies over the axes that the inputs vary over."""
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
-
-
-def chunks_of_heads(q, k, v, log_decay, beta, document, *, run: Any) -> Chunk:
+def chunks_of_heads(q, k, v, log_decay, beta, document, *, products: Products, run: Any) -> Chunk:
     """`tile.local` of every chunk; `run` are keywords of `pallas_call`.
 
     What is multiplied again is kept in bfloat16 where it would be rounded then.
@@ -52,7 +48,7 @@ def chunks_of_heads(q, k, v, log_decay, beta, document, *, run: Any) -> Chunk:
         like(v, (c, b, n, *part.shape), dtype) for part, dtype in zip(parts, kinds, strict=True)
     ]
     out = _programs(
-        functools.partial(_local, product=tile.rounded if small else tile.exactly),
+        functools.partial(_local, products=products),
         arrays, shapes, n, "gated_delta_local", run,
     )  # fmt: skip
     return Chunk(*out)
@@ -60,12 +56,11 @@ def chunks_of_heads(q, k, v, log_decay, beta, document, *, run: Any) -> Chunk:
 
 def chunks_backward(arrays, dparts: Chunk, *, run: Any):
     """The gradients of q, k, v, log_decay and beta, those of q and k for each head of v."""
-    small = narrow(*arrays[:3])
     c, b, n = arrays[2].shape[:3]
-    product = tile.rounded_with_derivative if small else tile.exactly
+    products = tile.DERIVABLE if narrow(*arrays[:3]) else tile.EXACT
     shapes = [like(arrays[2], (c, b, n, *x.shape[-2:]), jnp.float32) for x in arrays[:5]]
     return _programs(
-        functools.partial(_local_backward, product=product),
+        functools.partial(_local_backward, products=products),
         (*arrays, *dparts), shapes, n, "gated_delta_local_backward", run,
     )  # fmt: skip
 
@@ -93,16 +88,17 @@ def _programs(kernel, arrays, shapes, heads, name, run):
     )(*arrays)
 
 
-def _local(*refs, product):
-    arrays = [ref[...].astype(jnp.float32) for ref in refs[:6]]
-    parts = tile.local(*arrays, product=product)
-    for ref, part in zip(refs[6:], parts, strict=True):
+def _local(*refs, products):
+    beta, document = (ref[...] for ref in refs[4:6])
+    outs = Chunk(*refs[6:])
+    for name, part in tile.parts(*refs[:4], beta, document, products=products):
+        ref = getattr(outs, name)
         ref[...] = part.astype(ref.dtype)
 
 
-def _local_backward(*refs, product):
+def _local_backward(*refs, products):
     *arrays, document = (ref[...].astype(jnp.float32) for ref in refs[:6])
     dparts = Chunk(*(ref[...].astype(jnp.float32) for ref in refs[6:12]))
-    work = functools.partial(tile.local, document=document, product=product)
+    work = functools.partial(tile.local, document=document, products=products)
     for ref, grad in zip(refs[12:], jax.vjp(work, *arrays)[1](dparts), strict=True):
         ref[...] = grad

@@ -21,6 +21,7 @@ from pallas_kernels.dispatch import target_platform
 from pallas_kernels.flash_attention.blocks import pad_axis
 from pallas_kernels.gated_delta import tile, tiles, tuning, xla
 from pallas_kernels.gated_delta.tile import Chunk
+from pallas_kernels.varying import like
 
 # 2026-11: jax 0.11 and later warn about Pallas-Triton whenever a program is lowered. That is after
 # the pallas_call has returned, so it cannot be silenced around the call. It works through jax 0.12.
@@ -28,8 +29,9 @@ warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", Dep
 
 
 def tokens(dtype) -> tuple[int, int]:
-    """See `xla.tokens`; longer chunks of float32 exceed shared memory."""
-    return 16, 64 if dtype == jnp.bfloat16 else 32
+    """See `xla.tokens`; longer chunks spill registers, in float32 they exceed shared memory."""
+    del dtype
+    return 16, 32
 
 
 def local(q, k, v, log_decay, beta, document) -> Chunk:
@@ -39,16 +41,19 @@ def local(q, k, v, log_decay, beta, document) -> Chunk:
     if not tiles.narrow(q, k, v):
         return xla.local(*arrays)
     run = _run(_tuned("triton_local", max(k.shape[-1], v.shape[-1]), q.dtype))
-    parts = tiles.chunks_of_heads(*_powers(arrays), run=run)
+    # as exact as three products of TF32 are: true float32 would take the registers of two tiles
+    exact = functools.partial(tile.exactly, precision=lax.DotAlgorithmPreset.TF32_TF32_F32_X3)
+    products = tile.ROUNDED if run["interpret"] else tile.ROUNDED._replace(exact=exact)
+    parts = tiles.chunks_of_heads(*_powers(arrays), products=products, run=run)
     return _cut(parts, k.shape[-1], v.shape[-1])
 
 
 def local_backward(arrays, dparts: Chunk):
     """See `tiles.chunks_backward`; by XLA: the derivative of a tile exceeds shared memory."""
-    product = tile.rounded_with_derivative if tiles.narrow(*arrays[:3]) else tile.exactly
+    products = tile.DERIVABLE if tiles.narrow(*arrays[:3]) else tile.EXACT
 
     def work(*learnt):
-        parts = xla.local(*learnt, arrays[-1], product=product)
+        parts = xla.local(*learnt, arrays[-1], products=products)
         return jax.tree.map(lambda x, d: x.astype(d.dtype), parts, dparts)
 
     return jax.vjp(work, *arrays[:-1])[1](dparts)
@@ -138,13 +143,13 @@ class _Walk:
 
     def run(self, kernel, arrays, results, name):
         """Call a kernel on `(array, kind)`; it makes float32 of these shapes and kinds."""
-        like = arrays[0][0]
+        first = arrays[0][0]
         return pl.pallas_call(
             kernel,
             grid=(self.width // self.size, self.heads, self.batch),
             in_specs=[self._spec(x.shape, kind) for x, kind in arrays],
             out_specs=[self._spec(x.shape, kind) for x, kind in results],
-            out_shape=[tiles.like(like, x.shape, jnp.float32) for x, _ in results],
+            out_shape=[like(first, x.shape, jnp.float32) for x, _ in results],
             name=name,
             **_run(self.row),
         )(*(x for x, _ in arrays))

@@ -24,14 +24,16 @@ def tokens(dtype) -> tuple[int, int]:
     return 1, 64
 
 
-def local(q, k, v, log_decay, beta, document, *, product=tile.exactly) -> Chunk:
+def local(q, k, v, log_decay, beta, document, *, products=tile.EXACT) -> Chunk:
     """`tile.local` of chunks `[c, B, N, L, ...]`, of q and k `[c, B, K, L, H]`, and of `document
     [c, B, 1, L]`."""
     q, k, v = (x.astype(beta.dtype) for x in (q, k, v))
     times = v.shape[2] // k.shape[2]
     q, k = (x if times == 1 else jnp.repeat(x, times, axis=2) for x in (q, k))
     arrays = q, k, v, log_decay, beta, document
-    heads = jax.vmap(functools.partial(tile.local, product=product), in_axes=(0, 0, 0, 0, 0, None))
+    heads = jax.vmap(
+        functools.partial(tile.local, products=products), in_axes=(0, 0, 0, 0, 0, None)
+    )
     one = jax.checkpoint(jax.vmap(heads))
     if k.shape[0] <= AT_ONCE:
         return jax.checkpoint(jax.vmap(jax.vmap(heads)))(*arrays)

@@ -14,6 +14,7 @@ from pallas_kernels.dispatch import resolve
 from pallas_kernels.grouped_matmul import gradients, stack
 from pallas_kernels.grouped_matmul.quantized import Quantized, dequantize
 from pallas_kernels.grouped_matmul.quantized import check as check_scales
+from pallas_kernels.varying import alike
 
 IMPLEMENTATIONS = ("reference", "xla", "triton", "mosaic_tpu")
 KERNELS = ("triton", "mosaic_tpu")
@@ -59,7 +60,7 @@ def grouped_matmul(
         rhs = stack.one_layer(rhs, layer)
         return backend.forward(lhs, _exact(rhs, lhs.dtype), group_sizes)
     _supported(backend, lhs, rhs)
-    lhs, rhs, group_sizes, layer = gradients.alike(lhs, rhs, group_sizes, layer)
+    lhs, rhs, group_sizes, layer = alike(lhs, rhs, group_sizes, layer)
     if layer is not None:
         return backend.matmul(lhs, rhs, group_sizes, layer=layer)
     return gradients.matmul(backend, lhs, rhs, group_sizes)
@@ -109,7 +110,7 @@ def grouped_swiglu(
         return gradients.activation(g.astype(acc), u.astype(acc), clamp).astype(lhs.dtype)
     _supported(backend, lhs, gate)
     _supported(backend, lhs, up)
-    lhs, gate, up, group_sizes, layer = gradients.alike(lhs, gate, up, group_sizes, layer)
+    lhs, gate, up, group_sizes, layer = alike(lhs, gate, up, group_sizes, layer)
     if layer is not None:
         given = lhs, gate, up, group_sizes, clamp
         return backend.swiglu(*given, preactivations=False, layer=layer)[0]

@@ -16,21 +16,6 @@ from pallas_kernels.grouped_matmul import groups
 from pallas_kernels.grouped_matmul.quantized import Quantized, channel_scales
 
 
-def alike(*trees):
-    """Let all arrays vary over the axes that any varies over, inside `shard_map`.
-
-    The weights' gradient is then summed over the axes that only the rows vary over.
-    """
-    axes = [jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(trees)]
-    every = frozenset().union(*axes)
-
-    def one(x):
-        missing = tuple(sorted(every - jax.typeof(x).manual_axis_type.varying))
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(one, trees)
-
-
 @jax.custom_vjp
 def refused(tree):
     """The tree as it is; whoever asks for a gradient through it is told what to do."""

@@ -30,6 +30,7 @@ from pallas_kernels.grouped_matmul.quantized import (
 )
 from pallas_kernels.number_formats import four_times_e2m1, to_float32
 from pallas_kernels.online_softmax import dot
+from pallas_kernels.varying import like
 
 LANES = 128
 SUBLANES = 16  # rows that bfloat16 packs into a register
@@ -75,7 +76,7 @@ def outer(lhs, dout, group_sizes, dtype):
             ),
             scratch_shapes=[pltpu.VMEM((block.k, block.n), jnp.float32)],
         ),
-        out_shape=_like(lhs, (e, tall, wide), dtype),
+        out_shape=like(lhs, (e, tall, wide), dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=(pltpu.PARALLEL, pltpu.PARALLEL, pltpu.ARBITRARY),
             vmem_limit_bytes=VMEM_MARGIN
@@ -116,7 +117,7 @@ def _products(op, lhs, weights, group_sizes, outs, finish, *, transpose=False, l
         grid_spec=_grid(
             block, (wide, visits.total, k // block.k), weights, scales, outs, transpose
         ),
-        out_shape=[_like(lhs, (rows, wide), lhs.dtype)] * outs,
+        out_shape=[like(lhs, (rows, wide), lhs.dtype)] * outs,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=(pltpu.PARALLEL, pltpu.ARBITRARY, pltpu.ARBITRARY),
             vmem_limit_bytes=_vmem(block, lhs.dtype.itemsize, weights, outs, tall),
@@ -156,7 +157,7 @@ def _fine_products(op, lhs, weights, group_sizes, outs, finish, block, layer):
         grid_spec=_grid(
             block, grid, values, wholes, outs, False, fine=(block.k // pieces, k // group)
         ),
-        out_shape=[_like(lhs, (rows, wide), lhs.dtype)] * outs,
+        out_shape=[like(lhs, (rows, wide), lhs.dtype)] * outs,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=(pltpu.PARALLEL, pltpu.ARBITRARY, pltpu.ARBITRARY),
             vmem_limit_bytes=_vmem(block, lhs.dtype.itemsize, values, outs, 1) + of_scales,
@@ -262,11 +263,6 @@ def _whole(x, rows):
     *_, m, k = x.shape
     sides = [(0, 0)] * (x.ndim - 2) + [(0, _round(m, rows) - m), (0, _round(k, LANES) - k)]
     return jnp.pad(x, sides) if any(high for _, high in sides) else x
-
-
-def _like(x, shape, dtype):
-    # inside shard_map an output varies over the axes that the inputs vary over
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
 
 
 def _zeros(x, shape, dtype):

@@ -24,6 +24,7 @@ from pallas_kernels.grouped_matmul import gradients, groups, stack, tuning
 from pallas_kernels.grouped_matmul.quantized import BLOCK, Quantized, fine_operands, operand
 from pallas_kernels.number_formats import four_times_e2m1, from_ue8m0
 from pallas_kernels.online_softmax import dot
+from pallas_kernels.varying import like
 
 # 2026-11: jax 0.11 and later warn about Pallas-Triton whenever a program is lowered. That is after
 # the pallas_call has returned, so it cannot be silenced around the call. It works through jax 0.12.
@@ -58,7 +59,7 @@ def outer(lhs, dout, group_sizes, dtype):
     return pl.pallas_call(
         functools.partial(_outer_kernel, block=block, shape=(d, f)),
         grid=(e * pl.cdiv(d, block.k) * pl.cdiv(f, block.n),),
-        out_shape=_like(lhs, (e, d, f), dtype),
+        out_shape=like(lhs, (e, d, f), dtype),
         compiler_params=plgpu.CompilerParams(num_warps=block.warps, num_stages=block.stages),
         interpret=interpret,
         name="grouped_matmul_outer",
@@ -88,7 +89,7 @@ def _products(op, lhs, weights, group_sizes, outs, finish, *, transpose=False, l
             transpose=transpose, shape=(matrices, n, k),
         ),
         grid=(tiles.group.shape[0] * pl.cdiv(n, block.n),),
-        out_shape=[_like(lhs, (m, n), lhs.dtype)] * outs,
+        out_shape=[like(lhs, (m, n), lhs.dtype)] * outs,
         compiler_params=plgpu.CompilerParams(num_warps=block.warps, num_stages=block.stages),
         interpret=interpret,
         name=f"grouped_matmul_{op.removeprefix('triton_')}{'_transposed' * transpose}",
@@ -117,7 +118,7 @@ def _fine_products(op, lhs, weights, group_sizes, outs, finish, layer):
             packed=packed, group_rows=weights[0].group,
         ),
         grid=(tiles.group.shape[0] * pl.cdiv(n, block.n),),
-        out_shape=[_like(lhs, (m, n), lhs.dtype)] * outs,
+        out_shape=[like(lhs, (m, n), lhs.dtype)] * outs,
         compiler_params=plgpu.CompilerParams(num_warps=block.warps, num_stages=block.stages),
         interpret=interpret,
         name=f"grouped_matmul_{op.removeprefix('triton_')}_fine",
@@ -150,11 +151,6 @@ def _fit(tuned, m, n, k):
     return dataclasses.replace(
         tuned, **{name: min(getattr(tuned, name), size) for name, size in whole.items()}
     )
-
-
-def _like(x, shape, dtype):
-    # inside shard_map an output varies over the axes that the inputs vary over
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
 
 
 def _zeros(x, shape, dtype):

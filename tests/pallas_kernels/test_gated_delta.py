@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chunks give what a scan token by token gives, in float64 to its last digits."""
+"""Chunks give what a scan token by token gives, in float64 to its last digits.
+
+Kernels are interpreted, and held to the same scan in float32.
+"""
 
 import functools
 import itertools
@@ -13,7 +16,8 @@ from slow import slow_but
 from pallas_kernels.gated_delta import gated_delta, gated_delta_chunks
 from pallas_kernels.gated_delta.tile import unit_lower_inverse
 
-B, K, N, H, V = 2, 2, 4, 8, 6
+B, K, N, H, V = 2, 2, 4, 8, 20
+KERNELS = ("triton", "mosaic_tpu")
 
 
 def problem(length, *, by_channel=False, dtype=np.float32, strong=False, seed=0):
@@ -73,6 +77,80 @@ def test_gradients_are_those_of_the_scan(by_channel):
             np.testing.assert_allclose(
                 found[name], expected[name], atol=1e-10, rtol=0, err_msg=name
             )
+
+
+@pytest.mark.parametrize("by_channel", [False, True])
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_kernels_are_the_scan(implementation, by_channel):
+    """Key heads shared, several chunks, the last not full; more columns than a program walks."""
+    x, marks = problem(150, by_channel=by_channel), documents(150)
+    found, expected = (run(x, marks, name) for name in (implementation, "reference"))
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=3e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "implementation, by_channel",
+    slow_but(itertools.product(KERNELS, (False, True)), lambda case: case[1]),
+)
+def test_gradients_of_kernels_are_those_of_the_scan(implementation, by_channel):
+    x, marks = problem(70, by_channel=by_channel), documents(70)
+    dout = tuple(
+        np.cos(np.arange(y.size, dtype=np.float32)).reshape(y.shape) for y in (x["v"], x["state"])
+    )
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def pulled(x, name):
+        return jax.vjp(lambda x: run(x, marks, name), x)[1](dout)[0]
+
+    found, expected = pulled(x, implementation), pulled(x, "reference")
+    for name, y in expected.items():
+        bound = 2e-6 * float(jnp.abs(y).max())
+        np.testing.assert_allclose(found[name], y, atol=bound, rtol=0, err_msg=name)
+
+
+@pytest.mark.parametrize("implementation", ["xla", *KERNELS])
+def test_the_summary_of_kernels_is_what_they_make_of_any_state(implementation):
+    x = problem(90, by_channel=True)
+    arrays = [x[name] for name in ("q", "k", "v", "log_decay", "beta")]
+
+    @jax.jit
+    def after():
+        transition, added = gated_delta_chunks(*arrays, implementation=implementation).summary()
+        return jnp.einsum("bnij,bnjk->bnik", transition, x["state"]) + added
+
+    np.testing.assert_allclose(after(), run(x, {}, "reference")[1], atol=3e-6, rtol=0)
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_what_kernels_round_to_bfloat16(implementation):
+    """Values and gradients are within a few roundings of the scan of the same inputs in float32."""
+    x = problem(100)
+    narrow = {name: y.astype(jnp.bfloat16) if name in "qkv" else y for name, y in x.items()}
+    wide = {name: y.astype(jnp.float32) for name, y in narrow.items()}
+
+    def pulled(x, name):
+        out, pull = jax.vjp(lambda x: run(x, {}, name), x)
+        return out, pull(jax.tree.map(jnp.ones_like, out))[0]
+
+    (out, state), grads = pulled(narrow, implementation)
+    (right, after), slopes = pulled(wide, "reference")
+    assert out.dtype == grads["k"].dtype == jnp.bfloat16 and state.dtype == jnp.float32
+    pairs = {"out": (out, right), "state": (state, after)}
+    pairs |= {name: (grads[name], slopes[name]) for name in x}
+    for name, (ours, theirs) in pairs.items():
+        bound = 2**-6 * float(jnp.abs(theirs).max())
+        np.testing.assert_allclose(
+            ours.astype(jnp.float32), theirs, atol=bound, rtol=0, err_msg=name
+        )
+
+
+def test_dtypes_that_a_kernel_does_not_take_name_who_does():
+    with jax.enable_x64(True):
+        x = problem(20, dtype=np.float64)
+        for name in KERNELS:
+            with pytest.raises(NotImplementedError, match=r"float64.*xla"):
+                gated_delta(**x, implementation=name)
 
 
 def test_a_row_of_documents_is_each_by_itself():
