@@ -73,7 +73,8 @@ def gated_delta(
         raise ValueError(f"state must be [B, N, H, V] = {list(shape)}; got {state.shape}")
     state, scale = state.astype(acc), _scale(scale, k)
     if implementation == "reference":
-        out, state = reference.forward(*arrays, state, scale=scale)
+        q, k, v, log_decay, beta, begins = arrays
+        out, state = reference.forward(q, k, v, log_decay, beta, begins, state, scale=scale)
     else:
         work = _chunks(arrays, scale, implementation)
         out, state = work.outputs(state, v.shape[1])

@@ -27,7 +27,7 @@ def _local_forward(backend, *arrays):
 
 
 def _local_backward(backend, arrays, dparts):
-    *grads, document = *backend.local_backward(arrays, dparts), arrays[-1]
+    grads, document = backend.local_backward(arrays, dparts), arrays[-1]
     groups = (_of_key_heads(d, x) for d, x in zip(grads, arrays[:-1], strict=True))
     return *groups, jnp.zeros_like(document)
 
@@ -60,14 +60,14 @@ scan.defvjp(_scan_forward, _scan_backward)
 
 
 class Derivable(NamedTuple):
-    """What a backend does, with its derivative."""
+    """The work of a backend, with its derivative."""
 
     local: Callable
     scan: Callable
 
 
 def of(backend: ModuleType) -> Derivable:
-    """What a backend does, by its own rules where it has some."""
+    """The work of a backend, derived by its own rules where it has some."""
     if not hasattr(backend, "local_backward"):
         return Derivable(backend.local, backend.scan)
     return Derivable(functools.partial(local, backend), functools.partial(scan, backend))

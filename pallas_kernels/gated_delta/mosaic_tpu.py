@@ -29,7 +29,7 @@ def tokens(dtype) -> tuple[int, int]:
 
 
 def local(q, k, v, log_decay, beta, document) -> Chunk:
-    """See `xla.local`."""
+    """See `tiles.chunks_by_xla`."""
     tiles.check("mosaic_tpu", q, k, v)
     arrays = q, k, v, log_decay, beta, document
     products = tile.ROUNDED if tiles.narrow(q, k, v) else tile.EXACT
@@ -137,13 +137,13 @@ def _given(parts: Chunk):
 
 def _chunk(refs, named):
     values = (ref[...].astype(jnp.float32) for ref in refs)
-    return Chunk(**dict.fromkeys(Chunk._fields) | dict(zip(named, values, strict=True)))
+    return tiles.chunk_of(named, values)
 
 
 def _block(x, *, heads, chunk=lambda c: c):
     """As `tiles.block`, for a program `(row, head, chunk)`."""
-    spec = tiles.block(x, heads, chunk)
-    return pl.BlockSpec(spec.block_shape, lambda b, n, c: spec.index_map(c, n, b))
+    shape, place = tiles.block(x, heads, chunk)
+    return pl.BlockSpec(shape, lambda b, n, c: place(c, n, b))
 
 
 def _state(x):

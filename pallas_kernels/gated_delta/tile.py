@@ -47,7 +47,7 @@ class Products(NamedTuple):
     """How matrices are multiplied."""
 
     exact: Product
-    """Where sums of decays and the inverse come from."""
+    """For sums of decays and the inverse."""
     large: Product
     """All else."""
 
@@ -116,10 +116,11 @@ def local(q, k, v, log_decay, beta, document, *, products: Products | None = Non
       beta: `[1, L]`.
       document: `[1, L]`, a float that counts documents: 0 is that of the token before the chunk.
     """
-    return Chunk(**dict(parts(q, k, v, log_decay, beta, document, products=products or EXACT)))
+    made = dict(parts(products or EXACT, q, k, v, log_decay, beta, document))
+    return Chunk(**made)
 
 
-def parts(q, k, v, log_decay, beta, document, *, products: Products) -> Iterator[tuple[str, Any]]:
+def parts(products: Products, q, k, v, log_decay, beta, document) -> Iterator[tuple[str, Any]]:
     """The parts of `local` by name, each as soon as it is made, so that registers are few.
 
     q, k, v and log_decay may be references, which are read anew where they are used.
@@ -148,7 +149,7 @@ def advance(chunk: Chunk, state, *, product: Product = exactly):
     """`(out [L, V], state after the chunk)`; a chunk without `reads` has no `out`."""
     new = chunk.u - product(chunk.w, state, (1, 0))
     out = None
-    if chunk.reads is not None:
+    if chunk.reads is not None and chunk.attended is not None:
         out = product(chunk.reads, state, (1, 0)) + product(chunk.attended, new, (1, 0))
     return out, chunk.passes * state + product(chunk.kept, new, (0, 0))
 
@@ -160,7 +161,7 @@ def column(row):
 
 
 class _Head:
-    """What is left after a time, of `log_decay [1, L]`: one decay a head."""
+    """Decays of `log_decay [1, L]`, one a head: what is left after a time."""
 
     def __init__(self, log_decay, dtype, products):
         self.exact, self.large = products

@@ -5,16 +5,20 @@ Arrays are `[c, B, heads, rows, columns]`, and a program has the rows and column
 """
 
 import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.gated_delta import tile
 from pallas_kernels.gated_delta.tile import Chunk, Products
 from pallas_kernels.varying import like
 
+AT_ONCE = 64
+"""Chunks of a row that are worked at once: it bounds memory."""
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -30,6 +34,22 @@ def check(name: str, q, k, v) -> None:
 def narrow(*arrays) -> bool:
     """True if products may round their operands: all of these are bfloat16."""
     return all(x.dtype == jnp.bfloat16 for x in arrays)
+
+
+def chunks_by_xla(products: Products, q, k, v, log_decay, beta, document) -> Chunk:
+    """`tile.local` of chunks `[c, B, N, L, ...]`, of q and k `[c, B, K, L, H]`, and of `document
+    [c, B, 1, L]`."""
+    q, k, v = (x.astype(beta.dtype) for x in (q, k, v))
+    times = v.shape[2] // k.shape[2]
+    q, k = (x if times == 1 else jnp.repeat(x, times, axis=2) for x in (q, k))
+    arrays = q, k, v, log_decay, beta, document
+    heads = jax.vmap(
+        functools.partial(tile.local, products=products), in_axes=(0, 0, 0, 0, 0, None)
+    )
+    one = jax.checkpoint(jax.vmap(heads))
+    if k.shape[0] <= AT_ONCE:
+        return jax.checkpoint(jax.vmap(jax.vmap(heads)))(*arrays)
+    return lax.map(lambda now: one(*now), arrays, batch_size=AT_ONCE)
 
 
 def chunks_of_heads(q, k, v, log_decay, beta, document, *, products: Products, run: Any) -> Chunk:
@@ -65,14 +85,18 @@ def chunks_backward(arrays, dparts: Chunk, *, run: Any):
     )  # fmt: skip
 
 
-def block(x, heads: int, chunk=lambda c: c) -> pl.BlockSpec:
-    """The matrix of `x [c, B, K, ...]` for a program `(chunk, head of v, row)`."""
+def block(x, heads: int, chunk=lambda c: c) -> tuple[tuple, Callable]:
+    """The matrix of `x [c, B, K, ...]` for a program `(chunk, head of v, row)`: shape and place."""
     if x.ndim == 4:  # one for all heads
-        return pl.BlockSpec((None, None, *x.shape[2:]), lambda c, n, b: (chunk(c), b, 0, 0))
+        return (None, None, *x.shape[2:]), lambda c, n, b: (chunk(c), b, 0, 0)
     times = heads // x.shape[2]
-    return pl.BlockSpec(
-        (None, None, None, *x.shape[3:]), lambda c, n, b: (chunk(c), b, n // times, 0, 0)
-    )
+    return (None, None, None, *x.shape[3:]), lambda c, n, b: (chunk(c), b, n // times, 0, 0)
+
+
+def chunk_of(named: Sequence[str], values: Iterable[Any]) -> Chunk:
+    """A chunk of parts by name; others are None."""
+    found: dict[str, Any] = dict.fromkeys(Chunk._fields)
+    return Chunk(**found | dict(zip(named, values, strict=True)))
 
 
 def _programs(kernel, arrays, shapes, heads, name, run):
@@ -80,8 +104,8 @@ def _programs(kernel, arrays, shapes, heads, name, run):
     return pl.pallas_call(
         kernel,
         grid=(c, heads, b),
-        in_specs=[block(x, heads) for x in arrays],
-        out_specs=[block(x, heads) for x in shapes],
+        in_specs=[pl.BlockSpec(*block(x, heads)) for x in arrays],
+        out_specs=[pl.BlockSpec(*block(x, heads)) for x in shapes],
         out_shape=shapes,
         name=name,
         **run,
@@ -89,10 +113,10 @@ def _programs(kernel, arrays, shapes, heads, name, run):
 
 
 def _local(*refs, products):
-    beta, document = (ref[...] for ref in refs[4:6])
-    outs = Chunk(*refs[6:])
-    for name, part in tile.parts(*refs[:4], beta, document, products=products):
-        ref = getattr(outs, name)
+    q, k, v, log_decay, beta, document, *outs = refs
+    found = Chunk(*outs)
+    for name, part in tile.parts(products, q, k, v, log_decay, beta[...], document[...]):
+        ref = getattr(found, name)
         ref[...] = part.astype(ref.dtype)
 
 

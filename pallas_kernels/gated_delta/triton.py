@@ -19,7 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dispatch import target_platform
 from pallas_kernels.flash_attention.blocks import pad_axis
-from pallas_kernels.gated_delta import tile, tiles, tuning, xla
+from pallas_kernels.gated_delta import tile, tiles, tuning
 from pallas_kernels.gated_delta.tile import Chunk
 from pallas_kernels.varying import like
 
@@ -35,11 +35,11 @@ def tokens(dtype) -> tuple[int, int]:
 
 
 def local(q, k, v, log_decay, beta, document) -> Chunk:
-    """See `xla.local`, which takes what is not all bfloat16: float32 tiles exceed shared memory."""
+    """See `tiles.chunks_by_xla`, which takes float32: tiles of it exceed shared memory."""
     tiles.check("triton", q, k, v)
     arrays = q, k, v, log_decay, beta, document
     if not tiles.narrow(q, k, v):
-        return xla.local(*arrays)
+        return tiles.chunks_by_xla(tile.EXACT, *arrays)
     run = _run(_tuned("triton_local", max(k.shape[-1], v.shape[-1]), q.dtype))
     # as exact as three products of TF32 are: true float32 would take the registers of two tiles
     exact = functools.partial(tile.exactly, precision=lax.DotAlgorithmPreset.TF32_TF32_F32_X3)
@@ -52,8 +52,8 @@ def local_backward(arrays, dparts: Chunk):
     """See `tiles.chunks_backward`; by XLA: the derivative of a tile exceeds shared memory."""
     products = tile.DERIVABLE if tiles.narrow(*arrays[:3]) else tile.EXACT
 
-    def work(*learnt):
-        parts = xla.local(*learnt, arrays[-1], products=products)
+    def work(q, k, v, log_decay, beta):
+        parts = tiles.chunks_by_xla(products, q, k, v, log_decay, beta, arrays[-1])
         return jax.tree.map(lambda x, d: x.astype(d.dtype), parts, dparts)
 
     return jax.vjp(work, *arrays[:-1])[1](dparts)
@@ -204,7 +204,7 @@ def _walk_back(*refs, product, named):
 
 def _chunk(refs, named, i):
     values = (ref[i].astype(jnp.float32) for ref in refs)
-    return Chunk(**dict.fromkeys(Chunk._fields) | dict(zip(named, values, strict=True)))
+    return tiles.chunk_of(named, values)
 
 
 def _power(size):

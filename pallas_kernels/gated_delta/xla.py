@@ -5,17 +5,11 @@ All products are of the inputs' dtype at the highest precision. Backward: by JAX
 its inputs alone are saved.
 """
 
-import functools
-
 import jax
-import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.gated_delta import tile
+from pallas_kernels.gated_delta import tile, tiles
 from pallas_kernels.gated_delta.tile import Chunk
-
-AT_ONCE = 64
-"""Chunks of a row that are worked at once: it bounds memory."""
 
 
 def tokens(dtype) -> tuple[int, int]:
@@ -24,20 +18,9 @@ def tokens(dtype) -> tuple[int, int]:
     return 1, 64
 
 
-def local(q, k, v, log_decay, beta, document, *, products=tile.EXACT) -> Chunk:
-    """`tile.local` of chunks `[c, B, N, L, ...]`, of q and k `[c, B, K, L, H]`, and of `document
-    [c, B, 1, L]`."""
-    q, k, v = (x.astype(beta.dtype) for x in (q, k, v))
-    times = v.shape[2] // k.shape[2]
-    q, k = (x if times == 1 else jnp.repeat(x, times, axis=2) for x in (q, k))
-    arrays = q, k, v, log_decay, beta, document
-    heads = jax.vmap(
-        functools.partial(tile.local, products=products), in_axes=(0, 0, 0, 0, 0, None)
-    )
-    one = jax.checkpoint(jax.vmap(heads))
-    if k.shape[0] <= AT_ONCE:
-        return jax.checkpoint(jax.vmap(jax.vmap(heads)))(*arrays)
-    return lax.map(lambda now: one(*now), arrays, batch_size=AT_ONCE)
+def local(q, k, v, log_decay, beta, document) -> Chunk:
+    """See `tiles.chunks_by_xla`."""
+    return tiles.chunks_by_xla(tile.EXACT, q, k, v, log_decay, beta, document)
 
 
 def scan(parts: Chunk, state):
