@@ -12,6 +12,7 @@ INSTRUCTIONS = {64: 5.2, 128: 3.9, 256: 5.6}  # of the hot loop, a matrix instru
 TPUS = ("v5e", "v5p", "v6e", "tpu7x")
 GPU = "rtx-pro-6000"
 COMPILE_SECONDS = 5.0
+DECAYS = ((False, "head"), (True, "channel"))
 # pass, which of our tiles, bar
 TILES = (("forward", "unmasked", 0.9), ("forward", "masked", 1.0), ("backward", "unmasked", 1.0))
 
@@ -41,6 +42,7 @@ def rows(counts: list[dict], chips: tuple[str, ...] = (*TPUS, GPU)) -> list[Row]
         else:
             every += [*tpu_attention(chip, of_chip), *tpu_decode(chip, of_chip)]
             every += tpu_matmul(chip, of_chip)
+            every += tpu_delta(chip, of_chip)
         every.append(compile_time(chip, of_chip))
     return every
 
@@ -84,6 +86,9 @@ def gpu_kernels(counts: list[dict]) -> Iterator[Row]:
     what = "SM120 grouped matmul, bfloat16"
     names = ("mma.sync", "m16n8k16")
     yield no_spill(what, pick(counts, op="grouped_matmul"), kernels=1, names=names)
+    for by_channel, kind in DECAYS:
+        what = f"SM120 gated delta rule and its gradient, a decay a {kind}, bfloat16"
+        yield no_spill(what, pick(counts, op="gated_delta", by_channel=by_channel), kernels=3)
 
 
 def machine(kernel: dict) -> str:
@@ -189,6 +194,21 @@ def tpu_matmul(chip: str, counts: list[dict]) -> Iterator[Row]:
             value=ours["cycles"] / max(floor, theirs["cycles"]) if ours and theirs else None,
             unit="of the larger",
             detail=f"ours {ours['cycles']:,.0f}" if ours else why,
+        )
+
+
+def tpu_delta(chip: str, counts: list[dict]) -> Iterator[Row]:
+    for by_channel, kind in DECAYS:
+        good, why = counted(counts, op="gated_delta", by_channel=by_channel)
+        yield Row(
+            what=f"{chip} gated delta rule, a decay a {kind}, 64 tokens, forward and backward",
+            against="bundles that the MXU alone would need for what needs no state",
+            bar=4.0,
+            value=good["bundles"] / good["mxu"] if good else None,
+            unit="of the MXU's",
+            detail="; ".join(f"{name} {n:,}" for name, (n, _) in good["hot"].items())
+            if good
+            else why,
         )
 
 

@@ -72,6 +72,9 @@ def rows(compiler: Compiler) -> Iterator[dict]:
             yield counted(
                 row | {"whose": "tokamax"}, programs.ragged_dot, tokens, chosen, count=count
             )
+    for by_channel in (False, True):
+        row = {"op": "gated_delta", "by_channel": by_channel, "whose": "ours"}
+        yield counted(row, programs.gated_delta, by_channel, backend, count=delta)
     for head_dim, what in itertools.product(programs.HEAD_DIMS, ("forward", "backward")):
         row = {"op": f"flash_{what}", "head_dim": head_dim}
         count = functools.partial(tiles, compiler.chip, what, head_dim, None)
@@ -125,6 +128,17 @@ def decode_step(chip: str, kernels) -> dict:
     block = decode_tuning.blocks("mosaic", 128, jnp.bfloat16, interpret=False)
     step = tpu_cost.decode_step(chip, kernel, block, ROW_FLOPS)
     return {"cycles": step, "block_bytes": tpu_cost.step_bytes(kernel)}
+
+
+def delta(kernels) -> dict:
+    """Bundles of a chunk in the kernels that work it, and what the MXU alone would need."""
+    hot = {
+        name: (sum(x.bundles for x in kernel.hot), sum(x.floors["MXU"] for x in kernel.hot))
+        for name, kernel in kernels.items()
+    }
+    local = {name: numbers for name, numbers in hot.items() if "local" in name}
+    bundles, floor = (sum(x) for x in zip(*local.values(), strict=True))
+    return {"bundles": bundles, "mxu": floor, "hot": hot}
 
 
 def main(chip: str, out: str) -> None:

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxcp.tune import programs
+from jaxcp.tune.programs import array
+from pallas_kernels.gated_delta import gated_delta as delta_rule
 
 TOKENS, HEADS, KV_HEADS = 4096, 2, 1
 HEAD_DIMS = (64, 128, 256)
@@ -28,6 +30,19 @@ def decode(cache, implementation):
 def matmul(tokens, implementation):
     """`(fn, args)` of one product at Hy3's shapes, `tokens` an expert."""
     return programs.matmul(implementation, **EXPERTS, tokens=tokens)
+
+
+def gated_delta(by_channel, implementation):
+    """`(fn, args)` of the rule and its gradient, at the heads of Qwen3-Next and Kimi Linear."""
+    rows = 1, 1024, 2
+    k, beta = array((*rows, 128), jnp.bfloat16), array(rows, jnp.float32)
+    gate = array((*rows, 128), jnp.float32) if by_channel else beta
+
+    def loss(*arrays):
+        out, state = delta_rule(*arrays, implementation=implementation)
+        return out.astype(jnp.float32).sum() + state.sum()
+
+    return jax.grad(loss, (0, 1, 2, 3, 4)), (k, k, k, gate, beta)
 
 
 def ragged_dot(tokens, chosen: list):

@@ -141,7 +141,7 @@ def _chunk(refs, named):
 
 
 def _block(x, *, heads, chunk=lambda c: c):
-    """As `tiles.block`, for a program `(row, head, chunk)`."""
+    """Turn `tiles.block` round, for a program `(row, head, chunk)`."""
     shape, place = tiles.block(x, heads, chunk)
     return pl.BlockSpec(shape, lambda b, n, c: place(c, n, b))
 

@@ -29,7 +29,10 @@ HIGHEST = lax.Precision.HIGHEST
 
 
 class Chunk(NamedTuple):
-    """What L tokens do to any state `[H, V]` before them; leading axes are chunks, heads, rows."""
+    """Effects of L tokens on any state `[H, V]` before them.
+
+    Leading axes are chunks, heads, rows.
+    """
 
     w: jax.Array  # [L, H]
     u: jax.Array  # [L, V]
@@ -44,7 +47,7 @@ Product = Callable[[jax.Array, jax.Array, tuple[int, int]], jax.Array]
 
 
 class Products(NamedTuple):
-    """How matrices are multiplied."""
+    """Two ways to multiply matrices."""
 
     exact: Product
     """For sums of decays and the inverse."""
@@ -109,7 +112,7 @@ DERIVABLE = Products(exactly, rounded_with_derivative)
 
 
 def local(q, k, v, log_decay, beta, document, *, products: Products | None = None) -> Chunk:
-    """What tokens do, of one head: float32 `q, k [L, H]`, `v [L, V]`; L a power of two.
+    """Work the tokens of one head: float32 `q, k [L, H]`, `v [L, V]`; L a power of two.
 
     Args:
       log_decay: `[1, L]`, or a channel's own `[L, H]`.

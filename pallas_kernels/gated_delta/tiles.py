@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernels of both kinds of chip have in common: a program for each chunk of each head.
+"""Parts that the kernels of both kinds of chip share: a program for each chunk of each head.
 
 Arrays are `[c, B, heads, rows, columns]`, and a program has the rows and columns of one.
 """

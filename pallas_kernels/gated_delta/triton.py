@@ -109,7 +109,7 @@ def _walk(parts: Chunk, state, *, keep: bool = False):
 
 
 COLUMNS, WHOLE, SHARE = "columns", "whole", "share"
-"""What a program has of an array: its columns, all of its matrix, or its own of several."""
+"""Parts of an array that a program has: its columns, all of its matrix, or its own of several."""
 
 
 class _Walk:
@@ -129,7 +129,7 @@ class _Walk:
         self.inputs = [*zip(self.given.values(), self.kinds(WHOLE), strict=True)]
 
     def kinds(self, others: str):
-        """What a program has of each of `given`: the columns of u, `others` of the rest."""
+        """Parts of each of `given` that a program has: the columns of u, `others` of the rest."""
         return [COLUMNS if name == "u" else others for name in self.named]
 
     def wide(self, x):
