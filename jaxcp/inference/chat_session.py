@@ -37,7 +37,8 @@ class ChatSession(Session):
       thinking: one of the template's levels, such as "no_think", "low" or "high"; a number of
         tokens after which the thinking is closed; None for what the template does by itself.
       system: the system message.
-      tools: functions with JSON schemas, in OpenAI's form.
+      tools: functions with JSON schemas, in OpenAI's form; calls of those with `"strict": True`
+        follow their schemas.
     Raises:
       ValueError: the template refuses one of them.
     """
@@ -258,10 +259,13 @@ def begin(engine: Any, *, seed: int, plain: bool, **chat: Any) -> Session:
 
 def _grammar(prompt: Any, sampling: Sampling) -> AnswerGrammar | None:
     """Give the grammars of an answer that thinking may precede."""
+    strict = prompt.strict_grammar(several=True)
     for kind in GRAMMARS:
         if (text := getattr(sampling, kind)) is not None:
+            if strict is not None:
+                raise ValueError(f"an answer follows one grammar; got {kind} and strict tools")
             return prompt.text_grammar(kind, text)
-    return None
+    return strict
 
 
 def _part(sampling: Sampling, constrained: Constrained, done: int = 0) -> Sampling:

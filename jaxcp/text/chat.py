@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from jaxcp.text import thinking as levels_of_thinking
-from jaxcp.text.constrained import Answer, AnswerGrammar, between_tags, on_channels
+from jaxcp.text.constrained import Answer, AnswerGrammar, Kind, between_tags, on_channels
 from jaxcp.text.control import (
     Control,
     plain_ids,
@@ -24,14 +24,27 @@ from jaxcp.text.control import (
     without_marks,
 )
 from jaxcp.text.grammar import checked_grammar, lark
-from jaxcp.text.messages import checked_messages, checked_tools, one_call_each, schemas_of
+from jaxcp.text.messages import (
+    checked_messages,
+    checked_tools,
+    one_call_each,
+    schemas_of,
+    taken_strict,
+)
 from jaxcp.text.parser import Parser
 from jaxcp.text.tokenizer import Tokenizer
 from jaxcp.text.tools import harmony
-from jaxcp.text.tools.forced import Rules, harmony_calls, tagged_calls
+from jaxcp.text.tools.forced import (
+    Schemas,
+    harmony_calls,
+    harmony_messages,
+    tagged_calls,
+    text_or_tagged_calls,
+)
 from jaxcp.text.tools.formats import DSML, HARMONY
 from jaxcp.text.tools.harmony import HarmonyReader
 from jaxcp.text.tools.reader import Reader, Symbols
+from jaxcp.text.tools.rules import Rules
 from jaxcp.text.tools.tagged import TaggedReader, Tags
 
 
@@ -114,7 +127,8 @@ class Chat:
           messages: in OpenAI's form. Contents are strings or lists of text parts; reasoning is read
             by the names `reasoning`, `reasoning_content` and `thinking`, and kept or dropped as the
             template does.
-          tools: functions with JSON schemas, in OpenAI's form.
+          tools: functions with JSON schemas, in OpenAI's form. `strict` is for
+            `Prompt.strict_grammar`, and not for the template.
           thinking: one of `thinking_levels`, a number of tokens after which thinking is closed, or
             None for what the template does by itself.
           read_control_tokens: take control tokens that are written in messages and tools as such.
@@ -125,6 +139,7 @@ class Chat:
             no such level.
         """
         conversation, functions = self._checked(messages), checked_tools(tools)
+        strict = taken_strict(functions)
         if functions and isinstance(self._tags, str):  # its template asks for one
             for function in functions:
                 function["function"].setdefault("description", "")
@@ -145,7 +160,8 @@ class Chat:
             text = _until(text, end)
         ids = self._control.encode(text, marks)
         thinks = not continues and thinking not in (levels_of_thinking.NO_THINK, 0)
-        return Prompt(self, ids, text, marks, schemas_of(functions), budget, opens=thinks)
+        schemas = schemas_of(functions)
+        return Prompt(self, ids, text, marks, schemas, budget, opens=thinks, strict=strict)
 
     def reader(self, text: str, schemas: Mapping[str, Mapping[str, Any]], seed: bytes) -> Reader:
         """Make the reader of what follows a prompt.
@@ -161,7 +177,7 @@ class Chat:
         return TaggedReader(self._tags, self.symbols, schemas, seed, thinking=begins)
 
     def answer_grammar(
-        self, text: str, answer: Answer, *, opens: bool, calls: bool
+        self, text: str, answer: Answer, *, opens: bool, kind: Kind
     ) -> AnswerGrammar:
         """Write the grammars of an answer behind thinking.
 
@@ -169,7 +185,7 @@ class Chat:
           text: what was rendered.
           answer: adds the rules of the answer.
           opens: the model may begin to think by itself.
-          calls: the answer is a call of a tool.
+          kind: what the answer is.
         Raises:
           ValueError: a schema in it cannot be followed.
           ModuleNotFoundError: there is no llguidance.
@@ -177,7 +193,7 @@ class Chat:
         id_of = self.tokenizer.backend.token_to_id
         rules = Rules(self.symbols, id_of)
         if isinstance(self._tags, str):
-            first, later = on_channels(rules, answer, header=_header(text), calls=calls)
+            first, later = on_channels(rules, answer, header=_header(text), kind=kind)
             ids = [id_of(harmony.START)]
             end = tuple(plain_ids(self.tokenizer.backend, harmony.END))
         else:
@@ -192,17 +208,19 @@ class Chat:
         banned = tuple(i for i in ids if i is not None)
         return AnswerGrammar(first=first, later=later, banned=banned, closing=end)
 
-    def call_rule(
-        self, rules: Rules, schemas: Mapping[str, Mapping[str, Any]], *, several: bool
-    ) -> str:
+    def call_rule(self, rules: Rules, schemas: Schemas, *, several: bool, text: bool) -> str:
         """Add the rules of calls of these functions, and name the first of them.
 
+        Args:
+          schemas: None for a function whose arguments are any.
+          text: text may come beside calls, or in place of them.
         Raises:
           NotImplementedError: nothing is known of how this model writes calls.
         """
         if isinstance(self._tags, str):
-            return harmony_calls(rules, schemas)
-        rule = tagged_calls(rules, self._tags, schemas, several=several)
+            return (harmony_messages if text else harmony_calls)(rules, schemas)
+        write = text_or_tagged_calls if text else tagged_calls
+        rule = write(rules, self._tags, schemas, several=several)
         if rule is None:
             raise NotImplementedError(
                 "calls of tools cannot be asked for: how this model writes them is not known"
@@ -253,6 +271,7 @@ class Prompt:
         budget: int | None,
         *,
         opens: bool,
+        strict: Collection[str] = (),
     ):
         self.ids = ids
         """The ids of the prompt; control tokens that users wrote are text among them."""
@@ -261,7 +280,7 @@ class Prompt:
         self.stop_tokens = chat.stop_tokens
         """Ids that end the turn, beside those that generation_config.json names."""
         self._chat, self._marked, self._schemas, self._budget = chat, marked, schemas, budget
-        self._opens = opens
+        self._opens, self._strict = opens, strict
 
     def text_grammar(self, kind: str, text: str) -> AnswerGrammar:
         """Write the grammars of an answer whose text follows a grammar.
@@ -277,7 +296,7 @@ class Prompt:
                 else rules.add(lark(kind, text))
             )
 
-        return self._grammar(answer, calls=False)
+        return self._grammar(answer, "text")
 
     def call_grammar(self, names: Collection[str] | None, *, several: bool) -> AnswerGrammar:
         """Write the grammars of an answer that calls a tool.
@@ -298,12 +317,32 @@ class Prompt:
         schemas = {name: self._schemas[name] for name in wanted}
 
         def answer(rules: Rules) -> str:
-            return self._chat.call_rule(rules, schemas, several=several)
+            return self._chat.call_rule(rules, schemas, several=several, text=False)
 
-        return self._grammar(answer, calls=True)
+        return self._grammar(answer, "call")
 
-    def _grammar(self, answer: Answer, *, calls: bool) -> AnswerGrammar:
-        return self._chat.answer_grammar(self._marked, answer, opens=self._opens, calls=calls)
+    def strict_grammar(self, *, several: bool) -> AnswerGrammar | None:
+        """Write the grammars of any answer whose calls of strict tools follow their schemas.
+
+        Args:
+          several: as `call_grammar` has it.
+        Returns:
+          None where no tool is strict.
+        Raises:
+          ValueError: a schema that calls of this form cannot follow.
+          NotImplementedError: nothing is known of how this model writes calls.
+        """
+        if not self._strict:
+            return None
+        schemas = {name: x if name in self._strict else None for name, x in self._schemas.items()}
+
+        def answer(rules: Rules) -> str:
+            return self._chat.call_rule(rules, schemas, several=several, text=True)
+
+        return self._grammar(answer, "either")
+
+    def _grammar(self, answer: Answer, kind: Kind) -> AnswerGrammar:
+        return self._chat.answer_grammar(self._marked, answer, opens=self._opens, kind=kind)
 
     def parser(self, grammar: AnswerGrammar | None = None) -> Parser:
         """Begin to read an answer; its first state is that in which the prompt ends.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, Protocol
 
 from jaxcp.text.tools import harmony
-from jaxcp.text.tools.forced import Rules
+from jaxcp.text.tools.rules import ANY_TEXT, Rules
 from jaxcp.text.tools.tagged import Tags
 
 BANNED = -100.0
@@ -33,6 +33,8 @@ class AnswerGrammar:
 
 Answer = Callable[[Rules], str]
 """Adds the rules of an answer, and names the first of them."""
+Kind = Literal["text", "call", "either"]
+"""The kind of an answer: "either" is text with calls in it."""
 
 
 def between_tags(rules: Rules, tags: Tags, answer: Answer, *, opens: bool) -> tuple[str, str]:
@@ -48,20 +50,21 @@ def between_tags(rules: Rules, tags: Tags, answer: Answer, *, opens: bool) -> tu
     return rules.grammar(f"{rules.written(tags.think)} | {body}"), later
 
 
-def on_channels(rules: Rules, answer: Answer, *, header: str, calls: bool) -> tuple[str, str]:
+def on_channels(rules: Rules, answer: Answer, *, header: str, kind: Kind) -> tuple[str, str]:
     """Write the grammars `first` and `later` of harmony.
 
     Args:
       header: what the prompt has of the message that the model goes on with, behind its author.
-      calls: the answer is a call, which has a header of its own; else it is a text.
+      kind: the answer has headers of its own, but for a text.
     """
     body, own = answer(rules), f"{harmony.CHANNEL}final{harmony.MESSAGE}"
-    whole = body if calls else f"{rules.written(own)} {body}"
-    begin = rules.written(f"{harmony.START}assistant")
-    later = rules.grammar(f"{begin} {whole}")
+    whole = f"{rules.written(own)} {body}" if kind == "text" else body
+    later = rules.grammar(f"{rules.written(harmony.AUTHOR)} {whole}")
     if harmony.MESSAGE in header:  # within a message
-        end = rules.written(harmony.END)
-        return rules.grammar(f"{end} {begin} {whole}" if calls else body), later
+        after = f"{rules.written(f'{harmony.END}{harmony.AUTHOR}')} {whole}"
+        text = rules.add_terminal(ANY_TEXT)
+        first = {"text": body, "call": after, "either": f"{text} | {text} {after}"}[kind]
+        return rules.grammar(first), later
     thought = rules.written(f"{harmony.CHANNEL}analysis{harmony.MESSAGE}")
     return rules.grammar(f"{thought} | {whole}"), later
 

@@ -53,6 +53,19 @@ def schemas_of(tools: Sequence[Mapping[str, Any]] | None) -> dict[str, dict[str,
     return {name: schema if isinstance(schema, dict) else {} for name, schema in schemas}
 
 
+def taken_strict(tools: Sequence[dict[str, Any]] | None) -> list[str]:
+    """Take `strict` out of tools, and list the names of those that are.
+
+    A strict function without parameters takes none.
+    """
+    functions = [tool["function"] for tool in tools or ()]
+    strict = [function for function in functions if function.pop("strict", None) is True]
+    for function in strict:
+        if not function.get("parameters"):
+            function["parameters"] = {"type": "object", "properties": {}}
+    return [function["name"] for function in strict]
+
+
 def one_call_each(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Write a conversation for templates that take one call a message, its result behind it.
 

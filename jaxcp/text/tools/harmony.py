@@ -16,9 +16,11 @@ from jaxcp.text.tools.values import strict
 
 START, END, MESSAGE, CHANNEL = "<|start|>", "<|end|>", "<|message|>", "<|channel|>"
 CONSTRAIN, RETURN, CALL = "<|constrain|>", "<|return|>", "<|call|>"
+AUTHOR = f"{START}assistant"
+"""Begins a message of the model."""
 NAMES = (START, END, MESSAGE, CHANNEL, CONSTRAIN, RETURN, CALL)
 STOPS = (RETURN, CALL)
-ANSWER = f"{END}{START}assistant{CHANNEL}final{MESSAGE}"
+ANSWER = f"{END}{AUTHOR}{CHANNEL}final{MESSAGE}"
 """Ends a thought, and begins the answer."""
 FUNCTIONS = "functions."
 RECIPIENT = re.compile("(?:^|\\s)to=([^\\s<\ud800-\udfff]+)")

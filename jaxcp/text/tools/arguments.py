@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Grammars of arguments that stand between tags, each by the schema of its property.
+
+They come in the order of the properties, the required ones always, and none that the schema does
+not name. A value follows the schema of its property.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from jaxcp.text.tools import values
+from jaxcp.text.tools.rules import ANY_TEXT, Rules, ended, is_token
+from jaxcp.text.tools.tagged import Tags
+
+SEPARATORS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""White space in arguments that are JSON, as `json.dumps` and templates write it."""
+KEY = '/[^<>"\\n]+/'
+Schema = Mapping[str, Any]
+
+
+def call_of_tags(rules: Rules, tags: Tags, name: str, schema: Schema | None) -> str:
+    """Add the rule of a call with arguments between tags; without a schema they are any.
+
+    Raises:
+      ValueError: the schema says what such arguments cannot be held to.
+    """
+    arguments = (
+        [f"{_any_argument(rules, tags)}*"]
+        if schema is None
+        else _arguments(rules, tags, name, schema)
+    )
+    begin = rules.written(f"{tags.call}{name}{tags.name_end}\n")
+    arguments = arguments or ['"\\n"?']  # some templates write an empty line
+    return rules.add(" ".join([begin, *arguments, rules.written(tags.call_end)]))
+
+
+def without(rules: Rules, tags: Iterable[str]) -> str:
+    """Write the lexeme of any text that has none of these tags in it."""
+    spelled = [tag.strip() for tag in tags if tag and not any(map(is_token, rules.parts(tag)))]
+    if not spelled:
+        return ANY_TEXT
+    tag = "|".join(re.escape(x).replace("/", r"\/") for x in dict.fromkeys(spelled))
+    return f"{ANY_TEXT} & ~/(?s:.*)({tag})(?s:.*)/"
+
+
+def _arguments(rules: Rules, tags: Tags, name: str, schema: Schema) -> list[str]:
+    properties, required = schema.get("properties") or {}, schema.get("required") or ()
+    if undescribed := [key for key in required if key not in properties]:
+        raise ValueError(
+            f"the arguments {', '.join(undescribed)} of the function {name} are required, and its "
+            "schema does not say what they are: add them to its properties"
+        )
+    arguments = [(key, _argument(rules, tags, key, schema)) for key in properties]
+    return [one if key in required else f"{one}?" for key, one in arguments]
+
+
+def _any_argument(rules: Rules, tags: Tags) -> str:
+    """Add the rule of an argument that no schema describes."""
+    key = ended(rules, rules.add_terminal(KEY), tags.key_end)
+    text = rules.add_terminal(_without_tags(rules, tags))
+    ways = []
+    for tag, kind in tags.value.items():
+        value = (
+            f"{rules.json({})} {rules.written(tags.value_end)}"
+            if kind == "json"
+            else ended(rules, text, tags.value_end)
+        )
+        begin = f"{rules.written(tags.key)} {key} {rules.written(_gap(tag) + tag)}"
+        ways.append(f'{begin} {value} "\\n"')
+    return rules.add(" | ".join(ways))
+
+
+def _gap(tag: str) -> str:
+    return "" if tag[0].isspace() else "\n"  # a tag alone begins a line
+
+
+def _argument(rules: Rules, tags: Tags, key: str, schema: Schema) -> str:
+    """Add the rule of an argument, up to the end of its line."""
+    kinds = values.types_of(schema, key)
+    ways = []
+    for tag, kind in tags.value.items():
+        begin = rules.written(f"{tags.key}{key}{tags.key_end}{_gap(tag)}{tag}")
+        as_text = kind == "string" or (kind == "schema" and "string" in kinds)
+        if (kind == "string" and "string" not in kinds) or (
+            kind == "json" and kinds == values.STRING
+        ):
+            continue
+        value = _text(rules, tags, key, schema) if as_text else _json(rules, key, schema)
+        end = "" if as_text else f" {rules.written(tags.value_end)}"
+        ways.append(f'{begin} {value}{end} "\\n"')
+    return rules.add(" | ".join(ways))
+
+
+def _json(rules: Rules, key: str, schema: Schema) -> str:
+    """Add the rule of a value that is JSON, with what the whole schema defines."""
+    defined = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
+    own = schema["properties"][key]
+    own = own if isinstance(own, Mapping) else {}
+    return rules.json({**own, **defined, "x-guidance": SEPARATORS})
+
+
+def _text(rules: Rules, tags: Tags, key: str, schema: Schema) -> str:
+    """Add the rule of a value that is plain text, with the tag that ends it."""
+    kinds = values.types_of(schema, key)
+    own = schema["properties"][key]
+    own = own if isinstance(own, Mapping) else {}
+    choices = own["enum"] if isinstance(own.get("enum"), list) else None
+    choices = [own["const"]] if "const" in own else choices
+    if choices is not None:
+        texts = [x if isinstance(x, str) else json.dumps(x, ensure_ascii=False) for x in choices]
+        readable = [
+            text for text, x in zip(texts, choices, strict=True)
+            if values.strict(values.as_json(text, kinds)) == x or (x is None and "null" in kinds)
+        ]  # fmt: skip
+        if not readable:
+            raise ValueError(
+                f"none of the values {choices!r:.200} of {key!r} can be written as text"
+            )
+        return rules.add(
+            f"({' | '.join(map(json.dumps, readable))}) {rules.written(tags.value_end)}"
+        )
+    return ended(rules, rules.add_terminal(_without_tags(rules, tags)), tags.value_end)
+
+
+def _without_tags(rules: Rules, tags: Tags) -> str:
+    """Write the lexeme of any text that has no tag in it by which a call would be none."""
+    all_tags = [*tags.group, tags.group_end, tags.call, tags.call_end, tags.key, tags.think]
+    return without(rules, [*all_tags, tags.think_end])
