@@ -16,6 +16,7 @@ from jaxcp.serve.form import Form
 from jaxcp.serve.model import Served
 from jaxcp.serve.options import Options
 from jaxcp.serve.sse import DONE, data
+from jaxcp.serve.strict import check_strict
 
 ANY_OBJECT = {"type": "object"}
 
@@ -58,7 +59,7 @@ class FunctionSchema(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, o
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Literal[False] | None = None
+    strict: bool | None = None
 
 
 class Tool(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -112,6 +113,10 @@ class ChatRequest(Options, forbid_unknown_fields=True, kw_only=True):
         if not self.messages:
             raise wrong("messages is empty; send one at least", "messages")
         forced_tools(self.tool_choice)
+        for number, tool in enumerate(self.tools or ()):
+            place = f"tools[{number}].function.parameters"
+            if tool.function.strict:
+                check_strict(tool.function.parameters, place, all_required=True)
         if self.top_logprobs is not None and not self.logprobs:
             raise wrong("top_logprobs needs logprobs=true", "top_logprobs")
         if self.top_logprobs is not None and not 0 <= self.top_logprobs <= 20:

@@ -25,7 +25,7 @@ class Task:
     """A conversation to go on with.
 
     Args:
-      messages, tools: in OpenAI's form.
+      messages, tools: in OpenAI's form; calls of strict tools follow their schemas.
       thinking: a level of `Chat.thinking_levels`, a number of tokens, or None.
       variables: further ones for the template.
       max_tokens: of the answer; None takes the default.
@@ -114,19 +114,25 @@ def job_of(served: Served, task: Task) -> Job:
 
 
 def _grammar(prompt: Any, task: Task, sampling: Sampling) -> AnswerGrammar | None:
-    """The grammars of the answer, where a schema or a call is asked for.
+    """The grammars of the answer, where a schema, a call or strict tools are asked for.
 
     Raises:
-      Refusal: a call cannot be asked for, of this model or beside what else is asked for.
+      Refusal: they cannot be, of this model or beside what else is asked for.
     """
-    if task.forced is None:
-        schema = sampling.json_schema
-        return None if schema is None else as_asked(prompt.text_grammar, "json_schema", schema)
-    if sampling.compiled_grammar() is not None:
-        raise wrong("an answer follows one grammar; got tool_choice and another", "tool_choice")
+    param, name = ("tools", "strict") if task.forced is None else ("tool_choice", "tool_choice")
+    several = not task.one_call
     try:
-        return prompt.call_grammar(task.forced or None, several=not task.one_call)
+        if task.forced is None:
+            grammar = prompt.strict_grammar(several=several)
+        else:
+            grammar = prompt.call_grammar(task.forced or None, several=several)
     except (NotImplementedError, ModuleNotFoundError) as error:
-        raise not_done("tool_choice", f'it may be "auto" or "none": {error}') from error
+        instead = "leave it out" if task.forced is None else 'it may be "auto" or "none"'
+        raise not_done(name, f"{instead}: {error}") from error
     except ValueError as error:
-        raise wrong(f"tool_choice: {error}", "tool_choice") from error
+        raise wrong(f"{name}: {error}", param) from error
+    if grammar is not None and sampling.compiled_grammar() is not None:
+        raise wrong(f"an answer follows one grammar; got {name} and another", param)
+    if grammar is None and (schema := sampling.json_schema) is not None:
+        return as_asked(prompt.text_grammar, "json_schema", schema)
+    return grammar

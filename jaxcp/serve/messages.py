@@ -17,6 +17,7 @@ from jaxcp.serve.form import Form
 from jaxcp.serve.model import Served
 from jaxcp.serve.options import Options
 from jaxcp.serve.sse import named
+from jaxcp.serve.strict import check_strict
 
 REASONS = {
     "stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use",
@@ -63,6 +64,7 @@ class AnthropicTool(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     name: str
     input_schema: dict[str, Any]
     description: str = ""
+    strict: bool | None = None
     type: Literal["custom"] | None = None
     cache_control: dict[str, Any] | None = None
 
@@ -121,6 +123,10 @@ class MessagesRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         Raises:
           Refusal: it cannot be.
         """
+        for number, tool in enumerate(self.tools or ()):
+            if tool.strict:
+                place = f"tools[{number}].input_schema"
+                check_strict(tool.input_schema, place, all_required=False)
         choice = self.tool_choice
         options = Options(
             temperature=self.temperature, top_p=self.top_p, top_k=self.top_k,
@@ -301,7 +307,8 @@ def _openai(message: AnthropicMessage) -> Iterator[dict[str, Any]]:
 
 
 def _function(tool: AnthropicTool) -> dict[str, Any]:
-    function = {"name": tool.name, "parameters": tool.input_schema}
+    function: dict[str, Any] = {"name": tool.name, "parameters": tool.input_schema}
+    function["strict"] = bool(tool.strict)
     if tool.description:
         function["description"] = tool.description
     return {"type": "function", "function": function}

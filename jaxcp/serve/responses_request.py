@@ -10,6 +10,7 @@ from jaxcp.serve.chatting import Task
 from jaxcp.serve.errors import not_done, wrong
 from jaxcp.serve.model import Served
 from jaxcp.serve.options import Options, StreamOptions
+from jaxcp.serve.strict import check_strict
 
 
 class Content(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -58,7 +59,7 @@ class FunctionTool(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     name: str
     parameters: dict[str, Any] | None = None
     description: str | None = None
-    strict: Literal[False] | None = None
+    strict: bool | None = None
 
 
 class Reasoning(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -112,6 +113,9 @@ class ResponsesRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True)
         if self.include:
             raise not_done("include")
         forced_tools(self.tool_choice, flat=True)
+        for number, tool in enumerate(self.tools or ()):
+            if tool.strict:
+                check_strict(tool.parameters, f"tools[{number}].parameters", all_required=True)
         if self.stream_options is not None and self.stream_options.include_usage is not None:
             raise not_done("stream_options.include_usage", "the last event has it anyway")
         items = [] if isinstance(self.input, str) else self.input
@@ -170,7 +174,7 @@ class ResponsesRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True)
                 "name": tool.name,
                 "parameters": tool.parameters or {},
                 "description": tool.description,
-                "strict": False,
+                "strict": bool(tool.strict),
             }
             for tool in self.tools or ()
         ]
@@ -216,6 +220,7 @@ def _text(content: str | list[Content] | None) -> str:
 
 def _function(tool: FunctionTool) -> dict[str, Any]:
     function: dict[str, Any] = {"name": tool.name, "parameters": tool.parameters or {}}
+    function["strict"] = bool(tool.strict)
     if tool.description:
         function["description"] = tool.description
     return {"type": "function", "function": function}

@@ -172,7 +172,6 @@ def test_control_tokens_in_what_a_user_writes_are_text(client, server):
         ({"messages": [{"role": "user", "content": "a", "x": 1}]}, "messages[0].x"),
         ({"messages": [{"role": "user"}]}, None),
         ({"tool_choice": "required", "tools": []}, "tool_choice"),
-        ({"tools": [{"type": "function", "function": {"name": "a", "strict": True}}]}, None),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"response_format": {"type": "json_object"}, "tools": [TOOL]}, None),
         ({"reasoning_effort": "immense"}, "reasoning_effort"),
