@@ -158,6 +158,21 @@ def test_half_a_call_is_no_call(engine, monkeypatch):
     assert say(session, "And?") == "x"
 
 
+def test_calls_of_strict_tools_follow_their_schemas(engine):
+    city = {"enum": ["Moscow", "Paris"]}
+    schema = {"type": "object", "properties": {"city": city}, "required": ["city"]}
+    tool = {"name": "find", "strict": True, "parameters": schema}
+    session = engine.session(
+        tools=[{"type": "function", "function": tool}], thinking="no_think", seed=1
+    )
+    [opens] = ids_of(engine, "<tool_calls>")
+    list(session.send("Go", temperature=1.0, max_new_tokens=200, logit_bias={opens: 100.0}))
+    assert session.calls and all(call.name == "find" for call in session.calls)
+    assert {call.arguments["city"] for call in session.calls} <= {"Moscow", "Paris"}
+    with pytest.raises(ValueError, match="one grammar; got regex and strict tools"):
+        session.send("Go", regex="a")
+
+
 class Failure(BaseException):
     """A failure that, like KeyboardInterrupt, is no Exception."""
 
