@@ -12,12 +12,18 @@ from typing import Any
 
 from jaxcp.text.tools import values
 from jaxcp.text.tools.rules import ANY_TEXT, Rules, ended, is_token
+from jaxcp.text.tools.strings import Schema, leaves_of, texts
 from jaxcp.text.tools.tagged import Tags
 
 SEPARATORS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """White space in arguments that are JSON, as `json.dumps` and templates write it."""
 KEY = '/[^<>"\\n]+/'
-Schema = Mapping[str, Any]
+NOT_OF_TAGS = (
+    "$ref", "allOf", "anyOf", "oneOf", "not", "if", "then", "else", "patternProperties",
+    "propertyNames", "minProperties", "maxProperties", "dependentRequired", "dependentSchemas",
+    "dependencies", "$dynamicRef", "$recursiveRef",
+)  # fmt: skip
+"""Keys of a schema of arguments that rule over more than one of them."""
 
 
 def call_of_tags(rules: Rules, tags: Tags, name: str, schema: Schema | None) -> str:
@@ -52,8 +58,19 @@ def _arguments(rules: Rules, tags: Tags, name: str, schema: Schema) -> list[str]
             f"the arguments {', '.join(undescribed)} of the function {name} are required, and its "
             "schema does not say what they are: add them to its properties"
         )
-    arguments = [(key, _argument(rules, tags, key, schema)) for key in properties]
-    return [one if key in required else f"{one}?" for key, one in arguments]
+    if beside := [key for key in NOT_OF_TAGS if key in schema]:
+        raise ValueError(
+            f"{beside[0]!r} of the arguments of the function {name} cannot be followed by this "
+            "model, which writes each between tags: name them in properties and required alone"
+        )
+    arguments = []
+    for key in properties:
+        try:
+            one = _argument(rules, tags, key, schema)
+        except (TypeError, ValueError) as error:  # a schema that is none
+            raise ValueError(f"the argument {key!r} of the function {name}: {error}") from error
+        arguments.append(one if key in required else f"{one}?")
+    return arguments
 
 
 def _any_argument(rules: Rules, tags: Tags) -> str:
@@ -87,41 +104,39 @@ def _argument(rules: Rules, tags: Tags, key: str, schema: Schema) -> str:
             kind == "json" and kinds == values.STRING
         ):
             continue
-        value = _text(rules, tags, key, schema) if as_text else _json(rules, key, schema)
+        value = (
+            _text(rules, tags, schema, key, values.STRING if kind == "string" else kinds)
+            if as_text
+            else _json(rules, schema["properties"][key], schema)
+        )
         end = "" if as_text else f" {rules.written(tags.value_end)}"
         ways.append(f'{begin} {value}{end} "\\n"')
     return rules.add(" | ".join(ways))
 
 
-def _json(rules: Rules, key: str, schema: Schema) -> str:
+def _json(rules: Rules, own: Any, schema: Schema) -> str:
     """Add the rule of a value that is JSON, with what the whole schema defines."""
     defined = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
-    own = schema["properties"][key]
     own = own if isinstance(own, Mapping) else {}
     return rules.json({**own, **defined, "x-guidance": SEPARATORS})
 
 
-def _text(rules: Rules, tags: Tags, key: str, schema: Schema) -> str:
+def _text(rules: Rules, tags: Tags, schema: Schema, key: str, kinds: frozenset[str]) -> str:
     """Add the rule of a value that is plain text, with the tag that ends it."""
-    kinds = values.types_of(schema, key)
-    own = schema["properties"][key]
-    own = own if isinstance(own, Mapping) else {}
-    choices = own["enum"] if isinstance(own.get("enum"), list) else None
-    choices = [own["const"]] if "const" in own else choices
-    if choices is not None:
-        texts = [x if isinstance(x, str) else json.dumps(x, ensure_ascii=False) for x in choices]
-        readable = [
-            text for text, x in zip(texts, choices, strict=True)
-            if values.strict(values.as_json(text, kinds)) == x or (x is None and "null" in kinds)
-        ]  # fmt: skip
-        if not readable:
-            raise ValueError(
-                f"none of the values {choices!r:.200} of {key!r} can be written as text"
-            )
-        return rules.add(
-            f"({' | '.join(map(json.dumps, readable))}) {rules.written(tags.value_end)}"
-        )
-    return ended(rules, rules.add_terminal(_without_tags(rules, tags)), tags.value_end)
+    leaves = list(leaves_of(schema["properties"][key], schema))
+    if kinds == values.STRING:
+        leaves = [leaf for leaf in leaves if leaf.get("type") in (None, "string")]
+    choices, lexemes, others = texts(leaves, kinds)
+    end = rules.written(tags.value_end)
+    ways = [f"{_json(rules, leaf, schema)} {end}" for leaf in others]
+    if lexemes:
+        lexemes += [json.dumps(choice) for choice in choices if choice]
+        whole = " | ".join(f"({lexeme})" for lexeme in lexemes)
+        text = rules.add_terminal(f"({whole}) & {_without_tags(rules, tags)}")
+        ways.append(ended(rules, text, tags.value_end))
+    elif choices:
+        ways.append(f"({' | '.join(map(json.dumps, choices))}) {end}")
+    return rules.add(" | ".join(ways))
 
 
 def _without_tags(rules: Rules, tags: Tags) -> str:

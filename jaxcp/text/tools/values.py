@@ -11,8 +11,8 @@ ALIASES = {
     "float": "number", "double": "number", "num": "number", "bool": "boolean", "dict": "object",
     "map": "object", "list": "array", "tuple": "array",
 }  # fmt: skip
-INTEGER = re.compile(r"-?(0|[1-9]\d*)")
-NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
+INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")
+NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 STRING = frozenset({"string"})
 DEPTH = 16
 
@@ -36,21 +36,25 @@ def _types(schema: Any, root: Mapping[str, Any], depth: int) -> set[str]:
         choices = schema.get(key)
         for choice in choices if isinstance(choices, list) else ():
             types |= _types(choice, root, depth - 1)
-    if isinstance(reference := schema.get("$ref"), str) and reference.startswith("#/"):
-        types |= _types(_at(root, reference[2:].split("/")), root, depth - 1)
+    if isinstance(reference := schema.get("$ref"), str):
+        types |= _types(at(root, reference), root, depth - 1)
     if not types:
         values = schema.get("enum", [schema["const"]] if "const" in schema else [])
-        types |= {_type_of(x) for x in values} if isinstance(values, list) else set()
+        types |= {type_of(x) for x in values} if isinstance(values, list) else set()
     return types
 
 
-def _at(value: Any, path: list[str]) -> Any:
+def at(root: Any, reference: str) -> Any:
+    """Give what a `$ref` names within a schema; None where that is nothing."""
+    here, *path = reference.split("/")
     for key in path:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
+        key = key.replace("~1", "/").replace("~0", "~")
+        root = root.get(key) if isinstance(root, Mapping) else None
+    return root if here == "#" else None
 
 
-def _type_of(value: Any) -> str:
+def type_of(value: Any) -> str:
+    """Name the type of a value of JSON."""
     if isinstance(value, bool):
         return "boolean"
     names = {str: "string", int: "integer", float: "number", list: "array", dict: "object"}
