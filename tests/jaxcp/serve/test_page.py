@@ -127,6 +127,8 @@ def test_an_answer_is_stopped_on_a_phone_in_the_dark(
     page = open_page(width=390, height=844, color_scheme="dark")
     page.click("#ask summary")
     page.fill("#tokens", "900")
+    right = "[...document.querySelectorAll('#ask *')].map(x => x.getBoundingClientRect().right)"
+    assert page.evaluate(f"Math.max(...{right})") <= 390  # with all settings open
     page.click("#ask summary")
     page.click("#pool summary")
     say(page, "Say much.")
