@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line as a person meets it: in processes of its own."""
+"""The command line as a person meets it; in a process of its own where that may matter."""
 
+import io
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import pytest
 
 from jaxcp.checkpoints import NEEDLE
+from jaxcp.cli.main import main
 from jaxcp.data.haystack import QUESTION, make_haystack
 
 TINY = """
@@ -49,7 +51,6 @@ def test_help_names_every_command_and_needs_no_jax():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["generate"], "the prompt is empty"),
         (["generate", "--prompt", "x", "--checkpoint", "nowhere"], "nowhere"),
         (["generate", "--prompt-file", "latin1.txt"], "UTF-8"),
         (["generate", "--prompt", "long enough", "--max-len", "4"], "max_len=4"),
@@ -64,11 +65,20 @@ def test_help_names_every_command_and_needs_no_jax():
         ),
     ],
 )
-def test_bad_input_is_one_clear_line(tmp_path, arguments, message):
+def test_bad_input_is_one_clear_line(tmp_path, monkeypatch, capsys, arguments, message):
     (tmp_path / "latin1.txt").write_bytes("caf\xe9".encode("latin-1"))
-    done = jaxcp_command(*arguments, cwd=tmp_path)
-    assert done.returncode != 0
-    assert message in done.stderr and "Traceback" not in done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    errors = capsys.readouterr().err
+    assert ended.value.code == 1 and message in errors and "Traceback" not in errors
+
+
+def test_a_process_says_what_is_wrong_and_fails(tmp_path):
+    done = jaxcp_command("generate", cwd=tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "the prompt is empty" in done.stderr
 
 
 @pytest.mark.slow

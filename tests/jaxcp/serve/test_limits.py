@@ -158,7 +158,7 @@ def test_an_answer_has_a_time(server, engine, monkeypatch):
     step = engine.step
     monkeypatch.setattr(engine, "step", lambda: (time.sleep(0.05), step())[1])
     fields = {"prompt": "a", "max_tokens": 900, "ignore_eos": True}
-    with running(engine, request_seconds=2.0) as hasty:
+    with running(engine, request_seconds=1.0) as hasty:
         reply = hasty.post("/v1/completions", **fields)
         assert reply.status_code == 504 and reply.json()["error"]["code"] == "request_timeout"
         *chunks, last = hasty.events("/v1/completions", **fields)
@@ -201,6 +201,9 @@ def test_a_request_is_one_line_of_the_log_without_its_text(server, caplog):
     with caplog.at_level(logging.INFO, "jaxcp.serve.requests"):
         server.complete("a secret", max_tokens=3)
         reply = server.post("/v1/completions", prompt="a secret", max_tokens=-1)
+        until = time.monotonic() + 20  # a line is written after its answer
+        while reply.headers["x-request-id"] not in caplog.text and time.monotonic() < until:
+            time.sleep(0.01)
     lines = [json.loads(r.getMessage()) for r in caplog.records if r.name.endswith("requests")]
     assert [line["status"] for line in lines] == [200, 400]
     assert lines[0]["route"] == "/v1/completions" and lines[0]["prompt_tokens"] == 8
@@ -211,7 +214,8 @@ def test_a_request_is_one_line_of_the_log_without_its_text(server, caplog):
 
 
 def test_text_is_logged_where_that_is_asked_for(engine, caplog):
-    with running(engine, log_text=True) as server, caplog.at_level(logging.INFO):
+    # a line is written after its answer: the server ends before the level does
+    with caplog.at_level(logging.INFO), running(engine, log_text=True) as server:
         server.complete("a secret", max_tokens=3)
     assert "a secret" in caplog.text
 
