@@ -4,7 +4,10 @@
 import copy
 import dataclasses
 import json
+from typing import Literal
 
+import openai
+import pydantic
 import pytest
 
 USER = [{"role": "user", "content": "Where is Pierre?"}]
@@ -83,6 +86,24 @@ def test_of_responses_and_of_anthropics_messages(server, engine, ids, monkeypatc
     body = server.post("/v1/messages", **fields, tools=[THEIRS]).json()
     [use] = [block for block in body["content"] if block["type"] == "tool_use"]
     check_call(use["name"], use["input"])
+
+
+class Find(pydantic.BaseModel):
+    """Finds somebody."""
+
+    city: Literal["Moscow", "Paris"]
+    sure: bool | None
+
+
+def test_openais_client_makes_strict_tools_of_classes_and_reads_their_calls(client, ids):
+    tool = openai.pydantic_function_tool(Find)
+    assert tool["function"]["strict"] is True
+    answer = client.chat.completions.parse(
+        model="tiny", messages=USER, tools=[tool], parallel_tool_calls=False, max_tokens=120,
+        seed=1, logit_bias={str(ids["<tool_call>"]): 100},
+    )  # fmt: skip
+    [call] = answer.choices[0].message.tool_calls
+    assert isinstance(call.function.parsed_arguments, Find)
 
 
 def loosened(*path, **changes):
