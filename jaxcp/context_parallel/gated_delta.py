@@ -113,11 +113,12 @@ def delta_of_pieces(pieces: Pieces, *arrays, starts=None, pads=None, before=None
     return pieces.join(out), after
 
 
-def convolution_of_pieces(pieces: Pieces, x, taps, *, segments=None, before=None):
+def convolution_of_pieces(pieces: Pieces, x, taps, *, segments=None, before=None, keeps=0):
     """`(out, inputs)` of local `x [B, t, C]` and `taps [W, C]`; `inputs.at` finds what comes next.
 
     `segments [B, t]`: `NOBODY` for pads, whose inputs must be zero. `before`: `(x, numbers)` of
-    earlier tokens, `[B, m, ...]`.
+    earlier tokens, `[B, m, ...]`. `keeps`: latest tokens of each piece that `inputs` has, where not
+    those that the taps see.
     """
     width, parts = len(taps) - 1, pieces.split(x)
     size, wanted = parts.shape[2], pieces.before(width)
@@ -127,7 +128,7 @@ def convolution_of_pieces(pieces: Pieces, x, taps, *, segments=None, before=None
         rows = jnp.concatenate([head, parts], axis=2)
         return [rows[:, :, i : i + size] for i in range(width + 1)]
 
-    inputs = pieces.inputs(x, width, before)
+    inputs = pieces.inputs(x, max(width, keeps), before)
     rows = behind(inputs, parts)
     if segments is not None:
         own = pieces.split(segments)

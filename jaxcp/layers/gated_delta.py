@@ -72,7 +72,13 @@ class DeltaLayer(nnx.Module):
         return Recurrent.empty(
             room, layers=layers, num_heads=d.num_value_heads, key_dim=d.key_dim,
             value_dim=d.value_dim, width=d.taps - 1, inputs=(keys, keys, values),
+            decay=self.decay_shape,
         )  # fmt: skip
+
+    @property
+    def decay_shape(self) -> tuple[int, ...]:
+        """The shape of a token's decays."""
+        return (self.dims.num_value_heads,)
 
     @jax.named_scope("delta")
     def __call__(self, x, positions, attend):
@@ -134,6 +140,10 @@ class KimiDelta(DeltaLayer):
             (heads, dims.key_dim), ("heads", "head_dim"), 0.0, keep_float32=True
         )
         self.log_rate = constant((heads,), ("heads",), 0.0, keep_float32=True)
+
+    @property
+    def decay_shape(self) -> tuple[int, ...]:
+        return self.dims.num_value_heads, self.dims.key_dim
 
     def log_decay(self, x):
         rate = self.log_rate.get_value()[:, None]

@@ -21,6 +21,7 @@ from jaxcp.layers.stack import Layers
 
 FULL, WINDOWS = "qwen3-moe-tiny", "hy3-tiny"
 LATENTS, SELECTED, BLOCKS = "deepseek-v3-tiny", "deepseek-v32-tiny", "deepseek-v4-tiny"
+DELTA, DELTA_MOE, KIMI = "qwen3-next-tiny", "qwen3-5-moe-tiny", "kimi-linear-tiny"
 
 
 def slow_followers(tokens, most):
@@ -122,6 +123,11 @@ def engine_of(name, **options):
             (SELECTED, {}),
             (BLOCKS, {"seq": 2}),
             (FULL, {"seq": 4, "model": 2}),
+            (DELTA, {}),
+            (DELTA, {"seq": 3}),
+            (DELTA_MOE, {"seq": 2, "expert": 2}),
+            (KIMI, {}),
+            (KIMI, {"seq": 2, "model": 2}),
         ],
         lambda case: case == (WINDOWS, {}),
     ),
@@ -151,11 +157,12 @@ def test_an_answer_is_the_one_without_guesses(name, axes, mesh_of, monkeypatch):
     assert engine.scheduler.pages.states.held == 0
 
 
-def test_a_next_turn_after_guesses_and_a_stop(monkeypatch):
+@pytest.mark.parametrize("name", slow_but([WINDOWS, DELTA, KIMI], lambda name: name == WINDOWS))
+def test_a_next_turn_after_guesses_and_a_stop(name, monkeypatch):
     """States are those after the tokens that count: of a window too, which wrong guesses wrote."""
-    engine = engine_of(WINDOWS, drafts=7)
+    engine = engine_of(name, drafts=7)
     ids = prompts(engine.model)[0]
-    answer = plain(WINDOWS)["greedy"][0].tokens
+    answer = plain(name)["greedy"][0].tokens
     monkeypatch.setattr(guesses, "followers", oracle([ids + answer]))
     stop = answer[-1]
     sampling = Sampling(max_new_tokens=24, stop_tokens=(stop,))
@@ -164,7 +171,7 @@ def test_a_next_turn_after_guesses_and_a_stop(monkeypatch):
     turn = [*ids, *result.tokens, 1, 2, 3]
     assert result.stats.accepted > 0
     (later,) = engine.generate([turn], Sampling(max_new_tokens=8))
-    alone = engine_of(WINDOWS)
+    alone = engine_of(name)
     assert later.tokens == alone.generate([turn], Sampling(max_new_tokens=8))[0].tokens
     assert later.stats.reused >= len(ids)
 
