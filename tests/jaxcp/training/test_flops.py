@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jaxcp
+from jaxcp.layers.gated_delta import DeltaDims
 from jaxcp.training import flops
 from pallas_kernels import PAD_POSITION
 
@@ -62,6 +63,55 @@ def test_pairs_are_those_of_the_mask(window):
     assert flops.mask_of(GPT2, packed) == "causal+packed"
 
 
-def test_attention_that_is_not_counted_leaves_the_number_out():
-    latent = jaxcp.load_config(FIXTURES / "deepseek-v3-tiny")
-    assert flops.attended(latent) is None and flops.flops_of(latent, batch()) is None
+def delta_products(length, heads, key, value):
+    """FLOPs forward of one document, of products of masked matrices, a chunk of 64 at a time."""
+    total = 0
+    for start in range(0, length, 64):
+        size = min(64, length - start)
+        seen, below = np.tri(size).sum(), np.tri(size, k=-1).sum()
+        scores = 2 * key * (seen + below)  # q k^T, k k^T
+        system = 2 * (key + value) * below  # (I + beta A)^-1 of keys and of values
+        read = 2 * value * seen  # of what the chunk's own tokens write
+        total += scores + system + read + 3 * 2 * size * key * value  # W S, q S, K^T U
+    return heads * total
+
+
+def test_a_delta_layer_beside_gated_attention():
+    model = jaxcp.Qwen3NextConfig(
+        vocab_size=100, num_layers=4, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=16,
+        delta=DeltaDims(num_key_heads=2, num_value_heads=4, key_dim=8, value_dim=12),
+        mlp_pattern="D", mlp_dim=64,
+    )  # fmt: skip
+    keys, values = 2 * 8, 4 * 12
+    projections = 32 * (2 * keys + 2 * values + 2 * 4) + values * 32  # q k v z, beta and decay; out
+    delta = projections + 4 * (2 * keys + values)  # a tap a channel
+    gated = 32 * 16 * (4 + 2 + 2 + 4) + 4 * 16 * 32
+    weights = 3 * delta + gated + 4 * 3 * 32 * 64 + 100 * 32
+    assert flops.matrix_weights(model) == weights
+    assert flops.attended(model) == (flops.Attended(None, 64),)
+    lengths = np.array([[30] * 30 + [71] * 70, [100] * 100])
+    packed = batch(100, segment_ids=lengths)
+    products = sum(delta_products(n, 3 * 4, 8, 12) for n in (30, 70, 100))
+    pairs = sum(n * (n + 1) // 2 for n in (30, 70, 100))
+    expected = 6 * weights * 200 + 12 * 64 * pairs + 3 * products
+    assert flops.flops_of(model, packed) == expected
+
+
+def test_kimi_attention_beside_latent_attention():
+    model = jaxcp.load_config(FIXTURES / "kimi-linear-tiny")
+    wide = 4 * 12
+    delta = 64 * (3 * wide + 4) + 2 * (64 * 12 + 12 * wide) + wide * 64 + 4 * 3 * wide
+    latent = 64 * 4 * (16 + 8) + 64 * (24 + 8) + 24 * 4 * (16 + 16) + 4 * 16 * 64
+    moe = 64 * 8 + 3 * 64 * 32 * (2 + 1)
+    weights = 3 * delta + latent + 3 * 64 * 96 + 3 * moe + 256 * 64
+    assert flops.matrix_weights(model) == weights
+    assert flops.attended(model) == (flops.Attended(None, 4 * (24 + 16) // 2),)
+    causal, products = 130 * 131 // 2, delta_products(130, 3 * 4, 12, 12)
+    expected = 2 * (6 * weights * 130 + 12 * 80 * causal + 3 * products)
+    assert flops.flops_of(model, batch(130)) == expected
+
+
+@pytest.mark.parametrize("name", ["deepseek-v32-tiny", "deepseek-v4-tiny"])
+def test_attention_that_is_not_counted_leaves_the_number_out(name):
+    selected = jaxcp.load_config(FIXTURES / name)
+    assert flops.attended(selected) is None and flops.flops_of(selected, batch()) is None
