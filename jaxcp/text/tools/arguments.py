@@ -27,7 +27,7 @@ NOT_OF_TAGS = (
 
 
 def call_of_tags(rules: Rules, tags: Tags, name: str, schema: Schema | None) -> str:
-    """Add the rule of a call with arguments between tags; without a schema they are any.
+    """Add the rule of a call behind the tag that begins it; without a schema arguments are any.
 
     Raises:
       ValueError: the schema says what such arguments cannot be held to.
@@ -37,7 +37,7 @@ def call_of_tags(rules: Rules, tags: Tags, name: str, schema: Schema | None) -> 
         if schema is None
         else _arguments(rules, tags, name, schema)
     )
-    begin = rules.written(f"{tags.call}{name}{tags.name_end}\n")
+    begin = rules.written(f"{name}{tags.name_end}\n")
     arguments = arguments or ['"\\n"?']  # some templates write an empty line
     return rules.add(" ".join([begin, *arguments, rules.written(tags.call_end)]))
 

@@ -26,8 +26,11 @@ def tagged_calls(rules: Rules, tags: Tags, schemas: Schemas, *, several: bool) -
     """
     if not tags.call:
         return None
-    begin = rules.written(tags.call if tags.json else tags.group[0])
-    group = _group(rules, tags, begin, schemas, several=several)
+    begin, one = (
+        rules.written(tags.call if tags.json else tags.group[0]),
+        _one(rules, tags, schemas),
+    )
+    group = _group(rules, tags, begin, one, several=several)
     # every call stands by itself, a newline between two
     return rules.add(f'{group} ("\\n" {group})*') if tags.newlines and several else group
 
@@ -43,9 +46,12 @@ def text_or_tagged_calls(
     if not tags.call:
         return None
     text = rules.add_terminal(without(rules, [*tags.group, tags.call]))
-    begin = ended(rules, text, tags.call if tags.json else tags.group[-1])
-    group = _group(rules, tags, begin, schemas, several=several)
-    return rules.add(f"{group}* {text}" if several else f"{group} | {text}")
+    one, bare = _one(rules, tags, schemas), ended(rules, text, tags.call)
+    calls = f"{bare} {one}"  # without a tag around them, which models forget
+    if not tags.json:
+        begin = ended(rules, text, tags.group[-1])
+        calls += f" | {_group(rules, tags, begin, one, several=several)}"
+    return rules.add(f"({calls})* {text}" if several else f"{calls} | {text}")
 
 
 def harmony_calls(rules: Rules, schemas: Schemas) -> str:
@@ -77,12 +83,17 @@ def harmony_messages(rules: Rules, schemas: Schemas) -> str:
     return rules.add(f"{before}* ({' | '.join([*said, harmony_calls(rules, schemas)])})")
 
 
-def _group(rules: Rules, tags: Tags, begin: str, schemas: Schemas, *, several: bool) -> str:
-    """Add the rule of calls, or of one, from `begin` on, which opens them."""
+def _one(rules: Rules, tags: Tags, schemas: Schemas) -> str:
+    """Add the rule of a call of any of these functions, behind the tag that begins it."""
     write = _json_call if tags.json else call_of_tags
-    one = rules.add(" | ".join(write(rules, tags, name, schemas[name]) for name in schemas))
+    return rules.add(" | ".join(write(rules, tags, name, schemas[name]) for name in schemas))
+
+
+def _group(rules: Rules, tags: Tags, begin: str, one: str, *, several: bool) -> str:
+    """Add the rule of calls, or of one, from `begin` on, which opens them."""
     if tags.json:
         return rules.add(f"{begin} {one}")
+    one = f"{rules.written(tags.call)} {one}"
     if tags.newlines:
         end = rules.written(f"\n{tags.group_end}")
         return rules.add(f'{begin} "\\n" {one} {end}')

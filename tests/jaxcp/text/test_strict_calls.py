@@ -77,6 +77,25 @@ def test_text_and_calls_are_allowed_as_the_template_writes_them(name, said, toke
     assert (message["content"] or "").rstrip("\n") == said
 
 
+@pytest.mark.parametrize("name", ["hy3", "hy3-spelled", "qwen3-coder", "deepseek-v4"])
+def test_a_call_whose_group_was_forgotten_follows_the_schema_too(name, tokenizers):
+    tokenizer = tokenizers(name)
+    prompt = asked(tokenizer)
+    opens = {"qwen3-coder": "<function", "deepseek-v4": "<｜DSML｜invoke"}.get(name, "<tool_call>")
+    closes = {"qwen3-coder": "</function>", "deepseek-v4": "</｜DSML｜invoke>"}
+    for call, whole in ((GOOD, True), (BAD, False)):
+        text = of_template(name, tokenizer, call)
+        end = closes.get(name, "</tool_call>")
+        text = SAID + text[text.index(opens) : text.index(end) + len(end)]
+        grammar = prompt.strict_grammar(several=False)
+        taken, constraint = accepted(tokenizer, grammar.later, text)
+        assert bool(ends_in(constraint, tokenizer)) == whole
+        if whole:
+            message, malformed = read(tokenizer, prompt, grammar, taken)
+            assert arguments_of(message) == [call] and not malformed
+            assert message["content"] == SAID
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_text_alone_is_an_answer(name, tokenizers):
     tokenizer = tokenizers(name)
