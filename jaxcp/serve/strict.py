@@ -25,7 +25,11 @@ def check_strict(schema: Mapping[str, Any] | None, place: str, *, all_required: 
         return
     if schema.get("type") != "object":
         raise wrong(f'{place}: a strict tool needs "type": "object"', place)
-    for where, part in _parts(schema, place):
+    try:
+        parts = list(_parts(schema, place))
+    except RecursionError as error:
+        raise wrong(f"{place} is nested too deep", place) from error
+    for where, part in parts:
         kinds = part.get("type")
         kinds = kinds if isinstance(kinds, list) else [kinds]
         if "properties" not in part and "object" not in kinds:
@@ -33,6 +37,8 @@ def check_strict(schema: Mapping[str, Any] | None, place: str, *, all_required: 
         if part.get("additionalProperties") is not False:
             raise wrong(f'{where}: a strict tool needs "additionalProperties": false', where)
         properties, required = part.get("properties") or {}, part.get("required") or ()
+        if not isinstance(properties, Mapping) or not isinstance(required, list | tuple):
+            raise wrong(f"{where}: needs an object as properties, a list as required", where)
         missing = [name for name in properties if name not in required]
         if all_required and missing:
             raise wrong(

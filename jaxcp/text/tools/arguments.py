@@ -53,6 +53,12 @@ def without(rules: Rules, tags: Iterable[str]) -> str:
 
 def _arguments(rules: Rules, tags: Tags, name: str, schema: Schema) -> list[str]:
     properties, required = schema.get("properties") or {}, schema.get("required") or ()
+    names = required if isinstance(required, list | tuple) else [None]
+    if not isinstance(properties, Mapping) or not all(isinstance(x, str) for x in names):
+        raise ValueError(
+            f"the schema of the function {name} needs an object as properties, and a list of names "
+            f"as required; got {properties!r:.100} and {required!r:.100}"
+        )
     if undescribed := [key for key in required if key not in properties]:
         raise ValueError(
             f"the arguments {', '.join(undescribed)} of the function {name} are required, and its "

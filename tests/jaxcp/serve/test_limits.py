@@ -57,11 +57,13 @@ def test_a_body_that_is_none_is_a_400(server, path, body):
 def test_deep_schemas_and_tools_are_refused(server):
     nest = {}
     for _ in range(400):
-        nest = {"properties": {"a": nest}, "type": "object"}
+        nest = {"properties": {"a": nest}, "required": ["a"], "additionalProperties": False}
+        nest["type"] = "object"
     form = {"type": "json_schema", "json_schema": {"name": "a", "schema": nest}}
     fields = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
     tool = {"type": "function", "function": {"name": "a", "parameters": nest}}
-    for more in ({"response_format": form}, {"tools": [tool]}):
+    strict = {"type": "function", "function": {**tool["function"], "strict": True}}
+    for more in ({"response_format": form}, {"tools": [tool]}, {"tools": [strict]}):
         reply = server.post("/v1/chat/completions", **fields, **more)
         assert reply.status_code in (200, 400), reply.text[:300]
     assert server.complete("a", max_tokens=1)

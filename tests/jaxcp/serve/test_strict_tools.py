@@ -126,6 +126,8 @@ IN_ITEMS = ".properties.city.anyOf[0].items"
     ("schema", "place", "said"),
     [
         (loosened(type="string"), "", '"type": "object"'),
+        (loosened(required=5), "", "a list as required"),
+        (loosened(*ITEMS, properties=[1]), IN_ITEMS, "an object as properties"),
         (loosened(additionalProperties=True), "", '"additionalProperties": false'),
         (loosened(required=[]), "", "city is not there"),
         (loosened(*ITEMS, additionalProperties={}), IN_ITEMS, '"additionalProperties": false'),

@@ -195,6 +195,13 @@ def test_what_cannot_be_followed_is_named(schema, said, tokenizers):
         prompt.call_grammar(None, several=True)
 
 
+@pytest.mark.parametrize("odd", [{"required": 5}, {"required": [{}]}, {"properties": True}])
+def test_a_schema_that_is_none_is_named(odd, tokenizers):
+    prompt = tokenizers("hy3").chat.prompt(USER, tools=tools({"type": "string"}, **odd))
+    with pytest.raises(ValueError, match="the schema of the function f needs"):
+        prompt.call_grammar(None, several=True)
+
+
 @pytest.mark.parametrize("key", ["anyOf", "minProperties", "patternProperties"])
 def test_rules_over_several_arguments_are_named(key, tokenizers):
     prompt = tokenizers("hy3").chat.prompt(USER, tools=tools({"type": "string"}, **{key: 1}))
