@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxcp.context_parallel.overlap import compiler_options
 from jaxcp.layers.gather import gathered_late
+from jaxcp.layers.parameter import drawn_in_parts
 from jaxcp.layers.router_stats import RouterStats
 from jaxcp.layers.stack import members
 from jaxcp.layout import Zigzag
@@ -25,7 +26,7 @@ from jaxcp.training.objective import Totals, draft_scale, objective
 from jaxcp.training.optimizer import Cycles, make_optimizer, schedule
 from jaxcp.training.start import load_weights
 from jaxcp.training.zero import Places, laid, places
-from jaxcp.weights.placement import place
+from jaxcp.weights.placement import check, place
 
 DRAFT_DTYPES = {
     "following": jnp.int32,
@@ -103,7 +104,11 @@ def init_state(config: TrainConfig) -> State:
     learnt, axes = skeleton(config.model).learnt, skeleton(config.model).axes
     where = places_of(config)
     if config.start.weights is None:
-        model = place(_new_model(config.model, config.seed), rules=config.rules)
+        with drawn_in_parts(config.rules):
+            model = _new_model(config.model, config.seed)
+        check(model, config.rules)
+        # parts stay parts until it is known which of them a device keeps
+        model = model if config.zero == 3 else place(model, rules=config.rules)
     else:
         model = load_weights(config.model, config.start.weights, rules=config.rules)
     arrays = {name: v.get_value() for name, v in _variables(model).items()}

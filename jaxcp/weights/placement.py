@@ -60,6 +60,15 @@ def place(model: Any, *, rules: Rules = DEFAULT) -> Any:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return model
+    leaves, tree = check(model, rules)
+    placed = [jax.device_put(leaf.get_value(), parts_of(leaf, rules)) for _, leaf in leaves]
+    new = [leaf.replace(value) for (_, leaf), value in zip(leaves, placed, strict=True)]
+    return jax.tree.unflatten(tree, new)
+
+
+def check(model: Any, rules: Rules) -> tuple[list, jax.tree_util.PyTreeDef]:
+    """Raise what `place` raises; the variables with their paths, and the tree of them."""
+    mesh = jax.sharding.get_abstract_mesh()
     leaves, tree = jax.tree_util.tree_flatten_with_path(
         model, is_leaf=lambda x: isinstance(x, nnx.Variable)
     )
@@ -70,9 +79,7 @@ def place(model: Any, *, rules: Rules = DEFAULT) -> Any:
     problems = [problem for problem in misfits if problem]
     if problems:
         raise ValueError("the mesh does not divide: " + "; ".join(problems))
-    placed = [jax.device_put(leaf.get_value(), parts_of(leaf, rules)) for _, leaf in leaves]
-    new = [leaf.replace(value) for (_, leaf), value in zip(leaves, placed, strict=True)]
-    return jax.tree.unflatten(tree, new)
+    return leaves, tree
 
 
 def _misfit(name, variable, mesh, rules):
