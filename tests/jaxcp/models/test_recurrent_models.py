@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Qwen3-Next, Qwen3.5 and Kimi Linear compute what transformers does, on any mesh, in turns."""
 
-import dataclasses
 import functools
 
 import jax
@@ -14,15 +13,15 @@ from safetensors.numpy import load_file
 from tiny_checkpoints import FIXTURES, assert_same, flat
 
 import jaxcp
-from jaxcp import AllGather, MeshConfig, Ring, Zigzag
+from jaxcp import AllGather, Ring, Zigzag
 from jaxcp.inference.sampling import Sampling
 from jaxcp.layout import Contiguous
 from jaxcp.models.base import embed
-from jaxcp.training import OptimizerConfig, TextSource, TrainConfig, read_metrics, train
 
 CLOSE = {"atol": 2e-4, "rtol": 0}
-"""transformers' own float32 logits of qwen3-next-tiny are 1.3e-4 from those that it computes where
-every float32 of its code is float64, of qwen3-5-moe-tiny 2.8e-4; ours 0.9e-4 and 2.2e-4."""
+"""It is transformers' own rounding: its float32 logits of qwen3-next-tiny are 1.3e-4 from those
+that it computes where every float32 of its code is float64, of qwen3-5-moe-tiny 2.8e-4; ours are
+nearer on every mesh (`test_hf_recurrent.py`). Of kimi-linear-tiny all are within 1e-4."""
 NAMES = "qwen3-next-tiny", "qwen3-5-moe-tiny", "kimi-linear-tiny"
 ALL = pytest.mark.parametrize("name", NAMES)
 ON_MESHES = [
@@ -194,24 +193,3 @@ def test_gradients_on_a_mesh_are_those_on_one_device(name, axes, mesh_of):
         scale = np.abs(x).max()
         assert scale > 0, leaf
         np.testing.assert_allclose(found[leaf], x, atol=2e-4 * scale, rtol=0, err_msg=leaf)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen3-next-tiny", "kimi-linear-tiny"])
-def test_two_steps_of_training(name, tmp_path):
-    """From random weights of each shape, on one device and on four, remat too."""
-    config = jaxcp.load_config(FIXTURES / name)
-    losses = []
-    for mesh, remat in ((MeshConfig(), False), (MeshConfig(seq=2, model=2), True)):
-        out = train(
-            TrainConfig(
-                model=dataclasses.replace(config, remat=remat), seq_len=32, batch_size=2, steps=2,
-                data=TextSource(), out_dir=tmp_path / str(mesh.size), mesh=mesh, log_every=1,
-                optimizer=OptimizerConfig(warmup_steps=1),
-            )
-        )  # fmt: skip
-        records = read_metrics(out.metrics_path)
-        losses.append([record["loss"] for record in records])
-        assert len(records) == 2 and all(record["grad_norm"] > 0 for record in records)
-    assert losses[0][1] < losses[0][0]
-    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
