@@ -15,6 +15,7 @@ import dataclasses
 import datetime
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -84,9 +85,9 @@ class Args:
     prefills all at once."""
 
 
-def model_of(layers: int):
-    """Hy3 of so many layers in bfloat16, with shapes in the place of arrays."""
-    model = jaxcp.abstract_model(config_from_dict(HY3 | {"num_hidden_layers": layers}))
+def in_bfloat16(fields: dict[str, Any]):
+    """The model of a config.json in bfloat16, with shapes in the place of arrays."""
+    model = jaxcp.abstract_model(config_from_dict(fields | {"dtype": "bfloat16"}))
 
     def stored(leaf):
         if not isinstance(leaf, nnx.Param):
@@ -97,21 +98,29 @@ def model_of(layers: int):
 
 
 def row(target: str, layers: int, program: str, args: Args) -> dict[str, Any]:
-    """One compilation; `refused` says why there are no numbers."""
-    axes = MESHES[target]
+    """One compilation of Hy3; `refused` says why there are no numbers."""
+    fields = HY3 | {"num_hidden_layers": layers}
+    return row_of(fields, target, MESHES[target], program, args.context, args.chunk)
+
+
+def row_of(
+    fields: dict[str, Any], target: str, axes: dict[str, int], program: str, context: int,
+    chunk: int | None,
+) -> dict[str, Any]:  # fmt: skip
+    """One compilation of the model of a config.json; `refused` says why there are no numbers."""
     mesh = parse_target(target).mesh(**axes)
-    options = {"max_len": args.context, "rules": jaxcp.Rules(experts="seq")}
-    new = 1
+    options = {"max_len": context, "rules": jaxcp.Rules(experts="seq")}
+    model, layers, new = in_bfloat16(fields), fields["num_hidden_layers"], 1
     if program == "prefill":
-        new = args.chunk or args.context
-        sizes = {"tokens": new, "held": args.context - new}
-        fn, inputs = prefill_program(model_of(layers), mesh, **sizes, **options)
+        new = chunk or context
+        sizes = {"tokens": new, "held": context - new}
+        fn, inputs = prefill_program(model, mesh, **sizes, **options)
     else:
-        fn, inputs = decode_program(model_of(layers), mesh, **options)
+        fn, inputs = decode_program(model, mesh, **options)
     record: dict[str, Any] = {"target": target, "mesh": axes, "layers": layers, "program": program}
     tpu = mesh.devices.flat[0].platform == "tpu"
     compiler = versions("jax", "libtpu" if tpu else "jax-cuda13-plugin")
-    record |= {"context": args.context, "new": new, "compiler": compiler}
+    record |= {"context": context, "new": new, "compiler": compiler}
     try:
         report = compile_for(fn, inputs, mesh)
     except jax.errors.JaxRuntimeError as error:
@@ -156,41 +165,56 @@ def must_send(r: dict[str, Any]) -> dict[str, int] | None:
 
 def unexpected(r: dict[str, Any]) -> str:
     """Kinds that send more than `must_send` says: by over 1 % and a MiB a layer."""
-    expected, kinds = must_send(r), r["collectives"]
+    return surplus(r, must_send(r))
+
+
+def surplus(r: dict[str, Any], expected: dict[str, int] | None) -> str:
+    """Kinds that send more than `expected` bytes: by over 1 % and a MiB a layer."""
+    kinds = r["collectives"]
     if expected is None or kinds is None:
         return "not compared"
     over = {kind: size - expected.get(kind, 0) for kind, (_, size) in kinds.items()}
-    surplus = [
+    more = [
         f"{kind} {size / MIB:,.1f} MiB more"
         for kind, size in over.items()
         if kind not in expected or size > 0.01 * expected[kind] + r["layers"] * MIB
     ]
-    return ", ".join(surplus) or "none"
+    return ", ".join(more) or "none"
+
+
+COLUMNS = ["arguments GiB", "temporaries GiB", "together GiB", "of the device's", "left GiB"]
+COLUMNS += ["sent: times, MiB a device", "unexpected", "seconds"]
 
 
 def compiled(rows: list[dict[str, Any]]) -> str:
     """Table of all that was compiled."""
-    head = ["target", "mesh", "layers", "program", "arguments GiB", "temporaries GiB"]
-    head += ["together GiB", "of the device's", "left GiB", "sent: times, MiB a device"]
-    head += ["unexpected", "seconds"]
-    lines = []
-    for r in rows:
-        mesh = " ".join(f"{axis}={size}" for axis, size in r["mesh"].items())
-        first = [r["target"], mesh, str(r["layers"]), r["program"]]
-        if "refused" in r:
-            lines.append([*first, r["refused"]])
-            continue
-        sizes = [f"{r[f'{x}_bytes'] / GIB:.2f}" for x in ("argument", "temp", "total")]
-        sizes.append(f"{r['total_bytes'] / r['hbm_bytes']:.0%}")
-        left = (r["hbm_bytes"] - r["total_bytes"]) / GIB
-        sizes.append(f"{left:.1f}" if left >= 0 else f"**{left:.1f}: does not fit**")
-        kinds = r["collectives"]
-        sent = "not read"
-        if kinds is not None:
-            listed = (f"{k} {count} x, {size / MIB:,.1f}" for k, (count, size) in kinds.items())
-            sent = ", ".join(listed)
-        lines.append([*first, *sizes, sent, unexpected(r), str(r["seconds"])])
-    return table(head, lines)
+    head = ["target", "mesh", "layers", "program"]
+    lines = [
+        [r["target"], mesh_of(r), str(r["layers"]), r["program"], *cells(r, must_send)]
+        for r in rows
+    ]
+    return table(head + COLUMNS, lines)
+
+
+def mesh_of(r: dict[str, Any]) -> str:
+    """The mesh of a row in words."""
+    return " ".join(f"{axis}={size}" for axis, size in r["mesh"].items())
+
+
+def cells(r: dict[str, Any], must_send: Callable) -> list[str]:
+    """Cells of `COLUMNS`, or the reason why there are none."""
+    if "refused" in r:
+        return [r["refused"]]
+    sizes = [f"{r[f'{x}_bytes'] / GIB:.2f}" for x in ("argument", "temp", "total")]
+    sizes.append(f"{r['total_bytes'] / r['hbm_bytes']:.0%}")
+    left = (r["hbm_bytes"] - r["total_bytes"]) / GIB
+    sizes.append(f"{left:.1f}" if left >= 0 else f"**{left:.1f}: does not fit**")
+    kinds = r["collectives"]
+    sent = "not read"
+    if kinds is not None:
+        listed = (f"{k} {count} x, {size / MIB:,.1f}" for k, (count, size) in kinds.items())
+        sent = ", ".join(listed)
+    return [*sizes, sent, surplus(r, must_send(r)), str(r["seconds"])]
 
 
 def report(rows: list[dict[str, Any]], args: Args) -> str:

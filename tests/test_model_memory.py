@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report on a model too large for this machine: what it expects, and of what it speaks."""
 
+from benchmarks import family_memory
 from benchmarks.model_memory import GIB, MIB, compiled, must_send, unexpected
 
 
@@ -43,3 +44,31 @@ def test_the_table_says_whether_it_fits():
     assert "| 90% | 9.0 |" in compiled([row(80, hbm_bytes=90 * GIB)])
     refused = row(80) | {"refused": "out of memory"}
     assert "| prefill | out of memory |" in compiled([refused])
+
+
+def of_family(model, **changes):
+    fixed = {"target": "v5p:4x4x4", "mesh": {"seq": 8, "model": 8}}
+    return row(2, model=model, **fixed | changes)
+
+
+def test_what_layers_of_other_families_must_send():
+    """By hand, of 2,048 new tokens a device and 32,768 slots."""
+    sent = family_memory.must_send(of_family("Llama-3.3-70B"))
+    queries, answers = 16_384 * 8 * 128 * 2, 16_384 * 8 * 129 * 4
+    assert sent == {"all-reduce": 2 * 2048 * 8192 * 2, "all-gather": queries, "all-to-all": answers}
+    sent = family_memory.must_send(of_family("GLM-4.5"))
+    assert sent["collective-permute"] == 2 * 7 * 32_768 * (256 * 2 + 4), "keys of one head are less"
+    assert sent["all-to-all"] == 7 * 8 * 2560 * (2 * 5120 * 2 + 4)
+    sent = family_memory.must_send(of_family("Kimi-Linear-48B-A3B"))
+    pieces, channels = 16, 3 * 4 * 128
+    assert sent["all-gather"] == pieces * (4 * 128 * 256 * 4 + 3 * channels * 2)
+    assert sent["collective-permute"] == 7 * 32_768 * (576 * 2 + 4)
+    assert sent["all-reduce"] == 6 * 2048 * 2304 * 2
+
+
+def test_every_family_has_a_mesh_that_divides_its_heads():
+    assert family_memory.mesh_for("Qwen3-Next-80B-A3B", "v5p:4x4x4") == {"seq": 32, "model": 2}
+    assert family_memory.mesh_for("MiMo-V2-Flash", "rtx-pro-6000:8") == {"seq": 2, "model": 4}
+    r = of_family("Kimi-K2", collectives={"all-gather": [1, 3 * MIB]}, program="decode")
+    assert "| Kimi-K2 | v5p:4x4x4 | seq=8 model=8 | 2 | decode |" in family_memory.compiled([r])
+    assert "| all-gather 3.0 MiB more |" in family_memory.compiled([r])
