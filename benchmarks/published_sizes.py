@@ -95,7 +95,7 @@ KIMI_K2: dict[str, Any] = {
     "qk_rope_head_dim": 64, "rms_norm_eps": 1e-6, "rope_theta": 50000.0,
     "routed_scaling_factor": 2.827, "scoring_func": "sigmoid", "tie_word_embeddings": False,
     "topk_group": 1, "topk_method": "noaux_tc", "v_head_dim": 128, "vocab_size": 163840,
-    "num_hidden_layers": 2, "max_position_embeddings": 131072, "rope_scaling": {
+    "num_hidden_layers": 2, "max_position_embeddings": 262144, "rope_scaling": {
         "type": "yarn", "factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0,
         "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096,
     },
