@@ -14,6 +14,7 @@ import collections
 import os
 import pathlib
 import random
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -72,6 +73,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
+    # a shell that starts this in the background lets it be ignored, and so by all that is started
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     deadline = time.monotonic() + 60 * arguments.minutes
     rng = random.Random(arguments.seed)
     counts: collections.Counter[str] = collections.Counter()
