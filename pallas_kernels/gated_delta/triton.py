@@ -117,7 +117,7 @@ class _Walk:
 
     def __init__(self, op: str, parts: Chunk):
         (_, self.batch, self.heads, _, v), h = parts.u.shape, parts.w.shape[-1]
-        self.row = _tuned(op, max(h, v), parts.u.dtype)
+        self.row = _tuned(op, h, parts.u.dtype)  # columns are cut, whatever their number
         self.size, self.height = min(self.row.columns, _power(v)), _power(h)
         self.width = pl.cdiv(v, self.size) * self.size
         narrow = tiles.narrow(parts.u)

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from slow import slow_but
 
 from jaxcp.compile import compile_for, parse_target
-from pallas_kernels.gated_delta import gated_delta
+from pallas_kernels.gated_delta import gated_delta, gated_delta_chunks
 
 # 2026-11: jax 0.11 and later warn when Pallas-Triton is used; it works through 0.12.
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
@@ -63,6 +63,24 @@ def test_forward_and_backward_compile(target, dtype, by_channel):
     backward = 2 if target in GPUS else 3  # the states are made again, and on GPUs XLA does a part
     # None: some programs of libtpu cannot be read by the jaxlib of jax 0.10
     assert report.kernels in (forward + backward, None)
+
+
+@pytest.mark.parametrize("target", slow_but([*GPUS, *TPUS], lambda case: case == GPUS[0]))
+def test_pieces_of_a_sequence_compile(target):
+    """The summary walks a state of more columns than any head has."""
+    described = parse_target(target)
+    mesh = described.mesh(seq=described.size)
+    k, beta = (
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P()))
+        for shape, dtype in (((1, 128, 2, WIDTH), jnp.bfloat16), ((1, 128, 2), jnp.float32))
+    )
+
+    def local(k, beta):
+        chunks = gated_delta_chunks(k, k, k, -beta, beta)
+        return chunks.summary(), chunks.outputs(jnp.zeros((1, 2, WIDTH, WIDTH)), 128)
+
+    run = jax.shard_map(local, in_specs=(P(), P()), out_specs=P())
+    assert compile_for(run, (k, beta), mesh).kernels in (3, None)
 
 
 SPILLS = """
