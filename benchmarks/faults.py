@@ -25,8 +25,9 @@ EVERY = 6
 PATIENCE = 300
 """Seconds until a child that does nothing is an error; a loaded machine is slow."""
 ENDED = "ended.json"
+DAMAGES = ("truncated", "flipped", "missing")
 FAULTS = (
-    "kill", "kill in a save", "SIGTERM", "SIGINT", "truncated", "flipped", "missing", "shard gone",
+    "kill", "kill in a save", "SIGTERM", "SIGINT", *DAMAGES, "shard gone",
 )  # fmt: skip
 
 
@@ -161,7 +162,7 @@ def disturbed(folder: pathlib.Path, steps: int, faults: Iterable[str], seed: int
 
 def strike(course: Course, process, fault: str, rng: random.Random) -> int:
     """End a process by a fault once it has saved; give the step from which the next must go on."""
-    before = len_of(course.saved)
+    before = max(len_of(course.saved), first_that(fault))
     wait_for(lambda: len_of(course.saved) > before, process)
     time.sleep(rng.uniform(0, 0.1))
     if fault.startswith("SIG"):
@@ -178,7 +179,7 @@ def strike(course: Course, process, fault: str, rng: random.Random) -> int:
     saved = checkpoint.steps(course.saved)
     if fault == "shard gone":
         missing_shard(course)
-    elif not fault.startswith("kill"):
+    elif fault in DAMAGES:
         damage(course.saved / str(saved[-1]), fault, rng)
         return saved[-2]
     return saved[-1]
@@ -206,6 +207,11 @@ def damage(folder: pathlib.Path, fault: str, rng: random.Random) -> None:
     else:
         raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
         path.write_bytes(raw)
+
+
+def first_that(fault: str) -> int:
+    """The step of the save after which a fault may come: a damaged one needs another beside it."""
+    return EVERY if fault in DAMAGES else -1
 
 
 def len_of(saved: pathlib.Path) -> int:

@@ -20,7 +20,17 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.faults import ENDED, PATIENCE, Course, damage, len_of, trained, wait_for
+from benchmarks.faults import (
+    ENDED,
+    PATIENCE,
+    DAMAGES,
+    Course,
+    damage,
+    first_that,
+    len_of,
+    trained,
+    wait_for,
+)
 from benchmarks.links import Link
 from jaxcp import processes
 from jaxcp.cli.several import Processes, one_of
@@ -166,7 +176,7 @@ def disturbed(
 
 def strike(team: Team, started: list[Any], fault: str, rng: random.Random) -> int:
     """Let something happen once the run has saved; give the step from which it must go on."""
-    before = len_of(team.saved)
+    before = max(len_of(team.saved), first_that(fault))
     wait_for(lambda: len_of(team.saved) > before, started[0])
     time.sleep(rng.uniform(0, 0.2))
     victim = 0 if fault == "coordinator" else rng.randrange(1, team.processes)
@@ -184,7 +194,7 @@ def strike(team: Team, started: list[Any], fault: str, rng: random.Random) -> in
     elif fault == "hang":
         os.kill(started[victim].pid, signal.SIGSTOP)
         all_end(team, started, victim, HEARTBEAT + AT_ONCE)
-    elif fault in ("truncated", "flipped", "missing"):
+    elif fault in DAMAGES:
         for process in started:
             process.kill()
         team.codes(started)
