@@ -21,9 +21,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.faults import (
+    DAMAGES,
     ENDED,
     PATIENCE,
-    DAMAGES,
     Course,
     damage,
     first_that,
