@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 demo: $(VENV)/.installed
 	$(BIN)/jaxcp demo
 
-# Every room, and every value of an option: 15 to 20 minutes on 2 cores. A file's tests share a worker, and
+# Every room, and every value of an option: 10 minutes on 2 quick cores, 40 on slow ones. A file's tests share a worker, and
 # so what they have compiled.
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" --costs $(TESTS)
