@@ -44,7 +44,7 @@ class Args:
 
 
 def mesh_for(model: str, target: str) -> dict[str, int]:
-    """As many devices along `model` as divide the heads of keys, at most 8; the others on `seq`."""
+    """Lay as many devices along `model` as divide the heads of keys, at most 8, the rest `seq`."""
     fields = SIZES[model]
     heads = min(8, fields["num_key_value_heads"])
     return {"seq": DEVICES[target] // heads, "model": heads}
@@ -76,7 +76,7 @@ Sent = list[tuple[str, int]]
 
 
 def of_experts(mlp: Any, r: dict[str, Any], stream: int) -> Sent:
-    """What a feed-forward sends: its sum in bfloat16, that of routed experts in float32."""
+    """Bytes that a feed-forward sends: its sum in bfloat16, that of routed experts in float32."""
     if not isinstance(mlp, MoE):
         return [("all-reduce", stream)]
     sent = [("all-reduce", 2 * stream + stream * bool(mlp.num_shared_experts))]
@@ -90,7 +90,7 @@ def of_experts(mlp: Any, r: dict[str, Any], stream: int) -> Sent:
 
 
 def of_attention(layer: Any, r: dict[str, Any]) -> Sent:
-    """What attention sends: queries and their results, or keys; sums of pieces; or a window."""
+    """Bytes that attention sends: queries and results, or keys; sums of pieces; or a window."""
     seq, split, tokens = r["mesh"]["seq"], r["mesh"]["model"], r["new"] // r["mesh"]["seq"]
     slots, others = r["context"] // seq, seq - 1
     if isinstance(layer, DeltaLayer):

@@ -55,7 +55,8 @@ def gated_delta(
         kernels round what they multiply to bfloat16, but for decays and the inverse.
     Raises:
       ValueError: shapes or dtypes that make no sense.
-      NotImplementedError: a kernel that does not take these dtypes, naming one that does.
+      NotImplementedError: a kernel that does not take these dtypes or this many channels (triton:
+        128), naming one that does.
 
     Source: Yang et al., Gated Delta Networks (arXiv 2412.06464); Kimi Linear (arXiv 2510.26692).
 

@@ -50,7 +50,7 @@ class Products(NamedTuple):
     """Two ways to multiply matrices."""
 
     exact: Product
-    """For sums of decays and the inverse."""
+    """Product for sums of decays and the inverse."""
     large: Product
     """All else."""
 
@@ -163,19 +163,30 @@ def column(row):
     return jnp.sum(jnp.where(i == j, row, 0), axis=1, keepdims=True)
 
 
-class _Head:
-    """Decays of `log_decay [1, L]`, one a head: what is left after a time."""
+class _Decays:
+    """Parts of what was written that are left after a time, of n tokens."""
 
-    def __init__(self, log_decay, dtype, products):
+    def __init__(self, n, products):
         self.exact, self.large = products
-        self.n, self.log_decay = log_decay.shape[1], _read(log_decay, dtype)
-        self.i, self.j = _places(self.n)
+        self.n, (self.i, self.j) = n, _places(n)
 
     def from_start(self):
-        return self._summed(self.i >= self.j)
+        return self.after(self.i >= self.j)
 
     def to_end(self):
-        return self._summed(self.i < self.j)
+        return self.after(self.i < self.j)
+
+    def after(self, which):
+        """Exponentials of sums of logarithms over the tokens that each row of `which` has."""
+        raise NotImplementedError
+
+
+class _Head(_Decays):
+    """Decays of `log_decay [1, L]`, one a head."""
+
+    def __init__(self, log_decay, dtype, products):
+        super().__init__(log_decay.shape[1], products)
+        self.log_decay = _read(log_decay, dtype)
 
     def total(self):
         return jnp.exp(jnp.sum(self.log_decay, axis=1, keepdims=True))
@@ -187,27 +198,20 @@ class _Head:
         read = functools.partial(_read, dtype=between.dtype)
         return [self.large(read(x), read(k), (1, 1)) * between for x in rows]
 
-    def _summed(self, which):
+    def after(self, which):
         return jnp.exp(jnp.sum(jnp.where(which, self.log_decay, 0), axis=1, keepdims=True))
 
 
-class _Channels:
-    """`_Head` of `log_decay [L, H]`: a decay a channel.
+class _Channels(_Decays):
+    """Decays of `log_decay [L, H]`, one a channel.
 
     Two tokens meet at the border that halves the least aligned block with both: from there on the
     decay is the later one's, up to there the earlier one's. So each size of block is one product.
     """
 
     def __init__(self, log_decay, dtype, products):
-        self.exact, self.large = products
-        self.n, self.log_decay, self.dtype = log_decay.shape[0], log_decay, dtype
-        self.i, self.j = _places(self.n)
-
-    def from_start(self):
-        return self._summed(self.i >= self.j)
-
-    def to_end(self):
-        return self._summed(self.i < self.j)
+        super().__init__(log_decay.shape[0], products)
+        self.log_decay, self.dtype = log_decay, dtype
 
     def total(self):
         log_decay = _read(self.log_decay, self.dtype)
@@ -221,14 +225,14 @@ class _Channels:
             same = (i >> (bit + 1)) == (j >> (bit + 1))
             late_i, late_j = ((x >> bit) & 1 == 1 for x in (i, j))
             after, before = late_i & late_j & (j <= i), ~late_i & ~late_j & (j > i)
-            decay, meet = self._summed(same & (after | before)), same & late_i & ~late_j
+            decay, meet = self.after(same & (after | before)), same & late_i & ~late_j
             found = [
                 x + jnp.where(meet, self.large(read(row) * decay, read(k) * decay, (1, 1)), 0)
                 for x, row in zip(found, rows, strict=True)
             ]
         return found
 
-    def _summed(self, which):
+    def after(self, which):
         log_decay = _read(self.log_decay, self.dtype)
         return jnp.exp(self.exact(which.astype(self.dtype), log_decay, (1, 0)))
 

@@ -22,8 +22,14 @@ AT_ONCE = 64
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def check(name: str, q, k, v) -> None:
-    """Raise NotImplementedError for what no kernel of these multiplies."""
+def check(name: str, q, k, v, *, widest: int | None = None) -> None:
+    """Raise NotImplementedError for dtypes, and heads of over `widest` channels, that it lacks."""
+    widths = k.shape[-1], v.shape[-1]
+    if widest is not None and max(widths) > widest:
+        raise NotImplementedError(
+            f"{name}: at most {widest} channels of a key and a value; got {widths}. "
+            'Take implementation="xla"'
+        )
     for x in (q, k, v):
         if x.dtype.name not in DTYPES:
             raise NotImplementedError(

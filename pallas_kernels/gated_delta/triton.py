@@ -36,7 +36,7 @@ def tokens(dtype) -> tuple[int, int]:
 
 def local(q, k, v, log_decay, beta, document) -> Chunk:
     """See `tiles.chunks_by_xla`, which takes float32: tiles of it exceed shared memory."""
-    tiles.check("triton", q, k, v)
+    tiles.check("triton", q, k, v, widest=128)
     arrays = q, k, v, log_decay, beta, document
     if not tiles.narrow(q, k, v):
         return tiles.chunks_by_xla(tile.EXACT, *arrays)

@@ -153,6 +153,14 @@ def test_dtypes_that_a_kernel_does_not_take_name_who_does():
                 gated_delta(**x, implementation=name)
 
 
+def test_channels_that_a_kernel_does_not_take_name_who_does():
+    q, v = jnp.zeros((1, 20, 1, 136)), jnp.zeros((1, 20, 1, 8))
+    for k, wide in ((q, v), (v, q)):
+        with pytest.raises(NotImplementedError, match=r"128 channels.*xla"):
+            gate = jnp.zeros((1, 20, 1))
+            gated_delta(k, k, wide, gate, gate, implementation="triton")
+
+
 def test_a_row_of_documents_is_each_by_itself():
     x, length = problem(100), 37
     marks = {"starts": jnp.zeros((B, 100), bool).at[:, length].set(True)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a recurrent layer keeps: latest tokens may turn out to be none, and others follow."""
+"""State of a recurrent layer: latest tokens may turn out to be none, and others follow."""
 
 import jax
 import jax.numpy as jnp

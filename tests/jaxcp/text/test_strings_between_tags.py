@@ -41,7 +41,7 @@ def tools(schema, **more):
 
 
 def may_be(tokenizers, name, schema, value, **more):
-    """Whether a call with this argument, as the template writes it, follows the grammar."""
+    """Tell whether a call with this argument, as the template writes it, follows the grammar."""
     tokenizer, offered = tokenizers(name), tools(schema, **more)
     prompt = tokenizer.chat.prompt(USER, tools=offered, thinking=closed(tokenizer))
     grammar = prompt.call_grammar(None, several=False)
