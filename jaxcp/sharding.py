@@ -96,7 +96,7 @@ def over_replicas(
       mesh: sizes of the axes.
       stacked: the first dimension numbers layers, which are taken one at a time: it stays whole.
     """
-    axes_of = [_names(entry) for entry in (*spec, *[None] * (len(shape) - len(spec)))]
+    axes_of = [names_of(entry) for entry in (*spec, *[None] * (len(shape) - len(spec)))]
     used = {axis for axes in axes_of for axis in axes}
     free = tuple(axis for axis in REPLICAS if mesh[axis] > 1 and axis not in used)
 
@@ -113,7 +113,8 @@ def over_replicas(
     return P(*(axes[0] if len(axes) == 1 else axes or None for axes in axes_of))
 
 
-def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def names_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of an entry of a `PartitionSpec`."""
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
@@ -121,8 +122,8 @@ def gathered_beside(x: jax.Array, spec: P | None) -> jax.Array:
     """`x`, whole over the mesh axes in `spec`; as it is without a mesh."""
     if spec is None or jax.sharding.get_abstract_mesh().empty:
         return x
-    taken = {axis for entry in spec for axis in _names(entry)}
-    left = [{*_names(entry)} - taken for entry in jax.typeof(x).sharding.spec]
+    taken = {axis for entry in spec for axis in names_of(entry)}
+    left = [{*names_of(entry)} - taken for entry in jax.typeof(x).sharding.spec]
     return jax.sharding.reshard(x, P(*(tuple(sorted(axes)) or None for axes in left)))
 
 

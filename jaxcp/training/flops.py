@@ -30,7 +30,7 @@ from jaxcp.layers.attention import Attention
 from jaxcp.layers.gated_delta import DeltaDims, DeltaLayer
 from jaxcp.layers.mla import LatentAttention
 from jaxcp.models import abstract_model
-from jaxcp.training.optimizer import sides
+from jaxcp.training.muon import sides
 from jaxcp.training.step import skeleton
 from pallas_kernels import PAD_POSITION, devices
 

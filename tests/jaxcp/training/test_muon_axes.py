@@ -17,7 +17,8 @@ import jaxcp
 from jaxcp.models.hybrid_moe.config import NGramConfig
 from jaxcp.sharding import sharding_of
 from jaxcp.training import OptimizerConfig
-from jaxcp.training.optimizer import decays, is_matrix, make_optimizer, matrix_sizes
+from jaxcp.training.muon import is_matrix, matrix_sizes
+from jaxcp.training.optimizer import decays, make_optimizer
 from jaxcp.training.step import skeleton
 
 FIXTURES = pathlib.Path(__file__).parents[2] / "fixtures"

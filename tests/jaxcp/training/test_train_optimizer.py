@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from jaxcp.training import OptimizerConfig
-from jaxcp.training.optimizer import decays, is_matrix, make_optimizer, orthogonalize, schedule
+from jaxcp.training.muon import is_matrix, orthogonalize
+from jaxcp.training.optimizer import decays, make_optimizer, schedule
 
 AXES = {
     "embed": ("vocab", "embed"),
@@ -98,15 +100,42 @@ def test_orthogonalize_sets_singular_values_near_one():
         assert (along > 0.7 * min(rows, columns)).all(), name
 
 
-def test_orthogonalize_is_the_same_spread_over_a_mesh(mesh_of):
-    updates = {name: x for name, x in weights().items() if is_matrix(AXES[name])}
-    alone = orthogonalize(updates, AXES)
+STACKED = {
+    **AXES,
+    "layers.attention.k": ("layers", "embed", "kv_heads", "head_dim"),
+    "layers.mlp.up": ("layers", "experts", "embed", "mlp"),
+}
+CUTS = {
+    "replicas": {},
+    "experts": {"layers.0.mlp.gate": P("seq"), "layers.mlp.up": P(None, "seq")},
+    "rows": {"layers.0.attention.q": P(("data", "seq")), "layers.mlp.up": P(None, None, "data")},
+    "both sides": {"layers.0.attention.q": P("seq", "data"), "layers.0.mlp.shared.up": P(
+        "data", "seq")},
+    "within a side": {
+        "layers.0.attention.q": P(None, "data", "seq"),
+        "layers.0.attention.o": P(None, ("data", "seq")),
+        "layers.attention.k": P(None, None, None, "seq"),
+    },
+    "all": {"layers.mlp.up": P(None, "seq", "data"), "layers.attention.k": P(None, "data", "seq")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_matrices_in_parts_become_orthogonal_as_whole_ones(mesh_of, cut):
+    """Three layers, which eight devices do not divide."""
+    rng = np.random.default_rng(1)
+    updates = {name: np.asarray(x) for name, x in weights().items() if is_matrix(AXES[name])}
+    for name, shape in {"attention.k": (3, 16, 4, 4), "mlp.up": (3, 4, 16, 6)}.items():
+        updates[f"layers.{name}"] = rng.normal(size=shape).astype(np.float32)
+    alone = orthogonalize({name: jnp.asarray(x) for name, x in updates.items()}, STACKED)
     mesh_of(seq=4, data=2)
-    spread = jax.jit(functools.partial(orthogonalize, axes=AXES))(
-        {k: jax.device_put(np.asarray(x), jax.P()) for k, x in updates.items()}
-    )
+    specs = {name: P(*CUTS[cut].get(name, P()), *[None] * 4) for name in updates}
+    specs = {name: P(*specs[name][: x.ndim]) for name, x in updates.items()}
+    parts = {name: jax.device_put(x, specs[name]) for name, x in updates.items()}
+    spread = jax.jit(functools.partial(orthogonalize, axes=STACKED))(parts)
     for name in updates:
-        np.testing.assert_allclose(spread[name], alone[name], atol=1e-5)
+        assert jax.typeof(spread[name]).sharding.spec == specs[name]
+        np.testing.assert_allclose(spread[name], alone[name], atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("muon", [None, 0.05])

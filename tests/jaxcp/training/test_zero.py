@@ -148,9 +148,25 @@ def test_a_vocabulary_in_parts_trains_as_on_one_device(axis, zero):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [{"seq": 4}, {"data": 4}], ids=str)
-def test_muon_sees_whole_matrices(mesh):
-    same(config(HY3, mesh=mesh, zero=3, muon=0.02))
+@pytest.mark.parametrize("zero", [0, 1, 3])
+@pytest.mark.parametrize("mesh", [{"seq": 4}, *MESHES[2:3], *MESHES[4:]], ids=str)
+def test_muon_sees_whole_matrices(mesh, zero):
+    same(config(HY3, mesh=mesh, zero=zero, muon=0.02))
+
+
+def test_muon_sends_parts_of_matrices_twice():
+    """No device gathers a stack of matrices: parts are exchanged, results dealt back."""
+    c = config(WIDE, zero=3, mesh={"data": 8}, muon=0.02)
+    c = dataclasses.replace(c, seq_len=8)
+    mesh = c.mesh.make()
+    inputs = abstract_inputs(c, mesh)
+    found = transfers(text_of(inputs, mesh, program(c)))
+    # 18 matrices of q, k and v are dealt as 24; 6 of o, and 6 and 6 of four times the size, as 8
+    hands = 4 * 64 * 64 * (24 + 8 + 4 * (8 + 8)) // 8
+    dealt = [x for x in found if x.kind == "all-to-all"]
+    assert sum(x.bytes * x.count for x in dealt) == 2 * hands
+    stack = WIDE.num_layers * 4 * 64 * 64
+    assert all(x.bytes < stack for x in found if x.kind == "all-gather")
 
 
 @pytest.mark.slow
