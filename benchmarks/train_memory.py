@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """GPT-2 124M at 1M tokens and Hy3-295B at 256K, trained on machines that are not here.
 
-One step of AdamW, compiled by the chip's own compiler with the state cut over the mesh
+One step, compiled by the chip's own compiler with the state cut over the mesh
 (`TrainConfig.zero=3`); nothing runs.
 
     python -m benchmarks.model_memory --train --out benchmarks/results
@@ -28,7 +28,7 @@ from jaxcp.training.step import abstract_inputs, make_step
 
 GIB = 1 << 30
 MILLION = 1 << 20
-KEY = ("model", "target", "mesh", "tokens", "zero", "remat")
+KEY = ("model", "target", "mesh", "tokens", "zero", "remat", "optimizer")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,7 @@ class Case:
     tokens: int
     zero: int = 3
     remat: bool | str = True
+    optimizer: str = "AdamW"
 
 
 CASES = (
@@ -56,9 +57,21 @@ CASES = (
         )
         for remat in (*POLICIES, False)
     ),
+    Case(
+        model="GPT-2 124M", target="h200:8", mesh={"seq": 8}, tokens=MILLION // 8, optimizer="Muon"
+    ),
     Case(model="Hy3-295B", target="v5p:4x4x8", mesh={"data": 8, "seq": 16}, tokens=MILLION // 4),
     Case(model="Hy3-295B", target="h200:8x8", mesh={"data": 8, "seq": 8}, tokens=MILLION // 4),
-    Case(model="Hy3-295B", target="h200:8x8", mesh={"data": 4, "seq": 16}, tokens=MILLION // 4),
+    *(
+        Case(
+            model="Hy3-295B",
+            target="h200:8x8",
+            mesh={"data": 4, "seq": 16},
+            tokens=MILLION // 4,
+            optimizer=optimizer,
+        )
+        for optimizer in ("AdamW", "Muon")
+    ),
 )
 
 
@@ -75,8 +88,10 @@ def model_of(case: Case, hy3: dict[str, Any]) -> Any:
 
 def run_of(case: Case, model: Any) -> jaxcp.TrainConfig:
     """The run of a case; experts lie on the devices that hold a sequence."""
+    optimizer = jaxcp.OptimizerConfig(muon_learning_rate=0.02 if case.optimizer == "Muon" else None)
     return jaxcp.TrainConfig(
-        model=model, seq_len=case.tokens, batch_size=case.mesh.get("data", 1), steps=1000,
+        model=model, optimizer=optimizer, steps=1000,
+        seq_len=case.tokens, batch_size=case.mesh.get("data", 1),
         data=jaxcp.TextSource(), out_dir="none", mesh=jaxcp.MeshConfig(**case.mesh),
         rules=jaxcp.Rules(experts="seq"), strategy=jaxcp.Ring(), zero=case.zero, loss_chunk=4096,
     )  # fmt: skip
@@ -127,8 +142,15 @@ def reason(error: str) -> str:
 
 def compiled(rows: list[dict[str, Any]]) -> str:
     """Table of all that was compiled."""
-    head = ["model", "tokens of a row", "target", "mesh", "remat", "state GiB", "temporaries GiB"]
-    head += ["together GiB", "of the device's", "left GiB", "sent GiB a device and step", "seconds"]
+    head = ["model", "tokens of a row", "target", "mesh", "remat", "optimizer", "state GiB"]
+    head += [
+        "temporaries GiB",
+        "together GiB",
+        "of the device's",
+        "left GiB",
+        "sent GiB a device and step",
+        "seconds",
+    ]
     lines = []
     for r in rows:
         mesh = " ".join(f"{axis}={size}" for axis, size in r["mesh"].items())
@@ -138,6 +160,7 @@ def compiled(rows: list[dict[str, Any]]) -> str:
             r["target"],
             mesh,
             str(r["remat"]),
+            r["optimizer"],
             f"{r['state_bytes'] / GIB:.2f}",
         ]
         if "refused" in r:
@@ -165,11 +188,11 @@ def report(rows: list[dict[str, Any]]) -> str:
     made = "; ".join(sorted({r["compiler"] for r in rows}))
     return f"""# Training on machines that are not here
 
-`python -m benchmarks.model_memory --train`, {made}, {datetime.date.today()}. A step of AdamW:
-float32 parameters, first and second moments (the state), bfloat16 in the layers, the state cut over
-`data` and `seq` (`zero=3`), experts over `seq`, one row a device of `data`, ring attention. Bytes a
-device; memory is what the compiler allots to the program, and what a runtime keeps beside it is not
-in it. All layers are compiled.
+`python -m benchmarks.model_memory --train`, {made}, {datetime.date.today()}. A step of
+training: float32 parameters, first and second moments (the state; Muon keeps no second ones of
+matrices), bfloat16 in the layers, the state cut over `data` and `seq` (`zero=3`), experts over
+`seq`, one row a device of `data`, ring attention. Bytes a device; memory is what the compiler
+allots to the program, and what a runtime keeps beside it is not in it. All layers are compiled.
 
 Sent: all that the program may send, of the exchange of experts every round, which only the worst
 choice of experts needs.
@@ -181,6 +204,7 @@ def main(out: pathlib.Path | None, hy3: dict[str, Any], targets: tuple[str, ...]
     """Compile the cases of some targets, of all where there are none, and write the report."""
     kept = None if out is None else out / "train_memory.json"
     records = json.loads(kept.read_text()) if kept is not None and kept.exists() else []
+    records = [{"optimizer": "AdamW"} | record for record in records]
     todo = [case for case in CASES if not targets or case.target in targets]
     for case in track(todo, description="compiling steps of training"):
         new = row(case, hy3)
