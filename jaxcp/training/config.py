@@ -93,9 +93,9 @@ class LossConfig:
 
     No loss depends on the mesh. Records show the losses without their weights.
 
-    With `accumulate`, the load and mean probabilities of the balance loss are those of a piece, and
-    the routers' losses are the mean over pieces, weighted as their targets are. The MTP loss is
-    that of the whole batch in any case.
+    All are means over the whole batch, in any number of pieces (`accumulate`) but for the balance
+    loss: its load and mean probabilities are those of a piece, and it is the mean over pieces by
+    their tokens.
     """
 
     balance_loss_weight: float = 0.0

@@ -11,6 +11,7 @@ from jaxcp.layers.quantized import quantized_names
 from jaxcp.layers.router_stats import RouterStats
 from jaxcp.training.config import LossConfig
 from jaxcp.training.loss import chunked_cross_entropy
+from pallas_kernels import PAD_POSITION
 
 
 class Totals(NamedTuple):
@@ -22,13 +23,22 @@ class Totals(NamedTuple):
     stats: RouterStats | None
 
 
+class Scales(NamedTuple):
+    """The whole batch's weight of next tokens, over what other losses are means of."""
+
+    drafts: Float[Array, ""] | None
+    """Over the weight of drafts of all depths; None without any."""
+    tokens: Float[Array, ""]
+    """Over the number of tokens, which routers see whether they are learnt or not."""
+
+
 def objective(
-    model: Any, piece: Any, losses: LossConfig, *, draft_scale: Any, chunk: int, **options: Any
+    model: Any, piece: Any, losses: LossConfig, *, scales: Scales | None, chunk: int, **options: Any
 ) -> tuple[Float[Array, ""], Totals]:
     """Compute the objective times the piece's weight, and its parts.
 
     Args:
-      draft_scale: the whole batch's weight of next tokens over that of drafts.
+      scales: of the whole batch; None where next tokens alone are learnt.
       options: as `model.hidden` takes them.
     Raises:
       NotImplementedError: weights of the model are quantized.
@@ -57,19 +67,27 @@ def objective(
             )[0]
             for i, x in enumerate(drafts)
         ]
-        parts["mtp_loss"] = draft_scale * sum(draft_losses)
+        assert scales is not None and scales.drafts is not None
+        parts["mtp_loss"] = scales.drafts * sum(draft_losses)
         minimized = minimized + losses.mtp_loss_weight * parts["mtp_loss"]
-    if stats is not None and losses.balance_loss_weight:
-        parts["router_balance_loss"] = weight * stats.balance_loss()
-        minimized = minimized + losses.balance_loss_weight * parts["router_balance_loss"]
-    if stats is not None and losses.z_loss_weight:
-        parts["router_z_loss"] = weight * stats.z_loss()
-        minimized = minimized + losses.z_loss_weight * parts["router_z_loss"]
+    for name, factor, mean in (
+        ("router_balance_loss", losses.balance_loss_weight, RouterStats.balance_loss),
+        ("router_z_loss", losses.z_loss_weight, RouterStats.z_loss),
+    ):
+        if stats is not None and factor:
+            assert scales is not None
+            parts[name] = scales.tokens * _tokens(piece) * mean(stats)
+            minimized = minimized + factor * parts[name]
     return minimized, Totals(weight, parts, stats)
 
 
-def draft_scale(batch: Any) -> Any:
-    """The `draft_scale` of `objective`, over all pieces and all depths of drafts."""
-    if "draft_weights" not in batch:
-        return None
-    return batch["weights"].sum() / jnp.maximum(batch["draft_weights"].sum(), 1e-9)
+def scales_of(batch: Any) -> Scales:
+    """The `Scales` of all pieces of a batch."""
+    weight, drafts = batch["weights"].sum(), None
+    if "draft_weights" in batch:
+        drafts = weight / jnp.maximum(batch["draft_weights"].sum(), 1e-9)
+    return Scales(drafts, weight / jnp.maximum(_tokens(batch), 1))
+
+
+def _tokens(batch: Any) -> jax.Array:
+    return jnp.asarray((batch["positions"] != PAD_POSITION).sum(), jnp.float32)

@@ -22,7 +22,7 @@ from jaxcp.layout import Zigzag
 from jaxcp.models import family_of
 from jaxcp.sharding import DEFAULT, Rules, sharding_of
 from jaxcp.training.config import LossConfig, OptimizerConfig, TrainConfig
-from jaxcp.training.objective import Totals, draft_scale, objective
+from jaxcp.training.objective import Totals, objective, scales_of
 from jaxcp.training.optimizer import Cycles, make_optimizer, schedule
 from jaxcp.training.start import load_weights
 from jaxcp.training.zero import Places, laid, places
@@ -223,9 +223,9 @@ def make_step(
     rate = schedule(optimizer_config, optimizer_config.learning_rate, steps)
     options = {"strategy": strategy, "consecutive": consecutive, "chunk": loss_chunk}
 
-    def loss(params, state, piece, scale):
+    def loss(params, state, piece, scales):
         model = join(model_config, state | {"params": params}, rules if zero == 3 else None)
-        return objective(model, piece, losses, draft_scale=scale, **options)
+        return objective(model, piece, losses, scales=scales, **options)
 
     def lie(tree, specs):
         return laid(tree, specs) if zero else tree
@@ -259,10 +259,10 @@ def make_step(
 
 def _sums(loss: Callable, state: State, batch: Any, lie: Callable) -> tuple[Any, Totals]:
     """Sum the gradient, which `lie` lays where it belongs, and the `Totals` over the pieces."""
-    scale = draft_scale(batch)
+    scales = scales_of(batch)
 
     def gradient(state, piece):
-        grads, totals = jax.grad(loss, has_aux=True)(state["params"], state, piece, scale)
+        grads, totals = jax.grad(loss, has_aux=True)(state["params"], state, piece, scales)
         return lie(grads), totals
 
     first = jax.tree.map(lambda x: x[0], batch)

@@ -83,7 +83,7 @@ def _sums(
         model = join(model_config, {"params": params, "others": others}, rules)
         piece = jax.tree.map(lambda x: x[0], batch)
         _, totals = objective(
-            model, piece, LossConfig(), draft_scale=None,
+            model, piece, LossConfig(), scales=None,
             strategy=strategy, consecutive=consecutive, chunk=chunk,
         )  # fmt: skip
         return totals.parts["loss"], totals.weight

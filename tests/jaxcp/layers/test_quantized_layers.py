@@ -158,7 +158,7 @@ def test_a_mesh_that_cuts_through_a_scale():
 def test_training_and_saving_say_that_they_cannot(tmp_path):
     model = quantized("hy3")
     with pytest.raises(NotImplementedError, match=r"no gradient flows.*layers\.0\.attention\.k\."):
-        objective(model, {}, LossConfig(), draft_scale=None, chunk=1)
+        objective(model, {}, LossConfig(), scales=None, chunk=1)
     with pytest.raises(NotImplementedError, match="jaxcp quantize"):
         jaxcp.save(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -16,7 +16,7 @@ from jaxcp import LossConfig, Zigzag
 from jaxcp.data.lookahead import draft_batch
 from jaxcp.data.placing import put
 from jaxcp.data.sources import checked
-from jaxcp.training.objective import draft_scale, objective
+from jaxcp.training.objective import objective, scales_of
 from jaxcp.training.step import balance, skeleton
 from jaxcp.weights.placement import place
 
@@ -77,7 +77,7 @@ def gradient(model, batch, attention):
     """`(gradients, Totals)` of a batch over its weight."""
 
     def loss(model):
-        options = {"draft_scale": draft_scale(batch), "chunk": 16, "strategy": attention}
+        options = {"scales": scales_of(batch), "chunk": 16, "strategy": attention}
         total, totals = objective(model, batch, ALL, **options)
         return total / totals.weight, totals
 

@@ -20,7 +20,7 @@ from jaxcp.mesh import MeshConfig
 from jaxcp.models.hybrid_moe.config import HybridMoEConfig
 from jaxcp.training import LossConfig, OptimizerConfig, TrainConfig, read_metrics, train
 from jaxcp.training.metrics import LOADS, as_json
-from jaxcp.training.objective import draft_scale, objective
+from jaxcp.training.objective import objective, scales_of
 from jaxcp.training.step import abstract_inputs
 from jaxcp.weights.placement import place
 
@@ -62,10 +62,10 @@ def documents():
 
 def gradient(model, batch, strategy):
     """`(gradients by name, parts, stats)` of the pieces of a batch, over its weight."""
-    scale = draft_scale(batch)
+    scales = scales_of(batch)
 
     def loss(model, piece):
-        options = {"strategy": strategy, "draft_scale": scale, "chunk": 16}
+        options = {"strategy": strategy, "scales": scales, "chunk": 16}
         return objective(model, piece, ALL, **options)
 
     found = [
