@@ -90,7 +90,7 @@ def orthogonalize(updates: Params, axes: Mapping[str, Axes]) -> Params:
 
 
 class _Cut(NamedTuple):
-    """What a device has of matrices: `[rows..., columns...]`, no more rows than columns in all."""
+    """The part of matrices that a device has, `[rows..., columns...]`, no more rows than columns."""
 
     shape: tuple[int, ...]
     over: tuple[tuple[str, ...], ...]
@@ -134,7 +134,7 @@ class _View(NamedTuple):
     stack: jax.Array
     """`[m, *cut.shape]`."""
     back: Callable[[jax.Array], jax.Array]
-    """From the orthogonalized stack to the update of the weight."""
+    """Makes of the orthogonalized stack the update of the weight."""
 
 
 def _view(own: Axes, x: jax.Array, spec: P, mesh: Mapping[str, int]) -> _View:
