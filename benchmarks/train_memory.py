@@ -61,6 +61,7 @@ CASES = (
         model="GPT-2 124M", target="h200:8", mesh={"seq": 8}, tokens=MILLION // 8, optimizer="Muon"
     ),
     Case(model="Hy3-295B", target="v5p:4x4x8", mesh={"data": 8, "seq": 16}, tokens=MILLION // 4),
+    Case(model="Hy3-295B", target="v5p:4x4x8", mesh={"data": 4, "seq": 32}, tokens=MILLION // 4),
     Case(model="Hy3-295B", target="h200:8x8", mesh={"data": 8, "seq": 8}, tokens=MILLION // 4),
     *(
         Case(

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arguments, looked at before anything is cast, computed or changed."""
 
+import math
 import numbers
 from typing import Any
 
 import jax
 import numpy as np
+
+from jaxcp.processes import several
 
 
 def token_ids(model: Any, tokens: Any) -> np.ndarray:
@@ -69,6 +72,44 @@ def seconds(name: str, value: Any) -> float:
     if not number or not float(value) > 0:
         raise ValueError(f"{name} must be positive seconds; got {value!r}")
     return float(value)
+
+
+def longest_wait(given: float | None) -> float:
+    """`Engine(max_wait=)`; infinite in several processes, which must cut prompts alike.
+
+    Raises:
+      ValueError: it is no time, or finite in several processes.
+    """
+    if given is None:
+        return math.inf if several() else 0.25
+    wait = seconds("max_wait", given)
+    if several() and wait < math.inf:
+        raise ValueError(
+            "each of several processes has a clock of its own, by which they would cut prompts "
+            f"in different places: leave max_wait out, or give math.inf; got {given}"
+        )
+    return wait
+
+
+def check_decides_alike(memory: int | float | None, host_memory: int) -> None:
+    """Refuse what each of several processes would decide by what it measures.
+
+    Raises:
+      ValueError: `memory` is a fraction.
+      NotImplementedError: there is `host_memory`.
+    """
+    if not several():
+        return
+    if isinstance(memory, float):
+        raise ValueError(
+            "several processes may find different amounts of memory free: give memory in bytes, "
+            f"or pool_tokens; got memory={memory}"
+        )
+    if host_memory:
+        raise NotImplementedError(
+            "host_memory is not there over several processes, which would decide by their own "
+            "clocks what to copy back: leave it out"
+        )
 
 
 def check_mesh(model: Any) -> None:

@@ -17,7 +17,7 @@ from jaxcp.context_parallel import Strategy
 from jaxcp.inference.asking import Asking, checked_stop_tokens
 from jaxcp.inference.awaited import Awaited
 from jaxcp.inference.chat_session import begin
-from jaxcp.inference.checks import check_mesh, integer, seconds
+from jaxcp.inference.checks import check_decides_alike, check_mesh, integer, longest_wait
 from jaxcp.inference.geometry import FEW, Geometry, check_memory, geometry_of
 from jaxcp.inference.groups import Groups
 from jaxcp.inference.interrupts import deferred
@@ -52,7 +52,8 @@ class Engine:
       max_len: tokens that a request or session holds at most, prompt and answer.
       max_rows: requests that run at a time; more wait.
       max_wait: seconds that chunks of prompts may add to a step in which other rows decode: they
-        are as long as that allows, by how long others took, and 8 tokens at least.
+        are as long as that allows, by how long others took, and 8 tokens at least. None: 0.25,
+        and in several processes, which have no clock together, no bound.
       drafts: tokens of a row that are guessed in a step at most, up to 7, from what followed the
         same words before, or by the model's own MTP layer where it has one: the answers stay the
         same, and come faster where guesses are right.
@@ -73,9 +74,10 @@ class Engine:
         checkpoint that was loaded, () none.
     Raises:
       ValueError: the model has fewer positions than `max_len`, no embedding of a stop token, what
-        `strategy` needs is not on this mesh, or `host_memory` has no room for a page.
-      NotImplementedError: `strategy` cannot fill a cache of this model, or what its layers keep has
-        no form in 8 bits.
+        `strategy` needs is not on this mesh, `host_memory` has no room for a page, or several
+        processes would decide by a clock or by memory of their own (`max_wait`, `memory`).
+      NotImplementedError: `strategy` cannot fill a cache of this model, what its layers keep has no
+        form in 8 bits, or `host_memory` in several processes.
 
     >>> engine = jaxcp.Engine(model, tokenizer, max_len=131_072)
     >>> answer = "".join(engine.session().send("The needle is"))
@@ -92,7 +94,7 @@ class Engine:
         stop_tokens: Collection[int] | None = None,
         max_rows: int = 16,
         drafts: int = 0,
-        max_wait: float = 0.25,
+        max_wait: float | None = None,
         pool_tokens: int | None = None,
         memory: int | float | None = None,
         cache_dtype: str | None = None,
@@ -114,7 +116,7 @@ class Engine:
         if stop_tokens is None:
             stop_tokens = getattr(model, "stop_tokens", ())
         self.stop_tokens = checked_stop_tokens(model, stop_tokens)
-        self.max_wait = seconds("max_wait", max_wait)
+        self.max_wait = longest_wait(max_wait)
         self.drafts = integer("drafts", drafts, 0, FEW - 1)
         self._asking = Asking(model, tokenizer, self.stop_tokens, self.drafts)
         if strategy is not None:
@@ -129,6 +131,7 @@ class Engine:
         self.pool_tokens, self.memory, self.cache_dtype = pool_tokens, memory, cache_dtype
         self.host_memory = integer("host_memory", 0 if host_memory is None else host_memory, 0)
         check_mesh(model)
+        check_decides_alike(memory, self.host_memory)
         self._lock = threading.RLock()
         self._awaited = Awaited(queue=self.queue, step=self.step, cancel=self.cancel)
         self._mesh = None if jax.sharding.get_abstract_mesh().empty else jax.sharding.get_mesh()

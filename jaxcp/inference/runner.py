@@ -51,6 +51,7 @@ from jaxcp.inference.request import Seat
 from jaxcp.inference.sampling import NOT_FINITE, Sampling
 from jaxcp.inference.turns import layout_of
 from jaxcp.inference.verify import Verified
+from jaxcp.processes import everywhere
 
 Lines = list[Row | None]
 """The row in each line of a batch; None rests."""
@@ -168,7 +169,7 @@ class Runner:
         if self.together is not None and any(beside):
             steps.append(self._chunks_of(beside, *self.together))
         self._copy([[]] * g.groups, [_snapshots(plan) for plan in plans])
-        return Tokens(plans, steps)
+        return Tokens(plans, [(rows, everywhere(found)) for rows, found in steps])
 
     def _chunks(self, groups: list[list[Row]]) -> Iterator[tuple[Lines, Verified]]:
         """Run a program for the first row of each group, one for the second, and so on."""

@@ -21,6 +21,7 @@ from jaxcp.data.windows import windows
 from jaxcp.inference.logprobs import LogProbs, TokenLogProbs
 from jaxcp.inference.sampling import MOST_LOGPROBS
 from jaxcp.layers.cross_entropy import walk
+from jaxcp.processes import everywhere
 from jaxcp.sharding import gathered_beside
 from pallas_kernels.dispatch import target_platform
 
@@ -84,7 +85,7 @@ def _sent(model, ids, strategy) -> LogProbs:
 def _read(found, length, layout) -> LogProbs:
     """Arrays of all tokens but the first, in natural order, on the host."""
     shards = jax.sharding.get_abstract_mesh().shape.get("seq", 1)
-    in_order = (layout.inverse(np.asarray(x), shards, _width(length)) for x in found)
+    in_order = (layout.inverse(np.asarray(x), shards, _width(length)) for x in everywhere(found))
     return LogProbs(*(x[0, : length - 1] for x in in_order))
 
 

@@ -22,6 +22,7 @@ from jaxcp.context_parallel.overlap import compiler_options
 from jaxcp.data.windows import windows
 from jaxcp.inference.checks import integers, token_ids
 from jaxcp.inference.turns import frame_of, latest, layout_of, pieces
+from jaxcp.processes import everywhere
 from pallas_kernels.dispatch import target_platform
 
 TRIED = 64
@@ -59,9 +60,10 @@ def prefill(
     lengths = _check_tokens(cache, tokens, lengths)
     cache = cache if donate else _copied(cache)
     width = cache.recent.shape[1] + 1
-    start, done = np.asarray(cache.lengths), np.zeros_like(lengths)
-    tokens = windows(tokens[:, : lengths.max()], width, before=np.asarray(cache.recent))
-    recent = _recent(tokens, np.asarray(cache.recent))
+    start, before = (np.asarray(x) for x in everywhere((cache.lengths, cache.recent)))
+    done = np.zeros_like(lengths)
+    tokens = windows(tokens[:, : lengths.max()], width, before=before)
+    recent = _recent(tokens, before)
     logits: Any = None
     for piece in pieces(frame_of(cache), start, lengths, layout_of(strategy), EXTEND_SIZES):
         ids, positions = piece.laid_out(tokens, done, start)
@@ -84,7 +86,7 @@ def decode_step(
     Raises:
       ValueError: a row is full, ids out of range.
     """
-    longest = int(np.asarray(cache.lengths).max())
+    longest = int(np.asarray(everywhere(cache.lengths)).max())
     if longest >= cache.max_len:
         raise ValueError(
             f"the cache is full: {longest} of max_len={cache.max_len} tokens; make a longer one"
@@ -248,7 +250,7 @@ def _check_tokens(cache, tokens, lengths):
     if lengths.shape != (batch,) or lengths.min() < 1 or lengths.max() > tokens.shape[1]:
         raise ValueError(f"lengths must be [{batch}] in 1..{tokens.shape[1]}; got {lengths}")
     lengths = lengths.astype(np.int32)
-    needed = int((np.asarray(cache.lengths) + lengths).max())
+    needed = int((np.asarray(everywhere(cache.lengths)) + lengths).max())
     if needed > cache.max_len:
         raise ValueError(
             f"{needed} tokens do not fit max_len={cache.max_len} ({tokens.shape[1]} new ones); "

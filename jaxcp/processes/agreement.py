@@ -50,6 +50,24 @@ def check_takes_all(devices: int) -> None:
         )
 
 
+def everywhere(tree: Any) -> Any:
+    """Give arrays that every process can read: one whose parts lie in several goes to all devices.
+
+    Without waiting; under the mesh of the arrays.
+    """
+    return jax.tree.map(_everywhere, tree) if several() else tree
+
+
+def _everywhere(x: Any) -> Any:
+    is_here = not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
+    return x if is_here else _whole(x)
+
+
+@jax.jit
+def _whole(x: jax.Array) -> jax.Array:
+    return jax.sharding.reshard(x, P())
+
+
 def gather(value: Any) -> list[Any]:
     """Give the JSON values of all processes, in their order."""
     if not several():

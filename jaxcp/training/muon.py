@@ -90,7 +90,7 @@ def orthogonalize(updates: Params, axes: Mapping[str, Axes]) -> Params:
 
 
 class _Cut(NamedTuple):
-    """The part of matrices that a device has, `[rows..., columns...]`, no more rows than columns."""
+    """The part of matrices on a device, `[rows..., columns...]`, no more rows than columns."""
 
     shape: tuple[int, ...]
     over: tuple[tuple[str, ...], ...]
