@@ -22,8 +22,9 @@ MTP = "mtp"
 class JoinedMTP(nnx.Module):
     """The layer that drafts the token after next, from the trunk's state and the next token.
 
-    Source: arXiv 2412.19437, as vLLM serves Hy3 and DeepSeek-V3: the state is the one after the
-    final norm, the embedding comes first, and position 0 embeds nothing.
+    Source: arXiv 2412.19437, as vLLM serves Hy3, DeepSeek-V3 and Qwen3-Next: the state is the one
+    after the final norm, and the embedding comes first. Position 0 embeds nothing, or, where
+    `embeds_first`, as Qwen's does, its next token too.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class JoinedMTP(nnx.Module):
         *,
         norm: Callable[[], nnx.Module],
         block: Callable[[], nnx.Module],
+        embeds_first: bool = False,
         rngs: nnx.Rngs,
     ):
         d = embed_dim
@@ -39,11 +41,13 @@ class JoinedMTP(nnx.Module):
         self.join = normal(rngs, (2, d, d), ("parts", "embed", "embed"), (2 * d) ** -0.5, summed=2)
         self.block = block()
         self.final_norm = norm()
+        self.embeds_first = embeds_first
 
     def __call__(self, embedded, hidden, tokens, positions, attend):
         del tokens  # no block of these asks for ids
-        embedded = jnp.where((positions == 0)[..., None], 0, embedded).astype(hidden.dtype)
-        parts = self.embed_norm(embedded), self.hidden_norm(hidden)
+        if not self.embeds_first:
+            embedded = jnp.where((positions == 0)[..., None], 0, embedded)
+        parts = self.embed_norm(embedded.astype(hidden.dtype)), self.hidden_norm(hidden)
         x = linear("pbtc,pcd->btd", jnp.stack(parts), self.join)
         x, stats = self.block(x, positions, attend)
         return self.final_norm(x), stats

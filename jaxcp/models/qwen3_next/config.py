@@ -30,11 +30,14 @@ class SparseConfig:
 class Qwen3NextConfig:
     """`layer_pattern` is cycled over the layers: R, the gated delta rule; G, gated full attention.
 
-    So is `mlp_pattern`: D, an MLP of width `mlp_dim`; E, experts. `dtype` is that of the
-    computation. `format`: one of `FORMATS`, by whose names tensors and fields go.
+    So is `mlp_pattern`: D, an MLP of width `mlp_dim`; E, experts. `num_mtp_layers`: 1 adds the
+    layer that drafts the token after next, 0 leaves out the checkpoint's; None, as Qwen3-Next's
+    config.json says nothing, is as the checkpoint has it. `dtype` is that of the computation.
+    `format`: one of `FORMATS`, by whose names tensors and fields go.
 
     Raises:
       ValueError: sizes that contradict each other, naming both.
+      NotImplementedError: more than one MTP layer.
     """
 
     vocab_size: int
@@ -50,6 +53,7 @@ class Qwen3NextConfig:
     mlp_dim: int | None = None
     experts: SparseConfig | None = None
     attention_bias: bool = False
+    num_mtp_layers: int | None = None
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
     """The head is the embedding."""
@@ -78,14 +82,22 @@ class Qwen3NextConfig:
             raise ValueError(
                 f"num_kv_heads must divide num_heads; got {self.num_kv_heads} and {self.num_heads}"
             )
+        if self.num_mtp_layers not in (None, 0, 1):
+            raise NotImplementedError(
+                "num_mtp_layers must be 0 or 1 (deeper drafts use the one layer again); "
+                f"got {self.num_mtp_layers}"
+            )
         self.rope.turning(self.head_dim)
 
     def kind(self, layer: int) -> str:
-        """R or G."""
+        """R or G. The layer after the last is the MTP layer: G."""
+        if layer >= self.num_layers:
+            return "G"
         return self.layer_pattern[layer % len(self.layer_pattern)]
 
     def is_sparse(self, layer: int) -> bool:
-        """Tell whether a layer has experts."""
+        """Tell whether a layer has experts; the MTP layer, after the last, as the first has."""
+        layer = 0 if layer >= self.num_layers else layer
         return self.mlp_pattern[layer % len(self.mlp_pattern)] == "E"
 
     @property

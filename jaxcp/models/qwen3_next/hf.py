@@ -18,8 +18,9 @@ log = logging.getLogger(__name__)
 
 KINDS = {"linear_attention": "R", "full_attention": "G"}
 PART = 0.25
-DRAFTS = "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"
-"""Fields of layers that draft, which change no answer."""
+DRAFTS, DRAFTS_OF_NEXT = "mtp_num_hidden_layers", "num_nextn_predict_layers"
+"""Fields that count layers that draft: of Qwen3.5; and what vLLM asks of Qwen3-Next, whose
+published files have none."""
 SEEING = {"qwen3_5_moe": "qwen3_5_moe_text", "qwen3_5": "qwen3_5_text"}
 """Formats with a `text_config` in them, and that of the text alone."""
 OF_PICTURES = (
@@ -39,8 +40,11 @@ def read(fields: Mapping[str, Any]) -> Qwen3NextConfig:
     """
     if fields["model_type"] in SEEING:
         fields = _text_of(fields)
-    d = HFConfig(_without_sections(fields), harmless=DRAFTS)
-    d.only(hidden_act=SILU, mamba_ssm_dtype=("float32",), attn_output_gate=(True,))
+    d = HFConfig(_without_sections(fields), aliases={DRAFTS_OF_NEXT: DRAFTS})
+    d.only(
+        hidden_act=SILU, mamba_ssm_dtype=("float32",), attn_output_gate=(True,),
+        mtp_use_dedicated_embeddings=(False,),
+    )  # fmt: skip
     config = Qwen3NextConfig(
         vocab_size=d.size("vocab_size"),
         num_layers=d.size("num_hidden_layers"),
@@ -52,6 +56,7 @@ def read(fields: Mapping[str, Any]) -> Qwen3NextConfig:
         rope=Rope.from_hf(d, part=PART),
         layer_pattern=_pattern(d),
         attention_bias=d.flag("attention_bias", False),
+        num_mtp_layers=d.count(DRAFTS, None),
         norm_eps=d.number("rms_norm_eps", 1e-6),
         tie_embeddings=d.flag("tie_word_embeddings", False),
         trained_positions=d.size("max_position_embeddings", None),
@@ -217,6 +222,8 @@ def write(config: Qwen3NextConfig) -> dict[str, Any]:
     }
     if c.trained_positions is not None:
         fields["max_position_embeddings"] = c.trained_positions
+    if c.num_mtp_layers is not None:
+        fields[DRAFTS_OF_NEXT if c.format == "qwen3_next" else DRAFTS] = c.num_mtp_layers
     fields |= _mlp_fields(c)
     again = read(fields)
     if any(again.kind(i) != c.kind(i) for i in range(c.num_layers)) or (

@@ -11,6 +11,7 @@ from jaxcp.layers.moe import MoE
 from jaxcp.layers.norm import ZeroCentredRMSNorm
 from jaxcp.layers.routing import Routing
 from jaxcp.models.decoder import Decoder
+from jaxcp.models.drafting import DraftingModel, JoinedMTP
 from jaxcp.models.qwen3_next.config import Qwen3NextConfig
 
 
@@ -41,7 +42,7 @@ class Block(ResidualBlock):
             )  # fmt: skip
 
 
-class Qwen3Next(Decoder):
+class Qwen3Next(DraftingModel, Decoder):
     """A Qwen3-Next or Qwen3.5 (its text part), by `Qwen3NextConfig`.
 
     >>> model = jaxcp.Qwen3Next(config, rngs=nnx.Rngs(0))
@@ -49,3 +50,14 @@ class Qwen3Next(Decoder):
 
     block = Block
     norm = ZeroCentredRMSNorm
+
+    def __init__(self, config: Qwen3NextConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs)
+        if config.num_mtp_layers:
+            self.mtp = JoinedMTP(
+                config.embed_dim,
+                norm=lambda: ZeroCentredRMSNorm(config.embed_dim, eps=config.norm_eps),
+                block=lambda: Block(config, config.num_layers, rngs),
+                embeds_first=True,
+                rngs=rngs,
+            )

@@ -2,8 +2,9 @@
 """Tensors of Qwen3-Next and Qwen3.5.
 
 Qwen3-Next joins what projects to queries, keys, values and gates, for one key head after another;
-Qwen3.5 lays them side by side or apart. Axes: as in `decoder_rows`, and `w` the taps of a
-convolution. A Qwen3.5 that sees pictures has its text part under `model.language_model`.
+Qwen3.5 lays them side by side or apart. Axes: as in `decoder_rows`, `w` the taps of a convolution,
+and `p c` embedding and state, which the MTP layer joins. A Qwen3.5 that sees pictures has its text
+part under `model.language_model`.
 """
 
 import dataclasses
@@ -26,8 +27,15 @@ from jaxcp.models.weight_table import Row
 log = logging.getLogger(__name__)
 
 COPIES = {"lm_head.weight": "embed"}
-LEFT_OUT = "mtp.", "model.visual.", "visual."
-"""Layers that draft, and those that see pictures."""
+MTP_PREFIX = "mtp."
+SEEING = "model.visual.", "visual."
+"""Layers that see pictures."""
+MTP = (
+    Row("mtp.pre_fc_norm_embedding.weight", "d", "mtp.embed_norm.scale", "d"),
+    Row("mtp.pre_fc_norm_hidden.weight", "d", "mtp.hidden_norm.scale", "d"),
+    Row("mtp.fc.weight", "d (p c)", "mtp.join", "p c d"),
+    Row("mtp.norm.weight", "d", "mtp.final_norm.scale", "d"),
+)
 
 
 def _delta(name: str, axes: str, paths: str | tuple[str, ...], leaf_axes: str, **options) -> Row:
@@ -79,9 +87,16 @@ def _queries(heads: int) -> tuple[Row, ...]:
 def table(config: Qwen3NextConfig) -> tuple[Row, ...]:
     """Every tensor of a model of this configuration."""
     delta = _joined(config.delta.num_key_heads) if config.format == "qwen3_next" else APART
-    layer = *DELTA, *delta, *KEYS_AND_OUTPUT, *_queries(config.num_heads)
-    mlps = *GATED_MLP, ROUTER, *EXPERTS, *SHARED
-    return tuple(map(_under_either_name, (*MODEL, *NORMS, *layer, *mlps)))
+    attention = *KEYS_AND_OUTPUT, *_queries(config.num_heads)
+    block = *NORMS, *attention, *GATED_MLP, ROUTER, *EXPERTS, *SHARED
+    mtp = (*MTP, *map(_of_mtp, block)) if config.num_mtp_layers else ()
+    return (*map(_under_either_name, (*MODEL, *DELTA, *delta, *block)), *mtp)
+
+
+def _of_mtp(row: Row) -> Row:
+    names = tuple(name.replace("model.layers.{i}.", "mtp.layers.0.") for name in row.all_names)
+    paths = tuple(path.replace("layers.{i}.", "mtp.block.") for path in row.all_paths)
+    return dataclasses.replace(row, names=names, paths=paths)
 
 
 def _under_either_name(row: Row) -> Row:
@@ -94,7 +109,21 @@ def copies(config: Qwen3NextConfig) -> Mapping[str, str]:
     return COPIES if config.tie_embeddings else {}
 
 
+def fit(config: Qwen3NextConfig, names: Collection[str]) -> Qwen3NextConfig:
+    """The configuration of what a checkpoint with these tensors holds.
+
+    transformers drops the MTP layer; the config.json of Qwen3-Next is silent on it.
+    """
+    there = any(name.startswith(MTP_PREFIX) for name in names)
+    if config.num_mtp_layers is None and there:
+        return dataclasses.replace(config, num_mtp_layers=1)
+    if config.num_mtp_layers and not there:
+        log.info("config.json speaks of an MTP layer; the checkpoint has none, and is read so")
+        return dataclasses.replace(config, num_mtp_layers=0)
+    return config
+
+
 def left_out(names: Collection[str], config: Qwen3NextConfig) -> frozenset[str]:
-    """Tensors of layers that draft and of those that see pictures."""
-    del config
-    return frozenset(name for name in names if name.startswith(LEFT_OUT))
+    """Tensors of layers that see pictures, and of an MTP layer that config.json says is not one."""
+    unread = SEEING if config.num_mtp_layers else (*SEEING, MTP_PREFIX)
+    return frozenset(name for name in names if name.startswith(unread))
