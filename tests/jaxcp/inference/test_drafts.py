@@ -20,8 +20,8 @@ from jaxcp import Sampling
 from jaxcp.inference import guesses
 from pallas_kernels import PAD_POSITION
 
-HY3, LATENTS, SELECTED, BLOCKS = (
-    "hy3-tiny", "deepseek-v3-tiny", "deepseek-v32-tiny", "deepseek-v4-tiny",
+HY3, LATENTS, SELECTED, BLOCKS, RECURRENT = (
+    "hy3-tiny", "deepseek-v3-tiny", "deepseek-v32-tiny", "deepseek-v4-tiny", "qwen3-next-tiny",
 )  # fmt: skip
 WIDTH = 192
 LENGTHS = 5, 40, 150, 90
@@ -94,6 +94,10 @@ def expected(model, text, count):
             (LATENTS, {"seq": 2, "model": 2}),
             (SELECTED, {}),
             (BLOCKS, {}),
+            (RECURRENT, {}),
+            (RECURRENT, {"seq": 3}),
+            (RECURRENT, {"data": 2, "model": 2}),
+            ("qwen3-5-moe-tiny", {"seq": 2, "expert": 2}),
         ],
         lambda case: case == (HY3, {}),
     ),

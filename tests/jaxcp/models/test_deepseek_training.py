@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DeepSeek's drafts in training: their loss is its definition, and the same over any mesh."""
+"""Drafts of DeepSeek and Qwen3-Next in training: their loss is its definition, and the same over any mesh."""
 
 import dataclasses
 import functools
@@ -21,19 +21,20 @@ from jaxcp.training.step import balance, skeleton
 from jaxcp.weights.placement import place
 
 V3, V32, V4 = "deepseek-v3-tiny", "deepseek-v32-tiny", "deepseek-v4-tiny"
+NEXT = "qwen3-next-tiny"
 ALL = LossConfig(balance_loss_weight=0.02, z_loss_weight=0.01, mtp_loss_weight=0.3)
 LENGTH = 16
 
 
 def config_of(name):
-    """The fixture's, of one layer with experts; V4's chooses them by token id."""
+    """The fixture's, of one layer with experts; V4's chooses them by token id, Qwen's recurs."""
     config = jaxcp.load_config(FIXTURES / name)
     changes = {"num_layers": 1, "num_mtp_layers": 1}
     if name == V4:
         changes["layer_kinds"] = "C"
         changes["experts"] = dataclasses.replace(config.experts, hash_layers=1)
         changes["streams"] = dataclasses.replace(config.streams, iterations=2)
-    else:
+    elif name != NEXT:
         changes["first_dense_layers"] = 0
     return dataclasses.replace(config, **changes)
 
@@ -55,13 +56,14 @@ def model_of(name):
 
 
 def batch_of(name):
-    """Two rows; some targets are not to be learnt. V3's first row has two documents."""
+    """Two rows; some targets are not to be learnt. The first row of V3 and Qwen has two
+    documents."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 256, (2, LENGTH)).astype(np.int32)
     batch = {"tokens": tokens, "targets": np.roll(tokens, -1, 1)}
     batch["positions"] = np.tile(np.arange(LENGTH, dtype=np.int32), (2, 1))
     batch["targets"][:, -1] = -1
-    if name == V3:
+    if name in (V3, NEXT):
         batch["segment_ids"] = np.zeros_like(tokens)
         batch["segment_ids"][0, 7:] = 1
         batch["positions"][0, 7:] -= 7
@@ -96,7 +98,7 @@ def named(grads):
     return {name: np.asarray(x) for name, x in names.items() if x.dtype != jax.dtypes.float0}
 
 
-@pytest.fixture(params=slow_but([V3, V32, V4], lambda name: name == V3))
+@pytest.fixture(params=slow_but([V3, V32, V4, NEXT], lambda name: name == V3))
 def name(request):
     return request.param
 
