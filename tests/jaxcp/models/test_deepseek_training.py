@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drafts of DeepSeek and Qwen3-Next in training: their loss is its definition, and the same over any mesh."""
+"""Drafts of DeepSeek and Qwen3-Next in training: their loss is its definition, on any mesh."""
 
 import dataclasses
 import functools
