@@ -20,7 +20,7 @@ import jax
 import tyro
 from rich.progress import track
 
-from benchmarks.model_memory import COLUMNS, cells, in_bfloat16, mesh_of, row_of
+from benchmarks.model_memory import COLUMNS, cells, in_bfloat16, mesh_of, program_of, row_of
 from benchmarks.published_sizes import SIZES
 from benchmarks.tables import table, write
 from jaxcp.layers.expert_exchange import capacity
@@ -60,7 +60,7 @@ def must_send(r: dict[str, Any]) -> dict[str, int] | None:
     if r["program"] == "decode":
         return {"all-gather": 0, "all-reduce": 0}
     model = in_bfloat16(SIZES[r["model"]])
-    stream = r["new"] // r["mesh"]["seq"] * model.config.embed_dim * 2
+    stream = r["piece"] // r["mesh"]["seq"] * model.config.embed_dim * 2
     total: dict[str, int] = {}
     for block in model.layers.stacks:  # none of these is alike another
         of_layer = [("all-reduce", stream), *of_experts(block.mlp, r, stream)]
@@ -83,7 +83,7 @@ def of_experts(mlp: Any, r: dict[str, Any], stream: int) -> Sent:
     seq = r["mesh"]["seq"]
     if seq == 1:
         return sent
-    tokens, k, (d, count) = r["new"] // seq, mlp.num_experts_per_tok, mlp.router.shape[-2:]
+    tokens, k, (d, count) = r["piece"] // seq, mlp.num_experts_per_tok, mlp.router.shape[-2:]
     room = capacity(tokens * k, seq)
     rounds = -(-min(tokens * k, tokens * count // seq) // room)
     return [*sent, ("all-to-all", rounds * seq * room * (2 * d * 2 + 4))]
@@ -91,7 +91,7 @@ def of_experts(mlp: Any, r: dict[str, Any], stream: int) -> Sent:
 
 def of_attention(layer: Any, r: dict[str, Any]) -> Sent:
     """Bytes that attention sends: queries and results, or keys; sums of pieces; or a window."""
-    seq, split, tokens = r["mesh"]["seq"], r["mesh"]["model"], r["new"] // r["mesh"]["seq"]
+    seq, split, tokens = r["mesh"]["seq"], r["mesh"]["model"], r["piece"] // r["mesh"]["seq"]
     slots, others = r["context"] // seq, seq - 1
     if isinstance(layer, DeltaLayer):
         d = layer.dims
@@ -110,13 +110,13 @@ def of_attention(layer: Any, r: dict[str, Any]) -> Sent:
     if tokens * (heads * (key * 2 + 4 * (value + 1)) + 4) > ring:
         return [("collective-permute", others * ring), ("all-gather", 0)]
     queries, answers = heads * key * 2, heads * (value + 1) * 4
-    return [("all-gather", r["new"] * queries), ("all-to-all", r["new"] * answers)]
+    return [("all-gather", r["piece"] * queries), ("all-to-all", r["piece"] * answers)]
 
 
 def compiled(rows: list[dict[str, Any]]) -> str:
     """Table of all that was compiled."""
     lines = [
-        [r["model"], r["target"], mesh_of(r), str(r["layers"]), r["program"], *cells(r, must_send)]
+        [r["model"], r["target"], mesh_of(r), str(r["layers"]), program_of(r), *cells(r, must_send)]
         for r in rows
     ]
     return table(["model", "target", "mesh", "layers", "program", *COLUMNS], lines)
@@ -127,10 +127,10 @@ def report(rows: list[dict[str, Any]]) -> str:
     return f"""# Layers of published models at {CONTEXT:,} tokens, compiled with no device
 
 `python -m benchmarks.family_memory`, {made}, {datetime.date.today()}. Bytes a device;
-weights and cache in bfloat16; a cache for {CONTEXT:,} tokens, of which prefill adds the last
-{PIECE:,}, decode the last token. Arguments are the embedding, the head, these layers and their
-cache. Two layers are one of each kind that the model has: recurrent and full (Qwen3-Next,
-Qwen3.5), Kimi delta and latent (Kimi-Linear), dense and experts (GLM-4.5, Kimi-K2), full and
+weights and cache in bfloat16; a cache for {CONTEXT:,} tokens, of which prefill adds so many of the
+last {PIECE:,}, as a piece of them has, decode the last token. Arguments are the embedding, the
+head, these layers and their cache. Two layers are one of each kind that the model has: recurrent
+and full (Qwen3-Next, Qwen3.5), Kimi delta and latent (Kimi-Linear), dense and experts (GLM-4.5, Kimi-K2), full and
 dense beside a window and experts (MiMo-V2-Flash). The other columns are as in
 [model_memory.md](model_memory.md).
 

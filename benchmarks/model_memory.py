@@ -118,6 +118,7 @@ def row_of(
     else:
         fn, inputs = decode_program(model, mesh, **options)
     record: dict[str, Any] = {"target": target, "mesh": axes, "layers": layers, "program": program}
+    record["piece"] = inputs[2].shape[-1] if program == "prefill" else 1
     tpu = mesh.devices.flat[0].platform == "tpu"
     compiler = versions("jax", "libtpu" if tpu else "jax-cuda13-plugin")
     record |= {"context": context, "new": new, "compiler": compiler}
@@ -137,11 +138,14 @@ def row_of(
 def must_send(r: dict[str, Any]) -> dict[str, int] | None:
     """Bytes a device by kind of collective, from the algorithm: what exceeds them is unexpected.
 
+    `piece` are the tokens of the program: a turn is cut into pieces of few widths a shard
+    (`jaxcp.inference.turns`), so that one of 16,384 may be two of 8,192.
+
     A piece of a prompt that is short beside its cache passes queries round, experts exchange in as
     many rounds as the worst choice needs. A step of decoding sends a few rows a layer. None where
     no formula is written: a prompt in one piece.
     """
-    seq, tokens, c = r["mesh"]["seq"], r["new"] // r["mesh"]["seq"], HY3
+    seq, tokens, c = r["mesh"]["seq"], r["piece"] // r["mesh"]["seq"], HY3
     sparse = r["layers"] - c["first_k_dense_replace"]
     if r["program"] == "decode":
         return {"all-gather": 0, "all-reduce": 0}  # under the allowance of `unexpected`
@@ -155,11 +159,11 @@ def must_send(r: dict[str, Any]) -> dict[str, int] | None:
     if seq == 1:
         return sent
     queries, answers = c["head_dim"] * 2, (c["head_dim"] + 1) * 4  # outputs and lse in float32
-    sent["all-gather"] = r["layers"] * r["new"] * heads * queries
+    sent["all-gather"] = r["layers"] * r["piece"] * heads * queries
     room = capacity(tokens * k, seq)
     rounds = -(-min(tokens * k, tokens * c["num_experts"] // seq) // room)
     exchange = rounds * seq * room * (2 * d * 2 + 4)  # there and back, and the experts' numbers
-    sent["all-to-all"] = r["layers"] * r["new"] * heads * answers + sparse * exchange
+    sent["all-to-all"] = r["layers"] * r["piece"] * heads * answers + sparse * exchange
     return sent
 
 
@@ -190,10 +194,15 @@ def compiled(rows: list[dict[str, Any]]) -> str:
     """Table of all that was compiled."""
     head = ["target", "mesh", "layers", "program"]
     lines = [
-        [r["target"], mesh_of(r), str(r["layers"]), r["program"], *cells(r, must_send)]
+        [r["target"], mesh_of(r), str(r["layers"]), program_of(r), *cells(r, must_send)]
         for r in rows
     ]
     return table(head + COLUMNS, lines)
+
+
+def program_of(r: dict[str, Any]) -> str:
+    """The program of a row, and how many tokens it adds."""
+    return f"{r['program']} {r['piece']:,}"
 
 
 def mesh_of(r: dict[str, Any]) -> str:
@@ -222,9 +231,10 @@ def report(rows: list[dict[str, Any]], args: Args) -> str:
     return f"""# Hy3-295B at {args.context:,} tokens, compiled with no device
 
 `python -m benchmarks.model_memory`, {made}, {datetime.date.today()}. Bytes a device;
-weights and cache in bfloat16; a cache for {args.context:,} tokens, of which prefill adds the last
-piece, decode the last token. Layer 1 is dense, the others are mixtures of 192 experts. Memory is
-what the compiler allots to the program; what a runtime keeps beside it is not in it.
+weights and cache in bfloat16; a cache for {args.context:,} tokens, of which prefill adds so many of
+the last {args.chunk or args.context:,}, as a piece of them has, decode the last token. Layer 1
+is dense, the others are mixtures of 192 experts. Memory is what the compiler allots to the program;
+what a runtime keeps beside it is not in it.
 
 Sent: times and MiB, all that the program may send: of the exchange of experts every round, which
 only the worst choice of experts needs. Unexpected: a kind that the algorithm has not, or one that

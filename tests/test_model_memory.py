@@ -14,7 +14,8 @@ def row(layers, **changes):
     }
     return {
         "target": "h200:8", "mesh": {"seq": 2, "model": 4}, "layers": layers, "program": "prefill",
-        "context": 262_144, "new": 16_384, "hbm_bytes": 80 * GIB, "collectives": {}, **sizes,
+        "context": 262_144, "new": 16_384, "piece": 16_384, "hbm_bytes": 80 * GIB,
+        "collectives": {}, **sizes,
     } | changes  # fmt: skip
 
 
@@ -28,6 +29,8 @@ def test_what_two_layers_must_send():
     assert sent["all-to-all"] == answers + rows * (2 * 4096 * 2 + 4)
     assert must_send(row(2, mesh={"seq": 1, "model": 8})).keys() == {"all-reduce"}
     assert must_send(row(2, new=262_144)) is None
+    halves = must_send(row(2, piece=8_192))
+    assert 2 * halves["all-gather"] == sent["all-gather"], "of a piece, whatever the turn"
 
 
 def test_what_is_unexpected():
@@ -43,7 +46,7 @@ def test_the_table_says_whether_it_fits():
     assert "| 101% | **-1.0: does not fit** |" in compiled([row(80)])
     assert "| 90% | 9.0 |" in compiled([row(80, hbm_bytes=90 * GIB)])
     refused = row(80) | {"refused": "out of memory"}
-    assert "| prefill | out of memory |" in compiled([refused])
+    assert "| prefill 16,384 | out of memory |" in compiled([refused])
 
 
 def of_family(model, **changes):
@@ -64,11 +67,17 @@ def test_what_layers_of_other_families_must_send():
     assert sent["all-gather"] == pieces * (4 * 128 * 256 * 4 + 3 * channels * 2)
     assert sent["collective-permute"] == 7 * 32_768 * (576 * 2 + 4)
     assert sent["all-reduce"] == 6 * 2048 * 2304 * 2
+    on_four = {"mesh": {"seq": 4, "model": 2}, "piece": 8_192}
+    sent = family_memory.must_send(of_family("Qwen3.5-397B-A17B", **on_four))
+    sums, inputs = 32 * 128 * 256 * 4, 3 * (2 * 16 + 64) * 128 // 2 * 2
+    queries = 8_192 * 16 * 256 * 2
+    assert sent["all-gather"] == 8 * (sums + inputs) + queries, "fewer bytes than keys of 65,536"
+    assert "collective-permute" not in sent
 
 
 def test_every_family_has_a_mesh_that_divides_its_heads():
     assert family_memory.mesh_for("Qwen3-Next-80B-A3B", "v5p:4x4x4") == {"seq": 32, "model": 2}
     assert family_memory.mesh_for("MiMo-V2-Flash", "rtx-pro-6000:8") == {"seq": 2, "model": 4}
-    r = of_family("Kimi-K2", collectives={"all-gather": [1, 3 * MIB]}, program="decode")
-    assert "| Kimi-K2 | v5p:4x4x4 | seq=8 model=8 | 2 | decode |" in family_memory.compiled([r])
+    r = of_family("Kimi-K2", collectives={"all-gather": [1, 3 * MIB]}, program="decode", piece=1)
+    assert "| Kimi-K2 | v5p:4x4x4 | seq=8 model=8 | 2 | decode 1 |" in family_memory.compiled([r])
     assert "| all-gather 3.0 MiB more |" in family_memory.compiled([r])
