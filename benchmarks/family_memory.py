@@ -130,8 +130,8 @@ def report(rows: list[dict[str, Any]]) -> str:
 weights and cache in bfloat16; a cache for {CONTEXT:,} tokens, of which prefill adds so many of the
 last {PIECE:,}, as a piece of them has, decode the last token. Arguments are the embedding, the
 head, these layers and their cache. Two layers are one of each kind that the model has: recurrent
-and full (Qwen3-Next, Qwen3.5), Kimi delta and latent (Kimi-Linear), dense and experts (GLM-4.5, Kimi-K2), full and
-dense beside a window and experts (MiMo-V2-Flash). The other columns are as in
+and full (Qwen3-Next, Qwen3.5), Kimi delta and latent (Kimi-Linear), dense and experts (GLM-4.5,
+Kimi-K2), full and dense beside a window and experts (MiMo-V2-Flash). The other columns are as in
 [model_memory.md](model_memory.md).
 
 {compiled(rows)}"""
