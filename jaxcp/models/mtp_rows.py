@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tensors of an MTP layer that lies as the layer after the last: Hy3, DeepSeek-V3, GLM-4.5."""
+"""The tensors of an MTP layer that lies as the layer after the last: Hy3, DeepSeek-V3, GLM-4.5;
+and of MiMo-V2-Flash's, the first of its own."""
 
 import dataclasses
 import logging
@@ -20,15 +21,17 @@ SHARED_HEAD_NORM = in_layer("shared_head.norm.weight", "d", "final_norm.scale", 
 FINAL_NORM = in_layer("final_layernorm.weight", "d", "final_norm.scale", "d")
 
 
-def mtp_rows(config: Any, final_norm: Row, block: Iterable[Row]) -> Iterator[Row]:
+def mtp_rows(
+    config: Any, final_norm: Row, block: Iterable[Row], prefix: str | None = None
+) -> Iterator[Row]:
     """Rows of the MTP layer, of whose block an ordinary layer has the rows `block`; none without
-    one."""
+    one. Names begin with `prefix`, by default that of the layer after the last."""
     if not config.num_mtp_layers:
         return
     for rows, path in (((*JOINED, final_norm), "mtp."), (block, "mtp.block.")):
         for row in rows:
             if row.all_names[0].startswith(LAYER):
-                yield _after_the_last(row, config.num_layers, path)
+                yield _renamed(row, prefix or _prefix(config), path)
 
 
 def copies_of_mtp(config: Any) -> Mapping[str, str]:
@@ -63,8 +66,8 @@ def left_out(names: Collection[str], config: Any) -> frozenset[str]:
     return frozenset(name for name in names if name.startswith(prefix))
 
 
-def _after_the_last(row: Row, layer: int, path: str) -> Row:
-    names = tuple(name.replace("{i}", str(layer)) for name in row.all_names)
+def _renamed(row: Row, prefix: str, path: str) -> Row:
+    names = tuple(name.replace(f"{LAYER}.", prefix) for name in row.all_names)
     paths = tuple(p.replace("layers.{i}.", path) for p in row.all_paths)
     return dataclasses.replace(row, names=names, paths=paths)
 

@@ -96,8 +96,9 @@ class HybridMoEConfig:
 
     G: full attention with rotary positions (all of Hy3), L: sliding window with rotary positions,
     N: full attention without positions. The first `first_dense_layers` have an MLP of width
-    `mlp_dim` and no experts. `num_mtp_layers`: 1 adds the layer that drafts the token after next.
-    `window` counts tokens, a token's own included. `dtype` is that of the computation.
+    `mlp_dim` and no experts. `num_mtp_layers`: 1 adds the layer that drafts the token after next,
+    0 leaves out the checkpoint's; None, as MiMo's config.json says nothing, is as the checkpoint
+    has it. `window` counts tokens, a token's own included. `dtype` is that of the computation.
 
     Raises:
       ValueError: sizes that contradict each other, naming both.
@@ -121,7 +122,10 @@ class HybridMoEConfig:
     experts: ExpertsConfig = ExpertsConfig()
     norm: NormConfig = NormConfig()
     ngram: NGramConfig = NGramConfig()
-    num_mtp_layers: int = 0
+    num_mtp_layers: int | None = 0
+    mtp_kind: str = dataclasses.field(default="G", metadata=LATER)
+    """The MTP layer: G is as the last layer, with full attention; L has a window and an MLP, and
+    embeds what follows the first token too, as MiMo-V2-Flash's."""
     tie_embeddings: bool = False
     """The head is the embedding."""
     dtype: str = "float32"
@@ -134,7 +138,9 @@ class HybridMoEConfig:
         check_remat(self.remat)
         if not self.layer_pattern or set(self.layer_pattern) - set("GLN"):
             raise ValueError(f"layer_pattern is made of G, L and N; got {self.layer_pattern!r}")
-        if "L" in self.layer_pattern and (self.window is None or self.window < 1):
+        if self.mtp_kind not in ("G", "L"):
+            raise ValueError(f"mtp_kind must be G or L; got {self.mtp_kind!r}")
+        if "L" in self.layer_pattern + self.mtp_kind and (self.window is None or self.window < 1):
             raise ValueError(f"a pattern with L needs window >= 1; got window={self.window}")
         for kind in sorted(set(self.layer_pattern)):
             self.heads_of(kind)  # checks them
@@ -149,7 +155,7 @@ class HybridMoEConfig:
                 "needs 0 <= first_dense_layers <= num_layers; "
                 f"got {self.first_dense_layers} of {self.num_layers}"
             )
-        if self.num_mtp_layers not in (0, 1):
+        if self.num_mtp_layers not in (None, 0, 1):
             raise NotImplementedError(
                 "num_mtp_layers must be 0 or 1 (deeper drafts use the one layer again); "
                 f"got {self.num_mtp_layers}"
@@ -160,10 +166,16 @@ class HybridMoEConfig:
             )
 
     def kind(self, layer: int) -> str:
-        """G, L or N. The layer after the last is the MTP layer: G."""
+        """G, L or N. The layer after the last is the MTP layer: `mtp_kind`."""
         if layer >= self.num_layers:
-            return "G"
+            return self.mtp_kind
         return self.layer_pattern[layer % len(self.layer_pattern)]
+
+    def is_dense(self, layer: int) -> bool:
+        """Tell whether a layer has an MLP; the one after the last is the MTP layer."""
+        if layer >= self.num_layers and self.mtp_kind == "L":
+            return True
+        return layer < self.first_dense_layers
 
     def heads(self, layer: int) -> Heads:
         """The heads of a layer; the one after the last is the MTP layer."""

@@ -49,7 +49,7 @@ class Block(ResidualBlock):
         )
         self.mlp_norm = norm(c)
         self.mlp: GatedMLP | MoE
-        if layer < c.first_dense_layers:
+        if c.is_dense(layer):
             self.mlp = GatedMLP(c.embed_dim, c.mlp_dim, std=std, out_std=out_std, rngs=rngs)
         else:
             self.mlp = MoE(
@@ -96,6 +96,7 @@ class HybridMoE(DraftingModel):
                 config.embed_dim,
                 norm=lambda: norm(config),
                 block=lambda: Block(config, config.num_layers, rngs),
+                embeds_first=config.mtp_kind == "L",
                 rngs=rngs,
             )
 

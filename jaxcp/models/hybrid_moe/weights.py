@@ -5,7 +5,9 @@ Tencent. The first name is written where the checkpoint that was read had no oth
 Axes as in `decoder_rows`. A torch Linear stores `[out, in]`; gpt-oss's experts are `[in, out]`.
 """
 
+import dataclasses
 import functools
+import logging
 from collections.abc import Collection, Mapping
 
 from jaxcp.models import mtp_rows
@@ -23,10 +25,9 @@ from jaxcp.models.decoder_rows import (
 )
 from jaxcp.models.hybrid_moe import hf
 from jaxcp.models.hybrid_moe.config import HybridMoEConfig
-from jaxcp.models.mtp_rows import fit
 from jaxcp.models.weight_table import Row
 
-__all__ = ["COPIES", "copies", "fit", "left_out", "table"]
+log = logging.getLogger(__name__)
 
 GATE_AND_UP, GATE_AND_UP_BIAS = ("mlp.gate", "mlp.up"), ("mlp.gate_bias", "mlp.up_bias")
 # ours, where the embedding sees more than one token
@@ -101,7 +102,11 @@ FEATURES = {
 }
 """Rows of layers beside norms and attention, by model_type."""
 MIXTURE = (*HY_V3, *NORMS_OF_ALL_HEADS, SINKS, ROUTER_BIAS, *EXPERT_BIASES)
-MTP_OF_MIMO = "model.mtp."
+MTP_OF_MIMO, FIRST_OF_MIMO = "model.mtp.", "model.mtp.layers.0."
+"""Each layer drafts another token; of the first, applied again, all are drafted."""
+MLP_NORM_OF_MIMO = in_layer(
+    ("pre_mlp_layernorm.weight", "post_attention_layernorm.weight"), "d", "mlp_norm.scale", "d"
+)
 
 COPIES = {"lm_head.weight": "embed"}
 
@@ -117,13 +122,34 @@ def table(config: HybridMoEConfig) -> tuple[Row, ...]:
     """Every tensor of a model of this configuration."""
     model_type = hf.model_type(config)
     block = (*NORMS, *ATTENTION, *FEATURES.get(model_type, MIXTURE))
+    if model_type == "mimo_v2_flash":
+        own = NORMS[0], MLP_NORM_OF_MIMO, *ATTENTION, *FEATURES[model_type]
+        drafts = mtp_rows.mtp_rows(config, mtp_rows.FINAL_NORM, own, FIRST_OF_MIMO)
+        return (*MODEL, *block, *drafts)
     norm = mtp_rows.SHARED_HEAD_NORM if model_type == "glm4_moe" else mtp_rows.FINAL_NORM
     return (*MODEL, *NGRAM, *block, *mtp_rows.mtp_rows(config, norm, block))
 
 
+def fit(config: HybridMoEConfig, names: Collection[str]) -> HybridMoEConfig:
+    """The configuration of what a checkpoint with these tensors holds.
+
+    MiMo's config.json is silent on its layers that draft.
+    """
+    if hf.model_type(config) != "mimo_v2_flash":
+        return mtp_rows.fit(config, names)
+    there = any(name.startswith(FIRST_OF_MIMO) for name in names)
+    if config.num_mtp_layers is None and there and config.window is not None:
+        return dataclasses.replace(config, num_mtp_layers=1, mtp_kind="L")
+    if config.num_mtp_layers and not there:
+        log.info("config.json speaks of an MTP layer; the checkpoint has none, and is read so")
+        return dataclasses.replace(config, num_mtp_layers=0, mtp_kind="G")
+    return config
+
+
 def left_out(names: Collection[str], config: HybridMoEConfig) -> frozenset[str]:
-    """An MTP layer that config.json does not speak of; those of MiMo, each of which drafts another
-    token, are not there."""
-    mimo = hf.model_type(config) == "mimo_v2_flash"
-    own = (name for name in names if mimo and name.startswith(MTP_OF_MIMO))
-    return mtp_rows.left_out(names, config) | frozenset(own)
+    """An MTP layer that config.json does not speak of; of MiMo all but the first."""
+    if hf.model_type(config) != "mimo_v2_flash":
+        return mtp_rows.left_out(names, config)
+    first = FIRST_OF_MIMO if config.num_mtp_layers else ()
+    own = (name for name in names if name.startswith(MTP_OF_MIMO))
+    return frozenset(name for name in own if not name.startswith(first))

@@ -23,6 +23,7 @@ from pallas_kernels import PAD_POSITION
 HY3, LATENTS, SELECTED, BLOCKS, RECURRENT = (
     "hy3-tiny", "deepseek-v3-tiny", "deepseek-v32-tiny", "deepseek-v4-tiny", "qwen3-next-tiny",
 )  # fmt: skip
+WINDOWED = "mimo-v2-flash-tiny"
 WIDTH = 192
 LENGTHS = 5, 40, 150, 90
 NEW = Sampling(max_new_tokens=14)
@@ -43,6 +44,8 @@ def checkpoint(name):
     if name == BLOCKS:  # one layer of each kind
         kinds = {"num_layers": 3, "layer_kinds": config.layer_kinds[:3]}
         config = dataclasses.replace(config, **kinds)
+    if name == WINDOWED:
+        config = dataclasses.replace(config, mtp_kind="L")
     folder = tempfile.mkdtemp()
     jaxcp.save(random_model(dataclasses.replace(config, num_mtp_layers=1)), folder)
     return folder
@@ -98,6 +101,8 @@ def expected(model, text, count):
             (RECURRENT, {"seq": 3}),
             (RECURRENT, {"data": 2, "model": 2}),
             ("qwen3-5-moe-tiny", {"seq": 2, "expert": 2}),
+            (WINDOWED, {}),
+            (WINDOWED, {"seq": 3}),
         ],
         lambda case: case == (HY3, {}),
     ),

@@ -35,6 +35,8 @@ ALIASES = ROUTED_ALIASES | {
 FULL, WINDOW = KINDS = "full_attention", "sliding_attention"
 MLPS = "dense", "sparse"
 PART = 0.334
+DRAFTS = "num_nextn_predict_layers"
+"""In no published file: what others ask for."""
 
 
 def read(fields: Mapping[str, Any]) -> HybridMoEConfig:
@@ -68,9 +70,15 @@ def read(fields: Mapping[str, Any]) -> HybridMoEConfig:
         ),
         experts=ExpertsConfig(num_shared=0, routing=routing(d)),
         norm=NormConfig(eps=d.number("rms_norm_eps", 1e-5)),
+        **_drafting(d.count(DRAFTS, None)),
     )
     d.finish()
     return config
+
+
+def _drafting(count: int | None) -> dict[str, Any]:
+    """Read the first of the layers, each of which drafts another token."""
+    return {"num_mtp_layers": count and 1, **({"mtp_kind": "L"} if count else {})}
 
 
 def _full(d: HFConfig, common: Mapping[str, Any]) -> Heads:
@@ -190,6 +198,8 @@ def write(c: HybridMoEConfig) -> dict[str, Any]:
     }
     if full.rope.part == window.rope.part:
         said["partial_rotary_factor"] = full.rope.part
+    if c.num_mtp_layers is not None:
+        said[DRAFTS] = c.num_mtp_layers
     if c.window is not None:
         said |= {"sliding_window": c.window, "sliding_window_size": c.window - 1}
     return sizes_of(c) | routing_of(c) | said
