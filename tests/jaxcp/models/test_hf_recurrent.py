@@ -19,6 +19,7 @@ from slow import slow_but
 from tiny_checkpoints import FIXTURES, flat
 
 import jaxcp
+from jaxcp.models.base import embed
 
 transformers = pytest.importorskip("transformers", reason="needs pip install jaxcp[hf]")
 torch = pytest.importorskip("torch", reason="needs pip install jaxcp[hf]")
@@ -29,12 +30,10 @@ EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 MESHES = {}, {"seq": 3}, {"seq": 4}, {"seq": 2, "model": 2}
 NAMES = "qwen3_next", "qwen3_5_moe_text", "qwen3_5_text", "kimi_linear"
 DRAWS = [(name, seed) for name in NAMES for seed in range(10)]
-ONE_TOKEN = pytest.mark.xfail(
-    reason="one token of 140 is 9.1e-4 from float64, where 6.9e-4 is allowed and the median is 8e-6"
-    ": it is the worst conditioned one of the last layer (activations off by half an ulp move it "
-    "by up to 1.1e-4), token by token too; why eight times that is not known",
-    raises=AssertionError,
-)
+PARTS = {("qwen3_next", 4): 2e-4}
+"""Of the largest logit, where not 1e-4. In this draw two layers one after the other multiply what
+came before by a hundred and by twenty at a token, whichever program computes them: see
+`test_each_layer_of_what_came_before_is_that_of_float64`."""
 
 
 def kinds_of(rng, layers):
@@ -141,16 +140,7 @@ def gradients(model, tokens):
     return nnx.merge(graph, jax.grad(loss)(parameters), rest)
 
 
-@pytest.mark.parametrize(
-    ("name", "seed"),
-    [
-        *slow_but(
-            (draw for draw in DRAWS if draw != ("qwen3_next", 4)),
-            lambda draw: draw == ("qwen3_next", 0),
-        ),
-        pytest.param("qwen3_next", 4, marks=[pytest.mark.slow, ONE_TOKEN]),
-    ],
-)
+@pytest.mark.parametrize(("name", "seed"), slow_but(DRAWS, lambda draw: draw == ("qwen3_next", 0)))
 def test_a_drawn_configuration_is_that_of_transformers(name, seed, mesh_of, tmp_path, monkeypatch):
     fields, axes = drawn(name, seed)
     theirs = theirs_of(name, fields, seed)
@@ -160,7 +150,7 @@ def test_a_drawn_configuration_is_that_of_transformers(name, seed, mesh_of, tmp_
     theirs_32 = outputs(theirs, tokens, with_gradients)
     with in_float64(monkeypatch):
         expected = outputs(copy.deepcopy(theirs).double(), tokens, with_gradients)
-    close = limit(expected[0], theirs_32[0], 1e-4)
+    close = limit(expected[0], theirs_32[0], PARTS.get((name, seed), 1e-4))
 
     alone, _ = jaxcp.load(tmp_path / "in")
     found = jaxcp.logits(alone, tokens)
@@ -247,3 +237,46 @@ def test_what_is_left_between_us_is_rounding(name, mesh_of, monkeypatch):
         model, _ = jaxcp.load(FIXTURES / name)
         found = np.asarray(jaxcp.logits(model, tokens))
         np.testing.assert_allclose(found, exact, atol=1.25 * far, rtol=0, err_msg=str(axes))
+
+
+@pytest.mark.slow
+def test_each_layer_of_what_came_before_is_that_of_float64(tmp_path, monkeypatch):
+    """Show where a token of the draw of `PARTS` goes astray, and that no layer of ours does it.
+
+    Ours are 1.6e-5, 1.7e-4, 1.5e-4 and 2.9e-3 from float64 after each layer (layer 0 by 1e-6 where
+    layer 1 is worst, token 63, which makes token 65 of layer 3 so). Given what ours was given, each
+    layer of transformers in float64 is within 4e-5 of ours.
+    """
+    name, seed = next(iter(PARTS))
+    theirs = theirs_of(name, drawn(name, seed)[0], seed)
+    theirs.save_pretrained(tmp_path)
+    tokens = np.random.default_rng(seed).integers(0, TOKENS, (2, LENGTH))
+    model, _ = jaxcp.load(tmp_path)
+    ours = [np.asarray(x) for x in streams(model, jnp.asarray(tokens, jnp.int32))]
+    exact, close = copy.deepcopy(theirs).double(), []
+    with in_float64(monkeypatch), torch.no_grad():
+
+        def listen(layer, arguments, options, output):
+            del arguments
+            i = len(close)
+            again = layer.forward(torch.tensor(ours[i], dtype=torch.double), **options)
+            close.append([np.abs(ours[i + 1] - x.numpy()).max() for x in (again, output)])
+
+        for layer in exact.model.layers:
+            layer.register_forward_hook(listen, with_kwargs=True)
+        exact(input_ids=torch.from_numpy(tokens), use_cache=False)
+    of_same, of_exact = np.array(close).T
+    assert len(close) == 4 and of_same.max() < 1e-4
+    assert of_exact[3] > 20 * of_same.max()
+
+
+@jax.jit
+def streams(model, tokens):
+    """Give the input of the first layer, and the output of each."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    x = embed(model.embed, tokens, jnp.float32)
+    found, attend = [x], model.attend_over(positions)
+    for layer in model.layers:
+        x, _ = layer(x, positions, attend)
+        found.append(x)
+    return found
