@@ -21,6 +21,7 @@ QWEN3_NEXT = Qwen3NextConfig(
     delta=DeltaDims(num_key_heads=2, num_value_heads=4, key_dim=8, value_dim=12),
     layer_pattern="RG", experts=SparseConfig(count=4, per_tok=2, dim=32, shared_dim=32),
 )  # fmt: skip
+DRAFTING = dataclasses.replace(QWEN3_NEXT, num_mtp_layers=1)
 KIMI_LINEAR = KimiLinearConfig(
     vocab_size=65, num_layers=2, embed_dim=64, num_heads=4, layer_pattern="RG",
     latent=LatentDims(q_rank=None, kv_rank=24, nope_dim=16, rope_dim=8, value_dim=16),
@@ -52,6 +53,8 @@ def run(out_dir, mesh, **changes):
 def curve(result):
     records = read_metrics(result.metrics_path)
     assert [record["step"] for record in records] == [*range(1, 51)]
+    if "mtp_loss" in records[0]:
+        assert records[-1]["mtp_loss"] < records[0]["mtp_loss"] - 0.5, "no draft was learnt"
     return np.array([[record["loss"], record["grad_norm"]] for record in records])
 
 
@@ -74,8 +77,8 @@ def test_fifty_steps_are_those_of_one_device(alone, tmp_path, mesh, changes):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "mesh"),
-    [(QWEN3_NEXT, {"seq": 4}), (QWEN3_NEXT, {"seq": 2, "model": 2}), (KIMI_LINEAR, {"seq": 2})],
-    ids=["qwen3-next-4", "qwen3-next-2-2", "kimi-linear-2"],
+    [(QWEN3_NEXT, {"seq": 4}), (DRAFTING, {"seq": 2, "model": 2}), (KIMI_LINEAR, {"seq": 2})],
+    ids=["qwen3-next-4", "drafting-2-2", "kimi-linear-2"],
 )
 def test_fifty_steps_of_a_recurrent_model_are_those_of_one_device(model, mesh, tmp_path):
     """On the mesh the backward pass computes blocks again."""
