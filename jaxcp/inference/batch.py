@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxcp.data.windows import windows
@@ -56,11 +57,16 @@ def columns(numbers: Any, geometry: Geometry) -> dict[str, Any]:
     """
     named = {name: numbers[:, i] for i, name in enumerate(FIELDS)}
     rest = numbers[:, len(FIELDS) :]
-    return named | {
+    named |= {
         "stops": rest[:, :STOPS],
         "window": rest[:, STOPS : STOPS + geometry.ngram],
         "pages": rest[:, STOPS + geometry.ngram :],
     }
+    if jax.sharding.get_abstract_mesh().empty:
+        return named
+    # jax 0.12 forgets where a slice of one number lies
+    lines = jax.P(jax.typeof(numbers).sharding.spec[0])
+    return {name: jax.sharding.reshard(x, lines) for name, x in named.items()}
 
 
 def lines_of(groups: Sequence[Sequence[Row]], geometry: Geometry) -> list[Row | None]:

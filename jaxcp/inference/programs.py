@@ -80,7 +80,8 @@ def few(model, pool, seats, ids, numbers, geometry):
     pool = attend.pool_after
     if geometry.drafting:
         known = places < latest[:, None]
-        following = jnp.where(known, jnp.roll(newest, -1, axis=1), token[:, None])
+        after = jnp.pad(newest[:, 1:], [(0, 0), (0, 1)])
+        following = jnp.where(known, after, token[:, None])
         state = at(model.draft(state, following, positions, attend), latest)
         drafted, pool = drafts(
             model, attend.pool_after, state, row["before"] + latest, row, geometry.drafting
