@@ -100,6 +100,11 @@ class Checkpoint:
         """The shape of a tensor, or of a part of a quantized one."""
         return self.shapes[name] if name in self.shapes else self.stored[name].shape
 
+    @property
+    def formats(self) -> set[str]:
+        """Names of the formats that tensors are quantized in."""
+        return {tensor.format for tensor in (*self.packed.values(), *self.turned.values())}
+
     def dtype(self, name: str) -> np.dtype:
         """The dtype of the array that `read` returns."""
         if name in self.packed:
@@ -139,9 +144,9 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
             del shapes[part], dtypes[part]
     packed, lacking = formats.find(shapes, dtypes)
     for name, tensor in packed.items():
-        shapes[name], dtypes[name] = tensor.shape, tensor.format
-        for part in tensor.parts[1:]:
+        for part in tensor.parts:
             del shapes[part], dtypes[part]
+        shapes[name], dtypes[name] = tensor.shape, tensor.format
     unused = [name for name, shape in shapes.items() if formats.is_unused(name, shape)]
     for name in unused:
         del shapes[name], dtypes[name]

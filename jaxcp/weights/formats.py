@@ -2,17 +2,20 @@
 """Quantized tensors as checkpoints store them: values, and beside them scales under other names.
 
     X.weight           X.weight_scale [1], [out] or [out, 1]     int8, fp8: Hy3-FP8 and many others
+                       X.weight_zero_point                       the same, of asymmetric int8
     X.weight           X.weight_scale_inv [out/128, in/128]      fp8_block: DeepSeek-V3
     X.weight           X.scale [out/128, in/128]                 fp8_block: DeepSeek-V4
     X.weight           X.weight_scale [out, in/32] E8M0          mxfp8
     X.weight [in/2]    X.scale [out, in/32] E8M0                 mxfp4: DeepSeek-V4's experts
     X.weight [in/2]    X.weight_scale [out, in/16] E4M3, X.weight_scale_2 [1]       nvfp4
+    X.weight_packed    X.weight_scale as above, X.weight_global_scale [1], which divides  the two
     X_blocks [E, out, in/32, 16]   X_scales [E, out, in/32] bytes         mxfp4: gpt-oss's experts
 
 A weight is its value times its scale (times the second one). Two values of 4 bits lie in a byte,
-the lower half first. Dtypes and shapes tell the formats apart; the `quantization_config` of a
-config.json is not read. Static scales of activations (`X.input_scale`) and of caches are not used:
-neither is quantized here, which is more exact.
+the lower half first. Dtypes and shapes tell the formats apart; `jaxcp.weights.declared` compares
+them with the `quantization_config` of config.json. Integers in int32 (compressed-tensors, AWQ,
+GPTQ) are in `jaxcp.weights.integers`. Static scales of activations (`X.input_scale`) and of caches
+are not used: neither is quantized here, which is more exact.
 """
 
 import dataclasses
@@ -24,10 +27,13 @@ import numpy as np
 
 from pallas_kernels.number_formats import E2M1
 
-FORMATS = ("int8", "fp8", "fp8_block", "mxfp8", "mxfp4", "nvfp4")
+FORMATS = ("int8", "fp8", "fp8_block", "mxfp8", "mxfp4", "nvfp4", "int4")
 SCALES = ("{}_scale_inv", "{}_scale", "{stem}.scale")
-SECOND = "{}_scale_2"
-UNUSED = ("input_scale", "k_scale", "v_scale", "q_scale")
+PACKED = "_packed"
+"""End of a name in compressed-tensors, of values that share items."""
+UNUSED = (
+    "input_scale", "input_zero_point", "input_global_scale", "k_scale", "v_scale", "q_scale"
+)  # fmt: skip
 FLOATS = ("F32", "BF16", "F16")
 Shape = tuple[int, ...]
 VALUES = np.array(E2M1, np.float32)
@@ -35,7 +41,11 @@ VALUES = np.array(E2M1, np.float32)
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """A quantized tensor of `shape`; a `block` of its last two axes shares a scale."""
+    """A quantized tensor of `shape`; a `block` of its last two axes shares a scale.
+
+    `name`, `scale`, `second` and `zero` are tensors of the file. The second scale multiplies, or
+    `divides`; zero points are taken from values.
+    """
 
     format: str
     name: str
@@ -43,29 +53,59 @@ class Packed:
     block: tuple[int, int]
     scale: str
     second: str | None = None
+    divides: bool = False
+    zero: str | None = None
 
     @property
     def parts(self) -> tuple[str, ...]:
-        return tuple(name for name in (self.name, self.scale, self.second) if name)
+        return tuple(name for name in (self.name, self.scale, self.second, self.zero) if name)
+
+    def kept(self, read: Callable[[str], np.ndarray]) -> "Packed | None":
+        """The tensor as it can stay in memory; None where it is widened."""
+        del read
+        return None if self.zero else self
+
+    def values(self, read: Callable[[str], np.ndarray]) -> np.ndarray:
+        """Read the values, of `shape`; of 4 bits, their codes."""
+        stored = read(self.name)
+        return halves(stored) if self.is_halves else stored
+
+    def whole(self, read: Callable[[str], np.ndarray]) -> np.ndarray:
+        """Read the second scale as the float32 that multiplies."""
+        scale = read(str(self.second)).astype(np.float32)
+        return 1 / scale if self.divides else scale
 
     def scales(self, read: Callable[[str], np.ndarray]) -> np.ndarray:
         """Read the scales, one a block: float32 `[..., ceil(out / block), ceil(in / block)]`."""
-        grid = (-(-n // b) for n, b in zip(self.shape[-2:], self.block, strict=True))
-        return powers(read(self.scale)).reshape(*self.shape[:-2], *grid)
+        return powers(read(self.scale)).reshape(self._grid)
 
     def unpacked(self, read: Callable[[str], np.ndarray]) -> np.ndarray:
         """Widen to float32: values times scales."""
-        values, spread = read(self.name), self.scales(read)
-        exact = VALUES[halves(values)] if self.is_halves else values.astype(np.float32)
+        values = self.values(read)
+        exact = VALUES[values] if self.is_halves else values.astype(np.float32)
+        if self.zero is not None:
+            exact -= self._spread(read(self.zero).astype(np.float32).reshape(self._grid))
+        scales = self.scales(read)
+        if self.divides:
+            scales = scales / read(str(self.second)).astype(np.float32)
+        exact *= self._spread(scales)
+        return exact if self.second is None or self.divides else exact * self.whole(read)
+
+    @property
+    def _grid(self) -> Shape:
+        grid = (-(-n // b) for n, b in zip(self.shape[-2:], self.block, strict=True))
+        return *self.shape[:-2], *grid
+
+    def _spread(self, grid: np.ndarray) -> np.ndarray:
+        """Repeat what blocks share."""
         for axis, (size, block) in enumerate(zip(self.shape[-2:], self.block, strict=True)):
-            spread = spread.repeat(block, axis - 2).take(range(size), axis - 2)
-        exact *= spread
-        return exact if self.second is None else exact * read(self.second).astype(np.float32)
+            grid = grid.repeat(block, axis - 2).take(range(size), axis - 2)
+        return grid
 
     @property
     def is_halves(self) -> bool:
         """True where a byte holds two values."""
-        return self.format in ("mxfp4", "nvfp4")
+        return self.format in ("mxfp4", "nvfp4", "int4")
 
 
 def halves(values: np.ndarray) -> np.ndarray:
@@ -89,33 +129,36 @@ def powers(scales: np.ndarray) -> np.ndarray:
 def find(
     shapes: Mapping[str, Shape], dtypes: Mapping[str, str]
 ) -> tuple[dict[str, Packed], dict[str, str]]:
-    """Find the quantized tensors of a checkpoint, by name, and those that lack a part, with a word
-    on what they lack."""
+    """Find the quantized tensors of a checkpoint, by the names of their weights, and those that
+    lack a part, with a word on what they lack."""
     packed, lacking = {}, {}
     for name, dtype in dtypes.items():
         if dtype not in ("F8_E4M3", "I8", "U8") or len(shapes[name]) < 2:
             continue
-        stem = name.removesuffix(".weight")
-        options = [pattern.format(name, stem=stem) for pattern in SCALES]
+        weight = name.removesuffix(PACKED)
+        options = [
+            pattern.format(weight, stem=weight.removesuffix(".weight")) for pattern in SCALES
+        ]
         scale = next((option for option in options if option in dtypes), None)
         if scale is None:
             if dtype == "F8_E4M3" and not name.endswith(("_scale_inv", "_scale", ".scale")):
                 lacking[name] = f"{dtype} {shapes[name]} without {', '.join(options)}"
             continue
         tensor = _of(name, scale, shapes, dtypes)
-        if tensor is None:
+        if weight != name and weight in dtypes:
+            lacking[name] = f"{dtype} {shapes[name]} beside {weight}, which is the same weight"
+        elif tensor is None:
             lacking[name] = (
                 f"{dtype} {shapes[name]} with {scale} {dtypes[scale]} {shapes[scale]}: "
                 "no known format"
             )
         else:
-            packed[name] = tensor
+            packed[weight] = tensor
     return packed, lacking
 
 
 def _of(name, scale, shapes, dtypes) -> Packed | None:
     shape, grid, kind = shapes[name], shapes[scale], dtypes[scale]
-    second = SECOND.format(name)
     if dtypes[name] == "F8_E4M3" and kind in (*FLOATS, "F8_E8M0"):
         if kind in FLOATS and (block := _channels(shape, grid)):
             return Packed("fp8", name, shape, block, scale)
@@ -125,14 +168,19 @@ def _of(name, scale, shapes, dtypes) -> Packed | None:
         block = _groups(shape, grid, 32)
         return block and Packed("mxfp8", name, shape, block, scale)
     if dtypes[name] == "I8" and kind in FLOATS:
-        block = _channels(shape, grid)
-        return block and Packed("int8", name, shape, block, scale)
+        block, zero = _channels(shape, grid), f"{name}_zero_point"
+        if zero in shapes and shapes[zero] != grid:
+            return None
+        points = zero if zero in shapes else None
+        return block and Packed("int8", name, shape, block, scale, zero=points)
     wide = (*shape[:-1], 2 * shape[-1])
     if kind in ("F8_E8M0", "U8") and grid == (*wide[:-1], wide[-1] // 32):
         return Packed("mxfp4", name, wide, (1, 32), scale)
     halves = dtypes[name] == "U8" and kind == "F8_E4M3" and grid == (*wide[:-1], wide[-1] // 16)
+    divides = name.endswith(PACKED)
+    second = f"{name.removesuffix(PACKED)}_global_scale" if divides else f"{name}_scale_2"
     if halves and math.prod(shapes.get(second, (0,))) == 1:
-        return Packed("nvfp4", name, wide, (1, 16), scale, second)
+        return Packed("nvfp4", name, wide, (1, 16), scale, second, divides)
     return None
 
 

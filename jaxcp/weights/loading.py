@@ -27,6 +27,7 @@ from jaxcp.sharding import DEFAULT, Rules, sharding_of
 from jaxcp.text.folder import read_tokenizer
 from jaxcp.text.generation import read_generation, read_stop_tokens
 from jaxcp.text.tokenizer import Tokenizer
+from jaxcp.weights import declared
 from jaxcp.weights.config_file import fitted, load_config, naming
 from jaxcp.weights.files import CONFIG, Checkpoint, open_checkpoint
 from jaxcp.weights.formats import FORMATS, GPT_OSS
@@ -84,6 +85,7 @@ def load(
     family = models.family_of(config)
     stop_tokens, generation = read_stop_tokens(path, config.vocab_size), read_generation(path)
     checkpoint = open_checkpoint(path)
+    declared.check(path, checkpoint.formats)
     config = fitted(path, config, checkpoint.shapes.keys())
     with naming(Path(path, CONFIG)):
         graph, state = nnx.split(models.abstract_model(config))

@@ -28,7 +28,7 @@ from jaxcp.layers.quantized import (
 from jaxcp.models.weight_table import Piece, Row, Source, in_layers
 from jaxcp.sharding import Rules, sharding_of
 from jaxcp.weights.files import Checkpoint
-from jaxcp.weights.formats import Packed, halves
+from jaxcp.weights.formats import Packed
 from jaxcp.weights.stream import stream
 from pallas_kernels import Quantized
 from pallas_kernels.grouped_matmul.quantized import BLOCK, PACKED, pack
@@ -106,6 +106,8 @@ def quantized_source(
     """
     stored = {**checkpoint.packed, **checkpoint.turned}
     packed = [stored.get(name) for name in source.names]
+    if any(x and x.kept(checkpoint.raw) is None for x in packed):
+        return None
     kinds = {x and (x.format, x.block) for x in packed}
     if len(kinds) > 1:
         raise ValueError(
@@ -117,6 +119,8 @@ def quantized_source(
     if layout is not None and source.names[0] in checkpoint.turned:
         layout = dataclasses.replace(layout, flip=not layout.flip)
     if not tensors or layout is None or (tensors[0].is_halves and not layout.flip):
+        return None
+    if not layout.can_cut(tensors[0]):
         return None
     spec, mesh = sharding_of(variable, rules), jax.sharding.get_abstract_mesh().shape
     e, d, f = matrix_shape(variable)
@@ -143,8 +147,8 @@ def _parts(first: Packed, layout, shape, halves: int, width: int, checkpoint) ->
         parts = {"values": _Part((e, d // 2, f), np.dtype(np.uint8), name, repacked)}
     else:
         parts = {"values": _Part(shape, stored, name, layout.values)}
-    in_blocks = first.format == "fp8_block"
-    if in_blocks and (d % BLOCK or width == f or width % BLOCK == 0):
+    in_blocks, whole = first.format == "fp8_block", layout.cuts_between(first)
+    if in_blocks and whole and (d % BLOCK or width == f or width % BLOCK == 0):
         columns = -(-f // layout.of_columns(first.block))
         parts["scales"] = _Part((e, rows, columns), np.dtype(np.float32), scale, layout.blocks)
     elif in_blocks or first.format in ("int8", "fp8"):
@@ -210,22 +214,36 @@ class _Layout:
     def of_columns(self, block):
         return block[0] if self.flip else block[1]
 
-    def _leaf(self, array):
+    def cuts_between(self, tensor: Packed) -> bool:
+        """Tell whether the leaf's part of the tensor begins and ends where blocks do."""
+        size = tensor.shape[-2 if self.flip else -1]
+        first, end, step = self.cut.indices(size)
+        together = self.of_columns(tensor.block)
+        return step == 1 and first % together == 0 and (end == size or end % together == 0)
+
+    def can_cut(self, tensor: Packed) -> bool:
+        """Tell whether the part's scales have a form in memory: of blocks, or one a column."""
+        rows = tensor.shape[-1 if self.flip else -2]
+        return tensor.format != "fp8_block" or rows % BLOCK == 0 or self.cuts_between(tensor)
+
+    def _leaf(self, array, together: int = 1):
+        """The leaf's part of an array of which an entry stands for so many columns."""
         if self.flip:
             array = array.swapaxes(-1, -2)
-        array = array[..., self.cut]
+        first, end, step = self.cut.indices(array.shape[-1] * together)
+        array = array[..., first // together : -(-end // together) : step]
         return array if array.ndim == 3 else array[None]
 
     def values(self, tensor: Packed, read):
-        return self._leaf(read(tensor.name))
+        return self._leaf(tensor.values(read))
 
     def repacked(self, packed: int, tensor: Packed, read):
         """Halves of bytes as `Quantized` has them."""
-        codes = halves(read(tensor.name)).reshape(tensor.shape)
+        codes = tensor.values(read).reshape(tensor.shape)
         return pack(self._leaf(codes), packed)
 
     def blocks(self, tensor: Packed, read):
-        return self._leaf(tensor.scales(read))
+        return self._leaf(tensor.scales(read), self.of_columns(tensor.block))
 
     def raw_scales(self, tensor: Packed, read):
         scales = read(tensor.scale)
@@ -233,7 +251,7 @@ class _Layout:
 
     def whole(self, tensor: Packed, read):
         e, f = tensor.shape[:-2], tensor.shape[-2 if self.flip else -1]
-        scale = read(tensor.second).astype(np.float32).reshape(())
+        scale = tensor.whole(read).reshape(())
         return self._leaf(np.broadcast_to(scale, (*e, f, 1) if self.flip else (*e, 1, f)))
 
     def scales(self, tensor: Packed, read):

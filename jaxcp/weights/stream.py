@@ -79,6 +79,7 @@ def _empty(shape, dtype):
 def _chunks(piece: Piece) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
     """Cut a piece into parts of about CHUNK bytes, along the axis that is outermost in the file."""
     values = piece.values()
+    assert values.shape == piece.shape, f"{piece.name}: {values.shape} for {piece.shape}"
     if values.nbytes <= CHUNK:
         yield piece.start, values
         return
