@@ -2,12 +2,13 @@
 """Numbers of 8 bits and fewer: their values, and the one way in which they are rounded.
 
     e2m1    4 bits: a sign and 0, 0.5, 1, 1.5, 2, 3, 4 or 6
+    int4    4 bits: -8 to 7 in two's complement
     e4m3    8 bits, to 448 (`float8_e4m3fn`)
     ue8m0   8 bits without a sign: a power of two, its exponent plus 127; 255 is NaN
 
 `to_e2m1` and `to_ue8m0` take arrays of NumPy and of JAX: what a checkpoint holds and what
-`quantize` makes are the same bits. `four_times_e2m1` and `from_ue8m0` are arithmetic that a kernel
-can do. Source: OCP Microscaling Formats 1.0.
+`quantize` makes are the same bits. `four_times_e2m1`, `from_int4` and `from_ue8m0` are arithmetic
+that a kernel can do. Source: OCP Microscaling Formats 1.0.
 """
 
 import itertools
@@ -19,7 +20,7 @@ import numpy as np
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1 = (*MAGNITUDES, *(-x for x in MAGNITUDES))
 """Values of e2m1 by their code."""
-E2M1_LARGEST, E4M3_LARGEST, INT8_LARGEST = MAGNITUDES[-1], 448.0, 127.0
+E2M1_LARGEST, E4M3_LARGEST, INT8_LARGEST, INT4_LARGEST = MAGNITUDES[-1], 448.0, 127.0, 7.0
 LARGEST = {"int8": INT8_LARGEST, "float8_e4m3fn": E4M3_LARGEST}
 """The greatest value of a dtype of 8 bits."""
 LEAST = 2.0**-100  # scales stay above what flushes to 0
@@ -50,6 +51,16 @@ def four_times_e2m1(both, *, high: bool = False):
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
+def to_int4(x):
+    """Codes, uint8, of the nearest within -7 to 7; a tie goes to the even value."""
+    return x.clip(-INT4_LARGEST, INT4_LARGEST).round().astype(np.int8).view(np.uint8) & 15
+
+
+def from_int4(both, *, high=False):
+    """Decode the value in the low, or `high`, 4 bits of int32, to float32; ignore other bits."""
+    return (both << (24 if high else 28) >> 28).astype(jnp.float32)
+
+
 def to_ue8m0(ratio):
     """The least power of two that `ratio` does not exceed, as uint8."""
     bits = ratio.astype(np.float32).clip(LEAST).view(np.int32)
@@ -64,5 +75,5 @@ def from_ue8m0(code):
 
 
 def to_float32(scales):
-    """Decode scales in float32, e4m3 or ue8m0 (as uint8) to float32."""
+    """Decode scales in float32, bfloat16, e4m3 or ue8m0 (as uint8) to float32."""
     return from_ue8m0(scales) if scales.dtype == jnp.uint8 else scales.astype(jnp.float32)

@@ -25,10 +25,11 @@ from pallas_kernels.grouped_matmul.quantized import (
     BLOCK,
     PACKED,
     Quantized,
+    decoded,
     fine_operands,
     operand,
 )
-from pallas_kernels.number_formats import four_times_e2m1, to_float32
+from pallas_kernels.number_formats import to_float32
 from pallas_kernels.online_softmax import dot
 from pallas_kernels.varying import like
 
@@ -135,7 +136,8 @@ def _fine_products(op, lhs, weights, group_sizes, outs, finish, block, layer):
     if packed and packed not in (64, 128, PACKED):
         raise NotImplementedError(f"{op}: 64, 128 or {PACKED} rows packed together; got {packed}")
     pieces = 2 if packed else 1
-    unit = _Fine(group, packed).unit
+    fine = _Fine(group, packed)
+    unit = fine.unit
     k = _round(lhs.shape[1], unit)
     block = dataclasses.replace(block, k=unit // LANES * _divisor(k * LANES // unit, block.k))
     lhs = _whole(lhs, block.m)
@@ -148,15 +150,15 @@ def _fine_products(op, lhs, weights, group_sizes, outs, finish, block, layer):
     visits = groups.visits(group_sizes, rows, block.m, every_group=False)
     plan = _Plan(
         block=block, groups=e, steps=k // block.k, weights=len(weights), outs=outs, finish=finish,
-        scale_rows=1, fine=_Fine(group, packed),
+        scale_rows=1, fine=fine,
     )  # fmt: skip
     grid = wide, visits.total, k // block.k
-    of_scales = len(weights) * (k // group) * block.n * (4 + 2 * scales[0].dtype.itemsize)
+    heights = block.k // pieces, k // group, k // fine.rows
+    itemsize = scales[0].dtype.itemsize
+    of_scales = len(weights) * block.n * (4 * heights[2] + 2 * itemsize * heights[1])
     out = pl.pallas_call(
         functools.partial(_products_kernel, plan=plan),
-        grid_spec=_grid(
-            block, grid, values, wholes, outs, False, fine=(block.k // pieces, k // group)
-        ),
+        grid_spec=_grid(block, grid, values, wholes, outs, False, fine=heights),
         out_shape=[like(lhs, (rows, wide), lhs.dtype)] * outs,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=(pltpu.PARALLEL, pltpu.ARBITRARY, pltpu.ARBITRARY),
@@ -189,7 +191,8 @@ def _tall(x, rows):
 
 
 def _grid(block, grid, weights, scales, outs, transpose, fine=None):
-    """`fine`: rows of values in a step, and of scales, which come after the others and whole."""
+    """`fine`: rows of values in a step; of scales, which come after the others and whole, as they
+    are stored and as they are made."""
     wide, visits, steps = grid
 
     def of_weights(n, v, k, group, tile, offsets, matrix):
@@ -216,7 +219,7 @@ def _grid(block, grid, weights, scales, outs, transpose, fine=None):
             *finer * len(weights),
         ],
         out_specs=[out] * outs,
-        scratch_shapes=[pltpu.VMEM((fine[1], block.n), jnp.float32) for _ in finer * len(weights)]
+        scratch_shapes=[pltpu.VMEM((fine[2], block.n), jnp.float32) for _ in finer * len(weights)]
         + [pltpu.VMEM((block.m, block.n), jnp.float32)] * (len(weights) if steps > 1 else 0),
     )
 
@@ -297,9 +300,14 @@ class _Fine(NamedTuple):
     packed: int
 
     @property
+    def rows(self) -> int:
+        """Rows that share a scale once those of a step are made: more would not be whole tiles."""
+        return min(self.group, 32)
+
+    @property
     def unit(self) -> int:
         """Rows made whole at a time: their values fill lanes, their scales whole tiles of 8."""
-        return 2 * LANES if self.packed or LANES // self.group < 8 else LANES
+        return 2 * LANES if self.packed or LANES // self.rows < 8 else LANES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -382,8 +390,10 @@ def _products_kernel(*refs, plan):
     @pl.when(group < plan.groups)
     def _():
         for ref, stored in zip(r.made, r.fine, strict=True):
-            quarter = 0.25 if plan.fine.packed else 1.0  # four_times_e2m1
-            ref[...] = to_float32(stored[...]) * quarter
+            factor = decoded(r.weights[0].dtype)[1] if plan.fine.packed else 1.0
+            again = plan.fine.group // plan.fine.rows
+            scales = to_float32(stored[...]) * factor
+            ref[...] = scales.repeat(again, 0) if again > 1 else scales
         jax.lax.fori_loop(0, block.n // block.columns, column, None)
 
     @pl.when(group == plan.groups)  # rows past the last group
@@ -428,7 +438,7 @@ def _fine_product(r, plan, step, i, at, columns):
     Of a step of 512 rows, for groups of 32 with 256 packed together: 2 units of 256 rows, each 128
     rows of bytes and 8 rows of scales; step `s` begins at row 16 s of the scales.
     """
-    (group, packed), unit, block = plan.fine, plan.fine.unit, plan.block
+    packed, group, unit, block = plan.fine.packed, plan.fine.rows, plan.fine.unit, plan.block
     scales_a_step, scales_a_unit = block.k // group, unit // group
     stored = unit // 2 if packed else unit
     first_scale = step * scales_a_step
@@ -449,10 +459,11 @@ def _fine_product(r, plan, step, i, at, columns):
 
 
 def _unpacked(values, packed):
-    """Unpack bytes `[R, C]` to 4 times their values, float32 `[2 R, C]`."""
+    """Unpack bytes `[R, C]` to their values by a factor (`decoded`), float32 `[2 R, C]`."""
     both, half = values.astype(jnp.int32), packed // 2
+    decode, _ = decoded(values.dtype)
     parts = [both[i : i + half] for i in range(0, both.shape[0], half)]
-    return jnp.concatenate([four_times_e2m1(x, high=h) for x in parts for h in (False, True)])
+    return jnp.concatenate([decode(x, high=h) for x in parts for h in (False, True)])
 
 
 def _outer_kernel(group_ref, tile_ref, offsets_ref, lhs_ref, dout_ref, out_ref, sum_ref, *, block):

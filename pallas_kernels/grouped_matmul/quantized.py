@@ -12,17 +12,20 @@ from jaxtyping import Array, Float
 from pallas_kernels.number_formats import (
     E2M1_LARGEST,
     E4M3_LARGEST,
+    INT4_LARGEST,
     LARGEST,
     LEAST,
     four_times_e2m1,
+    from_int4,
     to_e2m1,
     to_float32,
+    to_int4,
     to_ue8m0,
 )
 
 BLOCK = 128  # rows and columns that share a scale, as in DeepSeek-V3 (arXiv 2412.19437, 3.3.2)
-GROUPS = (16, 32, BLOCK)  # rows of one column that share a scale
-FORMATS = {"mxfp8": 32, "mxfp4": 32, "nvfp4": 16}
+GROUPS = (16, 32, 64, BLOCK)  # rows of one column that share a scale
+FORMATS = {"mxfp8": 32, "mxfp4": 32, "nvfp4": 16, "int4": BLOCK}
 PACKED = 256  # most rows that are packed together
 
 
@@ -31,13 +34,14 @@ PACKED = 256  # most rows that are packed together
 class Quantized:
     """Quantized weights: `values * scales * channel_scales`, each scale spread over its block.
 
-    `values`: int8 or float8_e4m3fn `[E, D, F]`; or with `packed` uint8 `[E, D / 2, F]`, two e2m1
-    a byte: of `packed` rows the first half lie in the low bits, the second in the high bits, so
-    that a slice of whole `packed` rows can be read alone. `packed` is a power of two, at most 256.
+    `values`: int8 or float8_e4m3fn `[E, D, F]`; or with `packed` `[E, D / 2, F]`, uint8 of two e2m1
+    or int8 of two int4: of `packed` rows the first half lie in the low bits, the second in the high
+    bits, so that a slice of whole `packed` rows can be read alone. `packed` is a power of two, at
+    most 256.
 
     `scales`: `[E, 1, F]` for one a channel, `[E, ceil(D / 128), ceil(F / 128)]` for one a block, or
-    `[E, D / g, F]` for g = 16, 32 or 128 rows of a column; float32, float8_e4m3fn or, as exponents
-    of 2 plus 127, uint8. `channel_scales`: float32 `[E, 1, F]`, or None.
+    `[E, D / g, F]` for g = 16, 32, 64 or 128 rows of a column; float32, bfloat16, float8_e4m3fn or,
+    as exponents of 2 plus 127, uint8. `channel_scales`: float32 `[E, 1, F]`, or None.
 
     For a stack of layers every array is `[L, E, ...]`.
 
@@ -87,17 +91,20 @@ class Quantized:
 
     @property
     def is_fine(self) -> bool:
-        """Tell whether a kernel makes whole weights, in the rows' dtype, before it multiplies. What
-        `quantize` gives is exact in bfloat16."""
+        """Tell whether a kernel makes whole weights, in the rows' dtype, before it multiplies. In
+        bfloat16 that is exact of what `quantize` gives, but of integers, whose scales are any."""
         return bool(self.packed) or self.group < min(BLOCK, self.shape[-2])
 
 
-def quantize(weights: Float[Array, "E D F"], format=jnp.int8, *, block: bool = False) -> Quantized:
+def quantize(
+    weights: Float[Array, "E D F"], format=jnp.int8, *, block: bool = False, group: int = BLOCK
+) -> Quantized:
     """Round to the nearest; of the weights that share a scale the greatest becomes the format's.
 
     Args:
       format: int8 or float8_e4m3fn; "mxfp8" (e4m3), "mxfp4" (e2m1), both with a power of two for
-        32 rows; or "nvfp4" (e2m1 with an e4m3 scale for 16 rows, and one a channel).
+        32 rows; "nvfp4" (e2m1 with an e4m3 scale for 16 rows, and one a channel); or "int4" with a
+        float32 scale for `group` rows: 16, 32, 64 or 128.
       block: int8 and float8_e4m3fn have a scale for every 128 x 128 block, not every column.
     Raises:
       ValueError: another format; rows that are no multiple of those that share a scale.
@@ -109,7 +116,7 @@ def quantize(weights: Float[Array, "E D F"], format=jnp.int8, *, block: bool = F
     """
     exact = weights.astype(jnp.float32)
     if isinstance(format, str) and format in FORMATS:
-        return _in_groups(exact, format)
+        return _in_groups(exact, format, group if format == "int4" else FORMATS[format])
     largest = _largest(format)
     exact_blocks = jnp.abs(_blocks(exact) if block else exact)
     greatest = exact_blocks.max((2, 4)) if block else exact_blocks.max(1, keepdims=True)
@@ -121,8 +128,10 @@ def quantize(weights: Float[Array, "E D F"], format=jnp.int8, *, block: bool = F
     return Quantized(jnp.clip(scaled, -largest, largest).astype(format), scales)
 
 
-def _in_groups(exact, format):
-    (e, d, f), group = exact.shape, FORMATS[format]
+def _in_groups(exact, format, group):
+    e, d, f = exact.shape
+    if group not in GROUPS:
+        raise ValueError(f"{format}: one of {GROUPS} rows share a scale; got group={group}")
     if d % group:
         raise ValueError(f"{format}: {group} rows share a scale; got {exact.shape}")
     grouped = exact.reshape(e, d // group, group, f)
@@ -132,6 +141,9 @@ def _in_groups(exact, format):
         whole = jnp.maximum(whole, LEAST)
         scales = (greatest / E2M1_LARGEST / whole).astype(jnp.float8_e4m3fn)
         unit = to_float32(scales) * whole
+    elif format == "int4":
+        whole, scales = None, jnp.where(greatest > 0, greatest / INT4_LARGEST, 1.0)
+        unit = scales
     else:
         largest = E4M3_LARGEST if format == "mxfp8" else E2M1_LARGEST
         whole, scales = None, to_ue8m0(greatest / largest)
@@ -140,7 +152,15 @@ def _in_groups(exact, format):
     if format == "mxfp8":
         return Quantized(scaled.astype(jnp.float8_e4m3fn), scales)
     packed = math.gcd(d, PACKED)
+    if format == "int4":
+        return Quantized(pack(to_int4(scaled), packed).view(jnp.int8), scales, whole, packed)
     return Quantized(pack(to_e2m1(scaled), packed), scales, whole, packed)
+
+
+def decoded(dtype):
+    """`(decode, factor)` of packed values in `dtype`: `decode(int32, high=)` gives a value in
+    float32, divided by `factor`."""
+    return (from_int4, 1.0) if dtype == jnp.int8 else (four_times_e2m1, 0.25)
 
 
 def pack(codes, packed: int):
@@ -167,8 +187,9 @@ def dequantize(weights: Quantized, dtype=jnp.float32) -> Float[Array, "E D F"]:
     (2, 256, 384)
     """
     if weights.packed:
-        codes = unpack(weights.values, weights.packed)
-        exact = 0.25 * four_times_e2m1(codes.astype(jnp.int32))
+        codes = unpack(weights.values.view(jnp.uint8), weights.packed)
+        decode, factor = decoded(weights.values.dtype)
+        exact = factor * decode(codes.astype(jnp.int32))
     else:
         exact = weights.values.astype(jnp.float32)
     exact *= spread(to_float32(weights.scales), weights.shape)
@@ -198,20 +219,21 @@ def check(weights: Quantized) -> None:
     """Raises ValueError: values or scales of a wrong dtype or shape."""
     *lead, d, f = weights.shape
     together = weights.packed
-    if together and (weights.values.dtype != np.uint8 or PACKED % together or d % together):
+    is_packed = weights.values.dtype in (np.uint8, np.int8)
+    if together and (not is_packed or PACKED % together or d % together):
         raise ValueError(
-            f"packed values are uint8, a power of two of rows to {PACKED} packed together, which "
+            f"packed values are uint8 or int8, a power of two of rows to {PACKED} together, which "
             f"divides rows; got {weights.values.dtype}, packed={together} of {d} rows"
         )
     if not weights.packed:
         _largest(weights.values.dtype)
     forms = [(*lead, 1, f), (*lead, -(-d // BLOCK), -(-f // BLOCK))]
     forms += [(*lead, d // group, f) for group in GROUPS if d % group == 0]
-    kinds = (jnp.float32, jnp.float8_e4m3fn, jnp.uint8)
+    kinds = (jnp.float32, jnp.bfloat16, jnp.float8_e4m3fn, jnp.uint8)
     if weights.scales.shape not in forms or weights.scales.dtype not in kinds:
         raise ValueError(
-            f"scales of {weights.shape} are float32, float8_e4m3fn or uint8, of a shape among "
-            f"{forms}; got {weights.scales.dtype} {weights.scales.shape}"
+            f"scales of {weights.shape} are float32, bfloat16, float8_e4m3fn or uint8, of {forms}; "
+            f"got {weights.scales.dtype} {weights.scales.shape}"
         )
     whole = weights.channel_scales
     if whole is not None and not (weights.is_fine or weights.by_channel):

@@ -21,8 +21,14 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dispatch import target_platform
 from pallas_kernels.grouped_matmul import gradients, groups, stack, tuning
-from pallas_kernels.grouped_matmul.quantized import BLOCK, Quantized, fine_operands, operand
-from pallas_kernels.number_formats import four_times_e2m1, from_ue8m0
+from pallas_kernels.grouped_matmul.quantized import (
+    BLOCK,
+    Quantized,
+    decoded,
+    fine_operands,
+    operand,
+)
+from pallas_kernels.number_formats import from_ue8m0
 from pallas_kernels.online_softmax import dot
 from pallas_kernels.varying import like
 
@@ -31,6 +37,7 @@ from pallas_kernels.varying import like
 warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
 
 LEAST = 16  # size of a Triton dot in every dimension, at least
+MADE = 32  # rows of 4 bits that are made whole together, at most: more exceed shared memory
 
 
 def matmul(lhs, rhs, group_sizes, *, transpose=False, layer=None):
@@ -106,7 +113,8 @@ def _fine_products(op, lhs, weights, group_sizes, outs, finish, layer):
     if packed:
         if packed < 2 * LEAST:
             raise NotImplementedError(f"{op}: at least {2 * LEAST} rows packed; got {packed}")
-        block = dataclasses.replace(block, k=max(LEAST, min(weights[0].group, packed // 2)))
+        together = min(weights[0].group, packed // 2, MADE)
+        block = dataclasses.replace(block, k=max(LEAST, together))
         if block.m > 64:  # every warp makes whole what it multiplies by, and would spill
             block = dataclasses.replace(block, n=min(block.n, 64))
     block = dataclasses.replace(block, k=math.gcd(block.k, k))  # a block ends where rows do
@@ -250,6 +258,7 @@ def _fine_kernel(*refs, block, count, finish, shape, packed, group_rows):
     at_columns = pl.ds(column, block.n)
     # rows of one scale: a row of scales spreads over them, and nothing is rearranged
     tall = min(group_rows, block.k)
+    decode, factor = decoded(value_refs[0].dtype)
 
     def stored(i, first, dtype):
         where = group, pl.ds(first, tall), at_columns
@@ -262,7 +271,7 @@ def _fine_kernel(*refs, block, count, finish, shape, packed, group_rows):
         read_as = jnp.int32 if dtype == jnp.uint8 else jnp.float32
         scales = _read(scale_refs[i], where, (1, block.n), None, columns, read_as)
         scales = from_ue8m0(scales) if dtype == jnp.uint8 else scales
-        scales = 0.25 * scales if packed else scales  # four_times_e2m1
+        scales = factor * scales if packed else scales
         at = pl.ds(start, block.m), pl.ds(first, tall)
         a = _read(lhs_ref, at, (block.m, tall), rows, None, lhs_ref.dtype)
         return dot(a, (values * scales).astype(a.dtype), (1, 0))
@@ -275,8 +284,8 @@ def _fine_kernel(*refs, block, count, finish, shape, packed, group_rows):
         half = packed // 2
         low = first + jax.lax.div(first, jnp.int32(half)) * half
         both = stored(i, first, jnp.int32)
-        yield product(i, four_times_e2m1(both), low)
-        yield product(i, four_times_e2m1(both, high=True), low + half)
+        yield product(i, decode(both), low)
+        yield product(i, decode(both, high=True), low + half)
 
     def step(index, sums):
         for first in range(0, block.k, tall):

@@ -28,8 +28,8 @@ class Case:
     """One problem: `sizes` of the groups, `rows` in all, `summed` x `columns` a matrix.
 
     `weights`: None for the rows' dtype, else "int8" or "float8_e4m3fn", with a scale a channel, or
-    with `block` one for 128 x 128; or "mxfp8", "mxfp4" or "nvfp4", which have no gradient.
-    `swiglu` takes two matrices a group.
+    with `block` one for 128 x 128; or "mxfp8", "mxfp4", "nvfp4" or "int4" (for `group`
+    rows), which have no gradient. `swiglu` takes two matrices a group.
     """
 
     sizes: tuple[int, ...] = (16, 64, 16)
@@ -41,6 +41,7 @@ class Case:
     clamp: float | None = None
     weights: str | None = None
     block: bool = False
+    group: int = 128
     outliers: bool = False  # 1 entry in 500 of rows and weights is thirty times the rest
     seed: int = 0
 
@@ -63,6 +64,9 @@ CASES = {
     "mxfp4": Case(weights="mxfp4", dtype="bfloat16", summed=192),  # 64 rows packed together
     "nvfp4": Case(weights="nvfp4", sizes=(5, 0, 20), rows=30, summed=512, columns=200),
     "swiglu, nvfp4": Case(weights="nvfp4", swiglu=True, dtype="bfloat16", outliers=True),
+    "int4": Case(weights="int4", sizes=(5, 0, 20), rows=30, summed=384, columns=200),
+    "swiglu, int4 in 32": Case(weights="int4", group=32, swiglu=True, outliers=True),
+    "int4 in 64": Case(weights="int4", group=64, dtype="bfloat16", summed=192),
 }
 
 
@@ -115,7 +119,9 @@ def given_weights(case: Case):
     found = [jnp.asarray(arrays(case)[name]) for name in matrices(case)]
     if case.weights is None:
         return found
-    rounded = jax.jit(functools.partial(quantize, format=case.weights, block=case.block))
+    rounded = jax.jit(
+        functools.partial(quantize, format=case.weights, block=case.block, group=case.group)
+    )
     return [rounded(w) for w in found]
 
 

@@ -192,6 +192,7 @@ STACKS = {
     ),
     "nvfp4": jax.jit(jax.vmap(functools.partial(quantize, format="nvfp4"))),
     "mxfp4": jax.jit(jax.vmap(functools.partial(quantize, format="mxfp4"))),
+    "int4": jax.jit(jax.vmap(functools.partial(quantize, format="int4"))),
 }
 
 
