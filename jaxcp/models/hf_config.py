@@ -78,8 +78,17 @@ NEUTRAL: dict[str, tuple] = {
 """Fields that change what is computed, and the values that do not. A family reads some."""
 
 SILU = "silu", "swish"
-QUANTIZED = None, "jaxcp", "fp8", "mxfp4", "modelopt", "compressed-tensors"
+QUANTIZED = (
+    None, "jaxcp", "fp8", "mxfp4", "modelopt", "compressed-tensors", "gptq", "awq"
+)  # fmt: skip
 """Methods whose tensors say by themselves how they are quantized, see `jaxcp.weights.formats`."""
+INSTEAD = {
+    "auto-round": "Export it as auto_gptq, with quant_method gptq in its config.json",
+    "gguf": "Load the folder of safetensors that the file was made of",
+    "torchao": "Its tensors are classes of PyTorch: save them dequantized, as safetensors",
+}
+"""Advice on methods that are not among them; of others it is `ELSE`."""
+ELSE = "Load the plain checkpoint that it was made of; `jaxcp quantize` makes that smaller"
 DTYPES = "float32", "bfloat16", "float16"
 LEGACY = {"attention": "full_attention", "deepseek_sparse_attention": "indexed_attention"}
 """Kinds of layers under the names that they had before."""
@@ -202,18 +211,23 @@ class HFConfig(Mapping):
 
     def finish(self) -> None:
         """Raises NotImplementedError, naming all, for fields that nobody has asked for."""
-        method = (self.get("quantization_config") or {}).get("quant_method")
-        if method not in QUANTIZED:
-            raise NotImplementedError(
-                f"{self.model_type}: quantization_config has a quant_method of "
-                f"{', '.join(map(str, QUANTIZED[1:]))}; got {method}"
-            )
+        self._check_quantization(self.get("quantization_config") or {})
         rest = {k: self._fields[k] for k in sorted(self._fields.keys() - self._read)}
         if unknown := {k: v for k, v in rest.items() if v not in NEUTRAL.get(k, ())}:
             known = {k: NEUTRAL[k][0] for k in unknown if k in NEUTRAL}
             raise NotImplementedError(
                 f"{self.model_type}: not known, and may change what is computed: {unknown}. "
                 + (f"They may only be {known}" if known else "Remove what does not")
+            )
+
+    def _check_quantization(self, says: Mapping[str, Any]) -> None:
+        old = any(says.get(f"load_in_{bits}bit") for bits in (4, 8))
+        method = says.get("quant_method", "bitsandbytes" if old else None)
+        if method not in QUANTIZED:
+            raise NotImplementedError(
+                f"{self.model_type}: quantization_config has a quant_method of "
+                f"{', '.join(map(str, QUANTIZED[1:]))}; got {method}. "
+                + INSTEAD.get(str(method).removeprefix("intel/"), ELSE)
             )
 
     def _value(self, key: str, default: tuple, is_good: Callable[[Any], bool], what: str) -> Any:

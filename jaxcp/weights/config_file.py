@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxcp import models
-from jaxcp.weights.files import CONFIG, read_json
+from jaxcp.weights.files import CONFIG, read_json, what_to_do
 from jaxcp.weights.stored_dtype import stored_dtype
 
 MOST_LAYERS = 10_000
@@ -54,6 +54,7 @@ def load_config(path: str | os.PathLike) -> Any:
     if not file.exists():
         raise FileNotFoundError(
             f"needed a checkpoint folder with {CONFIG} and *.safetensors; {file} is not there"
+            + what_to_do(Path(path))
             + ("" if Path(path).exists() or not re.fullmatch(HUB_ID, str(path)) else NO_PATH)
         )
     fields = read_json(file)

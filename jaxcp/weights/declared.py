@@ -83,11 +83,27 @@ def _expected(method: str, says: Mapping[str, Any]) -> tuple[str, Collection[str
     if method == "jaxcp":
         weights = str(says.get("weights"))
         return f"jaxcp {weights}", (weights,), (weights,)
+    if method == "awq" and (version := str(says.get("version", "gemm"))).lower() != "gemm":
+        _refuse(f"awq of version {version:.50}", "gemm")
+    if method == "gptq":
+        gptq_offset(says)
     formats = {"mxfp4": ("mxfp4",)}.get(method, INTEGERS)
     return method, formats, formats
 
 
-def _one_of(table: Mapping[str, Collection[str]], value: Any, what: str) -> Collection[str]:
+def gptq_offset(says: Mapping[str, Any]) -> int | None:
+    """Find what is to be added to GPTQ's zero points as they are stored; None of other methods.
+
+    Raises:
+      NotImplementedError: a checkpoint_format that is not read.
+    """
+    if says.get("quant_method") != "gptq":
+        return None
+    layout = says.get("checkpoint_format") or "gptq"
+    return _one_of({"gptq": 1, "gptq_v2": 0}, layout, "gptq's checkpoint_format")
+
+
+def _one_of(table: Mapping[str, Any], value: Any, what: str) -> Any:
     if not isinstance(value, str) or value not in table:
         _refuse(f"{what} {value!r:.100}", ", ".join(table))
     return table[value]

@@ -13,7 +13,8 @@ import ml_dtypes
 import numpy as np
 
 from jaxcp.input_files import LARGE_JSON_BYTES, open_regular, read_json, strict_json
-from jaxcp.weights import formats
+from jaxcp.weights import formats, integers
+from jaxcp.weights.declared import declared, gptq_offset
 from jaxcp.weights.formats import Packed
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ FORMATS = {
     "F8_E8M0": ml_dtypes.float8_e8m0fnu,
 }  # fmt: skip
 """NumPy dtypes by their names in safetensors, whose own NumPy reader has none of 8 bits."""
+PICKLED = ".bin", ".pt", ".pth", ".ckpt"
 NAME_LENGTH = 500
 """Longest name of a tensor or file that is taken: names are printed where something is wrong."""
 AXES = 8
@@ -143,6 +145,9 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
         for part in (blocks, scales):
             del shapes[part], dtypes[part]
     packed, lacking = formats.find(shapes, dtypes)
+    offset = gptq_offset(declared(path)) if any(x.endswith(".qweight") for x in dtypes) else None
+    whole = integers.find(shapes, dtypes, lambda name: stored[name].view(), offset)
+    packed, lacking = {**packed, **whole[0]}, {**lacking, **whole[1]}
     for name, tensor in packed.items():
         for part in tensor.parts:
             del shapes[part], dtypes[part]
@@ -156,6 +161,21 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
             "%s", path, len(unused), unused[0],
         )  # fmt: skip
     return Checkpoint(stored, shapes, dtypes, packed, lacking, turned)
+
+
+def what_to_do(path: Path) -> str:
+    """Say what to do with the weights at a path that are no safetensors; nothing where there are
+    none."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    for file in sorted(files, key=lambda file: "model" not in file.name):
+        if file.suffix in PICKLED and file.is_file():
+            return (
+                f". {file.name} is pickled, and to read it could run anything: once, transformers' "
+                "from_pretrained(DIR) and save_pretrained(OUT) make safetensors of it; load OUT"
+            )
+        if file.suffix == ".gguf" and file.is_file():
+            return f". {file.name} is not read: load the folder of safetensors that it was made of"
+    return ""
 
 
 def _stored_tensors(folder: Path) -> dict[str, Stored]:
@@ -242,6 +262,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     if not Path(folder, INDEX).exists():
         raise FileNotFoundError(
             f"needed {WEIGHTS} or {INDEX} beside {folder / CONFIG}; neither is there"
+            f"{what_to_do(folder)}"
         )
     weight_map = read_json(folder / INDEX, LARGE_JSON_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

@@ -65,6 +65,10 @@ class Packed:
         del read
         return None if self.zero else self
 
+    def dtype(self, read: Callable[[str], np.ndarray]) -> np.dtype:
+        """The dtype of values in memory; of 4 bits, that of two together."""
+        return np.dtype(np.uint8) if self.is_halves else read(self.name).dtype
+
     def values(self, read: Callable[[str], np.ndarray]) -> np.ndarray:
         """Read the values, of `shape`; of 4 bits, their codes."""
         stored = read(self.name)

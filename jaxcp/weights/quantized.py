@@ -29,6 +29,7 @@ from jaxcp.models.weight_table import Piece, Row, Source, in_layers
 from jaxcp.sharding import Rules, sharding_of
 from jaxcp.weights.files import Checkpoint
 from jaxcp.weights.formats import Packed
+from jaxcp.weights.integers import Integers, alike
 from jaxcp.weights.stream import stream
 from pallas_kernels import Quantized
 from pallas_kernels.grouped_matmul.quantized import BLOCK, PACKED, pack
@@ -106,8 +107,10 @@ def quantized_source(
     """
     stored = {**checkpoint.packed, **checkpoint.turned}
     packed = [stored.get(name) for name in source.names]
-    if any(x and x.kept(checkpoint.raw) is None for x in packed):
+    kept = [x.kept(checkpoint.raw) for x in packed if x is not None]
+    if None in kept:
         return None
+    packed = alike(x for x in kept if x is not None) + [None] * packed.count(None)
     kinds = {x and (x.format, x.block) for x in packed}
     if len(kinds) > 1:
         raise ValueError(
@@ -141,12 +144,18 @@ def _parts(first: Packed, layout, shape, halves: int, width: int, checkpoint) ->
     e, d, f = shape
     rows = -(-d // layout.of_rows(first.block))
     name, scale = (lambda x: x.name), (lambda x: x.scale)
-    stored = checkpoint.raw(first.name).dtype
+    stored = first.dtype(checkpoint.raw)
     if halves:
         repacked = functools.partial(layout.repacked, halves)
-        parts = {"values": _Part((e, d // 2, f), np.dtype(np.uint8), name, repacked)}
+        parts = {"values": _Part((e, d // 2, f), stored, name, repacked)}
     else:
         parts = {"values": _Part(shape, stored, name, layout.values)}
+    if isinstance(first, Integers):
+        kind = checkpoint.raw(first.scale).dtype
+        kind = kind if kind == ml_dtypes.bfloat16 else np.dtype(np.float32)
+        rows = d // first.group
+        parts["scales"] = _Part((e, rows, f), kind, scale, functools.partial(layout.grouped, kind))
+        return parts
     in_blocks, whole = first.format == "fp8_block", layout.cuts_between(first)
     if in_blocks and whole and (d % BLOCK or width == f or width % BLOCK == 0):
         columns = -(-f // layout.of_columns(first.block))
@@ -240,7 +249,14 @@ class _Layout:
     def repacked(self, packed: int, tensor: Packed, read):
         """Halves of bytes as `Quantized` has them."""
         codes = tensor.values(read).reshape(tensor.shape)
-        return pack(self._leaf(codes), packed)
+        return pack(self._leaf(codes), packed).view(tensor.dtype(read))
+
+    def grouped(self, kind, tensor: Packed, read):
+        """The scales of integers, one for each group in memory."""
+        assert isinstance(tensor, Integers)
+        return self._leaf(
+            tensor.scales(read).repeat(tensor.block[1] // tensor.group, 1).astype(kind)
+        )
 
     def blocks(self, tensor: Packed, read):
         return self._leaf(tensor.scales(read), self.of_columns(tensor.block))

@@ -68,8 +68,8 @@ def test_an_unknown_field_is_refused_by_name(name):
     for extra in ({"other_scale": 0.5}, {"final_logit_softcapping": 30.0}):
         with pytest.raises(NotImplementedError, match=rf"not known.*{next(iter(extra))}"):
             models.config_from_dict(fields_of(name) | extra)
-    quantized = {"quantization_config": {"quant_method": "gptq"}}
-    with pytest.raises(NotImplementedError, match=r"quant_method of jaxcp, fp8.*got gptq"):
+    quantized = {"quantization_config": {"quant_method": "hqq"}}
+    with pytest.raises(NotImplementedError, match=r"quant_method of jaxcp, fp8.*got hqq"):
         models.config_from_dict(fields_of(name) | quantized)
     harmless = {"final_logit_softcapping": None, "eod_token_id": 3, "temperature": 0.5}
     assert read(fields_of(name) | harmless) == read(fields_of(name))

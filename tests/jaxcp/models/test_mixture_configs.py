@@ -142,7 +142,7 @@ def test_no_format_takes_another_for_its_own():
         (GLM_45, {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
         (GLM_45, {"n_group": 3}),
         (GLM_45, {"kv_lora_rank": 512}),
-        (GLM_45, {"quantization_config": {"quant_method": "awq"}}),
+        (GLM_45, {"quantization_config": {"quant_method": "hqq"}}),
         (MINIMAX_M25, {"use_qk_norm": False}),
         (MINIMAX_M25, {"qk_norm_type": "per_head"}),
         (MINIMAX_M25, {"use_routing_bias": False}),

@@ -12,6 +12,7 @@ from tiny_checkpoints import random_model, tensors, write
 
 import jaxcp
 
+BF16 = ml_dtypes.bfloat16
 E4M3, E8M0 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e8m0fnu
 E2M1 = np.array([e2m1(code) for code in range(16)], np.float32)
 
@@ -63,6 +64,64 @@ def nvfp4(w):
     parts = {
         "weight": two_a_byte(codes.reshape(w.shape)), "weight_scale": scales,
         "weight_scale_2": whole, "input_scale": np.float32(0.25),
+    }  # fmt: skip
+    return parts, exact
+
+
+def int4(w, group, *, symmetric=True, dtype=np.float32):
+    """`(codes [out, in], zero points and scales [out, groups], exact)`, codes of 0 to 15."""
+    groups = w.reshape(len(w), -1, group)
+    low, high = groups.min(-1).clip(max=0), groups.max(-1).clip(min=0)
+    if symmetric:
+        high = np.maximum(-low, high)
+        low = -high
+    scales = ((high - low) / 15).astype(dtype).astype(np.float32)
+    zeros = np.full(low.shape, 8) if symmetric else np.rint(-low / scales).clip(1, 15)
+    codes = (np.rint(groups / scales[..., None]) + zeros[..., None]).clip(0, 15)
+    exact = ((codes - zeros[..., None]) * scales[..., None]).astype(np.float32).reshape(w.shape)
+    return codes.reshape(w.shape).astype(np.uint32), zeros.astype(np.uint32), scales, exact
+
+
+def words(codes, bits=4, order=range(8)):
+    """Int32 of codes along the last axis, the first in the lowest bits."""
+    whole = codes.reshape(*codes.shape[:-1], -1, 32 // bits)
+    shifted = [whole[..., code] << np.uint32(bits * i) for i, code in enumerate(order)]
+    return np.bitwise_or.reduce(shifted).view(np.int32)
+
+
+def pack_quantized(w, group=32, *, symmetric=True, order=None):
+    """compressed-tensors' int4, as Kimi-K2.5 has it; `order`: of inputs, by which groups go."""
+    turned = w if order is None else w[:, order]
+    codes, zeros, scales, exact = int4(turned, group, symmetric=symmetric, dtype=BF16)
+    parts = {"weight_scale": scales.astype(BF16), "weight_shape": np.array(w.shape)}
+    if not symmetric:
+        parts["weight_zero_point"] = words(zeros.T).T
+    if order is not None:
+        back = np.argsort(order)
+        codes, exact = codes[:, back], exact[:, back]
+        parts["weight_g_idx"] = (back // group).astype(np.int32)
+    return parts | {"weight_packed": words(codes)}, exact
+
+
+def gptq(w, group=32, *, symmetric=True, order=None, less=1):
+    """`less`: what its first format takes from zero points."""
+    turned = w if order is None else w[:, order]
+    codes, zeros, scales, exact = int4(turned, group, symmetric=symmetric, dtype=np.float16)
+    back = np.arange(w.shape[1]) if order is None else np.argsort(order)
+    codes, exact = codes[:, back], exact[:, back]
+    parts = {
+        "qweight": words(codes).T, "scales": scales.T.astype(np.float16),
+        "qzeros": words(zeros.T - np.uint32(less)), "g_idx": (back // group).astype(np.int32),
+    }  # fmt: skip
+    return parts, exact
+
+
+def awq(w, group=32):
+    codes, zeros, scales, exact = int4(w, group, symmetric=False, dtype=np.float16)
+    order = 0, 2, 4, 6, 1, 3, 5, 7
+    parts = {
+        "qweight": words(codes.T, order=order), "qzeros": words(zeros.T, order=order),
+        "scales": scales.T.astype(np.float16),
     }  # fmt: skip
     return parts, exact
 

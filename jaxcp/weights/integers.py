@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Integers of 4 and 8 bits that lie in int32, as compressed-tensors, GPTQ and AWQ store a weight.
+
+    X.weight_packed [out, in b/32]  X.weight_scale [out, groups]  X.weight_shape: [out, in]
+        perhaps X.weight_zero_point [out b/32, groups], X.weight_g_idx [in]
+    X.qweight [in b/32, out]   X.scales [groups, out]  X.qzeros [groups, out b/32]  X.g_idx [in]
+    X.qweight [in, out/8]      X.scales [groups, out]  X.qzeros [groups, out/8]        AWQ
+
+A weight is its code less the zero point of its group, times the group's scale; without zero points
+that is half of what the bits hold. The lowest bits come first, AWQ's columns in the order of
+`AWQ_ORDER`. `g_idx` is the group of each input. GPTQ's first format stores zero points less one.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+
+from jaxcp.weights.formats import FLOATS, PACKED, Packed, Shape, halves
+
+AWQ_ORDER = 0, 2, 4, 6, 1, 3, 5, 7
+WORD = 32
+GROUPS = 128, 64, 32, 16
+"""Inputs that share a scale in memory, `Quantized`'s; coarser ones are repeated."""
+Read = Callable[[str], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Integers(Packed):
+    """A tensor `[out, in]` of integers of `bits`; `order` is its `g_idx`.
+
+    `along`: "in" where an int32 holds values of one output, "out" where those of one input, "awq"
+    in AWQ's order. `offset` is added to zero points as they are stored.
+    """
+
+    bits: int = 4
+    along: str = "in"
+    order: str | None = None
+    sizes: str | None = None
+    offset: int = 0
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return (*super().parts, *(name for name in (self.order, self.sizes) if name))
+
+    def kept(self, read: Read) -> "Integers | None":
+        """The tensor as it can stay in memory: 4 bits where it is symmetric, else 8.
+
+        None where its groups are no runs of inputs, or values need more than 8 bits.
+        """
+        if not self._is_ordered(read):
+            return None
+        is_middle = self.zero is None or (self._zeros(read) == 1 << self.bits - 1).all()
+        options = {"int4": self.bits == 4 and is_middle, "int8": self.bits == 4 or is_middle}
+        zero = None if is_middle else self.zero
+        for format in (name for name, fits in options.items() if fits):
+            found = dataclasses.replace(self, format=format, zero=zero, order=None)
+            if found.group:
+                return found
+        return None
+
+    @property
+    def group(self) -> int:
+        """The inputs that share a scale in memory; 0 where it has no form for them."""
+        summed, group = self.shape[1], self.block[1]
+        if group == summed and not self.is_halves:
+            return group
+        return next((n for n in GROUPS if group % n == 0), 0)
+
+    def dtype(self, read: Read) -> np.dtype:
+        """The dtype of values in memory, of two together where they have 4 bits."""
+        del read
+        return np.dtype(np.int8)
+
+    def values(self, read: Read) -> np.ndarray:
+        """Read the values, of `shape`: int8, or as int4 their codes in two's complement."""
+        signed = self._signed(read)
+        return (signed & 15).astype(np.uint8) if self.is_halves else signed.astype(np.int8)
+
+    def scales(self, read: Read) -> np.ndarray:
+        """Read the scales, float32 `[out, groups]`."""
+        stored = read(self.scale).astype(np.float32)
+        stored = stored if self.along == "in" else stored.T
+        rows, columns = self.shape[0], self.shape[1] // self.block[1]
+        return np.broadcast_to(stored.reshape(-1, columns), (rows, columns))
+
+    def unpacked(self, read: Read) -> np.ndarray:
+        """Widen to float32: values times scales."""
+        return self._signed(read) * self._of_inputs(self.scales(read), read)
+
+    def _signed(self, read: Read) -> np.ndarray:
+        words = read(self.name)
+        if self.along == "in":
+            codes = _codes(words, self.bits)[:, : self.shape[1]]
+        elif self.along == "out":
+            codes = _codes(words.T, self.bits)
+        else:
+            codes = _in_order(_codes(words, self.bits)).T
+        if self.zero is None:
+            return codes.astype(np.int16) - np.int16(1 << self.bits - 1)
+        return codes.astype(np.int16) - self._of_inputs(self._zeros(read), read)
+
+    def _zeros(self, read: Read) -> np.ndarray:
+        """The zero points, int16 `[out, groups]`."""
+        words = read(str(self.zero))
+        if self.along == "in":
+            return _codes(words.T, self.bits).T[: self.shape[0]].astype(np.int16)
+        codes = _codes(words, self.bits)
+        codes = (_in_order(codes) if self.along == "awq" else codes).T.astype(np.int16)
+        return (codes + self.offset) & ((1 << self.bits) - 1)
+
+    def _of_inputs(self, of_groups: np.ndarray, read: Read) -> np.ndarray:
+        """Spread `[out, groups]` over the inputs."""
+        if self.order is None:
+            return of_groups.repeat(self.block[1], 1)
+        order = read(self.order)
+        if order.min() < 0 or order.max() >= of_groups.shape[1]:
+            raise ValueError(
+                f"{self.order} needs groups from 0 to {of_groups.shape[1] - 1}; it has "
+                f"{order.min()} to {order.max()}. Copy the checkpoint again"
+            )
+        return of_groups[:, order]
+
+    def _is_ordered(self, read: Read) -> bool:
+        """Tell whether groups are runs of inputs, one after another."""
+        summed, group = self.shape[1], self.block[1]
+        if self.order is None:
+            return True
+        return np.array_equal(read(self.order), np.arange(summed) // group)
+
+
+def alike(tensors: Iterable[Packed]) -> list[Packed]:
+    """The tensors with integers of 4 bits as 8 where not all of them are 4."""
+    every = list(tensors)
+    if {x.format for x in every} != {"int4", "int8"}:
+        return every
+    return [dataclasses.replace(x, format="int8") for x in every]
+
+
+def find(
+    shapes: Mapping[str, Shape], dtypes: Mapping[str, str], read: Read, offset: int | None
+) -> tuple[dict[str, Integers], dict[str, str]]:
+    """Find tensors by the names of their weights, and those that lack a part, with a word on it.
+
+    `offset`: what config.json says is to be added to GPTQ's zero points; None if it does not say.
+    """
+    packed, lacking = {}, {}
+    for name, dtype in dtypes.items():
+        stem = name.removesuffix("qweight")
+        weight = name.removesuffix(PACKED) if name.endswith(PACKED) else f"{stem}weight"
+        if dtype not in ("I32", "U32") or weight == name or len(shapes[name]) != 2:
+            continue
+        if name.endswith(PACKED):
+            tensor = _compressed(name, weight, shapes, dtypes, read)
+        elif stem != name:
+            tensor = _grouped(name, stem, shapes, dtypes, offset)
+        else:
+            continue
+        if weight in dtypes:
+            lacking[name] = f"{dtype} {shapes[name]} beside {weight}, which is the same weight"
+        elif isinstance(tensor, str):
+            lacking[name] = f"{dtype} {shapes[name]}: {tensor}"
+        else:
+            packed[weight] = tensor
+    return packed, lacking
+
+
+def _compressed(name, weight, shapes, dtypes, read) -> Integers | str:
+    """A tensor in compressed-tensors' pack-quantized, or what is wrong with it."""
+    scale, sizes = f"{weight}_scale", f"{weight}_shape"
+    if dtypes.get(scale) not in FLOATS or shapes.get(sizes) != (2,):
+        return f"needs {scale} and {sizes}"
+    out, summed = (int(n) for n in read(sizes))
+    rows, words = shapes[name]
+    fitting = [n for n in (4, 8) if words == -(-summed * n // WORD)]
+    grid = shapes[scale] if len(shapes[scale]) == 2 else (rows, 1)
+    if out != rows or len(fitting) != 1 or grid[0] != rows or not grid[1] or summed % grid[1]:
+        return f"of {sizes} ({out}, {summed}), with {scale} {shapes[scale]}: no known format"
+    (bits,) = fitting
+    zero = _present(f"{weight}_zero_point", dtypes)
+    order = _present(f"{weight}_g_idx", dtypes)
+    if zero and shapes[zero] != (-(-rows * bits // WORD), grid[1]):
+        return f"with {zero} {shapes[zero]}: no known format"
+    if order and shapes[order] != (summed,):
+        return f"with {order} {shapes[order]}: no known format"
+    return Integers(
+        f"int{bits}", name, (rows, summed), (1, summed // grid[1]), scale,
+        zero=zero, bits=bits, order=order, sizes=sizes,
+    )  # fmt: skip
+
+
+def _grouped(name, stem, shapes, dtypes, offset) -> Integers | str:
+    """A tensor in GPTQ's or AWQ's format, or what is wrong with it."""
+    scale, zero, order = f"{stem}scales", f"{stem}qzeros", _present(f"{stem}g_idx", dtypes)
+    if dtypes.get(scale) not in FLOATS or dtypes.get(zero) not in ("I32", "U32"):
+        return f"needs {scale} and {zero}"
+    (tall, wide), grid = shapes[name], shapes[scale]
+    groups, out = grid if len(grid) == 2 else (0, 0)
+    along = "out" if order else "awq"
+    summed = shapes[order][0] if order else tall
+    bits = tall * WORD // max(summed, 1) if order else 4
+    words = (summed * bits // WORD, out) if order else (summed, out * bits // WORD)
+    is_whole = groups and summed % groups == 0 and bits in (4, 8) and out * bits % WORD == 0
+    if not is_whole or (tall, wide) != words or shapes[zero] != (groups, out * bits // WORD):
+        return f"with {scale} {grid}, {zero} {shapes[zero]} and no other order: no known format"
+    if order and offset is None:
+        return (
+            "of GPTQ, needs a quantization_config of quant_method gptq with its checkpoint_format"
+        )
+    return Integers(
+        f"int{bits}", name, (out, summed), (1, summed // groups), scale,
+        zero=zero, bits=bits, along=along, order=order, offset=offset if order else 0,
+    )  # fmt: skip
+
+
+def _present(name: str, dtypes: Mapping[str, str]) -> str | None:
+    return name if name in dtypes else None
+
+
+def _codes(words: np.ndarray, bits: int) -> np.ndarray:
+    """Unsigned integers of `bits` in the int32 along the last axis, the lowest first."""
+    raw = np.ascontiguousarray(words).view(np.uint8)
+    return halves(raw) if bits == 4 else raw
+
+
+def _in_order(codes: np.ndarray) -> np.ndarray:
+    """Codes along the last axis out of the order that AWQ has them in."""
+    whole = codes.reshape(*codes.shape[:-1], -1, len(AWQ_ORDER))
+    return whole[..., np.argsort(AWQ_ORDER)].reshape(codes.shape)

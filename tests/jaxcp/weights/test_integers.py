@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Integers in int32: compressed-tensors, GPTQ and AWQ.
+
+`fixtures/number_formats` has small weights that compressed-tensors 0.20.1 (`BaseCompressor`, each
+format's `compress`), AutoGPTQ 0.7.1 (`QuantLinear.pack`) and AutoAWQ 0.2.9 (its packing order)
+packed, and as `exact` what those programs widen them to: `decompress`, `QuantLinear` of an identity
+matrix with float32 scales, `dequantize_gemm`.
+"""
+
+import functools
+import logging
+
+import jax
+import numpy as np
+import pytest
+from slow import slow_but
+from test_published_formats import EXPERTS, assert_exact
+from tiny_checkpoints import FIXTURES, flat
+from written_formats import (
+    awq,
+    checkpoints,
+    fp8_block,
+    fp8_channel,
+    gptq,
+    pack_quantized,
+    words,
+)
+
+import jaxcp
+from jaxcp.layers.quantized import is_quantized, widened
+from jaxcp.weights.files import open_checkpoint
+
+PEERS = FIXTURES / "number_formats"
+OURS = {
+    "fp8_tensor": "fp8", "fp8_channel": "fp8", "fp8_block": "fp8_block", "int8_channel": "int8",
+    "int8_zero": "int8", "int4_group": "int4", "int4_zero": "int4", "int4_channel": "int4",
+    "int8_group": "int8", "int8_packed_zero": "int8", "nvfp4": "nvfp4", "mxfp4": "mxfp4",
+    "gptq4_sym": "int4", "gptq4_zero": "int4", "gptq4_order": "int4", "gptq8_sym": "int8",
+    "gptq8_zero": "int8", "awq": "int4",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["compressed_tensors", "gptq_awq"])
+def of_peer(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    (folder / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
+    contents = (PEERS / f"{request.param}.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(contents)
+    return open_checkpoint(folder)
+
+
+def test_what_other_programs_packed_is_what_they_widen_it_to(of_peer):
+    """Bit by bit, in their dtype."""
+    names = [name.removesuffix(".weight") for name in of_peer.packed]
+    assert len(names) == sum(name.endswith(".exact") for name in of_peer.shapes) > 5
+    assert not of_peer.lacking
+    for name in names:
+        assert of_peer.packed[f"{name}.weight"].format == OURS[name]
+        wanted = of_peer.raw(f"{name}.exact")
+        found = of_peer.read(f"{name}.weight").astype(wanted.dtype)
+        np.testing.assert_array_equal(found, wanted, err_msg=name)
+
+
+def says(method, **fields):
+    return {"quantization_config": {"quant_method": method, **fields}}["quantization_config"]
+
+
+COMPRESSED = says("compressed-tensors", format="pack-quantized")
+ORDER = np.random.default_rng(0).permutation(256)
+
+
+def ordered(pack):
+    return lambda w: pack(w, order=ORDER[ORDER < w.shape[1]])
+
+
+KINDS = {
+    "compressed-tensors": (pack_quantized, COMPRESSED, np.int8, True),
+    "compressed-tensors, asymmetric": (
+        functools.partial(pack_quantized, symmetric=False), COMPRESSED, np.int8, False),
+    "compressed-tensors in another order": (ordered(pack_quantized), COMPRESSED, None, False),
+    "gptq": (gptq, says("gptq", bits=4, group_size=32, desc_act=False), np.int8, True),
+    "gptq_v2": (functools.partial(gptq, less=0),
+                says("gptq", checkpoint_format="gptq_v2"), np.int8, True),
+    "gptq, asymmetric": (functools.partial(gptq, symmetric=False), says("gptq"), np.int8, False),
+    "gptq in another order": (ordered(gptq), says("gptq", desc_act=True), None, False),
+    "awq": (awq, says("awq", version="gemm", zero_point=True), np.int8, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", slow_but(KINDS, lambda kind: kind in ("gptq", "awq")))
+@pytest.mark.parametrize("name", slow_but(["qwen3-moe-tiny", "qwen3-tiny"], lambda n: "moe" in n))
+def test_a_checkpoint_in_integers(name, kind, tmp_path, caplog):
+    """Symmetric ones stay in 4 bits, others in 8; those in another order are widened, by name."""
+    pack, quantization, dtype, halves = KINDS[kind]
+    packed, exact = checkpoints(tmp_path / "made", name, lambda _: pack, quantization)
+    with caplog.at_level(logging.WARNING):
+        leaves = flat(jaxcp.load(packed)[0])
+    up = next(x for n, x in leaves.items() if n.endswith("mlp.up"))
+    assert is_quantized(up) == (dtype is not None)
+    if dtype is None:
+        assert "widened when read" in caplog.text and "mlp.up" in caplog.text
+        one_group = {"down"} if "moe" in name else set()  # which is in order
+        assert_exact(packed, exact, plain={"q", "k", "v", "o", "up", "down"} - one_group)
+        return
+    matrix = getattr(up, "matrix", up)
+    assert matrix.values.dtype == dtype and bool(matrix.packed) == halves
+    assert_exact(packed, exact)
+
+
+def logits(model):
+    tokens = np.random.default_rng(0).integers(0, 256, (2, 24)).astype(np.int32)
+    return np.asarray(jaxcp.logits(model, tokens))
+
+
+MESHES = [{"model": 2}, {"expert": 2}, {"model": 2, "expert": 2}]
+
+
+@pytest.mark.parametrize("sizes", slow_but(MESHES, lambda sizes: len(sizes) == 2))
+@pytest.mark.parametrize("kind", slow_but(["compressed-tensors", "awq"], lambda x: x != "awq"))
+def test_over_a_mesh(kind, sizes, tmp_path, mesh_of):
+    pack, quantization, *_ = KINDS[kind]
+    fields = EXPERTS | {"num_local_experts": 4}
+    made = checkpoints(tmp_path / "m", "qwen3-moe-tiny", lambda _: pack, quantization, **fields)
+    alone, wanted = flat(jaxcp.load(made[0])[0]), logits(jaxcp.load(made[1])[0])
+    np.testing.assert_allclose(logits(jaxcp.load(made[0])[0]), wanted, atol=2e-4)
+    mesh_of(**sizes)
+    model = jaxcp.load(made[0])[0]
+    for name, leaf in flat(model).items():
+        on_host = jax.tree.map(np.asarray, leaf)
+        np.testing.assert_array_equal(widened(on_host), widened(alone[name]), err_msg=name)
+    np.testing.assert_allclose(logits(model), wanted, atol=2e-4)
+
+
+def test_a_mesh_that_cuts_through_a_group(tmp_path, mesh_of):
+    pack = functools.partial(pack_quantized, group=128)
+    fields = EXPERTS | {"num_local_experts": 4, "moe_intermediate_size": 256,
+              "num_key_value_heads": 4}  # fmt: skip
+    made = checkpoints(tmp_path / "m", "qwen3-moe-tiny", lambda _: pack, COMPRESSED, **fields)
+    mesh_of(model=4)
+    with pytest.raises(ValueError, match=r"128 of 256.*model=4 .at most model=2"):
+        jaxcp.load(made[0])
+
+
+def test_blocks_and_channels_of_compressed_tensors(tmp_path):
+    """FP8 with scales in bfloat16, as llm-compressor writes them."""
+    quantization = says("compressed-tensors", format="float-quantized")
+
+    def pack(name):
+        block = functools.partial(fp8_block, name="weight_scale")
+        return block if "mlp" in name else fp8_channel
+
+    assert_exact(*checkpoints(tmp_path / "made", "qwen3-tiny", pack, quantization))
+
+
+BROKEN = {
+    "no shape": (lambda parts, x: parts.pop(f"{x}_shape"), "needs .*weight_shape"),
+    "a shape that lies": (
+        lambda parts, x: parts.update({f"{x}_shape": np.array([64, 99])}), r"\(64, 99\).*no known"),
+    "zero points of a wrong shape": (
+        lambda parts, x: parts.update({f"{x}_zero_point": np.ones((3, 2), np.int32)}),
+        r"weight_zero_point \(3, 2\)"),
+    "an order of a wrong length": (
+        lambda parts, x: parts.update({f"{x}_g_idx": np.zeros(7, np.int32)}), r"g_idx \(7,\)"),
+    "an order of groups that are not": (
+        lambda parts, x: parts.update({f"{x}_g_idx": np.full(64, -1, np.int32)}),
+        "it has -1 to -1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_tensor_that_is_not_whole(what, tmp_path):
+    change, text = BROKEN[what]
+
+    def broken(parts):
+        change(parts, "model.layers.1.self_attn.q_proj.weight")
+        return {}
+
+    packed, _ = checkpoints(
+        tmp_path / "made", "qwen3-tiny", lambda _: pack_quantized, COMPRESSED, more=broken
+    )
+    with pytest.raises(ValueError, match=text):
+        jaxcp.load(packed)
+
+
+@pytest.mark.parametrize(
+    ("pack", "quantization", "error", "text"),
+    [
+        (gptq, None, ValueError, "needs a quantization_config of quant_method gptq"),
+        (gptq, says("gptq", checkpoint_format="marlin"), NotImplementedError, "'marlin'; read are"),
+        (awq, says("awq", version="gemv"), NotImplementedError, "awq of version gemv.*jaxcp quant"),
+    ],
+)
+def test_a_variant_of_gptq_or_awq_that_is_not_read(pack, quantization, error, text, tmp_path):
+    packed, _ = checkpoints(tmp_path / "made", "qwen3-tiny", lambda _: pack, quantization)
+    with pytest.raises(error, match=text):
+        jaxcp.load(packed)
+
+
+def test_words_hold_the_first_value_in_the_lowest_bits():
+    assert words(np.arange(8, dtype=np.uint32)[None])[0, 0] == 0x76543210
