@@ -63,7 +63,7 @@ def quantize(
     source: Annotated[pathlib.Path, tyro.conf.Positional],
     out: Annotated[pathlib.Path, tyro.conf.Positional],
     *,
-    weights: Literal["int8", "fp8", "nvfp4", "mxfp8"],
+    weights: Literal["int8", "fp8", "nvfp4", "mxfp8", "int4"],
     only: Literal["experts", "all"] = "all",
 ) -> None:
     """Write a checkpoint with quantized weights, which all commands read.

@@ -8,6 +8,7 @@
     X.weight           X.weight_scale [out, in/32] E8M0          mxfp8
     X.weight [in/2]    X.scale [out, in/32] E8M0                 mxfp4: DeepSeek-V4's experts
     X.weight [in/2]    X.weight_scale [out, in/16] E4M3, X.weight_scale_2 [1]       nvfp4
+    X.weight [in/2]    X.weight_scale [out, in/g] float          int4: what `jaxcp quantize` writes
     X.weight_packed    X.weight_scale as above, X.weight_global_scale [1], which divides  the two
     X_blocks [E, out, in/32, 16]   X_scales [E, out, in/32] bytes         mxfp4: gpt-oss's experts
 
@@ -37,6 +38,10 @@ UNUSED = (
 FLOATS = ("F32", "BF16", "F16")
 Shape = tuple[int, ...]
 VALUES = np.array(E2M1, np.float32)
+INT4 = np.array([*range(8), *range(-8, 0)], np.float32)
+"""Values of int4 by their code, as `VALUES` has those of e2m1."""
+GROUPS = 128, 64, 32, 16
+"""Values of int4 that can share a scale; and of other integers in memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +72,9 @@ class Packed:
 
     def dtype(self, read: Callable[[str], np.ndarray]) -> np.dtype:
         """The dtype of values in memory; of 4 bits, that of two together."""
-        return np.dtype(np.uint8) if self.is_halves else read(self.name).dtype
+        if self.is_halves:
+            return np.dtype(np.int8 if self.format == "int4" else np.uint8)
+        return read(self.name).dtype
 
     def values(self, read: Callable[[str], np.ndarray]) -> np.ndarray:
         """Read the values, of `shape`; of 4 bits, their codes."""
@@ -86,7 +93,8 @@ class Packed:
     def unpacked(self, read: Callable[[str], np.ndarray]) -> np.ndarray:
         """Widen to float32: values times scales."""
         values = self.values(read)
-        exact = VALUES[values] if self.is_halves else values.astype(np.float32)
+        table = INT4 if self.format == "int4" else VALUES
+        exact = table[values] if self.is_halves else values.astype(np.float32)
         if self.zero is not None:
             exact -= self._spread(read(self.zero).astype(np.float32).reshape(self._grid))
         scales = self.scales(read)
@@ -180,6 +188,9 @@ def _of(name, scale, shapes, dtypes) -> Packed | None:
     wide = (*shape[:-1], 2 * shape[-1])
     if kind in ("F8_E8M0", "U8") and grid == (*wide[:-1], wide[-1] // 32):
         return Packed("mxfp4", name, wide, (1, 32), scale)
+    if dtypes[name] == "U8" and kind in ("F32", "BF16"):
+        sizes = [n for n in GROUPS if wide[-1] % n == 0 and grid == (*wide[:-1], wide[-1] // n)]
+        return Packed("int4", name, wide, (1, sizes[0]), scale) if sizes else None
     halves = dtypes[name] == "U8" and kind == "F8_E4M3" and grid == (*wide[:-1], wide[-1] // 16)
     divides = name.endswith(PACKED)
     second = f"{name.removesuffix(PACKED)}_global_scale" if divides else f"{name}_scale_2"

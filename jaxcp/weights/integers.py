@@ -16,12 +16,10 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
-from jaxcp.weights.formats import FLOATS, PACKED, Packed, Shape, halves
+from jaxcp.weights.formats import FLOATS, GROUPS, PACKED, Packed, Shape, halves
 
 AWQ_ORDER = 0, 2, 4, 6, 1, 3, 5, 7
 WORD = 32
-GROUPS = 128, 64, 32, 16
-"""Inputs that share a scale in memory, `Quantized`'s; coarser ones are repeated."""
 Read = Callable[[str], np.ndarray]
 
 
@@ -61,7 +59,8 @@ class Integers(Packed):
 
     @property
     def group(self) -> int:
-        """The inputs that share a scale in memory; 0 where it has no form for them."""
+        """The inputs that share a scale in memory, which repeats coarser scales; 0 where it has no
+        form for them."""
         summed, group = self.shape[1], self.block[1]
         if group == summed and not self.is_halves:
             return group
@@ -130,9 +129,10 @@ class Integers(Packed):
 
 
 def alike(tensors: Iterable[Packed]) -> list[Packed]:
-    """The tensors with integers of 4 bits as 8 where not all of them are 4."""
+    """The tensors, with integers of 4 bits as 8 where not all of them are 4."""
     every = list(tensors)
-    if {x.format for x in every} != {"int4", "int8"}:
+    whole = all(isinstance(x, Integers) for x in every)
+    if not whole or {x.format for x in every} != {"int4", "int8"}:
         return every
     return [dataclasses.replace(x, format="int8") for x in every]
 

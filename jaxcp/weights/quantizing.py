@@ -43,17 +43,20 @@ from jaxcp.weights.stream import progress_bar
 from pallas_kernels.number_formats import (
     E2M1_LARGEST,
     E4M3_LARGEST,
+    INT4_LARGEST,
     INT8_LARGEST,
     LEAST,
     to_e2m1,
+    to_int4,
     to_ue8m0,
 )
 
 log = logging.getLogger(__name__)
 
-Weights = Literal["int8", "fp8", "nvfp4", "mxfp8"]
+Weights = Literal["int8", "fp8", "nvfp4", "mxfp8", "int4"]
 Only = Literal["experts", "all"]
-GROUPS = {"mxfp8": 32, "nvfp4": 16}
+GROUPS = {"mxfp8": (32,), "nvfp4": (16,), "int4": (128, 64, 32)}
+"""Weights that share a scale; of several the first that divides a tensor's."""
 NAMES = {np.dtype(dtype): name for name, dtype in FORMATS.items()}
 COPIED = (".json", ".jinja", ".txt", ".model")
 
@@ -95,8 +98,9 @@ def quantize(
 
     int8 and fp8 (e4m3) have a float32 scale for each output; mxfp8 (e4m3) a power of two for 32
     weights that are summed; nvfp4 (e2m1) an e4m3 scale for 16 of them and a float32 one for the
-    tensor. Embeddings, the head, routers, norms and what a layer does not simply multiply by stay
-    as they are. Atomic: `out` appears when all is written.
+    tensor; int4 a float32 scale for 128 of them, or 64 or 32 where those divide a row. Embeddings,
+    the head, routers, norms and what a layer does not simply multiply by stay as they are. Atomic:
+    `out` appears when all is written.
 
     Args:
       only: "experts": routed experts alone.
@@ -174,16 +178,15 @@ def _planned(
         tensors.sort(key=lambda tensor: -tensor.dtype.itemsize)
     if skipped:
         log.warning("%s: not quantized, %d tensors whose rows are no multiple of %d, such as %s",
-                    weights, len(skipped), GROUPS[weights], skipped[0])  # fmt: skip
+                    weights, len(skipped), GROUPS[weights][-1], skipped[0])  # fmt: skip
     return files, skipped
 
 
 def _parts(name, shape, axis, weights: Weights, view) -> Iterator[_Tensor]:
     """The tensors that take the place of one; none where it cannot be quantized."""
-    group = GROUPS.get(weights, shape[axis])
-    packs = weights == "nvfp4"
+    group, packs = group_of(weights, shape[axis]), weights in ("nvfp4", "int4")
     # halves of a byte lie along the last axis, so that one must be summed over
-    if shape[axis] % group or (packs and axis != -1):
+    if not group or (packs and axis != -1):
         return
     scales, values = list(shape), list(shape)
     scales[axis] //= group
@@ -191,7 +194,7 @@ def _parts(name, shape, axis, weights: Weights, view) -> Iterator[_Tensor]:
     dtypes = {
         "int8": (np.int8, np.float32), "fp8": (ml_dtypes.float8_e4m3fn, np.float32),
         "mxfp8": (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e8m0fnu),
-        "nvfp4": (np.uint8, ml_dtypes.float8_e4m3fn),
+        "nvfp4": (np.uint8, ml_dtypes.float8_e4m3fn), "int4": (np.uint8, np.float32),
     }[weights]  # fmt: skip
 
     def made(part):  # again for each part: they lie apart in the file, and none is held meanwhile
@@ -199,7 +202,7 @@ def _parts(name, shape, axis, weights: Weights, view) -> Iterator[_Tensor]:
 
     yield _Tensor(name, np.dtype(dtypes[0]), tuple(values), lambda: made("values"))
     yield _Tensor(f"{name}_scale", np.dtype(dtypes[1]), tuple(scales), lambda: made("scales"))
-    if packs:
+    if weights == "nvfp4":
         yield _Tensor(f"{name}_scale_2", np.dtype(np.float32), (), lambda: made("whole"))
 
 
@@ -214,13 +217,22 @@ def _made(name, tensor: np.ndarray, axis: int, weights: Weights) -> dict[str, np
     return made
 
 
+def group_of(weights: Weights, size: int) -> int:
+    """Count the weights that share a scale, of `size` that are summed; 0 if none of them divides.
+
+    >>> group_of("int4", 192), group_of("int8", 192), group_of("nvfp4", 24)
+    (64, 192, 0)
+    """
+    return next((n for n in GROUPS.get(weights, (size,)) if size % n == 0), 0)
+
+
 def quantized(rows: np.ndarray, weights: Weights) -> dict[str, np.ndarray]:
     """Quantize float32 `[..., in]`, summed over `in`: `values`, `scales` and, of nvfp4, `whole`.
 
     >>> {k: v.shape for k, v in quantized(np.ones((4, 64), np.float32), "nvfp4").items()}
     {'values': (4, 32), 'scales': (4, 4), 'whole': ()}
     """
-    group = GROUPS[weights] if weights in GROUPS else rows.shape[-1]
+    group = group_of(weights, rows.shape[-1])
     grouped = rows.reshape((*rows.shape[:-1], -1, group))
     greatest = np.abs(grouped).max(-1, keepdims=True)
     if weights in ("int8", "fp8"):
@@ -234,6 +246,10 @@ def quantized(rows: np.ndarray, weights: Weights) -> dict[str, np.ndarray]:
         scaled = np.clip(grouped / powers(codes), -E4M3_LARGEST, E4M3_LARGEST)
         values = _e4m3(scaled).reshape(rows.shape)
         return {"values": values, "scales": codes[..., 0].view(ml_dtypes.float8_e8m0fnu)}
+    if weights == "int4":
+        scale = np.where(greatest > 0, greatest / np.float32(INT4_LARGEST), np.float32(1))
+        codes = to_int4((grouped / scale).reshape(rows.shape))
+        return {"values": joined(codes), "scales": scale[..., 0]}
     whole = np.float32(max(float(greatest.max()) / (E4M3_LARGEST * E2M1_LARGEST), LEAST))
     scales = _e4m3(greatest[..., 0] / E2M1_LARGEST / whole)
     unit = scales.astype(np.float32)[..., None] * whole

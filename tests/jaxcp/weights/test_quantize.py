@@ -18,7 +18,7 @@ from jaxcp.weights.quantizing import quantize
 HY3 = FIXTURES / "hy3-tiny"
 Q = "model.layers.1.self_attn.q_proj.weight"
 DOWN = "model.layers.1.mlp.experts.3.down_proj.weight"
-WEIGHTS = ["int8", "fp8", "mxfp8", "nvfp4"]
+WEIGHTS = ["int8", "fp8", "mxfp8", "nvfp4", "int4"]
 
 
 def stored(path):
@@ -33,18 +33,22 @@ def exact(parts, name, weights):
         codes = np.stack([values & 15, values >> 4], -1).reshape(len(values), -1)
         values = np.vectorize(e2m1)(codes.astype(int))
         scales = scales.astype(np.float64) * parts[f"{name}_scale_2"].astype(np.float64)
+    if weights == "int4":
+        codes = np.stack([values & 15, values >> 4], -1).reshape(len(values), -1).astype(int)
+        values = codes - 16 * (codes > 7)
     values, scales = values.astype(np.float64), scales.astype(np.float64)
     return values * scales.repeat(values.shape[1] // scales.shape[1], axis=1)
 
 
 def bound(w, weights):
-    """Of the error: half a step of int8; 2^-4 of fp8's value, or half its least step; nvfp4's
-    widest gap, from 4 to 6, and what rounding the scale may add."""
+    """Of the error: half a step of int8 and int4; 2^-4 of fp8's value, or half its least step;
+    nvfp4's widest gap, from 4 to 6, and what rounding the scale may add."""
     w = np.abs(w.astype(np.float64))
-    group = {"mxfp8": 32, "nvfp4": 16}.get(weights, w.shape[1])
+    int4 = next(n for n in (128, 64, 32) if w.shape[1] % n == 0)
+    group = {"mxfp8": 32, "nvfp4": 16, "int4": int4}.get(weights, w.shape[1])
     greatest = w.reshape(len(w), -1, group).max(-1).repeat(group, axis=1)
-    if weights == "int8":
-        return greatest / 127 / 2 * 1.0001
+    if weights in ("int8", "int4"):
+        return greatest / (127 if weights == "int8" else 7) / 2 * 1.0001
     if weights == "nvfp4":
         return greatest / 6 * (1 + 2**-4) + greatest * 2**-4
     return np.maximum(w * 2**-4, greatest / 224 * 2**-9) * 1.0001

@@ -206,7 +206,7 @@ def four_devices():
     return jax.set_mesh(jaxcp.make_mesh(model=2, expert=2, devices=jax.devices()[:4]))
 
 
-@pytest.mark.parametrize("weights", ["mxfp8", "nvfp4"])
+@pytest.mark.parametrize("weights", ["mxfp8", "nvfp4", "int4"])
 def test_groups_and_halves_over_a_mesh(weights, folder):
     """Of two devices each packs its own rows together."""
     path = in_groups(folder, weights)
@@ -221,7 +221,7 @@ def test_groups_and_halves_over_a_mesh(weights, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("weights", ["mxfp8", "nvfp4"])
+@pytest.mark.parametrize("weights", ["mxfp8", "nvfp4", "int4"])
 def test_logits_of_groups_and_halves(weights, folder):
     path = in_groups(folder, weights)
     wanted = logits(jaxcp.load(path, widen=True)[0])
