@@ -96,6 +96,8 @@ CASES = {
         _grouped(weights="nvfp4", swiglu=True, columns=200),
         _grouped(weights="nvfp4", sizes=(3, 0, 9, 1, 0, 5), rows=20, outliers=True),
         _grouped(weights="nvfp4", dtype="float32"),
+        _grouped(weights="int4"),
+        _grouped(weights="int4", group=32, swiglu=True, sizes=(3, 0, 9, 1, 0, 5), rows=20),
         _grouped(outliers=True),
         _grouped(dtype="float32"),
         _grouped(dtype="float32", swiglu=True, clamp=1.5),

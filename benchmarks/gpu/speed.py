@@ -149,7 +149,9 @@ def grouped(tokens, *, experts=192, embed=4096, width=1536, weights="bfloat16"):
         return out, *pull(dout)
 
     flops = 2.0 * tokens * experts * embed * width
-    bits = {"bfloat16": 16, "mxfp8": 8.25, "mxfp4": 4.25, "nvfp4": 4.5}.get(weights, 8)
+    bits = {"bfloat16": 16, "mxfp8": 8.25, "mxfp4": 4.25, "nvfp4": 4.5, "int4": 4.25}.get(
+        weights, 8
+    )
     total = experts * embed * width * bits / 8
     name = f"grouped {experts} x {embed} x {width}, {tokens} tokens an expert, {weights}"
     contenders: dict[str, Any] = {"ours": ours, "lax.ragged_dot": ragged}
@@ -199,6 +201,7 @@ def timings(part: str, smoke: bool) -> list[Timing]:
             grouped(8, weights="mxfp8"),
             grouped(8, weights="mxfp4"),
             grouped(8, weights="nvfp4"),
+            grouped(8, weights="int4"),
             grouped(512, weights="mxfp4"),
         ],
     }

@@ -20,6 +20,7 @@ from jaxcp.weights.formats import FLOATS, GROUPS, PACKED, Packed, Shape, halves
 
 AWQ_ORDER = 0, 2, 4, 6, 1, 3, 5, 7
 WORD = 32
+WORDS, INDICES = ("I32", "U32"), ("I32", "I64")
 Read = Callable[[str], np.ndarray]
 
 
@@ -148,7 +149,7 @@ def find(
     for name, dtype in dtypes.items():
         stem = name.removesuffix("qweight")
         weight = name.removesuffix(PACKED) if name.endswith(PACKED) else f"{stem}weight"
-        if dtype not in ("I32", "U32") or weight == name or len(shapes[name]) != 2:
+        if dtype not in WORDS or weight == name or len(shapes[name]) != 2:
             continue
         if name.endswith(PACKED):
             tensor = _compressed(name, weight, shapes, dtypes, read)
@@ -168,21 +169,23 @@ def find(
 def _compressed(name, weight, shapes, dtypes, read) -> Integers | str:
     """A tensor in compressed-tensors' pack-quantized, or what is wrong with it."""
     scale, sizes = f"{weight}_scale", f"{weight}_shape"
-    if dtypes.get(scale) not in FLOATS or shapes.get(sizes) != (2,):
-        return f"needs {scale} and {sizes}"
+    is_whole = dtypes.get(scale) in FLOATS and dtypes.get(sizes) in INDICES
+    if not is_whole or shapes[sizes] != (2,):
+        return f"needs {scale} of floats and {sizes} of two integers"
     out, summed = (int(n) for n in read(sizes))
     rows, words = shapes[name]
     fitting = [n for n in (4, 8) if words == -(-summed * n // WORD)]
     grid = shapes[scale] if len(shapes[scale]) == 2 else (rows, 1)
-    if out != rows or len(fitting) != 1 or grid[0] != rows or not grid[1] or summed % grid[1]:
+    fits = summed > 0 and out == rows == grid[0] and len(fitting) == 1
+    if not fits or not grid[1] or summed % grid[1]:
         return f"of {sizes} ({out}, {summed}), with {scale} {shapes[scale]}: no known format"
     (bits,) = fitting
     zero = _present(f"{weight}_zero_point", dtypes)
     order = _present(f"{weight}_g_idx", dtypes)
-    if zero and shapes[zero] != (-(-rows * bits // WORD), grid[1]):
-        return f"with {zero} {shapes[zero]}: no known format"
-    if order and shapes[order] != (summed,):
-        return f"with {order} {shapes[order]}: no known format"
+    points = WORDS, (-(-rows * bits // WORD), grid[1])
+    for part, (kinds, shape) in ((zero, points), (order, (INDICES, (summed,)))):
+        if part and (dtypes[part] not in kinds or shapes[part] != shape):
+            return f"with {part} {dtypes[part]} {shapes[part]}: no known format"
     return Integers(
         f"int{bits}", name, (rows, summed), (1, summed // grid[1]), scale,
         zero=zero, bits=bits, order=order, sizes=sizes,
@@ -192,8 +195,10 @@ def _compressed(name, weight, shapes, dtypes, read) -> Integers | str:
 def _grouped(name, stem, shapes, dtypes, offset) -> Integers | str:
     """A tensor in GPTQ's or AWQ's format, or what is wrong with it."""
     scale, zero, order = f"{stem}scales", f"{stem}qzeros", _present(f"{stem}g_idx", dtypes)
-    if dtypes.get(scale) not in FLOATS or dtypes.get(zero) not in ("I32", "U32"):
-        return f"needs {scale} and {zero}"
+    if dtypes.get(scale) not in FLOATS or dtypes.get(zero) not in WORDS:
+        return f"needs {scale} of floats and {zero} of integers"
+    if order and (dtypes[order] not in INDICES or len(shapes[order]) != 1):
+        return f"with {order} {dtypes[order]} {shapes[order]}: no known format"
     (tall, wide), grid = shapes[name], shapes[scale]
     groups, out = grid if len(grid) == 2 else (0, 0)
     along = "out" if order else "awq"

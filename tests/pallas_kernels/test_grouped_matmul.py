@@ -184,6 +184,28 @@ def test_rows_that_no_block_divides(implementation, packed):
     np.testing.assert_allclose(product(x, w, sizes), expected, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("group", "packed"),
+    slow_but(itertools.product((16, 32, 64, 128), (0, 64, 256)), lambda case: case == (64, 64)),
+)
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_integers_with_scales_in_bfloat16(implementation, group, packed):
+    """Of 4 bits and of 8, a scale for so many rows: weights as float64 has them, rounded once."""
+    rng = np.random.default_rng(0)
+    codes = rng.integers(-8, 8, (2, 512, 40), np.int8)
+    scales = jnp.asarray(rng.uniform(0.5, 2, (2, 512 // group, 40)), jnp.bfloat16)
+    values = quantized.pack(codes.view(np.uint8) & 15, packed).view(np.int8) if packed else codes
+    w = quantized.Quantized(jnp.asarray(values), scales, packed=packed)
+    spread = np.asarray(scales, np.float64).repeat(group, 1)
+    np.testing.assert_array_equal(exactly(w), codes * spread)
+    x = jnp.asarray(rng.normal(size=(20, 512)), jnp.float32)
+    product = jax.jit(functools.partial(grouped_matmul, implementation=implementation))
+    rows = np.split(np.asarray(x, np.float64), [9])
+    parts = zip(rows, codes * spread, strict=True)
+    expected = np.concatenate([part @ matrix for part, matrix in parts])
+    np.testing.assert_allclose(product(x, w, jnp.array([9, 11])), expected, atol=5e-3)
+
+
 STACKS = {
     "plain": lambda w: w,
     "int8": jax.jit(jax.vmap(quantize)),

@@ -116,6 +116,13 @@ SMALL = {
     "w_scale": {"dtype": "F32", "shape": [1], "data_offsets": [40, 44]},
     "x_blocks": {"dtype": "U8", "shape": [1, 1, 1, 16], "data_offsets": [44, 60]},
     "x_scales": {"dtype": "U8", "shape": [1, 1, 1], "data_offsets": [60, 61]},
+    "y_packed": {"dtype": "I32", "shape": [2, 1], "data_offsets": [64, 72]},
+    "y_scale": {"dtype": "F32", "shape": [2, 1], "data_offsets": [72, 80]},
+    "y_shape": {"dtype": "I64", "shape": [2], "data_offsets": [80, 96]},
+    "z.qweight": {"dtype": "I32", "shape": [1, 8], "data_offsets": [96, 128]},
+    "z.qzeros": {"dtype": "I32", "shape": [1, 1], "data_offsets": [128, 132]},
+    "z.scales": {"dtype": "F16", "shape": [1, 8], "data_offsets": [132, 148]},
+    "z.g_idx": {"dtype": "I32", "shape": [8], "data_offsets": [148, 180]},
     "__metadata__": {"format": "pt"},
 }
 HEADER_VALUES = VALUES | st.sampled_from([*FORMATS, [0, 24], [2, 2], [24, 28], [10**12, 0]])
@@ -123,7 +130,8 @@ HEADER_VALUES = VALUES | st.sampled_from([*FORMATS, [0, 24], [2, 2], [24, 28], [
 
 def safetensors(header):
     text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + bytes(61)
+    body = bytes(80) + struct.pack("<2q", 2, 8) + bytes(84)
+    return struct.pack("<Q", len(text)) + text + body
 
 
 @settings(max_examples=60)

@@ -27,6 +27,7 @@ from written_formats import (
 )
 
 import jaxcp
+from jaxcp.inference.sampling import Sampling
 from jaxcp.layers.quantized import is_quantized, widened
 from jaxcp.weights.files import open_checkpoint
 
@@ -141,6 +142,39 @@ def test_a_mesh_that_cuts_through_a_group(tmp_path, mesh_of):
         jaxcp.load(made[0])
 
 
+@pytest.mark.slow
+def test_experts_of_kimi_k2(tmp_path):
+    """As Kimi-K2-Thinking and K2.5: routed experts in int4, all else in bfloat16."""
+
+    def pack(name):
+        return pack_quantized if ".mlp.experts." in name else None
+
+    name, fields = "deepseek-v3-tiny", {"model_type": "kimi_k2"}
+    packed, exact = checkpoints(tmp_path / "made", name, pack, COMPRESSED, **fields)
+    model = jaxcp.load(packed)[0]
+    for name, leaf in flat(jaxcp.load(exact)[0]).items():
+        np.testing.assert_array_equal(widened(flat(model)[name]), leaf, err_msg=name)
+    experts = [x for n, x in flat(model).items() if is_quantized(x)]
+    assert experts and all(x.packed and x.values.dtype == np.int8 for x in experts)
+    np.testing.assert_allclose(logits(model), logits(jaxcp.load(exact)[0]), atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", slow_but(["compressed-tensors", "awq"], lambda x: x != "awq"))
+def test_rows_that_are_decoded_together(kind, tmp_path):
+    """Prompts of several lengths, token by token: the answers of the weights they stand for."""
+    pack, quantization, *_ = KINDS[kind]
+    packed, exact = checkpoints(tmp_path / "m", "qwen3-moe-tiny", lambda _: pack, quantization)
+    prompts = [[5, 9, 200, 31, 7], [1, 2, 3], [77]]
+    options = Sampling(max_new_tokens=6)
+    found, wanted = (
+        jaxcp.Engine(jaxcp.load(path)[0], None, max_len=128, max_rows=3, stop_tokens=()).generate(
+            prompts, options
+        )
+        for path in (packed, exact)
+    )
+    assert [x.tokens for x in found] == [x.tokens for x in wanted]
+
+
 def test_blocks_and_channels_of_compressed_tensors(tmp_path):
     """FP8 with scales in bfloat16, as llm-compressor writes them."""
     quantization = says("compressed-tensors", format="float-quantized")
@@ -154,6 +188,8 @@ def test_blocks_and_channels_of_compressed_tensors(tmp_path):
 
 BROKEN = {
     "no shape": (lambda parts, x: parts.pop(f"{x}_shape"), "needs .*weight_shape"),
+    "a shape of floats": (
+        lambda parts, x: parts.update({f"{x}_shape": np.array([np.nan, 64])}), "of two integers"),
     "a shape that lies": (
         lambda parts, x: parts.update({f"{x}_shape": np.array([64, 99])}), r"\(64, 99\).*no known"),
     "zero points of a wrong shape": (

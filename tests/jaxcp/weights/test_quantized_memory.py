@@ -25,6 +25,7 @@ FORMATS = {
     "mxfp8": {"format": "mxfp8"},
     "mxfp4": {"format": "mxfp4"},
     "nvfp4": {"format": "nvfp4"},
+    "int4": {"format": "int4"},
 }
 SIZES = {
     "num_hidden_layers": 2, "hidden_size": 1024, "moe_intermediate_size": 512,
@@ -81,7 +82,7 @@ def test_nothing_is_widened_in_memory(name, where, program):
     model = abstract(FORMATS[name])
     report, wide = compiled(model, where, program), widened_bytes(model)
     assert wide > 200e6
-    bits = 4 if name in ("mxfp4", "nvfp4") else 8
+    bits = 4 if name in ("mxfp4", "nvfp4", "int4") else 8
     assert report.argument_bytes < wide * (bits + 1) / 16, "of which 16 MB are plain weights"
     assert report.temp_bytes < wide / 16
 
