@@ -40,8 +40,8 @@ def declared(path: str | os.PathLike) -> dict[str, Any]:
     return dict(found) if isinstance(found, Mapping) else {}
 
 
-def check(path: str | os.PathLike, found: Collection[str]) -> None:
-    """Compare what config.json says with the formats `found` in the tensors.
+def check(path: str | os.PathLike, found: Collection[str], *, whole: bool) -> None:
+    """Compare what config.json says with the formats `found` in the tensors, if those are `whole`.
 
     Raises:
       ValueError: the two disagree.
@@ -53,7 +53,7 @@ def check(path: str | os.PathLike, found: Collection[str]) -> None:
         return
     name, allowed, needed = _expected(method, says)
     strange = sorted(set(found) - set(allowed))
-    if strange or not set(found) & set(needed):
+    if whole and (strange or not set(found) & set(needed)):
         tensors = ", ".join(sorted(found)) or "not quantized"
         raise ValueError(
             f"the tensors of {path} do not fit its {CONFIG}: quantization_config says {name}, "

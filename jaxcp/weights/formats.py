@@ -174,7 +174,7 @@ def _of(name, scale, shapes, dtypes) -> Packed | None:
     if dtypes[name] == "F8_E4M3" and kind in (*FLOATS, "F8_E8M0"):
         if kind in FLOATS and (block := _channels(shape, grid)):
             return Packed("fp8", name, shape, block, scale)
-        if grid == tuple(-(-n // 128) for n in shape):
+        if grid == (*shape[:-2], *(-(-n // 128) for n in shape[-2:])):
             return Packed("fp8_block", name, shape, (128, 128), scale)
     if dtypes[name] == "F8_E4M3" and kind in ("F8_E8M0", "U8"):
         block = _groups(shape, grid, 32)

@@ -85,7 +85,7 @@ def load(
     family = models.family_of(config)
     stop_tokens, generation = read_stop_tokens(path, config.vocab_size), read_generation(path)
     checkpoint = open_checkpoint(path)
-    declared.check(path, checkpoint.formats)
+    declared.check(path, checkpoint.formats, whole=not checkpoint.lacking)
     config = fitted(path, config, checkpoint.shapes.keys())
     with naming(Path(path, CONFIG)):
         graph, state = nnx.split(models.abstract_model(config))

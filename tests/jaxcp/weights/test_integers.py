@@ -22,6 +22,8 @@ from written_formats import (
     fp8_block,
     fp8_channel,
     gptq,
+    mxfp4_packed,
+    nvfp4_packed,
     pack_quantized,
     words,
 )
@@ -36,8 +38,8 @@ OURS = {
     "fp8_tensor": "fp8", "fp8_channel": "fp8", "fp8_block": "fp8_block", "int8_channel": "int8",
     "int8_zero": "int8", "int4_group": "int4", "int4_zero": "int4", "int4_channel": "int4",
     "int8_group": "int8", "int8_packed_zero": "int8", "nvfp4": "nvfp4", "mxfp4": "mxfp4",
-    "gptq4_sym": "int4", "gptq4_zero": "int4", "gptq4_order": "int4", "gptq8_sym": "int8",
-    "gptq8_zero": "int8", "awq": "int4",
+    "mxfp8": "mxfp8", "gptq4_sym": "int4", "gptq4_zero": "int4", "gptq4_order": "int4",
+    "gptq8_sym": "int8", "gptq8_zero": "int8", "awq": "int4",
 }  # fmt: skip
 
 
@@ -140,6 +142,24 @@ def test_a_mesh_that_cuts_through_a_group(tmp_path, mesh_of):
     mesh_of(model=4)
     with pytest.raises(ValueError, match=r"128 of 256.*model=4 .at most model=2"):
         jaxcp.load(made[0])
+
+
+FLOATS = {"nvfp4": nvfp4_packed, "mxfp4": mxfp4_packed}
+
+
+@pytest.mark.parametrize("kind", FLOATS)
+def test_floats_of_4_bits_of_compressed_tensors(kind, tmp_path):
+    """Widened exactly; in memory NVFP4's factor is 1 / `weight_global_scale` in float32, which
+    divides in the file: the last two bits may differ."""
+    quantization = says("compressed-tensors", format=f"{kind}-pack-quantized")
+    made = checkpoints(tmp_path / "made", "qwen3-moe-tiny", lambda _: FLOATS[kind], quantization)
+    packed, wanted = flat(jaxcp.load(made[0])[0]), flat(jaxcp.load(made[1])[0])
+    wide = flat(jaxcp.load(made[0], widen=True)[0])
+    for name, leaf in wanted.items():
+        np.testing.assert_array_equal(wide[name], leaf, err_msg=name)
+        np.testing.assert_allclose(widened(packed[name]), leaf, rtol=2**-22, err_msg=name)
+        is_linear = name.endswith((".q", ".k", ".v", ".o", ".gate", ".up", ".down"))
+        assert is_quantized(packed[name]) == is_linear
 
 
 @pytest.mark.slow

@@ -2,12 +2,13 @@
 """Checkpoints in the layouts that people publish of each family, against what they stand for."""
 
 import functools
+import itertools
 import logging
 
 import numpy as np
 import pytest
 from slow import slow_but
-from tiny_checkpoints import flat
+from tiny_checkpoints import flat, tensors, write
 from written_formats import cache_scales, checkpoints, fp8_block, fp8_channel, fp8_tensor, nvfp4
 
 import jaxcp
@@ -71,6 +72,33 @@ def test_a_part_of_a_tensor_that_begins_inside_a_block(key_dim, hidden, plain, t
     name = "qwen3-5-moe-tiny"
     made = checkpoints(tmp_path / "made", name, lambda _: fp8_block, BLOCKS, **fields)
     assert_exact(*made, plain=plain)
+
+
+@pytest.mark.parametrize("width", [192, 256])
+def test_experts_of_blocks_in_one_tensor(width, tmp_path):
+    """Gates above ups, all experts, as transformers has them in memory; ups begin at `width`."""
+    fields = EXPERTS | {"num_local_experts": 4, "moe_intermediate_size": width}
+    made = checkpoints(tmp_path / "one", "qwen3-moe-tiny", lambda _: None, None, **fields)
+    whole = tensors(made[1])
+    parts, exact = dict(whole), dict(whole)
+    for layer in range(3):
+        at = f"model.layers.{layer}.mlp.experts"
+        joined = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+        for name, kinds in joined.items():
+            each = [
+                fp8_block(np.concatenate([whole[f"{at}.{e}.{kind}.weight"] for kind in kinds]))
+                for e in range(4)
+            ]
+            parts[f"{at}.{name}"] = np.stack([one["weight"] for one, _ in each])
+            scales = np.stack([one["weight_scale_inv"] for one, _ in each])
+            parts[f"{at}.{name}_scale_inv"] = scales
+            exact[f"{at}.{name}"] = np.stack([x for _, x in each])
+            for e, kind in itertools.product(range(4), kinds):
+                del parts[f"{at}.{e}.{kind}.weight"], exact[f"{at}.{e}.{kind}.weight"]
+    says = {"quantization_config": BLOCKS, "dtype": "float32"}
+    packed = write(tmp_path / "packed", "qwen3-moe-tiny", parts, **fields, **says)
+    plain = write(tmp_path / "exact", "qwen3-moe-tiny", exact, **fields, dtype="float32")
+    assert_exact(packed, plain, plain={"q", "k", "v", "o"})
 
 
 def modelopt(algorithm, group=None, bits=4):

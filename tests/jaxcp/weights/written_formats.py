@@ -68,6 +68,35 @@ def nvfp4(w):
     return parts, exact
 
 
+def nvfp4_packed(w):
+    """compressed-tensors' NVFP4, whose factor for all divides."""
+    made, _ = nvfp4(w)
+    whole = np.float32(1) / made["weight_scale_2"]
+    scales = (made["weight_scale"].astype(np.float32) / whole).repeat(16, 1)
+    parts = {
+        "weight_packed": made["weight"], "weight_scale": made["weight_scale"],
+        "weight_global_scale": whole[None], "input_global_scale": np.float32([0.25]),
+    }  # fmt: skip
+    return parts, E2M1[apart(made["weight"])] * scales
+
+
+def mxfp4_packed(w):
+    """compressed-tensors' MXFP4: exponents in bytes."""
+    groups = w.reshape(len(w), -1, 32)
+    exponents = np.ceil(np.log2(np.abs(groups).max(-1) / 6))
+    scales = np.exp2(exponents).astype(np.float32)[..., None]
+    codes = nearest_e2m1(groups / scales)
+    parts = {
+        "weight_packed": two_a_byte(codes.reshape(w.shape)),
+        "weight_scale": (exponents + 127).astype(np.uint8),
+    }
+    return parts, (E2M1[codes] * scales).reshape(w.shape)
+
+
+def apart(values):
+    return np.stack([values & 15, values >> 4], -1).reshape(len(values), -1)
+
+
 def int4(w, group, *, symmetric=True, dtype=np.float32):
     """`(codes [out, in], zero points and scales [out, groups], exact)`, codes of 0 to 15."""
     groups = w.reshape(len(w), -1, group)
