@@ -26,10 +26,11 @@ Read = Callable[[str], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Integers(Packed):
-    """A tensor `[out, in]` of integers of `bits`; `order` is its `g_idx`.
+    """A tensor `[out, in]` of integers of `bits`; `order` is its `g_idx`, `sizes` its shape.
 
     `along`: "in" where an int32 holds values of one output, "out" where those of one input, "awq"
-    in AWQ's order. `offset` is added to zero points as they are stored.
+    in AWQ's order. `offset` is added to zero points as they are stored. `has_zeros`: in memory they
+    lie beside int4 values, which else are less them.
     """
 
     bits: int = 4
@@ -37,26 +38,34 @@ class Integers(Packed):
     order: str | None = None
     sizes: str | None = None
     offset: int = 0
+    has_zeros: bool = False
 
     @property
     def parts(self) -> tuple[str, ...]:
         return (*super().parts, *(name for name in (self.order, self.sizes) if name))
 
     def kept(self, read: Read) -> "Integers | None":
-        """The tensor as it can stay in memory: 4 bits where it is symmetric, else 8.
+        """The tensor as it can stay in memory: 4 bits where they have a form for groups, else 8.
 
-        None where its groups are no runs of inputs, or values need more than 8 bits.
+        None where groups are no runs of inputs, or values less zero points need more than 8 bits.
         """
         if not self._is_ordered(read):
             return None
-        is_middle = self.zero is None or (self._zeros(read) == 1 << self.bits - 1).all()
-        options = {"int4": self.bits == 4 and is_middle, "int8": self.bits == 4 or is_middle}
-        zero = None if is_middle else self.zero
+        is_middle = self.zero is None or (self._zeros(read) == self._middle).all()
+        options = {"int4": self.bits == 4, "int8": self.bits == 4 or is_middle}
         for format in (name for name, fits in options.items() if fits):
-            found = dataclasses.replace(self, format=format, zero=zero, order=None)
+            found = dataclasses.replace(
+                self, format=format, zero=None if is_middle else self.zero, order=None,
+                has_zeros=format == "int4" and not is_middle,
+            )  # fmt: skip
             if found.group:
                 return found
         return None
+
+    @property
+    def _middle(self) -> int:
+        """The code of zero where there are no zero points."""
+        return 1 << self.bits - 1
 
     @property
     def group(self) -> int:
@@ -74,8 +83,15 @@ class Integers(Packed):
 
     def values(self, read: Read) -> np.ndarray:
         """Read the values, of `shape`: int8, or as int4 their codes in two's complement."""
-        signed = self._signed(read)
-        return (signed & 15).astype(np.uint8) if self.is_halves else signed.astype(np.int8)
+        if self.is_halves:
+            return self._codes(read) ^ 8  # less 8, which is the middle
+        return self._signed(read).astype(np.int8)
+
+    def zeros(self, read: Read) -> np.ndarray:
+        """Read what is taken from int4 values, int8 `[out, groups]`."""
+        if self.zero is None:
+            return np.zeros((self.shape[0], self.shape[1] // self.block[1]), np.int8)
+        return (self._zeros(read) - self._middle).astype(np.int8)
 
     def scales(self, read: Read) -> np.ndarray:
         """Read the scales, float32 `[out, groups]`."""
@@ -88,17 +104,20 @@ class Integers(Packed):
         """Widen to float32: values times scales."""
         return self._signed(read) * self._of_inputs(self.scales(read), read)
 
-    def _signed(self, read: Read) -> np.ndarray:
+    def _codes(self, read: Read) -> np.ndarray:
+        """The values as they are stored, uint8 `[out, in]`."""
         words = read(self.name)
         if self.along == "in":
-            codes = _codes(words, self.bits)[:, : self.shape[1]]
-        elif self.along == "out":
-            codes = _codes(words.T, self.bits)
-        else:
-            codes = _in_order(_codes(words, self.bits)).T
+            return _codes(words, self.bits)[:, : self.shape[1]]
+        if self.along == "out":
+            return _codes(words.T, self.bits)
+        return _in_order(_codes(words, self.bits)).T
+
+    def _signed(self, read: Read) -> np.ndarray:
+        codes = self._codes(read).astype(np.int16)
         if self.zero is None:
-            return codes.astype(np.int16) - np.int16(1 << self.bits - 1)
-        return codes.astype(np.int16) - self._of_inputs(self._zeros(read), read)
+            return codes - np.int16(self._middle)
+        return codes - self._of_inputs(self._zeros(read), read)
 
     def _zeros(self, read: Read) -> np.ndarray:
         """The zero points, int16 `[out, groups]`."""
@@ -130,12 +149,17 @@ class Integers(Packed):
 
 
 def alike(tensors: Iterable[Packed]) -> list[Packed]:
-    """The tensors, with integers of 4 bits as 8 where not all of them are 4."""
+    """The tensors in one form: of 8 bits where not all integers are of 4, with zero points where
+    one of them has some."""
     every = list(tensors)
-    whole = all(isinstance(x, Integers) for x in every)
-    if not whole or {x.format for x in every} != {"int4", "int8"}:
+    integers = [x for x in every if isinstance(x, Integers)]
+    if not integers or len(integers) < len(every):
         return every
-    return [dataclasses.replace(x, format="int8") for x in every]
+    has_zeros = any(x.has_zeros for x in integers)
+    formats = {x.format for x in integers}
+    if formats == {"int4"}:
+        return [dataclasses.replace(x, has_zeros=has_zeros) for x in integers]
+    return [dataclasses.replace(x, format="int8", has_zeros=False) for x in integers]
 
 
 def find(

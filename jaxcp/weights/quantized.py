@@ -155,6 +155,11 @@ def _parts(first: Packed, layout, shape, halves: int, width: int, checkpoint) ->
         kind = kind if kind == ml_dtypes.bfloat16 else np.dtype(np.float32)
         rows = d // first.group
         parts["scales"] = _Part((e, rows, f), kind, scale, functools.partial(layout.grouped, kind))
+        if first.has_zeros:
+            zeros = functools.partial(layout.grouped, np.dtype(np.int8))
+            parts["zeros"] = _Part(
+                (e, rows, f), np.dtype(np.int8), lambda x: x.zero or x.scale, zeros
+            )
         return parts
     in_blocks, whole = first.format == "fp8_block", layout.cuts_between(first)
     if in_blocks and whole and (d % BLOCK or width == f or width % BLOCK == 0):
@@ -252,11 +257,10 @@ class _Layout:
         return pack(self._leaf(codes), packed).view(tensor.dtype(read))
 
     def grouped(self, kind, tensor: Packed, read):
-        """The scales of integers, one for each group in memory."""
+        """The scales of integers, or as int8 their zero points, one for each group in memory."""
         assert isinstance(tensor, Integers)
-        return self._leaf(
-            tensor.scales(read).repeat(tensor.block[1] // tensor.group, 1).astype(kind)
-        )
+        stored = tensor.zeros(read) if kind == np.int8 else tensor.scales(read)
+        return self._leaf(stored.repeat(tensor.block[1] // tensor.group, 1).astype(kind))
 
     def blocks(self, tensor: Packed, read):
         return self._leaf(tensor.scales(read), self.of_columns(tensor.block))

@@ -136,16 +136,17 @@ def _fine_products(op, lhs, weights, group_sizes, outs, finish, block, layer):
     if packed and packed not in (64, 128, PACKED):
         raise NotImplementedError(f"{op}: 64, 128 or {PACKED} rows packed together; got {packed}")
     pieces = 2 if packed else 1
-    fine = _Fine(group, packed)
+    fine = _Fine(group, packed, weights[0].zeros is not None)
     unit = fine.unit
     k = _round(lhs.shape[1], unit)
     block = dataclasses.replace(block, k=unit // LANES * _divisor(k * LANES // unit, block.k))
     lhs = _whole(lhs, block.m)
     lhs = jnp.pad(lhs, ((0, 0), (0, k - lhs.shape[1])))
     operands = [fine_operands(w) for w in weights]
-    values = [_tall(v, k // pieces) for v, _, _ in operands]
-    scales = [_tall(s, k // group) for _, s, _ in operands]
-    wholes = [_whole(s, 1)[:, :, None] for *_, s in operands]
+    values = [_tall(v, k // pieces) for v, *_ in operands]
+    scales = [_tall(s, k // group) for _, s, *_ in operands]
+    wholes = [_whole(s, 1)[:, :, None] for _, _, s, *_ in operands]
+    zeros = [_tall(z, k // group) for _, _, _, *rest in operands for z in rest]
     rows, wide = lhs.shape[0], values[0].shape[2]
     visits = groups.visits(group_sizes, rows, block.m, every_group=False)
     plan = _Plan(
@@ -153,12 +154,12 @@ def _fine_products(op, lhs, weights, group_sizes, outs, finish, block, layer):
         scale_rows=1, fine=fine,
     )  # fmt: skip
     grid = wide, visits.total, k // block.k
-    heights = block.k // pieces, k // group, k // fine.rows
-    itemsize = scales[0].dtype.itemsize
-    of_scales = len(weights) * block.n * (4 * heights[2] + 2 * itemsize * heights[1])
+    heights, small = (block.k // pieces, k // group, k // fine.rows), scales + zeros
+    itemsizes = sum(x.dtype.itemsize for x in small)
+    of_scales = block.n * (4 * len(small) * heights[2] + 2 * itemsizes * heights[1])
     out = pl.pallas_call(
         functools.partial(_products_kernel, plan=plan),
-        grid_spec=_grid(block, grid, values, wholes, outs, False, fine=heights),
+        grid_spec=_grid(block, grid, values, wholes, outs, False, fine=heights, small=len(small)),
         out_shape=[like(lhs, (rows, wide), lhs.dtype)] * outs,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=(pltpu.PARALLEL, pltpu.ARBITRARY, pltpu.ARBITRARY),
@@ -166,7 +167,7 @@ def _fine_products(op, lhs, weights, group_sizes, outs, finish, block, layer):
         ),
         interpret=target_platform() == "cpu",
         name=f"grouped_matmul_{op.removeprefix('mosaic_')}_fine",
-    )(*_prefetched(visits, e, layer), lhs, *values, *wholes, *scales)
+    )(*_prefetched(visits, e, layer), lhs, *values, *wholes, *small)
     return [x[:m, :n] for x in out]
 
 
@@ -174,7 +175,7 @@ def _unpadded(weights, layer):
     """`(weights, layer)`: a whole stack as matrices; or, to be padded, a layer's alone and None."""
     first, (tall, wide) = weights[0], weights[0].shape[-2:]
     fine = isinstance(first, Quantized) and first.is_fine
-    unit = _Fine(first.group, first.packed).unit if fine else LANES
+    unit = _Fine(first.group, first.packed, False).unit if fine else LANES
     if tall % unit or wide % LANES:
         return stack.one_layer(weights, layer), None
     return [stack.all_matrices(w, layer) for w in weights], layer
@@ -190,9 +191,9 @@ def _tall(x, rows):
     return _whole(jnp.pad(x, ((0, 0), (0, rows - x.shape[1]), (0, 0))), 1)
 
 
-def _grid(block, grid, weights, scales, outs, transpose, fine=None):
-    """`fine`: rows of values in a step; of scales, which come after the others and whole, as they
-    are stored and as they are made."""
+def _grid(block, grid, weights, scales, outs, transpose, fine=None, small=0):
+    """`fine`: rows of values in a step; of scales and zeros, `small` arrays that come after the
+    others and whole, as they are stored and as they are made."""
     wide, visits, steps = grid
 
     def of_weights(n, v, k, group, tile, offsets, matrix):
@@ -216,10 +217,10 @@ def _grid(block, grid, weights, scales, outs, transpose, fine=None):
             lhs,
             *[pl.BlockSpec(matrix, of_weights) for _ in weights],
             *[pl.BlockSpec((None, s.shape[1], 1, block.n), of_scales) for s in scales],
-            *finer * len(weights),
+            *finer * small,
         ],
         out_specs=[out] * outs,
-        scratch_shapes=[pltpu.VMEM((fine[2], block.n), jnp.float32) for _ in finer * len(weights)]
+        scratch_shapes=[pltpu.VMEM((fine[2], block.n), jnp.float32) for _ in range(small)]
         + [pltpu.VMEM((block.m, block.n), jnp.float32)] * (len(weights) if steps > 1 else 0),
     )
 
@@ -298,6 +299,7 @@ class _Fine(NamedTuple):
 
     group: int
     packed: int
+    has_zeros: bool
 
     @property
     def rows(self) -> int:
@@ -333,8 +335,8 @@ class _Refs(NamedTuple):
     """The kernel's arguments in their order; each tuple has one for each of the weights, or none.
 
     `matrix` says which of the weights a visit takes. `scales` are of channels or blocks, `fine` of
-    groups as they are stored. Scratch: `made`, `fine` in float32, and `sums`, where a product takes
-    several steps.
+    groups as they are stored, and zeros after them. Scratch: `made`, `fine` in float32, and `sums`,
+    where a product takes several steps.
     """
 
     group: jax.Ref
@@ -351,7 +353,8 @@ class _Refs(NamedTuple):
 
     @classmethod
     def of(cls, refs, plan):
-        n, fine = plan.weights, plan.fine is not None
+        n = plan.weights
+        fine = 1 + plan.fine.has_zeros if plan.fine else 0
         counts = n, n * (plan.scale_rows > 0), n * fine, plan.outs, n * fine, n * (plan.steps > 1)
         rest = iter(refs[5:])
         parts = [tuple(itertools.islice(rest, count)) for count in counts]
@@ -389,11 +392,14 @@ def _products_kernel(*refs, plan):
 
     @pl.when(group < plan.groups)
     def _():
-        for ref, stored in zip(r.made, r.fine, strict=True):
-            factor = decoded(r.weights[0].dtype)[1] if plan.fine.packed else 1.0
+        for i, (ref, stored) in enumerate(zip(r.made, r.fine, strict=True)):
             again = plan.fine.group // plan.fine.rows
-            scales = to_float32(stored[...]) * factor
-            ref[...] = scales.repeat(again, 0) if again > 1 else scales
+            if i < plan.weights:
+                factor = decoded(r.weights[0].dtype)[1] if plan.fine.packed else 1.0
+                small = to_float32(stored[...]) * factor
+            else:
+                small = stored[...].astype(jnp.int32).astype(jnp.float32)
+            ref[...] = small.repeat(again, 0) if again > 1 else small
         jax.lax.fori_loop(0, block.n // block.columns, column, None)
 
     @pl.when(group == plan.groups)  # rows past the last group
@@ -447,8 +453,13 @@ def _fine_product(r, plan, step, i, at, columns):
         values = r.weights[i][pl.ds(pl.multiple_of(j * stored, stored), stored), columns]
         values = _unpacked(values, packed) if packed else values.astype(jnp.float32)
         first = pl.multiple_of(first_scale + j * scales_a_unit, scales_a_unit)
-        scales = r.made[i][pl.ds(first, scales_a_unit), columns]
-        w = values.reshape(scales_a_unit, group, block.columns) * scales[:, None]
+        scales, *zeros = (
+            x[pl.ds(first, scales_a_unit), columns] for x in r.made[i :: plan.weights]
+        )
+        w = values.reshape(scales_a_unit, group, block.columns)
+        for x in zeros:
+            w -= x[:, None]
+        w *= scales[:, None]
         w = w.reshape(unit, block.columns).astype(r.lhs.dtype)
         a = r.lhs[at, pl.ds(pl.multiple_of(j * unit, unit), unit)]
         return total + dot(a, w, (1, 0))

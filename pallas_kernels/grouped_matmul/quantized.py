@@ -32,7 +32,7 @@ PACKED = 256  # most rows that are packed together
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """Quantized weights: `values * scales * channel_scales`, each scale spread over its block.
+    """Quantized weights: `(values - zeros) * scales * channel_scales`, each spread over its block.
 
     `values`: int8 or float8_e4m3fn `[E, D, F]`; or with `packed` `[E, D / 2, F]`, uint8 of two e2m1
     or int8 of two int4: of `packed` rows the first half lie in the low bits, the second in the high
@@ -41,7 +41,8 @@ class Quantized:
 
     `scales`: `[E, 1, F]` for one a channel, `[E, ceil(D / 128), ceil(F / 128)]` for one a block, or
     `[E, D / g, F]` for g = 16, 32, 64 or 128 rows of a column; float32, bfloat16, float8_e4m3fn or,
-    as exponents of 2 plus 127, uint8. `channel_scales`: float32 `[E, 1, F]`, or None.
+    as exponents of 2 plus 127, uint8. `zeros`: int8 as `scales`, what is taken from values of int4
+    first, or None. `channel_scales`: float32 `[E, 1, F]`, or None.
 
     For a stack of layers every array is `[L, E, ...]`.
 
@@ -52,6 +53,7 @@ class Quantized:
     scales: Array
     channel_scales: Array | None = None
     packed: int = dataclasses.field(default=0, metadata={"static": True})
+    zeros: Array | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -192,6 +194,8 @@ def dequantize(weights: Quantized, dtype=jnp.float32) -> Float[Array, "E D F"]:
         exact = factor * decode(codes.astype(jnp.int32))
     else:
         exact = weights.values.astype(jnp.float32)
+    if weights.zeros is not None:
+        exact -= spread(weights.zeros.astype(jnp.float32), weights.shape)
     exact *= spread(to_float32(weights.scales), weights.shape)
     if weights.channel_scales is not None:
         exact *= weights.channel_scales
@@ -235,6 +239,13 @@ def check(weights: Quantized) -> None:
             f"scales of {weights.shape} are float32, bfloat16, float8_e4m3fn or uint8, of {forms}; "
             f"got {weights.scales.dtype} {weights.scales.shape}"
         )
+    zeros, is_int4 = weights.zeros, weights.packed and weights.values.dtype == np.int8
+    form = (weights.scales.shape, np.int8)
+    if zeros is not None and not (is_int4 and (zeros.shape, zeros.dtype) == form):
+        raise ValueError(
+            f"zeros are of int4, int8 {weights.scales.shape} as scales; got {zeros.dtype} "
+            f"{zeros.shape} beside values in {weights.values.dtype}"
+        )
     whole = weights.channel_scales
     if whole is not None and not (weights.is_fine or weights.by_channel):
         raise ValueError("channel_scales go with scales of 16 or 32 rows; fold them into scales")
@@ -274,13 +285,15 @@ def operand(weights, *, transpose: bool):
 
 
 def fine_operands(weights: Quantized):
-    """`(values, scales [E, D / group, F] in their dtype, channel scales [E, 1, F])`.
+    """`(values, scales [E, D / group, F] in their dtype, channel scales [E, 1, F])`, and zeros as
+    scales if there are any.
 
     Where there are no channel scales, ones `[1, 1, F]` that all matrices share.
     """
     whole = weights.channel_scales
     ones = jnp.ones((1, 1, weights.shape[-1])) if whole is None else whole
-    return weights.values, weights.scales, ones
+    zeros = () if weights.zeros is None else (weights.zeros,)
+    return weights.values, weights.scales, ones, *zeros
 
 
 def _whole_scales(weights):

@@ -123,7 +123,7 @@ def _fine_products(op, lhs, weights, group_sizes, outs, finish, layer):
     return pl.pallas_call(
         functools.partial(
             _fine_kernel, block=block, count=len(weights), finish=finish, shape=(matrices, n, k),
-            packed=packed, group_rows=weights[0].group,
+            packed=packed, group_rows=weights[0].group, has_zeros=weights[0].zeros is not None,
         ),
         grid=(tiles.group.shape[0] * pl.cdiv(n, block.n),),
         out_shape=[like(lhs, (m, n), lhs.dtype)] * outs,
@@ -250,10 +250,12 @@ def _products_kernel(*refs, block, count, scaled, finish, transpose, shape):
         plgpu.store(ref.at[pl.ds(start, block.m), at_columns], x.astype(ref.dtype), mask=mask)
 
 
-def _fine_kernel(*refs, block, count, finish, shape, packed, group_rows):
+def _fine_kernel(*refs, block, count, finish, shape, packed, group_rows, has_zeros):
     tile_refs, lhs_ref, refs = refs[:3], refs[3], refs[4:]
     groups_, n, k = shape
-    value_refs, scale_refs, whole_refs = (refs[i * count : (i + 1) * count] for i in range(3))
+    in_refs = [refs[i * count : (i + 1) * count] for i in range(3 + has_zeros)]
+    out_refs = refs[len(in_refs) * count :]
+    value_refs, scale_refs, whole_refs, *zero_refs = in_refs
     group, real, start, rows, column, columns = _place(tile_refs, block, groups_, n)
     at_columns = pl.ds(column, block.n)
     # rows of one scale: a row of scales spreads over them, and nothing is rearranged
@@ -272,6 +274,9 @@ def _fine_kernel(*refs, block, count, finish, shape, packed, group_rows):
         scales = _read(scale_refs[i], where, (1, block.n), None, columns, read_as)
         scales = from_ue8m0(scales) if dtype == jnp.uint8 else scales
         scales = factor * scales if packed else scales
+        for of_zeros in zero_refs:
+            zeros = _read(of_zeros[i], where, (1, block.n), None, columns, jnp.int32)
+            values = values - zeros.astype(jnp.float32)
         at = pl.ds(start, block.m), pl.ds(first, tall)
         a = _read(lhs_ref, at, (block.m, tall), rows, None, lhs_ref.dtype)
         return dot(a, (values * scales).astype(a.dtype), (1, 0))
@@ -303,7 +308,7 @@ def _fine_kernel(*refs, block, count, finish, shape, packed, group_rows):
     wholes = [_read(ref, at, (1, block.n), None, columns, jnp.float32) for ref in whole_refs]
     sums = [total * x for total, x in zip(sums, wholes, strict=True)]
     mask = jnp.broadcast_to(_both(rows, columns), zeros.shape)
-    for ref, x in zip(refs[3 * count :], finish(*sums), strict=False):
+    for ref, x in zip(out_refs, finish(*sums), strict=False):
         plgpu.store(ref.at[pl.ds(start, block.m), at_columns], x.astype(ref.dtype), mask=mask)
 
 

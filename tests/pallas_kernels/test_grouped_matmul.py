@@ -148,6 +148,8 @@ def test_formats_that_do_not_fit_raise():
         quantize(jnp.ones((1, 40, 5)), "mxfp8")
     with pytest.raises(ValueError, match="scales of"):
         grouped_matmul(x, dataclasses.replace(mx, scales=mx.scales[:, :, :4]), sizes)
+    with pytest.raises(ValueError, match="zeros are of int4"):
+        grouped_matmul(x, dataclasses.replace(mx, zeros=mx.scales), sizes)
     with pytest.raises(ValueError, match="packed values are uint8"):
         grouped_matmul(x, dataclasses.replace(mx, packed=48), sizes)
 
@@ -184,19 +186,23 @@ def test_rows_that_no_block_divides(implementation, packed):
     np.testing.assert_allclose(product(x, w, sizes), expected, atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("group", "packed"),
-    slow_but(itertools.product((16, 32, 64, 128), (0, 64, 256)), lambda case: case == (64, 64)),
-)
+INTEGERS = [(0, False), (64, False), (64, True), (256, False), (256, True)]
+"""Rows packed together, 0 for 8 bits; zeros."""
+
+
+@pytest.mark.parametrize(("packed", "has_zeros"), INTEGERS)
+@pytest.mark.parametrize("group", slow_but((16, 32, 64, 128), lambda group: group == 64))
 @pytest.mark.parametrize("implementation", KERNELS)
-def test_integers_with_scales_in_bfloat16(implementation, group, packed):
+def test_integers_with_scales_in_bfloat16(implementation, group, packed, has_zeros):
     """Of 4 bits and of 8, a scale for so many rows: weights as float64 has them, rounded once."""
     rng = np.random.default_rng(0)
     codes = rng.integers(-8, 8, (2, 512, 40), np.int8)
     scales = jnp.asarray(rng.uniform(0.5, 2, (2, 512 // group, 40)), jnp.bfloat16)
     values = quantized.pack(codes.view(np.uint8) & 15, packed).view(np.int8) if packed else codes
-    w = quantized.Quantized(jnp.asarray(values), scales, packed=packed)
+    zeros = rng.integers(-8, 8, scales.shape, np.int8) if has_zeros else None
+    w = quantized.Quantized(jnp.asarray(values), scales, packed=packed, zeros=zeros)
     spread = np.asarray(scales, np.float64).repeat(group, 1)
+    codes = codes - zeros.astype(int).repeat(group, 1) if has_zeros else codes
     np.testing.assert_array_equal(exactly(w), codes * spread)
     x = jnp.asarray(rng.normal(size=(20, 512)), jnp.float32)
     product = jax.jit(functools.partial(grouped_matmul, implementation=implementation))
@@ -204,6 +210,12 @@ def test_integers_with_scales_in_bfloat16(implementation, group, packed):
     parts = zip(rows, codes * spread, strict=True)
     expected = np.concatenate([part @ matrix for part, matrix in parts])
     np.testing.assert_allclose(product(x, w, jnp.array([9, 11])), expected, atol=5e-3)
+
+
+def with_zeros(weights):
+    four = quantize(weights, "int4")
+    zeros = (jnp.arange(four.scales.size) % 15 - 7).reshape(four.scales.shape).astype(jnp.int8)
+    return dataclasses.replace(four, zeros=zeros)
 
 
 STACKS = {
@@ -214,7 +226,7 @@ STACKS = {
     ),
     "nvfp4": jax.jit(jax.vmap(functools.partial(quantize, format="nvfp4"))),
     "mxfp4": jax.jit(jax.vmap(functools.partial(quantize, format="mxfp4"))),
-    "int4": jax.jit(jax.vmap(functools.partial(quantize, format="int4"))),
+    "int4": jax.jit(jax.vmap(with_zeros)),
 }
 
 

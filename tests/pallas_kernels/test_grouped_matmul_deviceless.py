@@ -5,6 +5,7 @@ Compiling proves what the interpreter cannot: tiling, shared memory and VMEM. Th
 computes the right thing takes the chip.
 """
 
+import dataclasses
 import functools
 import itertools
 
@@ -87,9 +88,15 @@ def test_weights_of_8_bits_compile(target, values, block):
 
 
 def integers_in_groups(weights):
-    """As asymmetric int4 is kept: 8 bits, and a scale in the checkpoint's dtype for 64 rows."""
+    """As GPTQ's 8 bits are kept: a scale in the checkpoint's dtype for 64 rows."""
     e, d, f = weights.shape
     return Quantized(weights.astype(jnp.int8), jnp.ones((e, d // 64, f), jnp.bfloat16))
+
+
+def with_zeros(weights, group):
+    four = quantize(weights, "int4", group=group)
+    scales, zeros = four.scales.astype(jnp.bfloat16), jnp.zeros(four.scales.shape, jnp.int8)
+    return dataclasses.replace(four, scales=scales, zeros=zeros)
 
 
 IN_GROUPS = {
@@ -97,6 +104,8 @@ IN_GROUPS = {
     "int4 in 32": functools.partial(quantize, format="int4", group=32),
     "int4 in 64": functools.partial(quantize, format="int4", group=64),
     "int8 in 64": integers_in_groups,
+    "int4 in 32, zeros": functools.partial(with_zeros, group=32),
+    "int4 in 128, zeros": functools.partial(with_zeros, group=128),
 }
 
 

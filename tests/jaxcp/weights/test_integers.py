@@ -79,21 +79,21 @@ def ordered(pack):
 KINDS = {
     "compressed-tensors": (pack_quantized, COMPRESSED, np.int8, True),
     "compressed-tensors, asymmetric": (
-        functools.partial(pack_quantized, symmetric=False), COMPRESSED, np.int8, False),
+        functools.partial(pack_quantized, symmetric=False), COMPRESSED, np.int8, True),
     "compressed-tensors in another order": (ordered(pack_quantized), COMPRESSED, None, False),
     "gptq": (gptq, says("gptq", bits=4, group_size=32, desc_act=False), np.int8, True),
     "gptq_v2": (functools.partial(gptq, less=0),
                 says("gptq", checkpoint_format="gptq_v2"), np.int8, True),
-    "gptq, asymmetric": (functools.partial(gptq, symmetric=False), says("gptq"), np.int8, False),
+    "gptq, asymmetric": (functools.partial(gptq, symmetric=False), says("gptq"), np.int8, True),
     "gptq in another order": (ordered(gptq), says("gptq", desc_act=True), None, False),
-    "awq": (awq, says("awq", version="gemm", zero_point=True), np.int8, False),
+    "awq": (awq, says("awq", version="gemm", zero_point=True), np.int8, True),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", slow_but(KINDS, lambda kind: kind in ("gptq", "awq")))
 @pytest.mark.parametrize("name", slow_but(["qwen3-moe-tiny", "qwen3-tiny"], lambda n: "moe" in n))
 def test_a_checkpoint_in_integers(name, kind, tmp_path, caplog):
-    """Symmetric ones stay in 4 bits, others in 8; those in another order are widened, by name."""
+    """It stays in 4 bits, with zero points or none; one in another order is widened, by name."""
     pack, quantization, dtype, halves = KINDS[kind]
     packed, exact = checkpoints(tmp_path / "made", name, lambda _: pack, quantization)
     with caplog.at_level(logging.WARNING):
@@ -107,6 +107,7 @@ def test_a_checkpoint_in_integers(name, kind, tmp_path, caplog):
         return
     matrix = getattr(up, "matrix", up)
     assert matrix.values.dtype == dtype and bool(matrix.packed) == halves
+    assert (matrix.zeros is not None) == ("asymmetric" in kind or kind == "awq")
     assert_exact(packed, exact)
 
 
