@@ -84,7 +84,8 @@ class Packed:
     def whole(self, read: Callable[[str], np.ndarray]) -> np.ndarray:
         """Read the second scale as the float32 that multiplies."""
         scale = read(str(self.second)).astype(np.float32)
-        return 1 / scale if self.divides else scale
+        with np.errstate(divide="ignore"):  # what is not finite is counted, and named
+            return 1 / scale if self.divides else scale
 
     def scales(self, read: Callable[[str], np.ndarray]) -> np.ndarray:
         """Read the scales, one a block: float32 `[..., ceil(out / block), ceil(in / block)]`."""
@@ -99,7 +100,8 @@ class Packed:
             exact -= self._spread(read(self.zero).astype(np.float32).reshape(self._grid))
         scales = self.scales(read)
         if self.divides:
-            scales = scales / read(str(self.second)).astype(np.float32)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                scales = scales / read(str(self.second)).astype(np.float32)
         exact *= self._spread(scales)
         return exact if self.second is None or self.divides else exact * self.whole(read)
 

@@ -31,8 +31,15 @@ from jaxcp.weights import declared
 from jaxcp.weights.config_file import fitted, load_config, naming
 from jaxcp.weights.files import CONFIG, Checkpoint, open_checkpoint
 from jaxcp.weights.formats import FORMATS, GPT_OSS
+from jaxcp.weights.integers import Integers
 from jaxcp.weights.placement import indivisible
-from jaxcp.weights.quantized import QuantizedSource, quantized_source, stackable, stream_quantized
+from jaxcp.weights.quantized import (
+    QuantizedSource,
+    quantized_source,
+    stackable,
+    stream_quantized,
+    summed_axis,
+)
 from jaxcp.weights.stream import counted, progress_bar, stream
 
 log = logging.getLogger(__name__)
@@ -99,6 +106,7 @@ def load(
         log.info("%s: left out %d tensors, such as %s", path, len(ignored), min(ignored))
     copies = family.copies(config)
     _check(path, checkpoint, chosen, ignored, copies)
+    _check_turned(leaves, chosen, checkpoint)
     of_leaf = {leaf.name: [chosen[layer] for layer in leaf.layers] for leaf in leaves}
     dtypes = {
         leaf.name: _final_dtype(leaf.variable, of_leaf[leaf.name], checkpoint, config, dtype)
@@ -173,6 +181,22 @@ def _check_finite(path, checkpoint: Checkpoint, nonfinite: Mapping[tuple[str, An
         "Copy the checkpoint again, choose a dtype with a wider range, "
         "or load it with allow_nonfinite=True"
     )
+
+
+def _check_turned(
+    leaves: Sequence[_Leaf], chosen: Mapping[str, Source], checkpoint: Checkpoint
+) -> None:
+    """Raise NotImplementedError for integers in int32 where the family's tensors are `[in, out]`:
+    they are read as `[out, in]`."""
+    for leaf in leaves:
+        one = of_one_layer(leaf.variable)
+        for layer in leaf.layers:
+            tensor = checkpoint.packed.get(chosen[layer].names[0])
+            if isinstance(tensor, Integers) and summed_axis(one, layer, chosen[layer]) == -2:
+                raise NotImplementedError(
+                    f"{tensor.name}: GPTQ, AWQ and compressed-tensors are not read where weights "
+                    "are [in, out], as GPT-2's. Load the plain checkpoint, or `jaxcp quantize` it"
+                )
 
 
 def _quantized(

@@ -111,11 +111,11 @@ def quantized_source(
     if None in kept:
         return None
     packed = alike(x for x in kept if x is not None) + [None] * packed.count(None)
-    kinds = {x and (x.format, x.block) for x in packed}
+    kinds = {x and _kind(x, checkpoint) for x in packed}
     if len(kinds) > 1:
         raise ValueError(
             f"needed {path} to be quantized in one way; its tensors {source.names[0]} ... are "
-            f"{', '.join(sorted(str(kind and kind[0]) for kind in kinds))}"
+            f"{', '.join(sorted(str(kind) for kind in kinds))}"
         )
     tensors = tuple(x for x in packed if x is not None)
     layout = _Layout.of(variable, path, source)
@@ -137,6 +137,16 @@ def quantized_source(
     if problem := misfit(result.abstract, spec, dict(mesh)):
         raise ValueError(f"needed a mesh that divides {path} {problem}")
     return result
+
+
+def _kind(tensor: Packed, checkpoint: Checkpoint) -> str:
+    """Name what the tensors of a leaf have in common: the dtype of scales too, if they keep it."""
+    rows, columns = tensor.block
+    name = f"{tensor.format} with a scale for {rows} x {columns}"
+    if not tensor.is_halves and not isinstance(tensor, Integers):
+        return name
+    dtype = checkpoint.raw(tensor.scale).dtype
+    return f"{name} in {np.dtype(np.uint8) if dtype == E8M0 else dtype}"
 
 
 def _parts(first: Packed, layout, shape, halves: int, width: int, checkpoint) -> dict[str, _Part]:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from slow import slow_but
 from test_published_formats import EXPERTS, assert_exact
-from tiny_checkpoints import FIXTURES, flat
+from tiny_checkpoints import FIXTURES, flat, tensors, write
 from written_formats import (
     awq,
     checkpoints,
@@ -251,6 +251,31 @@ def test_a_variant_of_gptq_or_awq_that_is_not_read(pack, quantization, error, te
     packed, _ = checkpoints(tmp_path / "made", "qwen3-tiny", lambda _: pack, quantization)
     with pytest.raises(error, match=text):
         jaxcp.load(packed)
+
+
+def test_scales_of_several_dtypes_are_not_rounded_to_one(tmp_path):
+    name = "model.layers.0.mlp.experts.3.up_proj.weight_scale"
+
+    def more(parts):
+        return {name: parts[name].astype(np.float32)}
+
+    packed, _ = checkpoints(
+        tmp_path / "made", "qwen3-moe-tiny", lambda _: pack_quantized, COMPRESSED, more=more
+    )
+    with pytest.raises(ValueError, match=r"in bfloat16, int4 .* in float32"):
+        jaxcp.load(packed)
+
+
+def test_gpt2_has_its_weights_the_other_way_round(tmp_path):
+    """A square one would be turned without a word."""
+    whole = tensors("gpt2-tiny")
+    name = next(x for x in whole if x.endswith("attn.c_proj.weight"))
+    made, _ = pack_quantized(whole.pop(name))
+    parts = {f"{name.removesuffix('weight')}{k}": np.asarray(v) for k, v in made.items()}
+    path = write(tmp_path / "q", "gpt2-tiny", whole | parts, quantization_config=COMPRESSED)
+    for widen in (False, True):
+        with pytest.raises(NotImplementedError, match=r"not read where weights are \[in, out\]"):
+            jaxcp.load(path, widen=widen)
 
 
 def test_words_hold_the_first_value_in_the_lowest_bits():
