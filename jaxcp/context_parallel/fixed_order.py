@@ -68,7 +68,7 @@ class FixedOrder(Strategy):
         latent, and those that hold the same of each weight: `(axes, (axes, ...))`.
         """
         shards = lax.axis_size(axis_name)
-        where = axis_name, _pieces(self.layout, shards, q.shape[1], kv_pos.shape[1])
+        where = axis_name, pieces_of(self.layout, shards, q.shape[1], kv_pos.shape[1])
         if expand is not None and copies is None:
             raise NotImplementedError(
                 "FixedOrder needs to know which devices hold copies of a latent; call "
@@ -83,7 +83,7 @@ class FixedOrder(Strategy):
 
     def cost(self, shapes: Shapes) -> Cost:
         n = shapes.shards
-        _pieces(self.layout, n, shapes.tokens, shapes.keys)
+        pieces_of(self.layout, n, shapes.tokens, shapes.keys)
         keys = n * (shapes.kv_bytes + shapes.key_ids_bytes)
         ordering = n * shapes.kv_bytes // 2  # K, and then V, once more as they arrived
         # of a pair of pieces: q, K/V and K/V of every query head, and two partial results
@@ -97,7 +97,7 @@ class FixedOrder(Strategy):
         )
 
 
-def _pieces(layout, shards, tokens, keys):
+def pieces_of(layout, shards, tokens, keys):
     """`[shards][pieces of a shard]`: number of each piece, in natural order."""
     total = shards * tokens
     whole = tokens == keys and PIECES % shards == 0 and total % PIECES == 0

@@ -21,6 +21,7 @@ from jaxcp.layers.stack import members
 from jaxcp.layout import Zigzag
 from jaxcp.models import family_of
 from jaxcp.sharding import DEFAULT, Rules, sharding_of
+from jaxcp.training import fixed_order
 from jaxcp.training.config import LossConfig, OptimizerConfig, TrainConfig
 from jaxcp.training.objective import Totals, objective, scales_of
 from jaxcp.training.optimizer import Cycles, make_optimizer, schedule
@@ -82,6 +83,10 @@ def join(model_config: Any, state: State, rules: Rules | None = None) -> Any:
     arrays = state["params"] | state["others"]
     model = jax.tree.unflatten(bones.structure, [arrays[name] for name in bones.names])
     return model if rules is None else gathered_late(model, rules, model_config.dtype)
+
+
+def _joined(model_config: Any, state: State, params: Any) -> Any:
+    return join(model_config, state | {"params": params})
 
 
 def places_of(config: TrainConfig) -> Places:
@@ -227,12 +232,19 @@ def make_step(
         model = join(model_config, state | {"params": params}, rules if zero == 3 else None)
         return objective(model, piece, losses, scales=scales, **options)
 
+    def gradient(state, piece, scales):
+        mesh = jax.sharding.get_abstract_mesh().shape
+        if not zero and fixed_order.fits(strategy, model_config, mesh):
+            model = functools.partial(_joined, model_config, state)
+            return fixed_order.gradient(model, state["params"], piece, strategy, loss_chunk)
+        return jax.grad(loss, has_aux=True)(state["params"], state, piece, scales)
+
     def lie(tree, specs):
         return laid(tree, specs) if zero else tree
 
     def step(state: State, batch) -> tuple[State, dict]:
         where = _places(model_config, zero, rules, jax.sharding.get_abstract_mesh().shape)
-        grads, totals = _sums(loss, state, batch, lambda grads: lie(grads, where.updated))
+        grads, totals = _sums(gradient, state, batch, lambda grads: lie(grads, where.updated))
         weight = jnp.maximum(totals.weight, 1e-9)
         grads = jax.tree.map(lambda g: g / weight, grads)
         # optax mixes int32 counts with floats, which strict promotion refuses
@@ -257,22 +269,22 @@ def make_step(
     return jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
 
 
-def _sums(loss: Callable, state: State, batch: Any, lie: Callable) -> tuple[Any, Totals]:
+def _sums(gradient: Callable, state: State, batch: Any, lie: Callable) -> tuple[Any, Totals]:
     """Sum the gradient, which `lie` lays where it belongs, and the `Totals` over the pieces."""
     scales = scales_of(batch)
 
-    def gradient(state, piece):
-        grads, totals = jax.grad(loss, has_aux=True)(state["params"], state, piece, scales)
+    def of_piece(state, piece):
+        grads, totals = gradient(state, piece, scales)
         return lie(grads), totals
 
     first = jax.tree.map(lambda x: x[0], batch)
     if batch["tokens"].shape[0] == 1:
-        return gradient(state, first)
+        return of_piece(state, first)
 
     def add(total, piece):
-        return jax.tree.map(jnp.add, total, gradient(state, piece)), None
+        return jax.tree.map(jnp.add, total, of_piece(state, piece)), None
 
-    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, state, first))
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_piece, state, first))
     return jax.lax.scan(add, zeros, batch)[0]
 
 
