@@ -34,6 +34,7 @@ test-hf: $(VENV)/.installed-hf
 	$(BIN)/python -c 'import torch, transformers; print("torch", torch.__version__, "transformers", transformers.__version__)'
 	$(BIN)/python -m pytest -q $(if $(SHARE),--share $(SHARE)) tests/jaxcp/weights/test_hf.py \
 	  tests/jaxcp/models/test_hf_drawn.py tests/jaxcp/models/test_hf_recurrent.py \
+	  tests/jaxcp/models/test_hf_ties.py tests/jaxcp/models/test_hf_mtp.py \
 	  tests/jaxcp/training/test_torch_gpt.py
 
 lint: $(VENV)/.installed-dev

@@ -89,7 +89,7 @@ class Asking:
         """Guesses, but not under a grammar, which must see each token before the next."""
         if not self.drafts or output.constraint is not None:
             return None
-        drafting = getattr(self.model.config, "num_mtp_layers", 0) > 0
+        drafting = bool(getattr(self.model.config, "num_mtp_layers", 0))
         return Guesses(self.drafts, drafting=drafting)
 
     def _output(self, sampling: Sampling, stops: Collection[int]) -> Output:

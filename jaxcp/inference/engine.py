@@ -52,8 +52,8 @@ class Engine:
       max_len: tokens that a request or session holds at most, prompt and answer.
       max_rows: requests that run at a time; more wait.
       max_wait: seconds that chunks of prompts may add to a step in which other rows decode: they
-        are as long as that allows, by how long others took, and 8 tokens at least. None: 0.25,
-        and in several processes, which have no clock together, no bound.
+        are as long as that allows, by how long others took. None: 0.25; no bound in several
+        processes, which have no clock together.
       drafts: tokens of a row that are guessed in a step at most, up to 7, from what followed the
         same words before, or by the model's own MTP layer where it has one: the answers stay the
         same, and come faster where guesses are right.
@@ -113,9 +113,8 @@ class Engine:
         limit = getattr(model.config, "max_positions", MOST)
         self.max_len = integer("max_len", max_len, 1, limit, "the model's positions")
         self.model, self.tokenizer, self.strategy = model, tokenizer, strategy
-        if stop_tokens is None:
-            stop_tokens = getattr(model, "stop_tokens", ())
-        self.stop_tokens = checked_stop_tokens(model, stop_tokens)
+        stops = getattr(model, "stop_tokens", ()) if stop_tokens is None else stop_tokens
+        self.stop_tokens = checked_stop_tokens(model, stops)
         self.max_wait = longest_wait(max_wait)
         self.drafts = integer("drafts", drafts, 0, FEW - 1)
         self._asking = Asking(model, tokenizer, self.stop_tokens, self.drafts)
@@ -124,10 +123,7 @@ class Engine:
         self.max_rows = integer("max_rows", max_rows, 1, MOST)
         if pool_tokens is not None:
             pool_tokens = integer("pool_tokens", pool_tokens, 1, MOST)
-        if memory is not None:
-            check_memory(memory)
-            if pool_tokens is not None:
-                raise ValueError("the pool has a size by pool_tokens or by memory; give one")
+        check_memory(memory, pool_tokens)
         self.pool_tokens, self.memory, self.cache_dtype = pool_tokens, memory, cache_dtype
         self.host_memory = integer("host_memory", 0 if host_memory is None else host_memory, 0)
         check_mesh(model)
@@ -388,9 +384,9 @@ class Engine:
 
     def bytes_per_device(self, tokens: int) -> int:
         """Bytes of the pool that a sequence of so many tokens takes, where it takes most."""
-        pages, g = self.groups.schedulers[0].pages, self.geometry
-        share = pages.on_shard(pages.places(tokens), 0) / g.pages_per_shard
-        return self.runner.pool.bytes_of(share, 1 / max(1, g.states))
+        pages = self.groups.schedulers[0].pages
+        share = pages.on_shard(pages.places(tokens), 0) / self.geometry.pages_per_shard
+        return self.runner.pool.bytes_of(share, 1 / max(1, self.geometry.states))
 
     def on_mesh(self) -> contextlib.AbstractContextManager:
         """The mesh this engine was made under, as a context."""

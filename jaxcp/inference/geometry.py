@@ -213,8 +213,12 @@ def _filling(geometry, smallest, memory, beside) -> Geometry:
     return dataclasses.replace(geometry, pages_per_shard=pages)
 
 
-def check_memory(memory: Any) -> None:
-    """Raise ValueError unless `memory` is bytes, or a fraction."""
+def check_memory(memory: Any, pool_tokens: int | None) -> None:
+    """Raise ValueError unless `memory` is bytes, or a fraction, or None."""
+    if memory is None:
+        return
+    if pool_tokens is not None:
+        raise ValueError("the pool has a size by pool_tokens or by memory; give one")
     if isinstance(memory, numbers.Integral):
         integer("memory", memory, 1)
     elif not isinstance(memory, float) or not 0 < memory < 1:
