@@ -28,14 +28,13 @@ test: $(VENV)/.installed-test
 test-all: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --costs $(if $(SHARE),--share $(SHARE)) $(TESTS)
 
-# What transformers makes of saved models; SHARE as above. The import first: without them the tests
+# Files with tests that compare with transformers or torch; SHARE as above. The import first: without them the tests
 # would be skipped.
+HF_TESTS = $(shell grep -rl 'importorskip."\(transformers\|torch\)"' tests --include='test_*.py')
+
 test-hf: $(VENV)/.installed-hf
 	$(BIN)/python -c 'import torch, transformers; print("torch", torch.__version__, "transformers", transformers.__version__)'
-	$(BIN)/python -m pytest -q $(if $(SHARE),--share $(SHARE)) tests/jaxcp/weights/test_hf.py \
-	  tests/jaxcp/models/test_hf_drawn.py tests/jaxcp/models/test_hf_recurrent.py \
-	  tests/jaxcp/models/test_hf_ties.py tests/jaxcp/models/test_hf_mtp.py \
-	  tests/jaxcp/training/test_torch_gpt.py
+	$(BIN)/python -m pytest -q $(if $(SHARE),--share $(SHARE)) $(HF_TESTS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
