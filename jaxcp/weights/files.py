@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The files of a checkpoint folder, as one set of tensors. Knows no models."""
 
+import collections
 import dataclasses
 import logging
 import math
@@ -135,6 +136,11 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     turned = {}
     for name in formats.gpt_oss_packed(dtypes):
         blocks, scales = (f"{name}{suffix}" for suffix in formats.GPT_OSS_PARTS)
+        if name in dtypes:
+            raise CheckpointFileError(
+                f"needed each weight once; {stored[blocks].file} has {blocks}, and "
+                f"{stored[name].file} has {name}. Copy the checkpoint again"
+            )
         try:
             shapes[name] = formats.gpt_oss_shape(shapes[blocks], shapes[scales])
         except ValueError as error:
@@ -148,8 +154,14 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     offset = gptq_offset(declared(path)) if any(x.endswith(".qweight") for x in dtypes) else None
     whole = integers.find(shapes, dtypes, lambda name: stored[name].view(), offset)
     packed, lacking = {**packed, **whole[0]}, {**lacking, **whole[1]}
+    of_parts = collections.Counter(part for x in packed.values() for part in x.parts)
     for name, tensor in packed.items():
         for part in tensor.parts:
+            if of_parts[part] > 1:
+                raise CheckpointFileError(
+                    f"needed each tensor in one weight; {part} in {stored[part].file} is "
+                    f"part of {name} and of another. Copy the checkpoint again"
+                )
             del shapes[part], dtypes[part]
         shapes[name], dtypes[name] = tensor.shape, tensor.format
     unused = [name for name, shape in shapes.items() if formats.is_unused(name, shape)]

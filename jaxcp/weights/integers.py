@@ -199,8 +199,8 @@ def _compressed(name, weight, shapes, dtypes, read) -> Integers | str:
     out, summed = (int(n) for n in read(sizes))
     rows, words = shapes[name]
     fitting = [n for n in (4, 8) if words == -(-summed * n // WORD)]
-    grid = shapes[scale] if len(shapes[scale]) == 2 else (rows, 1)
-    fits = summed > 0 and out == rows == grid[0] and len(fitting) == 1
+    grid = (rows, 1) if shapes[scale] in ((), (1,), (rows,)) else shapes[scale]
+    fits = summed > 0 and out == rows == grid[0] and len(grid) == 2 and len(fitting) == 1
     if not fits or not grid[1] or summed % grid[1]:
         return f"of {sizes} ({out}, {summed}), with {scale} {shapes[scale]}: no known format"
     (bits,) = fitting

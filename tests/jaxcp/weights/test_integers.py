@@ -213,6 +213,12 @@ BROKEN = {
         lambda parts, x: parts.update({f"{x}_shape": np.array([np.nan, 64])}), "of two integers"),
     "a shape that lies": (
         lambda parts, x: parts.update({f"{x}_shape": np.array([64, 99])}), r"\(64, 99\).*no known"),
+    "scales of a wrong length": (
+        lambda parts, x: parts.update({f"{x}_scale": np.ones(5, np.float32)}),
+        r"weight_scale \(5,\): no known"),
+    "scales with an axis more": (
+        lambda parts, x: parts.update({f"{x}_scale": np.ones((8, 8, 1), np.float32)}),
+        r"weight_scale \(8, 8, 1\): no known"),
     "zero points of a wrong shape": (
         lambda parts, x: parts.update({f"{x}_zero_point": np.ones((3, 2), np.int32)}),
         r"weight_zero_point \(3, 2\)"),

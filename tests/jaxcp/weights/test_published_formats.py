@@ -13,6 +13,7 @@ from written_formats import cache_scales, checkpoints, fp8_block, fp8_channel, f
 
 import jaxcp
 from jaxcp.layers.quantized import is_quantized, widened
+from jaxcp.weights.files import open_checkpoint
 
 BLOCKS = {
     "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
@@ -209,3 +210,29 @@ def test_a_weight_that_is_there_twice(tmp_path):
     )  # fmt: skip
     with pytest.raises(ValueError, match=f"{name}_packed: .* beside {name}"):
         jaxcp.load(packed)
+
+
+UP = "model.layers.0.mlp.up_proj"
+HALVES = np.zeros((64, 32), np.uint8)
+SHARED = {
+    "a scale that has a scale": {f"{UP}.weight_scale_scale": np.zeros((64, 1), np.uint8)},
+    "a scale of two weights": {
+        f"{UP}.weight": HALVES, UP: HALVES, f"{UP}.scale": np.zeros((64, 2), np.uint8)},
+    "blocks beside the weight": {
+        f"{UP}.weight_blocks": np.zeros((2, 64, 2, 16), np.uint8),
+        f"{UP}.weight_scales": np.zeros((2, 64, 2), np.uint8)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", SHARED)
+def test_a_tensor_that_is_part_of_two_weights(what, tmp_path):
+    """Or two that are one weight: of neither is it known which is meant."""
+    plain = {
+        f"{UP}.weight": np.zeros((64, 256), np.uint8),
+        f"{UP}.weight_scale": np.zeros((64, 16), np.uint8),
+    }
+    if what == "a scale of two weights":
+        plain = {}
+    write(tmp_path, "qwen3-tiny", plain | SHARED[what])
+    with pytest.raises(ValueError, match=r"needed each .*model\.safetensors .*Copy the checkpoint"):
+        open_checkpoint(tmp_path)
