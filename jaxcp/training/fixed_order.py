@@ -28,6 +28,10 @@ from jaxcp.models import abstract_model
 from jaxcp.training.in_turn import across, in_turn
 from jaxcp.training.objective import Totals
 
+OPTIONS = {"xla_allow_excess_precision": False}
+"""XLA's, of a step: else it leaves out roundings to bfloat16, other ones for one device than for
+several."""
+
 
 @functools.lru_cache(maxsize=8)
 def is_covered(model_config: Any) -> bool:

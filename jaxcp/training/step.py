@@ -266,7 +266,8 @@ def make_step(
         new["step"] = state["step"] + 1
         return state | new, record | health
 
-    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
+    exact = fixed_order.OPTIONS if strategy is not None and strategy.same_bits else {}
+    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options() | exact)
 
 
 def _sums(gradient: Callable, state: State, batch: Any, lie: Callable) -> tuple[Any, Totals]:

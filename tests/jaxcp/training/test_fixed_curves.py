@@ -59,6 +59,14 @@ def test_a_few_steps_on_one_device_and_on_eight(tmp_path):
     np.testing.assert_allclose(curve, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", [False, "attention_saveable"])
+def test_roundings_to_bfloat16_are_those_of_one_device(tmp_path, remat):
+    """XLA may leave some out, and did on one device alone."""
+    model = dataclasses.replace(DENSE, dtype="bfloat16", remat=remat)
+    same_bits(tmp_path, (1, 2, 8), steps=2, model=model)
+
+
 CASES = {
     "gpt": {},
     "windows, grouped heads, norms, biases, pieces": {"model": DENSE, "accumulate": 2},
