@@ -7,11 +7,12 @@ together wrong, and what its tensors seem to say may be wrong too.
 """
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxcp.input_files import read_json
+from jaxcp.weights.integers import Integers
 
 CONFIG = "config.json"
 FP8 = "fp8", "fp8_block", "mxfp8"
@@ -89,6 +90,55 @@ def _expected(method: str, says: Mapping[str, Any]) -> tuple[str, Collection[str
         gptq_offset(says)
     formats = {"mxfp4": ("mxfp4",)}.get(method, INTEGERS)
     return method, formats, formats
+
+
+def check_groups(path: str | os.PathLike, tensors: Iterable[Integers]) -> None:
+    """Compare the inputs that share a scale with those that config.json says, where it says them.
+
+    Raises:
+      ValueError: a tensor has as many scales as other groups would; it may be cut short.
+    """
+    sizes = _group_sizes(declared(path))
+    for tensor in tensors if sizes else ():
+        summed, count = tensor.shape[1], tensor.shape[1] // tensor.block[1]
+        if not any(_groups_of(size, summed, tensor.order) == count for size in sizes):
+            raise ValueError(
+                f"{tensor.scale} in {path} has {count} scales for {summed} inputs, and the "
+                f"quantization_config of its {CONFIG} a group_size of "
+                f"{' or '.join(map(str, sorted(sizes)))}. Use the {CONFIG} and the safetensors of "
+                "one checkpoint"
+            )
+
+
+def _groups_of(size: int, summed: int, order: str | None) -> int:
+    """Count the groups of a size; 0 where it does not divide the inputs, and no order says which
+    are together."""
+    if size == -1 or size >= summed:
+        return 1
+    return -(-summed // size) if order or summed % size == 0 else 0
+
+
+def _group_sizes(says: Mapping[str, Any]) -> set[int]:
+    """The sizes of groups that config.json names, -1 where all inputs are one; none where tensors
+    may have others by their names, or it says nothing."""
+    if says.get("dynamic") or says.get("extra_config"):
+        return set()
+    every: list[Any] = [says]
+    if says.get("quant_method") == "compressed-tensors":
+        named = says.get("config_groups")
+        groups = named.values() if isinstance(named, Mapping) else ()
+        every = [x.get("weights") if isinstance(x, Mapping) else None for x in groups]
+    sizes: set[int] = set()
+    for weights in every:
+        if not isinstance(weights, Mapping):
+            return set()
+        size = weights.get("group_size")
+        if weights.get("strategy") in ("channel", "tensor"):
+            size = -1
+        if type(size) is not int or (size < 1 and size != -1):
+            return set()
+        sizes.add(size)
+    return sizes
 
 
 def gptq_offset(says: Mapping[str, Any]) -> int | None:

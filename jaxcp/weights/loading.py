@@ -92,7 +92,7 @@ def load(
     family = models.family_of(config)
     stop_tokens, generation = read_stop_tokens(path, config.vocab_size), read_generation(path)
     checkpoint = open_checkpoint(path)
-    declared.check(path, checkpoint.formats, whole=not checkpoint.lacking)
+    _check_declared(path, checkpoint)
     config = fitted(path, config, checkpoint.shapes.keys())
     with naming(Path(path, CONFIG)):
         graph, state = nnx.split(models.abstract_model(config))
@@ -166,6 +166,13 @@ def _bytes(leaves: Sequence[_Leaf], dtypes: Mapping[str, Any], kept: Mapping[str
         else math.prod(leaf.variable.shape) * dtypes[leaf.name].itemsize
         for leaf in leaves
     )
+
+
+def _check_declared(path, checkpoint: Checkpoint) -> None:
+    """Raise where the tensors are not quantized as config.json says."""
+    declared.check(path, checkpoint.formats, whole=not checkpoint.lacking)
+    integers = (x for x in checkpoint.packed.values() if isinstance(x, Integers))
+    declared.check_groups(path, integers)
 
 
 def _check_finite(path, checkpoint: Checkpoint, nonfinite: Mapping[tuple[str, Any], int]) -> None:

@@ -259,6 +259,36 @@ def test_a_variant_of_gptq_or_awq_that_is_not_read(pack, quantization, error, te
         jaxcp.load(packed)
 
 
+def of_groups(size, **fields):
+    group = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": size, **fields}
+    return COMPRESSED | {"config_groups": {"group_0": {"weights": group, "targets": ["Linear"]}}}
+
+
+GROUPED = {
+    "compressed-tensors": (pack_quantized, of_groups(32), of_groups(64)),
+    "gptq": (gptq, says("gptq", group_size=32), says("gptq", group_size=-1)),
+    "gptq in another order": (
+        ordered(gptq), says("gptq", group_size=32, desc_act=True), says("gptq", group_size=16)),
+    "awq": (awq, says("awq", group_size=32), says("awq", group_size=64)),
+    "one of two": (
+        pack_quantized, COMPRESSED | {"config_groups": {
+            "a": {"weights": {"strategy": "channel", "group_size": None}},
+            "b": {"weights": {"strategy": "group", "group_size": 32}}}},
+        of_groups(None, strategy="channel")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", GROUPED)
+def test_groups_of_another_size_than_config_json_says(kind, tmp_path):
+    """Scales cut short would be those of groups as long again."""
+    pack, right, wrong = GROUPED[kind]
+    made = checkpoints(tmp_path / "right", "qwen3-tiny", lambda _: pack, right)
+    jaxcp.load(made[0])
+    packed, _ = checkpoints(tmp_path / "wrong", "qwen3-tiny", lambda _: pack, wrong)
+    with pytest.raises(ValueError, match=r"scales? in .* scales for .* a group_size of"):
+        jaxcp.load(packed)
+
+
 def test_scales_of_several_dtypes_are_not_rounded_to_one(tmp_path):
     name = "model.layers.0.mlp.experts.3.up_proj.weight_scale"
 
