@@ -7,7 +7,7 @@ Needs the extra `grammar`. Knows no jax: what is allowed is an array of bits on 
 import functools
 import importlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,20 @@ def checked_grammar(kind: str, text: str) -> str:
     if wrong:
         raise ValueError(f"{kind} cannot be followed: {messages[0].strip():.500}")
     return compiled
+
+
+def satisfiable(schema: Mapping[str, Any]) -> bool:
+    """Tell whether a value of JSON by the schema exists, as far as the library finds out.
+
+    Raises:
+      ValueError: the schema cannot be followed.
+    """
+    matcher = _llguidance().LLMatcher
+    compiled = matcher.grammar_from_json_schema(json.dumps(schema))
+    wrong, messages = matcher.validate_grammar_with_warnings(compiled)
+    if wrong and not messages[0].startswith("Unsatisfiable"):
+        raise ValueError(f"json_schema cannot be followed: {messages[0].strip():.500}")
+    return not wrong
 
 
 def lark(kind: str, text: str) -> str:

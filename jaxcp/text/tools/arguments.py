@@ -44,10 +44,10 @@ def call_of_tags(rules: Rules, tags: Tags, name: str, schema: Schema | None) -> 
 
 def without(rules: Rules, tags: Iterable[str]) -> str:
     """Write the lexeme of any text that has none of these tags in it."""
-    spelled = [tag.strip() for tag in tags if tag and not any(map(is_token, rules.parts(tag)))]
+    spelled = _spelled(rules, tags)
     if not spelled:
         return ANY_TEXT
-    tag = "|".join(re.escape(x).replace("/", r"\/") for x in dict.fromkeys(spelled))
+    tag = "|".join(re.escape(x).replace("/", r"\/") for x in spelled)
     return f"{ANY_TEXT} & ~/(?s:.*)({tag})(?s:.*)/"
 
 
@@ -115,8 +115,13 @@ def _argument(rules: Rules, tags: Tags, key: str, schema: Schema) -> str:
             if as_text
             else _json(rules, schema["properties"][key], schema)
         )
+        if value is None:
+            continue
         end = "" if as_text else f" {rules.written(tags.value_end)}"
         ways.append(f'{begin} {value}{end} "\\n"')
+    if not ways:
+        own = schema["properties"][key]
+        raise ValueError(f"none of the values by {own!r:.200} can be written as text")
     return rules.add(" | ".join(ways))
 
 
@@ -127,12 +132,15 @@ def _json(rules: Rules, own: Any, schema: Schema) -> str:
     return rules.json({**own, **defined, "x-guidance": SEPARATORS})
 
 
-def _text(rules: Rules, tags: Tags, schema: Schema, key: str, kinds: frozenset[str]) -> str:
-    """Add the rule of a value that is plain text, with the tag that ends it."""
+def _text(rules: Rules, tags: Tags, schema: Schema, key: str, kinds: frozenset[str]) -> str | None:
+    """Add the rule of a value that is plain text, with the tag that ends it, if there is one."""
     leaves = list(leaves_of(schema["properties"][key], schema))
     if kinds == values.STRING:
         leaves = [leaf for leaf in leaves if leaf.get("type") in (None, "string")]
     choices, lexemes, others = texts(leaves, kinds)
+    never = _spelled(rules, _tags_of_calls(tags))
+    never += [part for part in rules.parts(tags.value_end)[:1] if not is_token(part)]
+    choices = [text for text in choices if not any(tag in text for tag in never)]
     end = rules.written(tags.value_end)
     ways = [f"{_json(rules, leaf, schema)} {end}" for leaf in others]
     if lexemes:
@@ -142,10 +150,20 @@ def _text(rules: Rules, tags: Tags, schema: Schema, key: str, kinds: frozenset[s
         ways.append(ended(rules, text, tags.value_end))
     elif choices:
         ways.append(f"({' | '.join(map(json.dumps, choices))}) {end}")
-    return rules.add(" | ".join(ways))
+    return rules.add(" | ".join(ways)) if ways else None
 
 
 def _without_tags(rules: Rules, tags: Tags) -> str:
     """Write the lexeme of any text that has no tag in it by which a call would be none."""
-    all_tags = [*tags.group, tags.group_end, tags.call, tags.call_end, tags.key, tags.think]
-    return without(rules, [*all_tags, tags.think_end])
+    return without(rules, _tags_of_calls(tags))
+
+
+def _tags_of_calls(tags: Tags) -> list[str]:
+    of_calls = [*tags.group, tags.group_end, tags.call, tags.call_end, tags.key]
+    return [*of_calls, tags.think, tags.think_end]
+
+
+def _spelled(rules: Rules, tags: Iterable[str]) -> list[str]:
+    """List the tags that are text alone, each once."""
+    texts = [tag.strip() for tag in tags if tag and not any(map(is_token, rules.parts(tag)))]
+    return [*dict.fromkeys(texts)]

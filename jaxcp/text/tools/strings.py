@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jaxcp.text.grammar import checked_grammar
+from jaxcp.text.grammar import checked_grammar, satisfiable
 from jaxcp.text.tools import values
 from jaxcp.text.tools.patterns import FORMATS, searched
 from jaxcp.text.tools.rules import ANY_TEXT
@@ -42,6 +42,8 @@ Schema = Mapping[str, Any]
 def texts(leaves: list[Schema], kinds: frozenset[str]) -> tuple[list[str], list[str], list[Schema]]:
     """Divide what a value may be, by `leaves_of`: choices, lexemes in Lark, and schemas of JSON.
 
+    All three are empty where no value can be written as text.
+
     Args:
       kinds: types as which a text may be read.
     Raises:
@@ -51,7 +53,7 @@ def texts(leaves: list[Schema], kinds: frozenset[str]) -> tuple[list[str], list[
     for leaf in leaves:
         kind = leaf.get("type")
         if kind in ("array", "object"):
-            others.append(leaf)
+            others += [leaf] if satisfiable(leaf) else []
         elif "enum" in leaf or "const" in leaf:
             choices += _choices(leaf, kinds)
         elif kind in WRITTEN:
@@ -60,8 +62,6 @@ def texts(leaves: list[Schema], kinds: frozenset[str]) -> tuple[list[str], list[
             lexemes.append(WRITTEN[kind])
         else:
             lexemes.append(_string(leaf, kinds))
-    if not (choices or lexemes or others):
-        raise ValueError(f"none of the values {leaves!r:.200} can be written as text")
     return choices, lexemes, others
 
 
@@ -117,18 +117,22 @@ def _both(part: Any, own: Schema) -> dict[str, Any]:
 
 
 def _choices(leaf: Schema, kinds: frozenset[str]) -> list[str]:
-    """List the texts of `enum` or `const` that are read back as what they are."""
-    given = [leaf["const"]] if "const" in leaf else leaf["enum"]
-    own = leaf.get("type")
-    if beside := [key for key in (*OF_STRINGS, *OF_NUMBERS) if key in leaf]:
-        raise ValueError(f"{beside[0]!r} cannot be followed beside enum or const")
+    """List the texts of `enum` or `const` that the schema allows, and that are read back as what
+    they are."""
+    own, rest = leaf.get("type"), {key: x for key, x in leaf.items() if key != "type"}
+    patterns = [searched(leaf["pattern"])] if "pattern" in leaf else []
+    patterns += [FORMATS[leaf["format"]]] if leaf.get("format") in FORMATS else []
+    limits: list[Schema] = [{"pattern": f"^(?:{pattern})$"} for pattern in patterns]
+    limits += [{"maxLength": LONGEST[leaf["format"]]}] if leaf.get("format") in LONGEST else []
     texts = []
-    for x in given:
-        text = x if isinstance(x, str) else json.dumps(x, ensure_ascii=False)
-        kind = values.type_of(x)
+    for x in leaf.get("enum", [leaf.get("const")]):
+        whole = isinstance(x, float) and x.is_integer()
+        text = x if isinstance(x, str) else json.dumps(int(x) if whole else x, ensure_ascii=False)
+        kind = "integer" if whole else values.type_of(x)
         fits = own in (None, kind) or (own, kind) == ("number", "integer")
         read = values.strict(values.as_json(text, kinds))
-        if fits and (read == x or (x is None and "null" in kinds)):
+        same = read == x or (x is None and "null" in kinds)
+        if fits and same and satisfiable({**rest, "allOf": limits, "enum": [x]}):
             texts.append(text)
     return texts
 
