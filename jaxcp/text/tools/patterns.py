@@ -63,7 +63,15 @@ FORMATS = {
     rf"(?:#(?:{PCHAR}|[\/?])*)?",
 }
 """RFC 3339 (dates, their spans, no leap seconds), 4122, 5321 (names without quotes), 1123, 3986."""
+LONGEST = {"hostname": 253, "email": 254}
+"""Characters of a format that has a limit."""
 PIECE = re.compile(r"\\.|\(\?<?[=!]|[\s\S]", re.DOTALL)
+
+
+def is_of_format(text: str, form: str) -> bool:
+    """Tell whether a text is by one of `FORMATS`."""
+    fits = re.fullmatch(FORMATS[form], text) is not None
+    return fits and len(text) <= LONGEST.get(form, len(text))
 
 
 def searched(pattern: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxcp.text.grammar import checked_grammar, satisfiable
 from jaxcp.text.tools import values
-from jaxcp.text.tools.patterns import FORMATS, searched
+from jaxcp.text.tools.patterns import FORMATS, LONGEST, is_of_format, searched
 from jaxcp.text.tools.rules import ANY_TEXT
 
 SPACE = r"[\s\x1c-\x1f]*"
@@ -35,7 +35,6 @@ OF_NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "mul
 NOT_FOLLOWED = ("not", "if", "then", "else", "$dynamicRef", "$recursiveRef")
 SAID_BESIDE = ("title", "description", "default", "examples", "deprecated", "$comment")
 """Keys that say nothing of what a value may be."""
-LONGEST = {"hostname": 253, "email": 254}
 Schema = Mapping[str, Any]
 
 
@@ -119,11 +118,12 @@ def _both(part: Any, own: Schema) -> dict[str, Any]:
 def _choices(leaf: Schema, kinds: frozenset[str]) -> list[str]:
     """List the texts of `enum` or `const` that the schema allows, and that are read back as what
     they are."""
-    own, rest = leaf.get("type"), {key: x for key, x in leaf.items() if key != "type"}
-    patterns = [searched(leaf["pattern"])] if "pattern" in leaf else []
-    patterns += [FORMATS[leaf["format"]]] if leaf.get("format") in FORMATS else []
-    limits: list[Schema] = [{"pattern": f"^(?:{pattern})$"} for pattern in patterns]
-    limits += [{"maxLength": LONGEST[leaf["format"]]}] if leaf.get("format") in LONGEST else []
+    own, form = leaf.get("type"), leaf.get("format")
+    rest = {key: x for key, x in leaf.items() if key != "type"}
+    if "pattern" in leaf:
+        rest["pattern"] = f"^(?:{searched(leaf['pattern'])})$"
+    if form in FORMATS:
+        del rest["format"]
     texts = []
     for x in leaf.get("enum", [leaf.get("const")]):
         whole = isinstance(x, float) and x.is_integer()
@@ -132,7 +132,8 @@ def _choices(leaf: Schema, kinds: frozenset[str]) -> list[str]:
         fits = own in (None, kind) or (own, kind) == ("number", "integer")
         read = values.strict(values.as_json(text, kinds))
         same = read == x or (x is None and "null" in kinds)
-        if fits and same and satisfiable({**rest, "allOf": limits, "enum": [x]}):
+        formed = form not in FORMATS or not isinstance(x, str) or is_of_format(x, form)
+        if fits and same and formed and satisfiable({**rest, "enum": [x]}):
             texts.append(text)
     return texts
 
