@@ -3,9 +3,13 @@
 
 After the descriptions that lie beside the models (`encoding/README.md` of DeepSeek-V4, the encoder
 of DeepSeek-V3.2). What users write stands between control tokens; calls are DSML.
+
+Efforts of V4 came in two ways: the first checkpoints ask for much thinking at "max", those from
+V4-Flash-0731 and V4-Pro-0813 on at "high", and for more yet at "max".
 """
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -17,7 +21,7 @@ Messages = Sequence[Mapping[str, Any]]
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
 THINK, THINK_END, DSML = "<think>", "</think>", "｜DSML｜"
-MAX_EFFORT = (
+MUCH_EFFORT = (
     "Reasoning Effort: Absolute maximum with no shortcuts permitted.\n"
     "You MUST be very thorough in your thinking and comprehensively decompose the problem to "
     "resolve the root cause, rigorously stress-testing your logic against all potential paths, "
@@ -25,6 +29,14 @@ MAX_EFFORT = (
     "Explicitly write out your entire deliberation process, documenting every intermediate step, "
     "considered alternative, and rejected hypothesis to ensure absolutely no assumption is left "
     "unchecked.\n\n"
+)
+MOST_EFFORT = (
+    "Reasoning Effort: Beyond maximum — exhaustive, relentless, and uncompromising.\n"
+    "You MUST reason with the utmost depth and rigor, leaving absolutely nothing to chance: "
+    "exhaustively decompose the problem into its most fundamental components, trace every causal "
+    "chain to its root, and resolve the underlying cause rather than any surface symptom.\n"
+    "Do not stop reasoning until you have independently verified the solution from multiple angles "
+    "and are certain that no assumption remains unchecked and no error remains undiscovered.\n\n"
 )
 V32_TOOLS = """## Tools
 You have access to a set of tools you can use to answer the user's question.
@@ -136,35 +148,57 @@ class V32:
 
 
 class V4:
-    """The form of DeepSeek-V4, which thinks unless it is asked not to."""
+    """The form of the first DeepSeek-V4, which thinks unless it is asked not to."""
 
     block = "tool_calls"
     levels: ClassVar[Levels] = {**V32.levels, "max": {"effort": "max"}}
+    asks: ClassVar[Mapping[str, str]] = {"max": MUCH_EFFORT}
+    """Texts before all others, by the effort."""
     literals = V32.literals.replace(V32_TOOLS, V4_TOOLS)
     """All control tokens that it writes."""
 
-    def render(
-        self, *, messages: Messages, tools: Any = None, effort: str = "high", **_: Any
-    ) -> str:
-        """Render a conversation, and the beginning of the next turn behind a user's or a tool's."""
+    def render(self, *, messages: Messages, tools: Any = None, effort: str = "", **_: Any) -> str:
+        """Render a conversation, and the beginning of the next turn behind what is not the
+        assistant's: of a system message too, where the description says nothing."""
         messages = _merged(_with_tools(messages, tools, V4_TOOLS))
         last = -1 if tools else _last_user(messages)  # with tools all thinking is kept
-        text = BOS + (MAX_EFFORT if effort == "max" else "")
+        text = BOS + self.asks.get(effort, "")
         for i, message in enumerate(messages):
             thinks = effort != NO_THINK and i >= last
-            if message["role"] == "system":
-                text += message["content"]
-            elif message["role"] == "user":
-                text += USER + message["content"]
-                if i + 1 == len(messages) or messages[i + 1]["role"] == "assistant":
-                    text += ASSISTANT + (THINK if thinks else THINK_END)
-            else:
+            if message["role"] == "assistant":
                 text += _said(message, self.block, thinks)
+                continue
+            text += (USER if message["role"] == "user" else "") + message["content"]
+            if i + 1 == len(messages) or messages[i + 1]["role"] == "assistant":
+                text += ASSISTANT + (THINK if thinks else THINK_END)
         return text
 
 
-ENCODERS: dict[str, type[V32] | type[V4]] = {"deepseek_v32": V32, "deepseek_v4": V4}
-"""The encoders by `model_type` of config.json."""
+class LaterV4(V4):
+    """The form of DeepSeek-V4 from V4-Flash-0731 on, which is told to think much at "high"."""
+
+    levels: ClassVar[Levels] = {
+        NO_THINK: {"effort": NO_THINK},
+        **{effort: {"effort": effort} for effort in ("low", "high", "max")},
+    }
+    asks: ClassVar[Mapping[str, str]] = {"high": MUCH_EFFORT, "max": MOST_EFFORT}
+
+
+V4_ENCODER = "encoding/encoding_dsv4.py"
+"""The publisher's encoder in a checkpoint folder. It is never run: its names tell which it is."""
+
+
+def encoder_of(kind: str, source: str) -> V32 | V4 | None:
+    """Make the encoder for a `model_type` of config.json; None where none is known.
+
+    Args:
+      source: text of `V4_ENCODER`; nothing where the folder has none, which is read as the first.
+    """
+    if kind == "deepseek_v32":
+        return V32()
+    if kind != "deepseek_v4":
+        return None
+    return LaterV4() if re.search(r"^REASONING_EFFORT_PROMPTS\b", source, re.M) else V4()
 
 
 def _with_tools(messages: Messages, tools: Any, form: str) -> Messages:

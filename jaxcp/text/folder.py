@@ -3,7 +3,7 @@
 
 tokenizer_config.json says which tokens begin and end a text, and may add tokens; a chat template
 lies in chat_template.jinja, or in a field of tokenizer_config.json. Models of DeepSeek that have
-none are known by the `model_type` of config.json.
+none are known by the `model_type` of config.json, and by the encoder that lies beside V4.
 """
 
 import itertools
@@ -59,8 +59,11 @@ def read_tokenizer(folder: str | os.PathLike) -> Tokenizer | None:
         raise ValueError(f"{folder}: {error}") from error
     tokenizer.begin, tokenizer.end = _around(tokenizer.backend, fields, names)
     tokenizer.defaults = read_defaults(folder)
-    files = [folder / name for name in (BESIDE, NAMED, JINJA, LEGACY)]
-    tokenizer.beside = {x.name: read_bytes(x, JSON_BYTES) for x in files if x.exists()}
+    tokenizer.beside = {
+        name: read_bytes(folder / name, JSON_BYTES)
+        for name in (BESIDE, NAMED, JINJA, LEGACY, deepseek.V4_ENCODER)
+        if (folder / name).exists()
+    }
     return tokenizer
 
 
@@ -70,9 +73,10 @@ def _chat(
     ends = [names["eos_token"]] if "eos_token" in names else []
     if not sources:
         kind = _json(folder / CONFIG).get("model_type")
-        if not isinstance(kind, str) or kind not in deepseek.ENCODERS:
+        file = folder / deepseek.V4_ENCODER
+        encoder = deepseek.encoder_of(str(kind), _utf8(file) if file.exists() else "")
+        if encoder is None:
             return None
-        encoder = deepseek.ENCODERS[kind]()
         return Chat(tokenizer, encoder, dsml(encoder.block), names=names, ends=[deepseek.EOS])
     default = Template(sources.get("default") or next(iter(sources.values())))
     with_tools = Template(sources["tool_use"]) if "tool_use" in sources else default

@@ -37,7 +37,7 @@ class Tokenizer:
         self.defaults = Defaults()
         """Sampling as generation_config.json advises it."""
         self.beside: dict[str, bytes] = {}
-        """Files beside tokenizer.json, by their names, which `save` writes again."""
+        """Files beside tokenizer.json, by their paths, which `save` writes again."""
 
     @classmethod
     def from_file(cls, path: str | os.PathLike) -> "Tokenizer":
@@ -70,7 +70,9 @@ class Tokenizer:
         """Write a `tokenizer.json` that `from_file` reads, and the files that were beside it."""
         Path(path).write_text(self.backend.to_str(), encoding="utf-8")
         for name, data in self.beside.items():
-            Path(path).with_name(name).write_bytes(data)
+            file = Path(path).parent / name
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(data)
 
     @property
     def vocab_size(self) -> int:
