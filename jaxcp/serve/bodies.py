@@ -8,16 +8,24 @@ from typing import Any, TypeVar
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 
-from jaxcp.serve.errors import Refusal, wrong
+from jaxcp.serve.errors import Refusal, not_done, wrong
 
 T = TypeVar("T")
+STATELESS = "nothing is stored: send the whole conversation, and store=false or nothing"
+INSTEAD = {
+    "store": STATELESS,
+    "previous_response_id": STATELESS,
+    "conversation": STATELESS,
+    "service_tier": 'there is one: "auto", "default", or nothing',
+}
+"""Advice, by the field, where a value is one that other servers take."""
 
 
 async def read_body(request: Request, *, max_bytes: int, seconds: float) -> bytes:
     """Read a body of JSON.
 
     Raises:
-      Refusal: it is no JSON by its header, too large, or takes too long.
+      Refusal: it is no JSON by its headers, too large, or takes too long.
       ClientDisconnect: the client left.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -25,6 +33,9 @@ async def read_body(request: Request, *, max_bytes: int, seconds: float) -> byte
         raise Refusal(
             415, f"needed the header Content-Type: application/json; got {kind[:80] or 'none'}"
         )
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding != "identity":
+        raise Refusal(415, f"needed a body without Content-Encoding; got {coding[:80]}")
     length = request.headers.get("content-length", "0")
     if length.isdecimal() and int(length) > max_bytes:
         raise _too_large(max_bytes)
@@ -50,7 +61,10 @@ def decode(body: bytes, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
-        raise wrong(f"{error}", _field(str(error))) from error
+        field = _field(str(error))
+        if field in INSTEAD and "unknown field" not in str(error):
+            raise not_done(field, INSTEAD[field]) from error
+        raise wrong(f"{error}", field) from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise wrong(f"the body is not JSON: {error}", code="invalid_json") from error
     except RecursionError as error:

@@ -123,6 +123,10 @@ class ChatRequest(Options, forbid_unknown_fields=True, kw_only=True):
             raise wrong(f"top_logprobs must be 0 to 20; got {self.top_logprobs}", "top_logprobs")
         if self.reasoning_effort is not None and self.thinking_token_budget is not None:
             raise wrong("thinking has a level or a budget; give one", "thinking_token_budget")
+        if (budget := self.thinking_token_budget) is not None and budget < 0:
+            raise wrong(
+                f"thinking_token_budget must be 0 or more; got {budget}", "thinking_token_budget"
+            )
 
     def task(self, served: Served) -> Task:
         """Work out what is to be done."""

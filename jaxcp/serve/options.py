@@ -16,6 +16,8 @@ from jaxcp.text.generation import Defaults
 MOST_STOPS = 16
 MOST_BIASES = 1024
 Strings = str | list[str]
+SENT_AS = {"stop_tokens": "stop_token_ids", "variables": "chat_template_kwargs"}
+"""Fields of a request, by the names that they have within."""
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -124,8 +126,10 @@ def as_asked(make: Any, *arguments: Any, **options: Any) -> Any:
         return make(*arguments, **options)
     except (ValueError, ModuleNotFoundError, NotImplementedError) as error:
         field = re.match(r"[a-z]\w*", str(error))
-        known = field is not None and field.group() in options
-        raise wrong(str(error), field.group() if field is not None and known else None) from error
+        name = "" if field is None else field.group()
+        message = SENT_AS.get(name, name) + str(error)[len(name) :]
+        known = name in options or name in SENT_AS
+        raise wrong(message, SENT_AS.get(name, name) if known else None) from error
 
 
 def _biases(given: dict[str, float]) -> dict[int, float]:

@@ -47,9 +47,16 @@ from jaxcp.text.tools.reader import Reader, Symbols
 from jaxcp.text.tools.rules import Rules
 from jaxcp.text.tools.tagged import TaggedReader, Tags
 
+SET_HERE = "messages", "tools", "add_generation_prompt"
+"""Variables of a template that are a conversation's own."""
+
 
 class Renderer(Protocol):
     """A template or an encoder: writes a conversation as text."""
+
+    @property
+    def variables(self) -> frozenset[str]:
+        """Names of the variables that it reads."""
 
     @property
     def literals(self) -> str:
@@ -133,7 +140,7 @@ class Chat:
             None for what the template does by itself.
           read_control_tokens: take control tokens that are written in messages and tools as such.
             By default they are text, as anything that a user writes.
-          variables: further ones for the template.
+          variables: further ones for the template, which must read them.
         Raises:
           ValueError: messages or tools are not in this form, the template refuses them, or there is
             no such level.
@@ -145,6 +152,7 @@ class Chat:
                 function["function"].setdefault("description", "")
         told, budget = levels_of_thinking.chosen(thinking, self.renderer.levels)
         renderer = self._with_tools if functions else self.renderer
+        self._check_variables(variables or {}, renderer)
         given: list[Any] = [conversation, functions, {**told, **(variables or {})}]
         marks, end = unused_marks([*strings_of([given, self.names]), renderer.literals])
         if not read_control_tokens:
@@ -162,6 +170,15 @@ class Chat:
         thinks = not continues and thinking not in (levels_of_thinking.NO_THINK, 0)
         schemas = schemas_of(functions)
         return Prompt(self, ids, text, marks, schemas, budget, opens=thinks, strict=strict)
+
+    def _check_variables(self, variables: Mapping[str, Any], renderer: Renderer) -> None:
+        """Raise ValueError for variables that would change nothing, or are not to be changed."""
+        free = renderer.variables - {*SET_HERE, *self.names}
+        if wrong := sorted({*variables} - free):
+            raise ValueError(
+                f"variables: the template reads no {wrong[0]!r:.100} that may be set; it reads "
+                f"{', '.join(sorted(free)) or 'none'}"
+            )
 
     def reader(self, text: str, schemas: Mapping[str, Mapping[str, Any]], seed: bytes) -> Reader:
         """Make the reader of what follows a prompt.

@@ -99,22 +99,28 @@ You MUST strictly follow the above defined tool name and parameter schemas to in
 """
 
 
+SWITCHES = frozenset({"thinking", "enable_thinking"})
+"""Variables by which other servers ask these models to think, or not to."""
+
+
 class V32:
     """The form of DeepSeek-V3.2, which thinks only where it is asked to."""
 
     block = "function_calls"
+    variables = SWITCHES
     levels: ClassVar[Levels] = {NO_THINK: {"effort": NO_THINK}, "high": {"effort": "high"}}
     literals = "\0".join((BOS, EOS, USER, ASSISTANT, THINK, THINK_END, DSML, V32_TOOLS))
     """All control tokens that it writes."""
 
     def render(
-        self, *, messages: Messages, tools: Any = None, effort: str = NO_THINK, **_: Any
+        self, *, messages: Messages, tools: Any = None, effort: str = "", **given: Any
     ) -> str:
         """Render a conversation, and the beginning of the next turn behind a user's or a tool's.
 
         Raises:
           ValueError: there are more results than calls before them.
         """
+        effort = _switched(effort, given, NO_THINK)
         messages = _with_tools(messages, tools, V32_TOOLS)
         last = _last_user(messages)
         text = BOS
@@ -151,15 +157,19 @@ class V4:
     """The form of the first DeepSeek-V4, which thinks unless it is asked not to."""
 
     block = "tool_calls"
+    variables = SWITCHES
     levels: ClassVar[Levels] = {**V32.levels, "max": {"effort": "max"}}
     asks: ClassVar[Mapping[str, str]] = {"max": MUCH_EFFORT}
     """Texts before all others, by the effort."""
     literals = V32.literals.replace(V32_TOOLS, V4_TOOLS)
     """All control tokens that it writes."""
 
-    def render(self, *, messages: Messages, tools: Any = None, effort: str = "", **_: Any) -> str:
+    def render(
+        self, *, messages: Messages, tools: Any = None, effort: str = "", **given: Any
+    ) -> str:
         """Render a conversation, and the beginning of the next turn behind what is not the
         assistant's: of a system message too, where the description says nothing."""
+        effort = _switched(effort, given, "")
         messages = _merged(_with_tools(messages, tools, V4_TOOLS))
         last = -1 if tools else _last_user(messages)  # with tools all thinking is kept
         text = BOS + self.asks.get(effort, "")
@@ -199,6 +209,23 @@ def encoder_of(kind: str, source: str) -> V32 | V4 | None:
     if kind != "deepseek_v4":
         return None
     return LaterV4() if re.search(r"^REASONING_EFFORT_PROMPTS\b", source, re.M) else V4()
+
+
+def _switched(effort: str, given: Mapping[str, Any], default: str) -> str:
+    """Give the effort where `SWITCHES` may be among what is given.
+
+    Raises:
+      ValueError: one is no bool, or says the contrary of another or of the effort.
+    """
+    switches = [given[name] for name in sorted(SWITCHES & given.keys())]
+    if not switches:
+        return effort or default
+    on = switches[0]
+    if not all(x is True or x is False for x in switches) or len({*switches}) > 1:
+        raise ValueError(f"thinking and enable_thinking must be one bool; got {switches!r:.100}")
+    if effort and on == (effort == NO_THINK):
+        raise ValueError(f"thinking is {on} and its level {effort}; give one of them")
+    return effort or ((default if default != NO_THINK else "high") if on else NO_THINK)
 
 
 def _with_tools(messages: Messages, tools: Any, form: str) -> Messages:

@@ -3,11 +3,14 @@
 
 import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 TEXT_PARTS = ("text", "input_text", "output_text")
+NAME = re.compile("[A-Za-z0-9_-]{1,128}")
+"""Names of tools, as OpenAI (up to 64 characters) and Anthropic (128) take them."""
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names under which clients send what a model thought; templates read one or another."""
 
@@ -41,6 +44,11 @@ def checked_tools(tools: Any) -> list[dict[str, Any]] | None:
     except RecursionError as error:
         raise ValueError("tools are nested too deep") from error
     names = [_name(tool, f"tools[{i}]") for i, tool in enumerate(copies)]
+    if wrong := [name for name in names if not NAME.fullmatch(name)]:
+        raise ValueError(
+            "the name of a tool has up to 128 letters of ASCII, digits, _ and -, as calls in all "
+            f"models' forms can carry it; got {wrong[0]!r:.200}"
+        )
     if len({*names}) < len(names):
         raise ValueError(f"each tool needs a name of its own; got {names!r:.200}")
     return copies

@@ -167,7 +167,7 @@ def test_what_is_left_out_is_as_the_checkpoint_advises(server, engine, monkeypat
         ({"stream_options": {"x": 1}, "stream": True}, "stream_options.x", "unknown field `x`"),
         ({"temperature": "hot"}, "temperature", "Expected"),
         ({"model": "another"}, "model", "is not here"),
-        ({"store": True}, "store", "Invalid"),
+        ({"store": True}, "store", "nothing is stored"),
     ],
 )
 def test_what_cannot_be_done_is_named(server, fields, param, said):

@@ -83,3 +83,19 @@ def test_an_answer_begins_behind_a_system_message_too(tmp_path):
     assert render(messages=[rules, said]) == (
         f"{BOS}rules<｜Assistant｜><think>reason</think>answer<｜end▁of▁sentence｜>"
     )
+
+
+@pytest.mark.parametrize("model", ["deepseek-v32", "deepseek-v4"])
+def test_switches_of_other_servers_turn_the_thinking_on_and_off(tmp_path, model):
+    chat = tokenizer_of(tmp_path / "model", model).chat
+    for name in ("thinking", "enable_thinking"):
+        for on, opens in ((True, "<think>"), (False, "</think>")):
+            assert chat.prompt(MESSAGES, variables={name: on}).text == f"{BOS}{ASKED}{opens}"
+    for wrong in ({"thinking": "yes"}, {"thinking": True, "enable_thinking": False}):
+        with pytest.raises(ValueError, match="must be one bool"):
+            chat.prompt(MESSAGES, variables=wrong)
+    for level, on in (("high", False), ("no_think", True)):
+        with pytest.raises(ValueError, match=f"thinking is {on} and its level {level}"):
+            chat.prompt(MESSAGES, thinking=level, variables={"thinking": on})
+    with pytest.raises(ValueError, match=r"reads no 'effort' .* reads enable_thinking, thinking"):
+        chat.prompt(MESSAGES, variables={"effort": "max"})

@@ -44,7 +44,7 @@ def written(tokenizer, model, seed):
     if model == "gpt-oss" or not message["content"]:
         message["content"] = None
     chat, level = tokenizer.chat, THINKING.get(model, "high")
-    variables = {"interleaved_thinking": True}
+    variables = {x: True for x in ["interleaved_thinking"] if x in chat.renderer.variables}
     prompt = chat.prompt([USER], TOOLS, level, variables=variables)
     after = as_sent([USER, message, *results])
     whole = chat.prompt(after, TOOLS, level, variables=variables).text
