@@ -4,6 +4,7 @@
 import logging
 import os
 import pathlib
+from typing import Any
 
 from tyro.conf import OmitArgPrefixes
 
@@ -78,6 +79,7 @@ def serve(
     with loaded(checkpoint, devices) as (model, tokenizer):
         from jaxcp.inference import Engine
 
+        _check_ids(model, tokenizer, checkpoint)
         if max_len is None:
             max_len = min(CONTEXT, getattr(model.config, "max_positions", CONTEXT))
         engine = Engine(
@@ -93,6 +95,17 @@ def serve(
                 logging.warning("other machines may reach this server, and no key is asked for")
 
         serve_until_the_end(engine, config, ready)
+
+
+def _check_ids(model: Any, tokenizer: Any, checkpoint: pathlib.Path) -> None:
+    """Raise ValueError where a chat has tokens that the model has not: all of them would fail."""
+    ids = () if tokenizer is None or tokenizer.chat is None else tokenizer.chat.stop_tokens
+    size = model.config.vocab_size
+    if too_large := [i for i in ids if i >= size]:
+        raise ValueError(
+            f"needed a tokenizer of the model's {size} ids; that of {checkpoint} ends a turn with "
+            f"{too_large[0]}. Copy tokenizer.json and config.json from one checkpoint"
+        )
 
 
 def _keys(file: pathlib.Path | None) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import msgspec
 from jaxcp.serve.blocks import Block, Blocks, Step
 from jaxcp.serve.chat import level_of
 from jaxcp.serve.chatting import Task, prompt_of
-from jaxcp.serve.errors import wrong
+from jaxcp.serve.errors import not_done, wrong
 from jaxcp.serve.events import Event, Usage
 from jaxcp.serve.form import Form
 from jaxcp.serve.model import Served
@@ -93,8 +93,14 @@ class Thinking(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     display: str | None = None
 
 
+class OutputFormat(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    type: Literal["json_schema"]
+    schema: dict[str, Any]
+
+
 class OutputConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     effort: str | None = None
+    format: OutputFormat | None = None
 
 
 class MessagesRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -127,6 +133,9 @@ class MessagesRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
             if tool.strict:
                 place = f"tools[{number}].input_schema"
                 check_strict(tool.input_schema, place, all_required=False)
+        form = None if self.output_config is None else self.output_config.format
+        if form is not None and self.tools:
+            raise not_done("output_config.format with tools", "ask for one of them")
         choice = self.tool_choice
         options = Options(
             temperature=self.temperature, top_p=self.top_p, top_k=self.top_k,
@@ -139,6 +148,7 @@ class MessagesRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
             thinking=self._thinking(served),
             max_tokens=self.max_tokens,
             stop=options.stops(),
+            schema=None if form is None else form.schema,
             one_call=choice is not None and bool(choice.disable_parallel_tool_use),
             forced=None if choice is None else choice.forced(),
             sampling=options.sampling,

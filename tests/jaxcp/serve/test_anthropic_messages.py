@@ -5,6 +5,7 @@ import functools
 import json
 import warnings
 
+import pydantic
 import pytest
 from forced_answers import force
 from running_server import fail_later
@@ -111,3 +112,28 @@ def test_a_stream_that_fails_ends_with_an_error(client, anthropic, engine, serve
                 pass
     server.idle()
     assert json.loads(server.http.get("/health").text)["status"] == "ok"
+
+
+def test_an_answer_follows_a_schema(client, anthropic):
+    def of(schema, **more):
+        form = {"format": {"type": "json_schema", "schema": schema}}
+        return ask(client, output_config=form, thinking={"type": "disabled"}, **more)
+
+    message = of({"enum": ["a", "bb"], "minLength": 2})
+    assert message.stop_reason == "end_turn"
+    assert [block.text for block in message.content] == ['"bb"']
+    with pytest.raises(anthropic.BadRequestError, match="Unsatisfiable"):
+        of({"enum": ["a"], "minLength": 2})
+    with pytest.raises(anthropic.BadRequestError, match=r"output_config.format with tools"):
+        of({"enum": ["a"]}, tools=[TOOL])
+
+
+def test_an_answer_is_read_as_a_type_of_pydantic(client, says):
+    class Found(pydantic.BaseModel):
+        age: int
+
+    says('<think>\n</think>\n\n{"age": 12}')
+    message = client.messages.parse(
+        model="tiny", messages=USER, max_tokens=200, output_format=Found, **GREEDY
+    )
+    assert message.parsed_output == Found(age=12)

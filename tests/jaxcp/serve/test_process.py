@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import openai
 import pytest
+from chat_folders import write_model
 from running_server import running
 from tiny_chat import spread, write_tiny_chat
 
@@ -76,6 +78,21 @@ def test_a_port_that_is_taken_is_an_error_of_one_line(server, folder):
         timeout=120,
     )
     assert done.returncode == 1 and "name another --port" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_the_tokenizer_of_another_model_is_an_error_before_anything_is_compiled(tmp_path):
+    shutil.copytree(ROOT / "tests/fixtures/qwen3-moe-tiny", tmp_path / "mixed")
+    folder = write_model(tmp_path / "mixed", "qwen3")
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxcp.cli.main", "serve", "--checkpoint", str(folder)],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert "needed a tokenizer of the model's 256 ids" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow
