@@ -87,6 +87,8 @@ def serve(
             cache_dtype=cache_dtype, host_memory=host_memory, drafts=drafts,
         )  # fmt: skip
         if warm_up:
+            log = logging.getLogger("jaxcp.serve")
+            log.info("compiling what requests need, for minutes maybe; see --no-warm-up")
             engine.warm_up()
 
         def ready(process: Process):

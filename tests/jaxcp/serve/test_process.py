@@ -96,6 +96,14 @@ def test_the_tokenizer_of_another_model_is_an_error_before_anything_is_compiled(
 
 
 @pytest.mark.slow
+def test_a_server_says_that_it_compiles_before_it_listens(folder):
+    with served(folder, "--warm-up", "--max-rows", "1") as (process, _):
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+        assert "compiling what requests need" in process.stderr.readline()
+
+
+@pytest.mark.slow
 def test_sigterm_under_load_ends_streams_with_a_reason_and_exits_0(folder):
     with served(folder, "--grace-seconds", "3") as (process, url):
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
