@@ -5,11 +5,10 @@
 import random
 import time
 
+import jsonschema
 import pytest
 from grammar_walks import USER, tokenizers_in
 from test_strings_between_tags import may_be, tools
-
-jsonschema = pytest.importorskip("jsonschema", reason="values are judged by jsonschema")
 
 VALUES = [
     "", "a", "b", "ab", "xaby", "5 x", "2024-02-29", "2023-13-01", "é", "a.b", "A\nb", "127.0.0.1",
