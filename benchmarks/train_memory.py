@@ -12,11 +12,13 @@ Rows in the folder that are not compiled again stay.
 import dataclasses
 import datetime
 import json
+import math
 import pathlib
 import re
 from typing import Any
 
 import jax
+import numpy as np
 from rich.progress import track
 
 import jaxcp
@@ -24,10 +26,13 @@ from benchmarks.tables import table, versions, write
 from jaxcp.compile import compile_for, parse_target
 from jaxcp.layers.remat import POLICIES
 from jaxcp.models import config_from_dict
+from jaxcp.training.flops import flops_of
 from jaxcp.training.step import abstract_inputs, make_step
 
 GIB = 1 << 30
 MILLION = 1 << 20
+AGAIN = 4 / 3
+"""Work of a step whose layers are computed again, over that which counts."""
 KEY = ("model", "target", "mesh", "tokens", "zero", "remat", "optimizer")
 
 
@@ -45,7 +50,11 @@ class Case:
 
 
 CASES = (
-    Case(model="GPT-2 124M", target="v5p:2x2x2", mesh={"seq": 8}, tokens=MILLION),
+    *(
+        Case(model="GPT-2 124M", target=target, mesh={"seq": 8}, tokens=tokens)
+        for target in ("v6e:2x4", "v5p:2x2x2", "rtx-pro-6000:8")
+        for tokens in (MILLION // 32, MILLION // 8, MILLION)
+    ),
     Case(model="GPT-2 124M", target="h200:8", mesh={"seq": 8}, tokens=MILLION),
     *(
         Case(
@@ -185,7 +194,38 @@ def compiled(rows: list[dict[str, Any]]) -> str:
     return table(head, lines)
 
 
-def report(rows: list[dict[str, Any]]) -> str:
+def at_best(rows: list[dict[str, Any]], hy3: dict[str, Any]) -> str:
+    """Table of the least time of a step, by the peaks of the chip and its links."""
+    head = ["model", "tokens of a row", "target", "mesh", "FLOPs a device", "products s"]
+    head += ["ring s", "a step at best s", "tokens/s at best", "MFU at best"]
+    lines = []
+    for r in rows:
+        if not r.get("collectives") or r["remat"] is not True or r["optimizer"] != "AdamW":
+            continue
+        fields = {field.name for field in dataclasses.fields(Case)}
+        case = Case(**{k: v for k, v in r.items() if k in fields})
+        chip, devices = parse_target(case.target).chip, math.prod(case.mesh.values())
+        place = np.arange(case.tokens, dtype=np.int32)
+        whole = flops_of(model_of(case, hy3), {"positions": place[None]})
+        if whole is None:
+            continue
+        tokens = case.tokens * case.mesh.get("data", 1)
+        flops = whole * case.mesh.get("data", 1) / devices
+        products = flops * AGAIN / chip.bf16_flops_per_device
+        ways = 1 if chip.torus_axes else chip.links
+        sent = r["collectives"].get("collective-permute", [0, 0])[1]
+        ring = sent / (ways * chip.link_bytes_per_second)
+        step = max(products, ring)
+        mesh = " ".join(f"{axis}={size}" for axis, size in case.mesh.items())
+        lines.append([
+            case.model, f"{case.tokens:,}", case.target, mesh, f"{flops / 1e12:,.1f} T",
+            f"{products:.3f}", f"{ring:.3f}", f"{step:.3f}", f"{tokens / step:,.0f}",
+            f"{flops / chip.bf16_flops_per_device / step:.0%}",
+        ])  # fmt: skip
+    return table(head, lines)
+
+
+def report(rows: list[dict[str, Any]], hy3: dict[str, Any]) -> str:
     made = "; ".join(sorted({r["compiler"] for r in rows}))
     return f"""# Training on machines that are not here
 
@@ -198,7 +238,17 @@ allots to the program, and what a runtime keeps beside it is not in it. All laye
 Sent: all that the program may send, of the exchange of experts every round, which only the worst
 choice of experts needs.
 
-{compiled(rows)}"""
+{compiled(rows)}
+
+## A step at best
+
+Of FLOPs as `jaxcp.training.flops` counts them (causal), {AGAIN:.2f} times because layers are
+computed again in the backward pass, at the chip's peak in bfloat16; what the ring sends to the next
+device, through one link of a torus, or all links to a switch. The longer of the two bounds a step
+from below where transfers run beside kernels; the exchange of experts is not in it. Nothing was
+run: kernels that reach half of the peak take twice the time of products.
+
+{at_best(rows, hy3)}"""
 
 
 def main(out: pathlib.Path | None, hy3: dict[str, Any], targets: tuple[str, ...]) -> None:
@@ -215,4 +265,4 @@ def main(out: pathlib.Path | None, hy3: dict[str, Any], targets: tuple[str, ...]
         if kept is not None:  # after each: a compilation may take minutes
             kept.parent.mkdir(parents=True, exist_ok=True)
             kept.write_text(json.dumps(records, indent=1) + "\n")
-    write(out, "train_memory.md", report(records))
+    write(out, "train_memory.md", report(records, hy3))

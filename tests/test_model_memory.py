@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report on a model too large for this machine: what it expects, and of what it speaks."""
 
-from benchmarks import family_memory
+from benchmarks import family_memory, train_memory
 from benchmarks.model_memory import GIB, MIB, compiled, must_send, unexpected
+from pallas_kernels import devices
 
 
 def row(layers, **changes):
@@ -81,3 +82,24 @@ def test_every_family_has_a_mesh_that_divides_its_heads():
     r = of_family("Kimi-K2", collectives={"all-gather": [1, 3 * MIB]}, program="decode", piece=1)
     assert "| Kimi-K2 | v5p:4x4x4 | seq=8 model=8 | 2 | decode 1 |" in family_memory.compiled([r])
     assert "| all-gather 3.0 MiB more |" in family_memory.compiled([r])
+
+
+def test_a_step_at_best_is_the_longer_of_products_and_ring():
+    """GPT-2 124M on eight v5p: 6 FLOPs a weight and token, 12 a channel and causal pair."""
+    length, layers, width, vocab = 32_768, 12, 768, 50_304
+    weights = 12 * layers * width**2 + vocab * width
+    flops = (6 * weights * length + 12 * layers * width * length * (length + 1) / 2) / 8
+    record = {
+        "model": "GPT-2 124M", "target": "v5p:2x2x2", "mesh": {"seq": 8}, "tokens": length,
+        "zero": 3, "remat": True, "optimizer": "AdamW",
+    }  # fmt: skip
+    chip = devices.V5P
+    for sent in (0, 10 * chip.link_bytes_per_second):
+        found = {"collective-permute": [1, sent]}
+        line = train_memory.at_best([record | {"collectives": found}], {}).splitlines()[-1]
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        products = flops * 4 / 3 / chip.bf16_flops
+        step = max(products, 10.0 if sent else 0)
+        assert cells[4] == f"{flops / 1e12:.1f} T" and cells[5] == f"{products:.3f}"
+        assert cells[6:8] == ["10.000" if sent else "0.000", f"{step:.3f}"]
+        assert cells[9] == ("0%" if sent else "75%")
