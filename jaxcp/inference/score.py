@@ -78,7 +78,7 @@ def _sent(model, ids, strategy) -> LogProbs:
         "targets": targets,
         "positions": np.broadcast_to(np.arange(width, dtype=np.int32), tokens.shape),
     } | ({"segment_ids": np.zeros_like(tokens)} if layout.by_segment else {})
-    program = _program(strategy, target_platform())
+    program = _program(strategy, target_platform(), width)
     return program(model, jax.tree.map(_put, layout.permute(arrays, shards)))
 
 
@@ -94,14 +94,15 @@ def _width(length) -> int:
 
 
 @functools.cache
-def _program(strategy: Strategy, platform: str) -> Callable:
-    """Make the program that computes `LogProbs` `[B, T, ...]` of a batch."""
+def _program(strategy: Strategy, platform: str, width: int) -> Callable:
+    """Make the program that computes `LogProbs` `[B, T, ...]` of a batch of so many tokens a row,
+    before the layout fills it up."""
     consecutive = not strategy.layout.by_segment
 
     def scored(model, batch):
         x, _ = model.hidden(
             batch["tokens"], batch["positions"], segment_ids=batch.get("segment_ids"),
-            strategy=strategy, consecutive=consecutive,
+            strategy=strategy, consecutive=consecutive, length=width,
         )  # fmt: skip
         return _log_probs(x, model.head_kernel(), batch["targets"])
 

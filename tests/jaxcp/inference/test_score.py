@@ -20,6 +20,8 @@ CASES = [
     (FULL, {"data": 2, "seq": 2}, jaxcp.Ulysses()),
     (FULL, {"seq": 2, "model": 2}, jaxcp.AllGather()),
     ("deepseek-v32-tiny", {"seq": 2}, None),
+    ("qwen3-next-tiny", {"seq": 2}, None),
+    ("kimi-linear-tiny", {"data": 2, "seq": 3}, None),
 ]
 
 
@@ -48,16 +50,18 @@ def test_a_prompt_has_the_log_probabilities_of_its_logits(name, axes, strategy, 
     if axes:
         mesh_of(**axes)
     engine = engine_of(name, strategy=strategy)
+    # products of recurrent layers multiply the rounding of what comes in
+    bound = 1e-4 if name in ("qwen3-next-tiny", "kimi-linear-tiny") else 2e-5
     for length in (2, 70):
         ids = np.random.default_rng(length).integers(0, 128, length).tolist()
         expected, found = by_logits(engine, ids), engine.score(ids, best=3)
         assert [one.token for one in found] == ids[1:]
         chosen = [row[token] for row, token in zip(expected, ids[1:], strict=True)]
-        np.testing.assert_allclose([one.logprob for one in found], chosen, atol=2e-5)
+        np.testing.assert_allclose([one.logprob for one in found], chosen, atol=bound)
         best = np.sort(expected, axis=-1)[:, :-4:-1]
-        np.testing.assert_allclose([[x for _, x in one.best] for one in found], best, atol=2e-5)
+        np.testing.assert_allclose([[x for _, x in one.best] for one in found], best, atol=bound)
         for row, one in zip(expected, found, strict=True):
-            assert all(abs(row[token] - value) < 2e-5 for token, value in one.best)
+            assert all(abs(row[token] - value) < bound for token, value in one.best)
 
 
 def test_one_token_has_none_and_what_cannot_be_is_refused(full):
