@@ -42,7 +42,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         choose_cpu()
         if arguments[:1] == ["train"] and {"-h", "--help"} & set(arguments):
             print_fields(arguments[1:])
+        _check_each_once(arguments)
         app.cli(prog="jaxcp", description=ABOUT, args=arguments)
+
+
+def _check_each_once(arguments: Sequence[str]) -> None:
+    """Refuse an option that comes twice: of two the parser drops the first without a word."""
+    seen = set()
+    for name in (x.partition("=")[0] for x in arguments if x.startswith("--") and len(x) > 2):
+        if name in seen:
+            raise ValueError(
+                f"{name} is there twice; give it once, with all of its values behind it "
+                "(--set steps=3 batch_size=2)"
+            )
+        seen.add(name)
 
 
 if __name__ == "__main__":

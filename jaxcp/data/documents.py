@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from jaxcp.data.sources import SHIPPED, not_text
+from jaxcp.data.sources import ARRAY, SHIPPED, not_text
 
 PIECE = 1 << 24
 """Characters of a text file that are encoded at once; a longer one is cut after a line."""
@@ -43,6 +43,9 @@ def sizes(files: list[str]) -> dict[pathlib.Path, int]:
             raise ValueError(f"needed a file with text in it; got {path}")
         if path.suffix in (".bin", ".idx", ".pkl", ".npy", ".zip", ".zst", ".xz"):
             raise ValueError(f"needed text, JSON lines or Parquet; got {path}")
+        with path.open("rb") as file:
+            if not_text(str(path), file.read(1 << 16)) == ARRAY:
+                raise ValueError(f"needed text, JSON lines or Parquet; {path} {ARRAY}")
     return {path: path.stat().st_size for path in paths}
 
 

@@ -335,6 +335,9 @@ def _read_utf8(path: str) -> bytes:
     return raw
 
 
+ARRAY = "is a JSON array: write one object a line (JSON lines)"
+
+
 def not_text(path: str, head: bytes) -> str | None:
     """Say why a file is no plain text, by its name and its beginning; None where it may be."""
     suffix = pathlib.Path(path).suffix.lower()
@@ -342,6 +345,8 @@ def not_text(path: str, head: bytes) -> str | None:
         return f"is Parquet: jaxcp prepare {path} --field text --out DIR"
     if suffix in (".jsonl", ".ndjson") or all(map(_is_object, head.split(b"\n")[:-1][:2] or [b""])):
         return f"is JSON lines: jaxcp prepare {path} --field text --out DIR"
+    if suffix == ".json" and head.lstrip().startswith(b"["):
+        return ARRAY
     return None
 
 

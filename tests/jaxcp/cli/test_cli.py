@@ -55,6 +55,8 @@ def test_help_names_every_command_and_needs_no_jax():
         (["generate", "--prompt-file", "latin1.txt"], "UTF-8"),
         (["generate", "--prompt", "long enough", "--max-len", "4"], "max_len=4"),
         (["train", "no_such_run"], "no run 'no_such_run'"),
+        (["train", "gpt_cpu", "--set", "steps=3", "--set", "batch_size=2"], "--set is there twice"),
+        (["generate", "--prompt=x", "--prompt", "y"], "--prompt is there twice"),
         (
             ["tune", "--op", "flash_attention", "--target", "v6e", "--shape", "head_dim"],
             "name=size",

@@ -157,6 +157,7 @@ def test_special_tokens_that_are_written_in_a_text_stay_text(tmp_path):
         ("x.txt", b"caf\xe9", "needed UTF-8 text"),
         ("x.txt", b"", "needed a file with text"),
         ("x.bin", b"abc", "needed text, JSON lines or Parquet"),
+        ("x.json", b' [{"text": "a"}]\n', r"x\.json is a JSON array: write one object a line"),
         ("x.jsonl", b'{"text": "a"}\n', "no document came into the part"),
     ],
 )
