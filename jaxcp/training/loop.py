@@ -118,6 +118,8 @@ class Run:
     ):
         self.meter = Meter(peak=flops.peak_of(mesh))
         self.config, self.mesh = config, mesh
+        if profile is not None:
+            profile.check(config.steps)
         self.profile = profile if processes.is_first() else None
         self.out_dir = pathlib.Path(config.out_dir)
         self.checkpoints = self.out_dir / CHECKPOINTS

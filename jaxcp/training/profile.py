@@ -34,6 +34,19 @@ class Profile:
             raise ValueError(f"--profile takes STEP:COUNT, as 100:5; got {text!r}")
         return cls(step=int(step), count=int(count or 1))
 
+    def check(self, steps: int) -> None:
+        """Check that a run of so many steps has them all.
+
+        Raises:
+          ValueError: it has not.
+        """
+        last = self.step + self.count - 1
+        if last > steps:
+            raise ValueError(
+                f"the profile is of steps {self.step} to {last}; the run has {steps}: choose "
+                "steps of its own"
+            )
+
     def before(self, step: int, folder: pathlib.Path) -> None:
         """Begin to trace where `step` is the first."""
         if step == self.step:

@@ -87,6 +87,7 @@ def test_help_of_a_run_lists_its_fields_with_their_values(here, capsys):
         ("--cool-down 3 --out x", "needed a checkpoint in runs/tiny"),
         ("--init-from nowhere", "nowhere"),
         ("--profile x", "--profile takes STEP:COUNT"),
+        ("--profile 9000000:2", "the profile is of steps 9000000 to 9000001; the run has"),
         ("--wandb me", "pip install jaxcp[wandb]"),
     ],
 )
