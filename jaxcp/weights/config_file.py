@@ -34,6 +34,8 @@ RANGES = {
 }
 """Ranges of a configuration's integers; those without a row are `SIZES`."""
 MESSAGE = 2_000
+OF_A_RUN = "resolved.json"
+"""A file that every run of training has in its folder, and no checkpoint."""
 HUB_ID = r"\w[\w.-]*(/[\w.-]+)?"
 NO_PATH = ". A hub id is no path: fetch it (hf download ORG/NAME --local-dir DIR) and load DIR"
 WRONG_VALUES = AttributeError, TypeError, LookupError, ArithmeticError, ValueError, StopIteration
@@ -46,8 +48,8 @@ def load_config(path: str | os.PathLike) -> Any:
 
     Raises:
       FileNotFoundError: there is no config.json.
-      ValueError: config.json is no strict JSON object, has a value of a wrong type or beyond all
-        sizes, or is of a model that jaxcp does not know.
+      ValueError: the folder is that of a run; config.json is no strict JSON object, has a value of a
+        wrong type or beyond all sizes, or is of a model that jaxcp does not know.
       NotImplementedError: config.json asks for something that the family does not do.
     """
     file = Path(path, CONFIG)
@@ -56,6 +58,11 @@ def load_config(path: str | os.PathLike) -> Any:
             f"needed a checkpoint folder with {CONFIG} and *.safetensors; {file} is not there"
             + what_to_do(Path(path))
             + ("" if Path(path).exists() or not re.fullmatch(HUB_ID, str(path)) else NO_PATH)
+        )
+    if Path(path, OF_A_RUN).exists():
+        raise ValueError(
+            f"{path} is the folder of a run: its checkpoint is {Path(path, 'model')}, which is "
+            "there when the run has ended"
         )
     fields = read_json(file)
     if not (fields.get("dtype") or fields.get("torch_dtype")):

@@ -57,3 +57,10 @@ def test_names_on_the_hub(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="A hub id is no path: fetch it"):
         jaxcp.load(name)
+
+
+def test_the_folder_of_a_run_says_where_its_checkpoint_is(tmp_path):
+    for name in ("config.json", "resolved.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=r"is the folder of a run: its checkpoint is .*model,"):
+        jaxcp.load_config(tmp_path)
