@@ -48,8 +48,8 @@ def load_config(path: str | os.PathLike) -> Any:
 
     Raises:
       FileNotFoundError: there is no config.json.
-      ValueError: the folder is that of a run; config.json is no strict JSON object, has a value of a
-        wrong type or beyond all sizes, or is of a model that jaxcp does not know.
+      ValueError: the folder is that of a run; config.json is no strict JSON object, has a value of
+        a wrong type or beyond all sizes, or is of a model that jaxcp does not know.
       NotImplementedError: config.json asks for something that the family does not do.
     """
     file = Path(path, CONFIG)
