@@ -49,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _check_each_once(arguments: Sequence[str]) -> None:
     """Refuse an option that comes twice: of two the parser drops the first without a word."""
     seen = set()
-    for name in (x.partition("=")[0] for x in arguments if x.startswith("--") and len(x) > 2):
+    options = (x.partition("=")[0] for x in arguments if x.startswith("--") and len(x) > 2)
+    for name in (x.replace("_", "-") for x in options):
         if name in seen:
             raise ValueError(
                 f"{name} is there twice; give it once, with all of its values behind it "

@@ -57,6 +57,7 @@ def test_help_names_every_command_and_needs_no_jax():
         (["train", "no_such_run"], "no run 'no_such_run'"),
         (["train", "gpt_cpu", "--set", "steps=3", "--set", "batch_size=2"], "--set is there twice"),
         (["generate", "--prompt=x", "--prompt", "y"], "--prompt is there twice"),
+        (["generate", "--max-len", "9", "--max_len", "8"], "--max-len is there twice"),
         (
             ["tune", "--op", "flash_attention", "--target", "v6e", "--shape", "head_dim"],
             "name=size",
