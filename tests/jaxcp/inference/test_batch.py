@@ -13,7 +13,7 @@ from jaxcp.inference.batch import FIELDS, STOPS, columns
 
 @pytest.mark.parametrize(("axes", "rows"), [({"seq": 2}, 1), ({"data": 2}, 2)])
 def test_columns_lie_where_their_rows_do(axes, rows, mesh_of):
-    """Those of a single row too, which experts are told where it lies."""
+    """A single row's too, which experts are told where it lies."""
     mesh_of(**axes)
     width = len(FIELDS) + STOPS + 1 + 3
     numbers = np.arange(rows * width, dtype=np.int32).reshape(rows, width)

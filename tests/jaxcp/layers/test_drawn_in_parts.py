@@ -40,7 +40,7 @@ def test_each_device_draws_its_own(axes, mesh_of):
 
 
 def test_a_part_of_few_columns_is_drawn_whole(mesh_of):
-    """Of 61 rows eight devices divide the columns alone: 4 each, which have other last bits."""
+    """Eight devices divide only the columns of 61 rows: 4 each, which have other last bits."""
     config = jaxcp.GPTConfig(
         vocab_size=61, max_positions=61, num_layers=1, num_heads=2, embed_dim=32
     )

@@ -31,9 +31,9 @@ MESHES = {}, {"seq": 3}, {"seq": 4}, {"seq": 2, "model": 2}
 NAMES = "qwen3_next", "qwen3_5_moe_text", "qwen3_5_text", "kimi_linear"
 DRAWS = [(name, seed) for name in NAMES for seed in range(10)]
 PARTS = {("qwen3_next", 4): 2e-4}
-"""Of the largest logit, where not 1e-4. In this draw two layers one after the other multiply what
-came before by a hundred and by twenty at a token, whichever program computes them: see
-`test_each_layer_of_what_came_before_is_that_of_float64`."""
+"""Bounds, as parts of the largest logit, where it is not 1e-4. In this draw two layers in a row
+multiply what came before by a hundred and by twenty at a token, whichever program computes them:
+see `test_each_layer_of_what_came_before_is_that_of_float64`."""
 
 
 def kinds_of(rng, layers):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Of keys that an index scores alike the earlier one is selected, on any mesh and in any pieces.
+"""An index selects the earlier one of keys that it scores alike, on any mesh and in any pieces.
 
 With two index heads many scores are exactly 0, ReLU's, and more keys tie than are selected. Which
 of them `torch.topk` takes is not defined, in transformers as in DeepSeek's code: theirs is given
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("default")  # theirs are not ours to men
 V32, V4 = "deepseek-v32-tiny", "deepseek-v4-tiny"
 HEADS, LENGTH = 2, 57
 TOP = {V32: 16, V4: 4}
-"""Of 57 keys; of 14 blocks of 4 tokens."""
+"""Keys that are selected of 57, and blocks of 14, of 4 tokens."""
 CLOSE = {"atol": 1e-4, "rtol": 0}
 Best = collections.namedtuple("Best", "values indices")
 

@@ -12,18 +12,17 @@ import logging
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from published import MIMO_V2_FLASH
 from safetensors.numpy import load_file
+from second_turns import assert_in_turns
 from slow import slow_but
 from tiny_checkpoints import FIXTURES, assert_same, tensors, write
 
 import jaxcp
 from jaxcp import Zigzag, models
-from jaxcp.attention.over_cache import OverCache
 from jaxcp.data.lookahead import following
 from jaxcp.layers.stack import of_each_layer
 from jaxcp.models.hybrid_moe import hf
@@ -161,7 +160,7 @@ def laid_out():
     slow_but([{}, {"seq": 2, "model": 2}, {"seq": 3}, {"data": 2, "expert": 2}], lambda x: x == {}),
 )
 def test_drafts_are_those_of_the_equations(axes, mesh_of, tmp_path):
-    """Of the token after next, and with the state of that draft of the one after."""
+    """Drafts the token after next, and with the state of that draft the one after."""
     folder, batch = write(tmp_path, NAME, contents()[0]), laid_out()
     shards = axes.get("seq", 1)
     if axes:
@@ -175,21 +174,6 @@ def test_drafts_are_those_of_the_equations(axes, mesh_of, tmp_path):
         np.testing.assert_allclose(one, wanted, **CLOSE)
 
 
-@jax.jit
-def drafted(model, cache, tokens, after, positions):
-    """Trunk and draft of tokens that join the cache."""
-    added = jnp.full(2, tokens.shape[1], jnp.int32)
-    attend = OverCache(cache, positions, added, sharded=False)
-    state, _ = model.trunk(tokens, positions, attend)
-    found = model.logits(model.draft(state, after, positions, attend))
-    return found, attend.cache_after(cache.recent)
-
-
 def test_a_draft_in_a_second_turn_is_that_of_the_whole_sequence(tmp_path):
     model, _ = jaxcp.load(write(tmp_path, NAME, contents()[0]))
-    batch, cache = laid_out(), model.init_cache(batch_size=2, max_len=40)
-    for part in (slice(0, 20), slice(20, 37)):
-        arrays = (batch[k][:, part] for k in ("tokens", "after", "positions"))
-        tokens, after, positions = map(jnp.asarray, arrays)
-        found, cache = drafted(model, cache, tokens, after[..., 0], positions)
-        np.testing.assert_allclose(found, expected()[0][:, part], **CLOSE)
+    assert_in_turns(model, laid_out(), expected()[0], **CLOSE)

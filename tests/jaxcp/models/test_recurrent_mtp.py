@@ -11,18 +11,17 @@ import logging
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from published import QWEN3_NEXT_80B, QWEN35_27B
 from safetensors.numpy import load_file
+from second_turns import assert_in_turns
 from slow import slow_but
 from tiny_checkpoints import FIXTURES, assert_same, tensors, write
 
 import jaxcp
 from jaxcp import Zigzag, models
-from jaxcp.attention.over_cache import OverCache
 from jaxcp.data.lookahead import following
 from jaxcp.layers.stack import of_each_layer
 from jaxcp.models.weight_table import sources
@@ -31,7 +30,7 @@ NEXT, QWEN35 = "qwen3-next-tiny", "qwen3-5-moe-tiny"
 FIELD = {NEXT: "num_nextn_predict_layers", QWEN35: "mtp_num_hidden_layers"}
 ALL = pytest.mark.parametrize("name", [NEXT, QWEN35])
 CLOSE = {NEXT: {"atol": 2e-4, "rtol": 0}, QWEN35: {"atol": 4e-4, "rtol": 0}}
-"""Of the states of the trunk transformers' float32 is off by up to 2.8e-4 (`test_hf_recurrent`)."""
+"""States of the trunk in transformers' float32 are off by up to 2.8e-4 (`test_hf_recurrent`)."""
 
 
 def small(rng, *shape):
@@ -121,7 +120,7 @@ def test_published_sizes():
 
 
 def test_published_tensors():
-    """Those of Qwen3.5-27B and 3.6-27B, as programs that read the published files list them."""
+    """Shapes of Qwen3.5-27B and 3.6-27B, as programs that read the published files list them."""
     names, _ = counted(QWEN35_27B)
     assert {k: s for k, s in names.items() if k.startswith("mtp.")} == {
         "mtp.fc.weight": (5120, 10240),
@@ -242,7 +241,7 @@ ON_MESHES = [
 
 @pytest.mark.parametrize(("name", "axes"), slow_but(ON_MESHES, lambda case: case == ON_MESHES[0]))
 def test_drafts_are_those_of_the_equations(name, axes, mesh_of, tmp_path):
-    """Of the token after next, and with the state of that draft of the one after."""
+    """Drafts the token after next, and with the state of that draft the one after."""
     folder, batch = written(tmp_path, name), laid_out(name)
     length, shards = batch["tokens"].shape[1], axes.get("seq", 1)
     if axes:
@@ -255,22 +254,6 @@ def test_drafts_are_those_of_the_equations(name, axes, mesh_of, tmp_path):
         np.testing.assert_allclose(one, wanted, **CLOSE[name])
 
 
-@jax.jit
-def drafted(model, cache, tokens, after, positions):
-    """Trunk and draft of tokens that join the cache."""
-    added = jnp.full(2, tokens.shape[1], jnp.int32)
-    attend = OverCache(cache, positions, added, sharded=False)
-    state, _ = model.trunk(tokens, positions, attend)
-    found = model.logits(model.draft(state, after, positions, attend))
-    return found, attend.cache_after(cache.recent)
-
-
 def test_a_draft_in_a_second_turn_is_that_of_the_whole_sequence(tmp_path):
     model, _ = jaxcp.load(written(tmp_path, NEXT))
-    batch, wanted = laid_out(NEXT), expected(NEXT)[0]
-    cache = model.init_cache(batch_size=2, max_len=40)
-    for part in (slice(0, 20), slice(20, 37)):
-        arrays = (batch[k][:, part] for k in ("tokens", "after", "positions"))
-        tokens, after, positions = map(jnp.asarray, arrays)
-        found, cache = drafted(model, cache, tokens, after[..., 0], positions)
-        np.testing.assert_allclose(found, wanted[:, part], **CLOSE[NEXT])
+    assert_in_turns(model, laid_out(NEXT), expected(NEXT)[0], **CLOSE[NEXT])

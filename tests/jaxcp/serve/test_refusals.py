@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a newcomer sends and this server does not do is refused by the name that was sent, with
+"""Requests for what this server does not do are refused by the name that was sent, with
 what to send instead."""
 
 import gzip

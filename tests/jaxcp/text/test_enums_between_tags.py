@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Of an enum those values may be written that the other keywords of its schema allow, by the
+"""Values of an enum may be written where the other keywords of its schema allow them, by the
 `jsonschema` package, whether arguments stand between tags or are JSON."""
 
 import random

@@ -165,7 +165,7 @@ def test_floats_of_4_bits_of_compressed_tensors(kind, tmp_path):
 
 @pytest.mark.slow
 def test_experts_of_kimi_k2(tmp_path):
-    """As Kimi-K2-Thinking and K2.5: routed experts in int4, all else in bfloat16."""
+    """Routed experts are in int4, all else in bfloat16, as in Kimi-K2-Thinking and K2.5."""
 
     def pack(name):
         return pack_quantized if ".mlp.experts." in name else None
