@@ -170,6 +170,7 @@ def plot_heat_map(result: Result, path: str | pathlib.Path) -> None:
     )
     for (row, column), value in np.ndenumerate(grid):
         if not np.isnan(value):
-            axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8)
+            ink = "black" if 15 < value < 85 else "white"  # the ends of the colours are dark
+            axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=ink)
     figure.colorbar(image, label="exact match, %")
     figure.savefig(path, dpi=150)
